@@ -1,0 +1,69 @@
+"""What a network is conditioned on, as one batch-first structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion.schedules import Array
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """Optional conditioning signals, each with the batch as its first axis.
+
+    Attributes:
+      label: [B] int class index; the network's null class is ``num_classes``.
+      context: [B, L, C] tokens for cross-attention (text or image embeddings).
+      context_mask: [B, L] bool, True where a token is attended to.
+      pooled: [B, P] vector added to the time embedding (SDXL's pooled text, CLIP image).
+      time_ids: [B, K] numbers that are Fourier-embedded (SDXL's sizes and crops).
+      guidance: [B] guidance scale, for guidance-distilled networks.
+      image: [B, H, W, C] channels concatenated with the input (inpainting, upscaling).
+    """
+
+    label: Array | None = None
+    context: Array | None = None
+    context_mask: Array | None = None
+    pooled: Array | None = None
+    time_ids: Array | None = None
+    guidance: Array | None = None
+    image: Array | None = None
+
+
+def from_batch(batch: Mapping[str, Array]) -> Conditioning:
+    """The conditioning that a batch dict holds under its fields' names."""
+    names = [f.name for f in fields(Conditioning)]
+    return Conditioning(**{name: batch[name] for name in names if name in batch})
+
+
+def null_like(cond: Conditioning, **nulls: Array | float) -> Conditioning:
+    """``cond`` with the given fields replaced by null values, broadcast over the batch.
+
+    ``null_like(cond, label=10, context=empty_prompt)``: a field that is not named stays, so that
+    what is never dropped (an inpainting mask, a size) is the same with and without guidance.
+    """
+    replaced = {}
+    for name, value in nulls.items():
+        old = getattr(cond, name)
+        if old is not None:
+            replaced[name] = jnp.broadcast_to(jnp.asarray(value, old.dtype), old.shape)
+    return cond.replace(**replaced)
+
+
+def concatenate(*conds: Conditioning) -> Conditioning:
+    """Joins along the batch; all must hold the same fields."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conds)
+
+
+def drop(cond: Conditioning, null: Conditioning, dropped: Array) -> Conditioning:
+    """``null`` for the examples where dropped [B] is True, ``cond`` elsewhere."""
+
+    def select(n, c):
+        return jnp.where(dropped.reshape((-1,) + (1,) * (c.ndim - 1)), n, c)
+
+    return jax.tree.map(select, null, cond)

@@ -1,0 +1,363 @@
+"""Noise schedules: how much signal and how much noise there is at each time.
+
+A noised example is ``x_t = alpha(t) * x_0 + sigma(t) * eps`` with ``eps ~ N(0, I)``. A schedule
+is a frozen dataclass ``t -> NoiseLevel``, continuous in ``t``: ``t = 0`` is clean data, ``t_max``
+the noisiest time. Its inverse takes the *pair* ``(alpha, sigma)`` rather than their ratio, so
+that it also holds at both ends, where the ratio is 0 or infinite.
+
+All functions follow their argument: NumPy in, NumPy float64 out (grids and solver tables are
+made this way, on the host); JAX in, JAX out (traceable, differentiable for t > 0).
+
+Tables of T steps put step k = 0..T-1 at ``t = (k + 1) / T`` and clean data, (1, 0), at t = 0.
+Between two steps the point (alpha, sigma) moves along the chord and is put back on the unit
+circle, which is exact at the steps, finite at both ends and invertible in closed form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class NoiseLevel(NamedTuple):
+    """One noise level, or a stack of them; leaves of shape (), [B] or [N + 1].
+
+    Attributes:
+      t: the schedule's own time, 0 = clean.
+      alpha: signal scale.
+      sigma: noise standard deviation.
+    """
+
+    t: Array
+    alpha: Array
+    sigma: Array
+
+    @property
+    def ratio(self) -> Array:
+        """sigma / alpha, the noise level of EDM and k-diffusion; in [0, inf]."""
+        return self.sigma / self.alpha
+
+    @property
+    def snr(self) -> Array:
+        """alpha^2 / sigma^2."""
+        return (self.alpha / self.sigma) ** 2
+
+    @property
+    def log_snr(self) -> Array:
+        """2 log(alpha / sigma)."""
+        xp = _namespace(self.alpha, self.sigma)
+        return 2 * (xp.log(self.alpha) - xp.log(self.sigma))
+
+    def expand(self, ndim: int) -> NoiseLevel:
+        """Leaves [B] -> [B, 1, ...] (and () -> [1, ...]) with ``ndim`` axes, for arithmetic with x."""
+        return NoiseLevel(*(a.reshape(a.shape + (1,) * (ndim - a.ndim)) for a in self))
+
+
+def diffuse(x0: Array, noise: Array, level: NoiseLevel) -> Array:
+    """x_t = alpha * x_0 + sigma * eps for x0, noise [B, ...] and level leaves () or [B]."""
+    level = level.expand(x0.ndim)
+    return level.alpha * x0 + level.sigma * noise
+
+
+def _namespace(*values: Any) -> ModuleType:
+    return jnp if any(isinstance(v, jax.Array) for v in values) else np
+
+
+def _asarrays(*values: Any) -> tuple[ModuleType, list[Array]]:
+    """Host values become float64 NumPy arrays; a JAX value makes everything JAX."""
+    xp = _namespace(*values)
+    dtype = np.float64 if xp is np else jnp.result_type(float)
+    return xp, [xp.asarray(v, dtype) for v in values]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Base of all schedules: ``schedule(t)``, ``schedule.invert(alpha, sigma)``, ``shifted``."""
+
+    @property
+    def t_max(self) -> float:
+        """The noisiest time."""
+        return 1.0
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        """The noise level at times t in [0, t_max], of any shape."""
+        raise NotImplementedError
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        """The time t at which alpha(t) : sigma(t) equals the given proportion (any shape)."""
+        raise NotImplementedError
+
+    def shifted(self, shift: float) -> Schedule:
+        """The schedule with sigma / alpha multiplied by ``shift`` (> 1: noisier, for larger images).
+
+        Simple diffusion (Hoogeboom et al., 2023) states it as log SNR + 2 log(1 / shift), SD3
+        (Esser et al., 2024, eq. 23) as t' = shift t / (1 + (shift - 1) t), the same thing on the
+        rectified flow. Here time points move: the level's ``t`` is the moved one, as SD3's
+        network sees it.
+        """
+        return Shifted(self, float(shift))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted(Schedule):
+    """``base`` read at the times where its sigma / alpha is ``shift`` times as large."""
+
+    base: Schedule
+    shift: float
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise ValueError(f"shift must be positive, got {self.shift}")
+
+    @property
+    def t_max(self) -> float:
+        return self.base.t_max
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        level = self.base(t)
+        return self.base(self.base.invert(level.alpha, self.shift * level.sigma))
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        _, (alpha, sigma) = _asarrays(alpha, sigma)
+        return self.base.invert(self.shift * alpha, sigma)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table(Schedule):
+    """A variance-preserving schedule given at T steps (DDPM, Stable Diffusion).
+
+    Attributes:
+      alphas: [T] sqrt of the cumulative product, decreasing, in [0, 1).
+      sigmas: [T] sqrt(1 - alphas^2); given apart because it is more accurate from the betas.
+    """
+
+    alphas: np.ndarray
+    sigmas: np.ndarray
+
+    def __post_init__(self):
+        alphas, sigmas = (np.asarray(a, np.float64) for a in (self.alphas, self.sigmas))
+        if alphas.ndim != 1 or alphas.shape != sigmas.shape or alphas.size == 0:
+            raise ValueError(f"expected two arrays [T], got {alphas.shape} and {sigmas.shape}")
+        if np.any(np.diff(alphas) >= 0) or alphas[0] >= 1 or alphas[-1] < 0:
+            raise ValueError("alphas must decrease strictly within [0, 1)")
+        if np.abs(alphas**2 + sigmas**2 - 1).max() > 1e-6:
+            raise ValueError("alphas^2 + sigmas^2 must be 1")
+        object.__setattr__(self, "alphas", alphas)
+        object.__setattr__(self, "sigmas", sigmas)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.alphas)
+
+    @cached_property
+    def _nodes(self) -> np.ndarray:
+        """[2, T + 1]: (alpha, sigma) at t = k / T, clean data first."""
+        return np.stack([np.append(1.0, self.alphas), np.append(0.0, self.sigmas)])
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        xp, (t,) = _asarrays(t)
+        nodes = xp.asarray(self._nodes, t.dtype)
+        position = t * self.steps
+        k = xp.clip(xp.floor(position), 0, self.steps - 1).astype(np.int32)
+        w = position - k
+        alpha, sigma = (1 - w) * nodes[:, k] + w * nodes[:, k + 1]
+        norm = xp.sqrt(alpha**2 + sigma**2)
+        return NoiseLevel(t, alpha / norm, sigma / norm)
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+        nodes = xp.asarray(self._nodes, alpha.dtype)
+        angle = xp.arctan2(sigma, alpha)
+        k = xp.searchsorted(xp.arctan2(nodes[1], nodes[0]), angle, side="right") - 1
+        k = xp.clip(k, 0, self.steps - 1)
+        # Where the ray (alpha, sigma) crosses the chord from node k to node k + 1.
+        before = sigma * nodes[0, k] - alpha * nodes[1, k]
+        after = sigma * nodes[0, k + 1] - alpha * nodes[1, k + 1]
+        w = xp.clip(before / (before - after), 0.0, 1.0)
+        return (k + w) / self.steps
+
+    def shifted(self, shift: float) -> Table:
+        """As ``Schedule.shifted``, but the table changes and times stay (as zero terminal SNR does):
+        moved times would end before, or crowd at, the table's last step."""
+        if not shift > 0:
+            raise ValueError(f"shift must be positive, got {shift}")
+        norm = np.hypot(self.alphas, shift * self.sigmas)
+        return Table(self.alphas / norm, shift * self.sigmas / norm)
+
+
+def from_betas(betas: np.ndarray) -> Table:
+    """The table with q(x_k | x_{k-1}) = N(sqrt(1 - beta_k) x_{k-1}, beta_k) for betas [T] in (0, 1)."""
+    betas = np.asarray(betas, np.float64)
+    if np.any(betas <= 0) or np.any(betas >= 1):
+        raise ValueError(f"betas must lie in (0, 1), got {betas.min()}..{betas.max()}")
+    log_alpha_bar = np.cumsum(np.log1p(-betas))
+    return Table(np.exp(log_alpha_bar / 2), np.sqrt(-np.expm1(log_alpha_bar)))
+
+
+def _from_alpha_bar(alpha_bar: np.ndarray, max_beta: float) -> Table:
+    """From cumulative products [T + 1] (clean first), each step's beta at most max_beta."""
+    return from_betas(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta))
+
+
+def linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000) -> Table:
+    """Betas evenly spaced (DDPM, Ho et al., 2020)."""
+    return from_betas(np.linspace(beta_start, beta_end, steps))
+
+
+def scaled_linear(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> Table:
+    """Square roots of the betas evenly spaced (latent diffusion, Stable Diffusion's defaults)."""
+    return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2)
+
+
+def cosine(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Table:
+    """alpha_bar = cos^2((t + s) / (1 + s) * pi / 2), normalised (Nichol & Dhariwal, 2021)."""
+    t = np.linspace(0, 1, steps + 1)
+    return _from_alpha_bar(np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2, max_beta)
+
+
+def sigmoid(
+    steps: int = 1000,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+) -> Table:
+    """alpha_bar falls along a sigmoid from ``start`` to ``end`` at temperature tau (Jabri et al., 2022)."""
+
+    def logistic(z):
+        return 1 / (1 + np.exp(-z / tau))
+
+    z = np.linspace(start, end, steps + 1)
+    return _from_alpha_bar(
+        (logistic(end) - logistic(z)) / (logistic(end) - logistic(start)), max_beta
+    )
+
+
+def zero_terminal_snr(table: Table) -> Table:
+    """Shifts and scales alpha so that the last step holds no signal (Lin et al., 2023, alg. 1).
+
+    The first step is kept. The last is exactly (0, 1), so eps-prediction cannot start there.
+    """
+    first, last = table.alphas[0], table.alphas[-1]
+    alphas = (table.alphas - last) * (first / (first - last))
+    return Table(alphas, np.sqrt(1 - alphas**2))
+
+
+@dataclasses.dataclass(frozen=True)
+class VPSDE(Schedule):
+    """dx = -beta/2 x dt + sqrt(beta) dw, beta linear in t in [0, 1] (Song et al., 2021, eq. 32)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def _log_alpha(self, t: Array) -> Array:
+        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+
+    def _time(self, minus_log_alpha: Array, xp: ModuleType) -> Array:
+        slope, start = self.beta_max - self.beta_min, self.beta_min / 2
+        return 2 * minus_log_alpha / (start + xp.sqrt(start**2 + slope * minus_log_alpha))
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        xp, (t,) = _asarrays(t)
+        log_alpha = self._log_alpha(t)
+        return NoiseLevel(t, xp.exp(log_alpha), xp.sqrt(-xp.expm1(2 * log_alpha)))
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+        return self._time(0.5 * xp.log1p((sigma / alpha) ** 2), xp)
+
+
+@dataclasses.dataclass(frozen=True)
+class SubVPSDE(VPSDE):
+    """The VP-SDE's alpha with the smaller sigma = 1 - alpha^2 (Song et al., 2021, eq. 33)."""
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        xp, (t,) = _asarrays(t)
+        log_alpha = self._log_alpha(t)
+        return NoiseLevel(t, xp.exp(log_alpha), -xp.expm1(2 * log_alpha))
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+        return self._time(xp.arcsinh(sigma / alpha / 2), xp)  # sigma/alpha = 2 sinh(-log alpha)
+
+
+@dataclasses.dataclass(frozen=True)
+class VE(Schedule):
+    """Variance exploding, alpha = 1, geometric (Song et al., 2021, eq. 30).
+
+    sigma = sigma_min sqrt((sigma_max / sigma_min)^(2t) - 1): the SDE's exact marginal, clean at
+    t = 0. (Their code drops the -1, which matters only near t = 0.)
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        xp, (t,) = _asarrays(t)
+        growth = 2 * np.log(self.sigma_max / self.sigma_min)
+        return NoiseLevel(t, xp.ones_like(t), self.sigma_min * xp.sqrt(xp.expm1(growth * t)))
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+        growth = 2 * np.log(self.sigma_max / self.sigma_min)
+        return xp.log1p((sigma / alpha / self.sigma_min) ** 2) / growth
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM(Schedule):
+    """alpha = 1, sigma = t in [0, sigma_max] (Karras et al., 2022): time *is* the noise level."""
+
+    sigma_max: float = 80.0
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        xp, (t,) = _asarrays(t)
+        return NoiseLevel(t, xp.ones_like(t), t)
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        _, (alpha, sigma) = _asarrays(alpha, sigma)
+        return sigma / alpha
+
+    def shifted(self, shift: float) -> EDM:
+        """As ``Schedule.shifted``: sigma_max is multiplied, every sigma keeps its own time."""
+        return EDM(self.sigma_max * shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """alpha = 1 - t, sigma = t in [0, 1] (Liu et al., 2022; Lipman et al., 2022)."""
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        _, (t,) = _asarrays(t)
+        return NoiseLevel(t, 1 - t, t)
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        _, (alpha, sigma) = _asarrays(alpha, sigma)
+        return sigma / (alpha + sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrigonometricFlow(Schedule):
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2), t in [0, 1] (Albergo & Vanden-Eijnden, 2022;
+    TrigFlow, Lu & Song, 2024, writes the angle itself as time)."""
+
+    def __call__(self, t: Array | float) -> NoiseLevel:
+        xp, (t,) = _asarrays(t)
+        # cos as the sine of the complement: relative accuracy at t = 1 too.
+        return NoiseLevel(t, xp.sin(np.pi / 2 * (1 - t)), xp.sin(np.pi / 2 * t))
+
+    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
+        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+        return xp.arctan2(sigma, alpha) * (2 / np.pi)
