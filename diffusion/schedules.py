@@ -57,7 +57,7 @@ class NoiseLevel(NamedTuple):
         return 2 * (xp.log(self.alpha) - xp.log(self.sigma))
 
     def expand(self, ndim: int) -> NoiseLevel:
-        """Leaves [B] -> [B, 1, ...] (and () -> [1, ...]) with ``ndim`` axes, for arithmetic with x."""
+        """Leaves [B] -> [B, 1, ...] and () -> [1, ...], of ndim axes, for arithmetic with x."""
         return NoiseLevel(*(a.reshape(a.shape + (1,) * (ndim - a.ndim)) for a in self))
 
 
@@ -96,7 +96,7 @@ class Schedule:
         raise NotImplementedError
 
     def shifted(self, shift: float) -> Schedule:
-        """The schedule with sigma / alpha multiplied by ``shift`` (> 1: noisier, for larger images).
+        """The schedule with sigma / alpha multiplied by ``shift`` (> 1: noisier, for large images).
 
         Simple diffusion (Hoogeboom et al., 2023) states it as log SNR + 2 log(1 / shift), SD3
         (Esser et al., 2024, eq. 23) as t' = shift t / (1 + (shift - 1) t), the same thing on the
@@ -186,7 +186,7 @@ class Table(Schedule):
         return (k + w) / self.steps
 
     def shifted(self, shift: float) -> Table:
-        """As ``Schedule.shifted``, but the table changes and times stay (as zero terminal SNR does):
+        """As ``Schedule.shifted``, but the table changes and times stay (as for zero terminal SNR):
         moved times would end before, or crowd at, the table's last step."""
         if not shift > 0:
             raise ValueError(f"shift must be positive, got {shift}")
@@ -195,7 +195,7 @@ class Table(Schedule):
 
 
 def from_betas(betas: np.ndarray) -> Table:
-    """The table with q(x_k | x_{k-1}) = N(sqrt(1 - beta_k) x_{k-1}, beta_k) for betas [T] in (0, 1)."""
+    """The table of q(x_k | x_{k-1}) = N(sqrt(1 - beta_k) x_{k-1}, beta_k); betas [T] in (0, 1)."""
     betas = np.asarray(betas, np.float64)
     if np.any(betas <= 0) or np.any(betas >= 1):
         raise ValueError(f"betas must lie in (0, 1), got {betas.min()}..{betas.max()}")
@@ -231,7 +231,7 @@ def sigmoid(
     tau: float = 1.0,
     max_beta: float = 0.999,
 ) -> Table:
-    """alpha_bar falls along a sigmoid from ``start`` to ``end`` at temperature tau (Jabri et al., 2022)."""
+    """alpha_bar falls along a sigmoid, start to end, at temperature tau (Jabri et al., 2022)."""
 
     def logistic(z):
         return 1 / (1 + np.exp(-z / tau))

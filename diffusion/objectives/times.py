@@ -1,0 +1,71 @@
+"""Time distributions: which noise levels training sees.
+
+Each is a quantile function ``(u, schedule) -> t`` that turns uniform numbers into times. How the
+uniform numbers are drawn, independently or stratified, is thereby a separate choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtri
+
+from diffusion.schedules import Array, Schedule
+
+TimeDistribution = Callable[[Array, Schedule], Array]
+
+_TINY = 2.0**-24  # half of jax.random.uniform's resolution in float32
+
+
+def independent_uniforms(key: Array, index: Array) -> Array:
+    """u [B] in (0, 1); example i's depends on ``key`` and ``index[i]`` alone."""
+    return _inside(jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index))
+
+
+def stratified_uniforms(key: Array, index: Array, strata: int) -> Array:
+    """u_i = (u_0 + i / strata) mod 1 with one u_0 for all (VDM, Kingma et al., 2021, app. I.1).
+
+    With ``strata`` the global batch size and ``index`` the place in the batch, each batch covers
+    all times evenly, which lowers the variance of the loss; each u_i is still uniform.
+    """
+    return _inside((jax.random.uniform(key) + index / strata) % 1.0)
+
+
+def _inside(u: Array) -> Array:
+    return jnp.clip(u, _TINY, 1 - _TINY)
+
+
+def uniform(u: Array, schedule: Schedule) -> Array:
+    """t uniform in (0, t_max)."""
+    return u * schedule.t_max
+
+
+def discrete(u: Array, schedule: Schedule, steps: int = 1000) -> Array:
+    """t uniform in {1/T, ..., 1} t_max for T = steps: the table's own times (DDPM)."""
+    return jnp.ceil(u * steps) / steps * schedule.t_max
+
+
+def logit_normal(u: Array, schedule: Schedule, mean: float = 0.0, std: float = 1.0) -> Array:
+    """logit(t / t_max) ~ N(mean, std^2) (SD3, Esser et al., 2024, eq. 19)."""
+    return jax.nn.sigmoid(mean + std * ndtri(u)) * schedule.t_max
+
+
+def mode(u: Array, schedule: Schedule, scale: float = 1.29) -> Array:
+    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), heavy in the middle (SD3, eq. 20).
+
+    Monotone for -1 <= scale <= 2 / (pi - 2) = 1.75.
+    """
+    return (1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)) * schedule.t_max
+
+
+def cosmap(u: Array, schedule: Schedule) -> Array:
+    """t = 1 - 1 / (tan(pi u / 2) + 1): the cosine schedule's log SNRs on the flow (SD3, eq. 21)."""
+    return (1 - 1 / (jnp.tan(jnp.pi / 2 * u) + 1)) * schedule.t_max
+
+
+def log_normal(u: Array, schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Array:
+    """log(sigma / alpha) ~ N(mean, std^2), cut at the schedule's end (EDM, Karras et al., 2022)."""
+    ratio = jnp.exp(mean + std * ndtri(u))
+    return jnp.minimum(schedule.invert(jnp.ones_like(ratio), ratio), schedule.t_max)
