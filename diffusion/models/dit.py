@@ -1,0 +1,344 @@
+"""Diffusion transformer (DiT; Peebles & Xie, 2022) with adaLN-Zero blocks.
+
+Parameters, with the names of the original code: ``x_embedder``, ``t_embedder``, ``y_embedder``,
+``blocks_0`` ... each with ``attn/{qkv,proj}``, ``mlp/{fc1,fc2}`` and ``adaLN_modulation``, and
+``final_layer/{adaLN_modulation,linear}``. With ``scan=True`` there is one ``blocks`` whose arrays
+have the layer as their first axis; `stack_blocks` and `unstack_blocks` convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion.conditioning import Conditioning
+from diffusion.models import positions as pos
+from diffusion.models.layers import EmbeddingMLP, sinusoidal
+from diffusion.models.transformer_layers import (
+    MLPS,
+    NORMS,
+    CrossAttention,
+    SelfAttention,
+    modulate,
+)
+from diffusion.schedules import Array
+
+SIZES = {
+    "S": {"width": 384, "depth": 12, "heads": 6},
+    "B": {"width": 768, "depth": 12, "heads": 12},
+    "L": {"width": 1024, "depth": 24, "heads": 16},
+    "XL": {"width": 1152, "depth": 28, "heads": 16},
+}
+PATCHES = (2, 4, 8)
+
+normal = nn.initializers.normal(0.02)
+xavier = nn.initializers.xavier_uniform()
+zeros = nn.initializers.zeros
+
+
+def preset(name: str) -> dict[str, int]:
+    """Fields width, depth, heads and patch of 'S/2' ... 'XL/8': ``DiT(**preset('XL/2'), ...)``.
+
+    Raises ValueError for another name.
+    """
+    valid = [f"{size}/{patch}" for size in SIZES for patch in PATCHES]
+    if name not in valid:
+        raise ValueError(f"unknown DiT preset {name!r}; choose from {', '.join(valid)}")
+    size, patch = name.split("/")
+    return {**SIZES[size], "patch": int(patch)}
+
+
+def patchify(x: Array, patch: int) -> Array:
+    """[B, H, W, C] -> tokens [B, H/patch * W/patch, patch * patch * C], in row-major order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
+    return x.reshape(b, -1, patch * patch * c)
+
+
+def unpatchify(tokens: Array, patch: int, height: int, width: int) -> Array:
+    """Inverse of `patchify` for an image of height x width pixels."""
+    b = tokens.shape[0]
+    x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1).swapaxes(2, 3)
+    return x.reshape(b, height, width, -1)
+
+
+class TimeEmbedder(nn.Module):
+    """256 sinusoids of c_noise [B], then Dense, SiLU, Dense -> [B, features], float32."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, time: Array) -> Array:
+        x = nn.Dense(self.features, kernel_init=normal, name="linear_1")(sinusoidal(time, 256))
+        return nn.Dense(self.features, kernel_init=normal, name="linear_2")(nn.silu(x))
+
+
+class Block(nn.Module):
+    """adaLN-Zero block: self-attention, optional cross-attention, MLP; identity at initialisation.
+
+    The residual stream has the compute dtype; norms, modulation and additions are float32.
+    """
+
+    heads: int
+    mlp_ratio: float
+    norm: str
+    mlp: str
+    qk_norm: bool
+    dropout: float
+    dtype: jnp.dtype
+    attention_implementation: str | None
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        c: Array,
+        rotary: tuple[Array, Array] | None,
+        context: Array | None,
+        context_mask: Array | None,
+    ) -> Array:
+        width, norm = x.shape[-1], NORMS[self.norm]
+        attention = (self.heads, self.qk_norm, self.dtype, self.attention_implementation)
+        dropout = nn.Dropout(self.dropout, deterministic=not self.train)
+
+        def residual(x: Array, update: Array, gate: Array | float) -> Array:
+            return (x + gate * dropout(update).astype(jnp.float32)).astype(self.dtype)
+
+        m = nn.Dense(6 * width, kernel_init=zeros, name="adaLN_modulation")(c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(m, 6, axis=-1)
+
+        h = modulate(norm(x), shift_a, scale_a).astype(self.dtype)
+        x = residual(x, SelfAttention(*attention, name="attn")(h, rotary), gate_a[:, None])
+        if context is not None:
+            h = CrossAttention(*attention, name="cross_attn")(x, context, context_mask)
+            x = residual(x, h, 1.0)
+        h = modulate(norm(x), shift_m, scale_m).astype(self.dtype)
+        mlp = MLPS[self.mlp](int(self.mlp_ratio * width), self.dtype, name="mlp")
+        return residual(x, mlp(h), gate_m[:, None])
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map to ``features`` per token; zero at initialisation."""
+
+    features: int
+    norm: str
+
+    @nn.compact
+    def __call__(self, x: Array, c: Array) -> Array:
+        m = nn.Dense(2 * x.shape[-1], kernel_init=zeros, name="adaLN_modulation")(c)
+        shift, scale = jnp.split(m, 2, axis=-1)
+        x = modulate(NORMS[self.norm](x), shift, scale)
+        return nn.Dense(self.features, kernel_init=zeros, name="linear")(x)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer: (x [B, H, W, C], c_noise [B], cond) -> [B, H, W, C or 2C], float32.
+
+    The output at initialisation is exactly zero. Fields of cond that the network was not made
+    for are ignored; those that it was made for must be present. ``cond.image``, where given, is
+    concatenated to x along the channels.
+
+    Attributes:
+      width, depth, heads, patch: sizes; see `preset`.
+      mlp_ratio: hidden width of the MLPs over width.
+      num_classes: embeds ``cond.label``, of which ``num_classes`` is the null class; 0 for none.
+      learned_variance: the output has 2C channels, the second half for variances.
+      positions: 'sincos' (fixed, added to the tokens) or 'rotary' (axial, in every attention).
+      norm: 'layer' or 'rms', neither with parameters of its own.
+      mlp: 'gelu' or 'swiglu'.
+      qk_norm: RMS-normalises queries and keys, with a learned scale.
+      cross_attention: every block also attends to ``cond.context`` under ``cond.context_mask``.
+      pooled: ``cond.pooled`` is embedded and added to the time embedding.
+      dropout: rate on what each attention and MLP adds, in training.
+      dtype: compute type of blocks; embeddings, modulation and the last layer are float32.
+      remat: recomputes blocks in the backward pass rather than storing their activations.
+      scan: one compiled block looped over layers: compiles faster, parameters are stacked.
+      attention_implementation: as for `attend`.
+
+    Raises ValueError, when made, for fields that do not fit together and, when called, for images
+    that the patch does not divide, missing conditioning or features out of range.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    mlp_ratio: float = 4.0
+    num_classes: int = 0
+    learned_variance: bool = False
+    positions: str = "sincos"
+    norm: str = "layer"
+    mlp: str = "gelu"
+    qk_norm: bool = False
+    cross_attention: bool = False
+    pooled: bool = False
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+    scan: bool = False
+    attention_implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("depth", "patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, choices in (
+            ("positions", ("sincos", "rotary")),
+            ("norm", tuple(NORMS)),
+            ("mlp", tuple(MLPS)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose from {choices}")
+        # Sinusoids need width / 4 frequencies, rotations head width / 4.
+        if self.width < 4 or self.width % 4:
+            low = max(4, self.width - self.width % 4)
+            raise ValueError(
+                f"width={self.width} must be a positive multiple of 4; nearest: {low} or {low + 4}"
+            )
+        unit = 4 if self.positions == "rotary" else 1
+        valid = [h for h in range(1, self.width + 1) if self.width % (h * unit) == 0]
+        if self.heads not in valid:
+            below = [h for h in valid if h < self.heads][-1:]
+            above = [h for h in valid if h > self.heads][:1]
+            raise ValueError(
+                f"heads={self.heads} must divide width={self.width}"
+                + (" into heads whose width is a multiple of 4 (rotary)" if unit == 4 else "")
+                + f"; nearest: {' or '.join(map(str, below + above))}"
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        time: Array,
+        cond: Conditioning,
+        *,
+        train: bool = False,
+        features: Sequence[int] = (),
+    ) -> Array | tuple[Array, tuple[Array, ...]]:
+        """The network's output F; with ``features``, F and the tokens after those blocks.
+
+        ``features=(8,)`` gives ``(F, (tokens,))`` with the tokens [B, H/patch, W/patch, width] as
+        the 8th block leaves them (blocks count from 1), for representation alignment.
+        """
+        self._check_call(x, cond, features)
+        height, width, channels = x.shape[1:]
+        grid = (height // self.patch, width // self.patch)
+        out = channels * (2 if self.learned_variance else 1)
+        if cond.image is not None:
+            x = jnp.concatenate([x, cond.image.astype(x.dtype)], axis=-1)
+
+        x = patchify(x.astype(jnp.float32), self.patch)
+        x = nn.Dense(self.width, kernel_init=xavier, name="x_embedder")(x)
+        rotary = None
+        if self.positions == "sincos":
+            x = x + pos.sincos_2d(*grid, self.width)[None]
+        else:
+            rotary = pos.rotary_2d(*grid, self.width // self.heads)
+        c = nn.silu(self._embed(time, cond))
+        context = context_mask = None
+        if self.cross_attention:
+            context = EmbeddingMLP(self.width, self.dtype, name="context_embedder")(cond.context)
+            context_mask = cond.context_mask
+
+        x, tokens = self._blocks(
+            x.astype(self.dtype), (c, rotary, context, context_mask), train, features
+        )
+        x = FinalLayer(self.patch**2 * out, self.norm, name="final_layer")(x, c)
+        x = unpatchify(x, self.patch, height, width)
+        if not features:
+            return x
+        return x, tuple(t.reshape(-1, *grid, self.width) for t in tokens)
+
+    def _embed(self, time: Array, cond: Conditioning) -> Array:
+        """Sum [B, width] of the embeddings of time, class and pooled vector."""
+        c = TimeEmbedder(self.width, name="t_embedder")(time)
+        if self.num_classes:
+            table = nn.Embed(
+                self.num_classes + 1, self.width, embedding_init=normal, name="y_embedder"
+            )
+            c = c + table(cond.label)
+        if self.pooled:
+            c = c + EmbeddingMLP(self.width, name="pooled_embedder")(cond.pooled)
+        return c
+
+    def _blocks(
+        self, x: Array, inputs: tuple, train: bool, features: Sequence[int]
+    ) -> tuple[Array, list[Array]]:
+        """The tokens after all blocks, and after those that ``features`` names."""
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        fields = {
+            "heads": self.heads,
+            "mlp_ratio": self.mlp_ratio,
+            "norm": self.norm,
+            "mlp": self.mlp,
+            "qk_norm": self.qk_norm,
+            "dropout": self.dropout,
+            "dtype": self.dtype,
+            "attention_implementation": self.attention_implementation,
+            "train": train,
+        }
+        if self.scan:
+
+            def body(layer, x, inputs):
+                x = layer(x, *inputs)
+                return x, x if features else None
+
+            x, after = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=self.depth,
+            )(block(**fields, name="blocks"), x, inputs)
+        else:
+            after = []
+            for i in range(self.depth):
+                x = block(**fields, name=f"blocks_{i}")(x, *inputs)
+                after.append(x)
+        return x, [after[i - 1] for i in features]
+
+    def _check_call(self, x: Array, cond: Conditioning, features: Sequence[int]) -> None:
+        if x.ndim != 4:
+            raise ValueError(f"DiT takes images [B, H, W, C], got x of shape {x.shape}")
+        height, width = x.shape[1:3]
+        if height % self.patch or width % self.patch:
+            nearest = [
+                sorted({max(1, n // self.patch) * self.patch, -(-n // self.patch) * self.patch})
+                for n in (height, width)
+            ]
+            raise ValueError(
+                f"image of {height} x {width} is not divisible by patch={self.patch}; nearest "
+                f"heights: {nearest[0]}, nearest widths: {nearest[1]}"
+            )
+        for used, name, meaning in (
+            (self.num_classes, "label", f"[B], with {self.num_classes} for none"),
+            (self.cross_attention, "context", "[B, M, features]"),
+            (self.pooled, "pooled", "[B, features]"),
+        ):
+            if used and getattr(cond, name) is None:
+                raise ValueError(f"this DiT is conditional: cond.{name} {meaning} is missing")
+        if any(not 1 <= i <= self.depth for i in features):
+            raise ValueError(f"features={tuple(features)} must be blocks 1..{self.depth}")
+
+
+def stack_blocks(params: Mapping) -> dict:
+    """Parameters of an unrolled DiT -> those of the same network with ``scan=True``."""
+    depth = sum(name.startswith("blocks_") for name in params)
+    blocks = [params[f"blocks_{i}"] for i in range(depth)]
+    rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
+    return {**rest, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def unstack_blocks(params: Mapping) -> dict:
+    """Inverse of `stack_blocks`."""
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    depth = len(jax.tree.leaves(params["blocks"])[0])
+    for i in range(depth):
+        rest[f"blocks_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+    return rest

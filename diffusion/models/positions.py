@@ -1,0 +1,67 @@
+"""Positions of tokens on a grid: fixed sinusoids added to tokens, rotations of queries and keys."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.schedules import Array
+
+
+def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column [height * width] of each token, in row-major order."""
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    return rows.reshape(-1), columns.reshape(-1)
+
+
+def _angles(positions: np.ndarray, count: int, max_period: float) -> np.ndarray:
+    """positions [L] times the frequencies max_period^(-i / count), i < count -> [L, count]."""
+    return positions[:, None] * max_period ** (-np.arange(count) / count)
+
+
+def sincos_2d(
+    height: int, width: int, features: int, *, max_period: float = 10_000.0
+) -> np.ndarray:
+    """Fixed sine-cosine embedding [height * width, features] (float32) of a grid of tokens.
+
+    The four quarters of the channels are sin(column), cos(column), sin(row), cos(row), each over
+    features/4 frequencies, as in MAE and DiT. Raises ValueError unless 4 divides features.
+    """
+    if features % 4:
+        raise ValueError(
+            f"2-D sine-cosine positions need a width that is a multiple of 4, got {features}; "
+            f"nearest: {features - features % 4} or {features - features % 4 + 4}"
+        )
+    rows, columns = (_angles(p, features // 4, max_period) for p in _grid(height, width))
+    parts = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def rotary_2d(
+    height: int, width: int, features: int, *, max_period: float = 10_000.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, each [height * width, features / 2] (float32), for `rotate`.
+
+    Axial rotary positions (Su et al., 2021; Heo et al., 2024): of the features/2 planes of a head
+    the first half turns with the token's row, the second with its column. ``features`` is the
+    width of one head. Raises ValueError unless 4 divides it.
+    """
+    if features % 4:
+        raise ValueError(
+            f"2-D rotary positions need a head width that is a multiple of 4, got {features}; "
+            f"nearest: {features - features % 4} or {features - features % 4 + 4}"
+        )
+    angles = [_angles(p, features // 4, max_period) for p in _grid(height, width)]
+    angles = np.concatenate(angles, axis=1)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns channel pairs (i, i + D/2) of x [B, L, heads, D] by the angles of cos, sin [L, D/2].
+
+    Queries and keys so turned have inner products that depend on relative positions only.
+    Computed in float32, returned in x's dtype.
+    """
+    cos, sin = cos[:, None, :], sin[:, None, :]  # [L, 1, D/2]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
