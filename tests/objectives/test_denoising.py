@@ -1,0 +1,188 @@
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import PREDICTIONS, SCHEDULES
+
+from diffusion import predictions, schedules
+from diffusion.conditioning import Conditioning, null_like
+from diffusion.denoiser import ddpm_index, log_sigma, thousand_t
+from diffusion.objectives import times, weightings
+from diffusion.objectives.denoising import Denoising, Uncertainty
+from diffusion.objectives.distances import pseudo_huber
+
+
+class PointMass(nn.Module):
+    """The ideal network when all data are one point: it knows x_0, and solves x_t for eps."""
+
+    point: float
+    schedule: schedules.Schedule
+    prediction: predictions.Prediction
+
+    @nn.compact
+    def __call__(self, x, time, cond, train=False):
+        self.param("unused", nn.initializers.zeros, (1,))
+        level = self.schedule(time)  # c_noise is the time itself in these tests
+        row = self.prediction(level.expand(x.ndim))
+        level = level.expand(x.ndim)
+        noise = (x / row.c_in - level.alpha * self.point) / level.sigma
+        return row.a * self.point + row.b * noise
+
+
+class Affine(nn.Module):
+    """A network with one weight per input channel, enough to have gradients."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x, time, cond, train=False):
+        shift = 0.0 if cond.label is None else cond.label[:, None].astype(x.dtype)
+        return nn.Dense(self.channels)(x) + 0.1 * jnp.tanh(shift)
+
+
+def time_itself(level):
+    return level.t
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_perfect_network_has_no_loss(schedule, prediction):
+    if schedule == "shifted_flow":
+        pytest.skip("its levels carry the base schedule's times; covered by rectified_flow")
+    s, p = SCHEDULES[schedule], PREDICTIONS[prediction]
+    objective = Denoising(PointMass(0.4, s, p), s, p, time_itself, t_min=0.01 * s.t_max)
+    batch = {"x": np.full((64, 3), 0.4, np.float32)}
+    params = objective.init(jax.random.key(0), batch)
+    loss, _ = objective.loss(params, {}, batch, jax.random.key(1))
+    assert float(loss) < 1e-6
+    off = Denoising(PointMass(0.9, s, p), s, p, time_itself, t_min=0.01 * s.t_max)
+    assert float(off.loss(params, {}, batch, jax.random.key(1))[0]) > 1e-3
+
+
+def affine_objective(**overrides):
+    defaults = dict(
+        network=Affine(2),
+        schedule=schedules.cosine(),
+        prediction=predictions.v,
+        c_noise=ddpm_index,
+    )
+    return Denoising(**(defaults | overrides))
+
+
+def batch_of(n):
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=(n, 2)).astype(np.float32),
+        "label": rng.integers(0, 3, n).astype(np.int32),
+        "index": np.arange(n, dtype=np.int32),
+    }
+
+
+@pytest.mark.parametrize("stratify", [None, 8])
+def test_loss_does_not_depend_on_how_the_batch_is_split(stratify):
+    objective = affine_objective(
+        stratify=stratify, dropout=0.5, null=lambda cond: null_like(cond, label=3)
+    )
+    batch = batch_of(8)
+    params = objective.init(jax.random.key(0), batch)
+    whole, _ = objective.loss(params, {}, batch, jax.random.key(1))
+    halves = [
+        objective.loss(params, {}, {k: v[i : i + 4] for k, v in batch.items()}, jax.random.key(1))
+        for i in (0, 4)
+    ]
+    assert float(whole) == pytest.approx(np.mean([float(h[0]) for h in halves]), rel=1e-6)
+
+
+def test_dropout_uses_the_null_label_at_its_rate():
+    class Echo(nn.Module):
+        """Its output is 1 exactly for examples that got the null label."""
+
+        @nn.compact
+        def __call__(self, x, time, cond, train=False):
+            self.param("unused", nn.initializers.zeros, (1,))
+            return jnp.zeros_like(x) + (cond.label[:, None] == 3)
+
+    objective = affine_objective(
+        network=Echo(),
+        prediction=predictions.x0,
+        dropout=0.3,
+        null=lambda cond: null_like(cond, label=3),
+    )
+    batch = batch_of(4000) | {"x": np.zeros((4000, 2), np.float32)}
+    loss, _ = objective.loss(objective.init(jax.random.key(0), batch), {}, batch, jax.random.key(2))
+    assert float(loss) == pytest.approx(0.3, abs=0.03)
+
+
+def test_every_combination_gives_finite_gradients():
+    batch = batch_of(16)
+    for schedule in ("cosine", "zero_terminal_snr", "edm", "rectified_flow"):
+        for prediction in PREDICTIONS.values():
+            objective = affine_objective(
+                schedule=SCHEDULES[schedule],
+                prediction=prediction,
+                c_noise=log_sigma if schedule == "edm" else thousand_t,
+                times=times.discrete if schedule == "zero_terminal_snr" else times.log_normal,
+                distance=pseudo_huber,
+                weighting=partial(weightings.min_snr, gamma=3.0),
+                uncertainty=Uncertainty(),
+            )
+            if prediction is predictions.eps and schedule == "zero_terminal_snr":
+                continue  # c_out is infinite there; refused by the configuration
+            params = objective.init(jax.random.key(0), batch)
+            grads = jax.grad(lambda p, o=objective: o.loss(p, {}, batch, jax.random.key(1))[0])(
+                params
+            )
+            assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads)), schedule
+
+
+def test_learned_uncertainty_converges_to_the_log_loss():
+    """The minimum of L exp(-u) + u over u is at u = log L, whatever the level."""
+    objective = affine_objective(uncertainty=Uncertainty(), schedule=schedules.RectifiedFlow())
+    batch = batch_of(256)
+    params = objective.init(jax.random.key(0), batch)
+    params["network"] = jax.tree.map(jnp.zeros_like, params["network"])
+    plain = dataclasses.replace(objective, uncertainty=None)
+
+    def descend(u, step):
+        def loss(u):
+            parameters = {**params, "uncertainty": u}
+            return objective.loss(parameters, {}, batch, jax.random.fold_in(key, step))[0]
+
+        rate = 0.02 * (1 - step / 1500)
+        return jax.tree.map(lambda p, g: p - rate * g, u, jax.grad(loss)(u)), None
+
+    key = jax.random.key(1)
+    u, _ = jax.jit(lambda u: jax.lax.scan(descend, u, jnp.arange(1500)))(params["uncertainty"])
+    level = objective.schedule(jnp.linspace(0.1, 0.9, 9))
+    learned = objective.uncertainty.apply({"params": u}, level)
+    # A zero network's loss on v is E[v^2] = alpha^2 + sigma^2 (unit data), labels' shift apart.
+    losses = [
+        float(
+            dataclasses.replace(plain, times=lambda u, s, t=t: jnp.full_like(u, t)).loss(
+                params, {}, batch, jax.random.key(9)
+            )[0]
+        )
+        for t in np.linspace(0.1, 0.9, 9)
+    ]
+    np.testing.assert_allclose(learned, np.log(losses), atol=0.12)
+
+
+def test_denoiser_uses_the_conventions_of_time():
+    level = schedules.linear()(jnp.array([1 / 1000, 0.5, 1.0]))
+    np.testing.assert_allclose(ddpm_index(level), [0, 499, 999], atol=1e-3)
+    np.testing.assert_allclose(thousand_t(level), [1, 500, 1000], rtol=1e-6)
+    np.testing.assert_allclose(log_sigma(level), jnp.log(level.sigma / level.alpha) / 4, rtol=1e-6)
+
+
+def test_denoiser_splits_learned_variances():
+    objective = affine_objective(network=Affine(4))
+    params = objective.init(jax.random.key(0), batch_of(3))
+    denoise = objective.denoiser(params)
+    level = objective.schedule(jnp.full(3, 0.5))
+    x0_hat, nu = denoise(jnp.ones((3, 2)), level, Conditioning())
+    assert x0_hat.shape == nu.shape == (3, 2)
+    assert nu.min() >= 0 and nu.max() <= 1
