@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import importlib.util
 import io
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,7 +156,7 @@ def cifar10(split: str, data_dir: str | Path | None = None) -> Source:
         data, offsets = file[f"{split}_jpeg"], file[f"{split}_offsets"]
         label = file[f"{split}_labels"]
         names = tuple(str(c) for c in file["classes"])
-    images = [_decode(data[a:b].tobytes()) for a, b in zip(offsets[:-1], offsets[1:])]
+    images = [_decode(data[a:b].tobytes()) for a, b in itertools.pairwise(offsets)]
     note = "CIFAR-10 from a lossy copy (JPEG, quality 75, about 30 dB)"
     return from_arrays("cifar10", np.stack(images), label, class_names=names, note=note)
 
