@@ -1,0 +1,273 @@
+"""Pictures: sample grids, loss curves, sampling trajectories, two-dimensional densities."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+INK, MUTED, PAPER = "#1f2430", "#6b7280", "#ffffff"
+BLUE, ORANGE, GRAY = "#2563eb", "#ea580c", "#9ca3af"
+STYLE = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRAY,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "grid.color": "#e5e7eb",
+    "legend.frameon": False,
+}
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0..255, rounded; values outside are clipped, NaN becomes 0."""
+    images = np.nan_to_num(np.asarray(images, np.float32), nan=-1.0)
+    return np.round((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def upscale(image: np.ndarray, factor: int) -> np.ndarray:
+    """Nearest-neighbour enlargement of [..., H, W, C] by a whole factor."""
+    return np.repeat(np.repeat(image, factor, axis=-3), factor, axis=-2)
+
+
+def image_grid(
+    images: np.ndarray,
+    columns: int | None = None,
+    *,
+    scale: int | None = None,
+    gap: int = 2,
+    row_names: Sequence[str] = (),
+) -> np.ndarray:
+    """Tiles images [N, H, W, C] in [-1, 1], row by row; uint8 [h, w, 3].
+
+    With N = classes x columns and images sorted by class, each row is one class.
+
+    Args:
+      images: C is 1 (grey) or 3.
+      columns: images per row, by default about sqrt(N).
+      scale: whole enlargement factor, by default one that makes images at least 32 pixels high.
+      gap: white pixels between images.
+      row_names: one name per row, written to its left.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) == 0:
+        raise ValueError(f"expected images [N, H, W, 1 or 3], got {images.shape}")
+    n, height = images.shape[:2]
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    if row_names and len(row_names) != rows:
+        raise ValueError(f"expected {rows} row names, got {len(row_names)}")
+    scale = scale or max(1, -(-32 // height))
+    tiles = upscale(to_uint8(images), scale)
+    h, w = tiles.shape[1:3]
+    grid = np.full((gap + rows * (h + gap), gap + columns * (w + gap), 3), 255, np.uint8)
+    for k, tile in enumerate(tiles):
+        top, left = gap + k // columns * (h + gap), gap + k % columns * (w + gap)
+        grid[top : top + h, left : left + w] = tile
+    return _name_rows(grid, row_names, h, gap) if row_names else grid
+
+
+def _name_rows(grid: np.ndarray, names: Sequence[str], height: int, gap: int) -> np.ndarray:
+    font = ImageFont.load_default(size=max(11, min(16, height // 2)))
+    width = round(max(font.getlength(name) for name in names)) + 12
+    margin = Image.new("RGB", (width, len(grid)), PAPER)
+    draw = ImageDraw.Draw(margin)
+    for k, name in enumerate(names):
+        middle = gap + k * (height + gap) + height // 2
+        draw.text((width - 6, middle), name, fill=INK, font=font, anchor="rm")
+    return np.concatenate([np.asarray(margin), grid], axis=1)
+
+
+def save_png(
+    path: str | Path, image: np.ndarray, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes uint8 [H, W, C], C = 1 or 3, with ``metadata`` as text chunks (``Image.text``)."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise ValueError(f"expected uint8 [H, W, 1 or 3], got {image.dtype} {image.shape}")
+    info = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_itxt(key, value)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, pnginfo=info)
+
+
+def read_metrics(path: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of ``key`` from a JSON-lines file; a step written twice counts once, last.
+
+    Lines without ``key`` are passed over (other metrics have other rhythms).
+    """
+    values = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        if row.get(key) is not None:
+            values[row["step"]] = row[key]
+    if not values:
+        raise ValueError(f"{path} has no values of {key!r}")
+    steps = np.array(sorted(values))
+    return steps, np.array([values[s] for s in steps], np.float64)
+
+
+def smooth(values: np.ndarray, width: float) -> np.ndarray:
+    """Gaussian mean over ``width`` points (one standard deviation), normalised at the ends."""
+    reach = max(1, int(3 * width))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    total = np.convolve(values, kernel)[reach : reach + len(values)]
+    return total / np.convolve(np.ones_like(values), kernel)[reach : reach + len(values)]
+
+
+def loss_curve(
+    path: str | Path, metrics: str | Path, *, key: str = "loss", title: str = ""
+) -> None:
+    """Draws ``key`` over the steps, raw and smoothed, from a ``metrics.jsonl`` into a PNG.
+
+    The axis is logarithmic if all values are positive and span more than a factor of four.
+    """
+    steps, values = read_metrics(metrics, key)
+    finite = values[np.isfinite(values)]
+    with _figure(path, 7.0, 4.0) as figure:
+        axes = figure.subplots()
+        axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
+        if len(finite) == len(values) and len(values) >= 8:
+            smoothed = smooth(values, max(1.0, len(values) / 50))
+            axes.plot(steps, smoothed, color=BLUE, linewidth=2, label="smoothed")
+            axes.annotate(
+                f"{smoothed[-1]:.3g}",
+                (steps[-1], smoothed[-1]),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                color=BLUE,
+            )
+        if len(finite) and finite.min() > 0 and finite.max() > 4 * finite.min():
+            axes.set_yscale("log")
+            plain = FuncFormatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_major_formatter(plain)
+            if finite.max() < 30 * finite.min():
+                axes.yaxis.set_minor_formatter(plain)
+        axes.set(xlabel="step", ylabel=key, title=title)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.grid(True, which="both")
+        axes.set_axisbelow(True)
+        axes.legend()
+
+
+def trajectory_strip(
+    path: str | Path,
+    xs: np.ndarray,
+    *,
+    columns: int = 10,
+    scale: int | None = None,
+    row_names: Sequence[str] = (),
+) -> None:
+    """A row per image, noise on the left, clean on the right: xs [S, N, H, W, C] into a PNG.
+
+    Shows ``columns`` of the S states, evenly spread, first and last included.
+    """
+    xs = _check_trajectory(xs, 5)
+    shown = xs[np.unique(np.round(np.linspace(0, len(xs) - 1, columns)).astype(int))]
+    rows = shown.swapaxes(0, 1).reshape(-1, *xs.shape[2:])  # [N * columns, H, W, C]
+    save_png(path, image_grid(rows, len(shown), scale=scale, row_names=row_names))
+
+
+def trajectory_gif(
+    path: str | Path,
+    xs: np.ndarray,
+    *,
+    columns: int | None = None,
+    scale: int | None = None,
+    milliseconds: int = 80,
+    hold: int = 1500,
+) -> None:
+    """An endless animation with one frame per state: xs [S, N, H, W, C] in [-1, 1] into a GIF.
+
+    Each frame is a grid of the N images; the last one is held for ``hold`` milliseconds.
+    """
+    xs = _check_trajectory(xs, 5)
+    frames = [Image.fromarray(image_grid(x, columns, scale=scale)) for x in xs]
+    # One palette for all, else colours flicker; and marking each frame keeps equal ones apart.
+    palette = Image.fromarray(np.concatenate([np.asarray(f) for f in frames])).quantize(256)
+    frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    times = [milliseconds] * (len(frames) - 1) + [hold]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def density_figure(
+    path: str | Path,
+    data: np.ndarray,
+    samples: np.ndarray,
+    trajectories: np.ndarray | None = None,
+    *,
+    title: str = "",
+    lines: int = 200,
+) -> None:
+    """Two-dimensional data beside samples as densities, and sampling trajectories, into a PNG.
+
+    Args:
+      path: of the PNG.
+      data: [N, 2] real points.
+      samples: [M, 2] generated points.
+      trajectories: [S, K, 2] points on their way from noise to data; the first ``lines`` are drawn.
+      title: above the figure.
+      lines: see ``trajectories``.
+    """
+    data, samples = np.asarray(data), np.asarray(samples)
+    limit = 1.15 * float(np.abs(data).max())
+    panels = 2 if trajectories is None else 3
+    with _figure(path, 3.7 * panels, 4.0) as figure:
+        axes = figure.subplots(1, panels)
+        for ax, points, name in zip(axes, (data, samples), ("data", "samples")):
+            box = (-limit, limit, -limit, limit)
+            ax.hexbin(*points.T, gridsize=60, extent=box, cmap="Blues", mincnt=1, linewidths=0.1)
+            _square(ax, limit, f"{name} (n = {len(points):,})")
+        if trajectories is not None:
+            xs = _check_trajectory(trajectories, 3)[:, :lines]
+            _draw_trajectories(axes[2], xs, limit)
+        if title:
+            figure.suptitle(title)
+
+
+def _draw_trajectories(ax: Axes, xs: np.ndarray, limit: float) -> None:
+    for line in xs.swapaxes(0, 1):
+        ax.plot(*line.T, color=GRAY, linewidth=0.5, alpha=0.5)
+    ax.scatter(*xs[0].T, s=6, color=ORANGE, label="noise", zorder=2, linewidths=0)
+    ax.scatter(*xs[-1].T, s=6, color=BLUE, label="sample", zorder=3, linewidths=0)
+    # Noise of a large sigma lies far outside: show the greater part of it, at most thrice the data.
+    reach = float(np.quantile(np.abs(xs[0]).max(-1), 0.9))
+    _square(ax, np.clip(1.1 * reach, limit, 3 * limit), f"trajectories (n = {xs.shape[1]:,})")
+    ax.legend(loc="upper right", handletextpad=0.2)
+
+
+def _square(ax: Axes, limit: float, title: str) -> None:
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$")
+    ax.locator_params(nbins=5)
+
+
+def _check_trajectory(xs: np.ndarray, ndim: int) -> np.ndarray:
+    xs = np.asarray(xs)
+    if xs.ndim != ndim or len(xs) == 0:
+        shape = "[S, N, H, W, C]" if ndim == 5 else "[S, K, 2]"
+        raise ValueError(f"expected a trajectory {shape}, got {xs.shape}")
+    return xs
+
+
+@contextmanager
+def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure in the common style, written to ``path``; free of pyplot's global state."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=PAPER)
+        FigureCanvasAgg(figure)
+        yield figure
+        figure.savefig(path, format="png")
