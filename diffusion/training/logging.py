@@ -1,0 +1,80 @@
+"""What a run tells: TensorBoard, ``metrics.jsonl`` and the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Logger:
+    """Writes ``workdir/metrics.jsonl`` and TensorBoard events in ``workdir/tensorboard``.
+
+    Each line of ``metrics.jsonl`` is {"step": s, name: number, ...}. Non-finite numbers are null,
+    which JSON knows.
+    """
+
+    def __init__(self, workdir: str | os.PathLike):
+        self._workdir = Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._file = self._workdir / "metrics.jsonl"
+        self._events: SummaryWriter | None = None
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after ``step``, where the run goes on: no step appears twice."""
+        if self._file.exists():
+            kept = [line for line in self._file.read_text().splitlines() if _step(line) <= step]
+            partial = self._file.with_suffix(".jsonl.partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self._file)
+        self.close()
+        self._events = self._writer(purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of ``metrics.jsonl`` and one point of each curve."""
+        values = {name: float(value) for name, value in values.items()}
+        line = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **line}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """A picture [H, W, 1 or 3], uint8 or float in [0, 1], for TensorBoard."""
+        image = np.asarray(image)
+        if image.ndim != 3 or image.shape[-1] not in (1, 3):
+            raise ValueError(f"expected an image [H, W, 1 or 3], got shape {image.shape}")
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def text(self, message: str) -> None:
+        """A line on the terminal, above the progress bar if there is one."""
+        tqdm.write(message)
+
+    def close(self) -> None:
+        """Writes what is buffered; the logger can still be used afterwards."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    @property
+    def _tensorboard(self) -> SummaryWriter:
+        if self._events is None:
+            self._events = self._writer(purge_step=None)
+        return self._events
+
+    def _writer(self, purge_step: int | None) -> SummaryWriter:
+        return SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
+
+
+def _step(line: str) -> float:
+    """The line's step; infinite for one that was not written to its end."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf

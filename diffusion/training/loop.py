@@ -1,0 +1,286 @@
+"""The training loop: data in, steps, and now and then a line, a picture, a checkpoint.
+
+The host never waits for the step it has just started. It runs a few steps ahead of the devices
+and reads a step's metrics when they have long been there; only checkpoints and hooks wait.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from diffusion.schedules import Array
+from diffusion.training import checkpoints as checkpoints_lib
+from diffusion.training import ema as ema_lib
+from diffusion.training.logging import Logger
+from diffusion.training.optimizers import Optimizer
+from diffusion.training.state import TrainState, create
+from diffusion.training.step import make_train_step, replicated
+
+RUN_AHEAD = 8  # steps; bounds the batches held on the devices
+
+Hook = tuple[int, Callable[[TrainState, int], None]]
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradients were not finite."""
+
+
+def fit(
+    *,
+    objective: Any,
+    optimizer: Optimizer,
+    emas: Mapping[str, ema_lib.Profile],
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    steps: int,
+    workdir: str | os.PathLike,
+    seed: int = 0,
+    frozen: Any = None,
+    accumulate: int = 1,
+    log_every: int = 100,
+    checkpoint_every: int = 1000,
+    keep: int | None = 3,
+    hooks: Sequence[Hook] = (),
+    config: Mapping[str, Any] | None = None,
+    logger: Logger | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> TrainState:
+    """Trains until ``steps`` steps are done, going on from the newest checkpoint in ``workdir``.
+
+    On the CPU a run that was stopped and goes on has the same parameters to the bit, and the same
+    lines in ``metrics.jsonl``, as one that never stopped: keys and data depend on the step alone.
+
+    Args:
+      objective: with ``init(key, batch) -> params`` and ``loss`` (see ``make_train_step``).
+      optimizer: from ``optimizers.make``.
+      emas: averages' profiles by name (``ema.constant``, ``ema.power_function``).
+      batches: start_step -> iterator over the batches of start_step, start_step + 1, ...; leaves
+        [B, ...], B a multiple of devices x accumulate.
+      steps: updates in all, those of earlier runs included.
+      workdir: for checkpoints and logs.
+      seed: for the initial parameters and all training noise.
+      frozen: parameters that the loss needs and that are not trained.
+      accumulate: into how many pieces each device cuts its share of a batch, to save memory.
+      log_every: steps per line of the log, which holds means over them.
+      checkpoint_every: steps between checkpoints; the last step has one in any case.
+      keep: how many of the newest checkpoints stay; None for all.
+      hooks: pairs (every, function(state, step)), called after every so many steps and after the
+        last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
+        takes its memory.
+      config: written to ``workdir/config.json``; see ``checkpoints.check_config``.
+      logger: default ``Logger(workdir)``.
+      devices: default all local ones.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      NonFiniteError: a loss or gradient was not finite; names the step.
+      ValueError: the batch cannot be divided; the workdir belongs to another configuration.
+      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    for name, value in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if config is not None:
+        checkpoints_lib.check_config(workdir, config)
+    logger = Logger(workdir) if logger is None else logger
+    step_fn = make_train_step(objective, optimizer, emas, accumulate=accumulate, devices=devices)
+    sharding = replicated(devices)
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+
+    checkpoints = checkpoints_lib.Checkpoints(workdir, keep=keep)
+    try:
+        start = checkpoints.latest() or 0
+        data = batches(start)
+        batch = _next(data, start)
+
+        def initial():
+            return create(objective, optimizer, emas, init_key, batch)
+
+        if start:
+            template = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                jax.eval_shape(initial),
+            )
+            state, interval = checkpoints.restore(template)
+        else:
+            state, interval = jax.device_put(initial(), sharding, may_alias=False), {}
+        if start >= steps:
+            logger.text(f"{workdir}: already done, {start} of {steps} steps")
+            return state
+        logger.rewind(start)
+        if start:
+            logger.text(f"{workdir}: going on after step {start} of {steps}")
+        frozen, key = jax.device_put((frozen, run_key), sharding)
+        meter = _Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
+        last_saved = start if start else None
+        pending = deque()
+
+        def drain(keep_pending: int = 0):
+            while len(pending) > keep_pending:
+                done, values = pending.popleft()
+                values = jax.device_get(values)
+                if not values.pop("finite"):
+                    raise NonFiniteError(_non_finite(done, values, last_saved))
+                meter.add(done, values)
+
+        with _deferred_signals() as stopped, meter:
+            for step in range(start + 1, steps + 1):
+                began = time.perf_counter()
+                state, metrics = step_fn(state, frozen, batch, key)
+                pending.append((step, metrics))
+                if step == start + 1:
+                    drain()
+                    meter.compiled(time.perf_counter() - began)
+                drain(RUN_AHEAD)
+                stop = bool(stopped)  # once: a signal may come at any moment
+                due = [f for every, f in hooks if step == steps or (every and step % every == 0)]
+                save = step % checkpoint_every == 0 or step == steps or stop
+                if due or save:
+                    drain()
+                    with meter.paused():
+                        try:
+                            for hook in due:
+                                hook(state, step)
+                        except Exception:
+                            save = True  # a hook's fault must not cost training
+                            raise
+                        finally:
+                            if save:
+                                checkpoints.save(state, meter.interval())
+                                last_saved = step
+                if stop:
+                    break
+                if step < steps:
+                    batch = _next(data, step)
+        if stop and step < steps:
+            checkpoints.close()
+            logger.text(f"stopped by {stopped[0].name}; checkpoint saved at step {step}")
+            if stopped[0] == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + stopped[0])
+        return state
+    finally:
+        checkpoints.close()
+        logger.close()
+
+
+def _next(data: Iterator[Mapping[str, np.ndarray]], step: int) -> Mapping[str, np.ndarray]:
+    try:
+        return next(data)
+    except StopIteration:
+        raise ValueError(f"the data ended after step {step}; batches must go on") from None
+
+
+def _non_finite(step: int, values: Mapping[str, float], last_saved: int | None) -> str:
+    numbers = ", ".join(f"{name} {values[name]:.4g}" for name in ("loss", "gradient_norm"))
+    saved = "no checkpoint yet" if last_saved is None else f"last good checkpoint: {last_saved}"
+    return (
+        f"step {step} was not finite ({numbers}); {saved}. A lower learning rate, longer warm-up"
+        " or clipping (clip_norm) may help; the same command goes on from that checkpoint."
+    )
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[list[signal.Signals]]:
+    """A list that a SIGINT or SIGTERM is put on; a second one acts at once."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread can handle signals
+        return
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = {name: signal.getsignal(name) for name in names}
+
+    def restore():
+        for name in names:
+            signal.signal(name, before[name])
+
+    def receive(number, _):
+        received.append(signal.Signals(number))
+        restore()
+        # Not print, which must not be entered twice.
+        os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
+
+    for name in names:
+        signal.signal(name, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+class _Meter:
+    """Means over the log's intervals, speed, and the progress bar."""
+
+    def __init__(self, logger, start, steps, log_every, batch_size, interval):
+        self._logger, self._steps, self._log_every = logger, steps, log_every
+        self._batch_size = batch_size
+        # The part of an interval that lies before a checkpoint travels with it.
+        self._sums = dict(interval.get("sums", {}))
+        self._count = interval.get("count", 0)
+        self._lapsed, self._timed, self._since = 0.0, 0, None
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), leave=True
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def compiled(self, seconds: float) -> None:
+        """Starts the clock: the first step's time is compilation."""
+        self._logger.text(f"compiled and ran the first step in {seconds:.1f} s")
+        self._since, self._timed = time.perf_counter(), 0
+
+    def interval(self) -> dict[str, Any]:
+        """What a checkpoint needs for the log to go on exactly."""
+        return {"sums": self._sums, "count": self._count}
+
+    @contextmanager
+    def paused(self):
+        """Time in here does not count as training."""
+        self._lapsed += time.perf_counter() - self._since
+        yield
+        self._since = time.perf_counter()
+
+    def add(self, step: int, values: Mapping[str, Array]) -> None:
+        """Takes one step's metrics; writes a line at an interval's end."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._count += 1
+        self._timed += 1
+        self._bar.update(1)
+        if step % self._log_every and step != self._steps:
+            return
+        means = {name: total / self._count for name, total in self._sums.items()}
+        if step % self._log_every == 0:  # else a longer run goes on with this interval
+            self._sums, self._count = {}, 0
+        if self._since is not None:
+            now = time.perf_counter()
+            seconds = max(self._lapsed + now - self._since, 1e-9)
+            speed = self._timed / seconds
+            means["images_per_second"] = speed * self._batch_size
+            self._lapsed, self._timed, self._since = 0.0, 0, now
+            self._show(step, means, (self._steps - step) / speed)
+        self._logger.scalars(step, means)
+
+    def _show(self, step: int, means: Mapping[str, float], left: float) -> None:
+        figures = f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s"
+        self._bar.set_postfix_str(figures)
+        if self._bar.disable:
+            left = tqdm.format_interval(left)
+            self._logger.text(f"step {step}/{self._steps}: {figures}, {left} left")

@@ -1,0 +1,52 @@
+"""Everything that training changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from diffusion.schedules import Array
+from diffusion.training.optimizers import Optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run; its step is also its position in the data.
+
+    Attributes:
+      step: () int32, the number of steps done.
+      params: what the objective's ``init`` gave.
+      opt_state: the optimiser's state.
+      ema: averages of ``params`` by name.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    ema: dict[str, Any]
+
+
+def create(
+    objective: Any,
+    optimizer: Optimizer,
+    emas: Iterable[str],
+    key: Array,
+    batch: Mapping[str, Array],
+) -> TrainState:
+    """The state at step 0; every average starts at the initial parameters.
+
+    Args:
+      objective: with ``init(key, batch) -> params``, traceable.
+      optimizer: from ``optimizers.make``.
+      emas: names of the averages (or the dict of profiles).
+      key: for the initial parameters.
+      batch: an example of a batch; only shapes and dtypes matter.
+    """
+    params = jax.jit(lambda key, batch: objective.init(key, batch))(key, batch)
+    # Copies, because a donated buffer may stand in the state only once.
+    averages = {name: jax.tree.map(jnp.copy, params) for name in emas}
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), averages)
