@@ -1,0 +1,176 @@
+"""The parts of a U-Net: ResNet blocks, resampling, and the blocks of one resolution level.
+
+``DownBlock``, ``MidBlock`` and ``UpBlock`` are given constructors (``functools.partial``) for
+their ResNet, attention and resampling layers and only say how these are wired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.nn.initializers import lecun_normal, zeros
+
+from diffusion.models.layers import GroupNorm, Pointwise
+from diffusion.schedules import Array
+
+Constructor = Callable[..., nn.Module]
+
+
+def average_pool(x: Array) -> Array:
+    """[B, H, W, C] -> [B, H/2, W/2, C], the mean of each 2 x 2 square."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def nearest_upsample(x: Array) -> Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C], every pixel four times."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, 3 x 3 convolution, twice, plus a shortcut; the embedding enters in between.
+
+    The embedding [B, E] is added before the second norm or, with ``scale_shift``, modulates its
+    output as ``(1 + scale) * norm(h) + shift`` (ADM); without an embedding (autoencoders) it is
+    left out. ``resample`` is applied to both paths (ADM's resampling blocks). The second
+    convolution starts at zero, so a new block is its shortcut.
+    """
+
+    width: int
+    groups: int = 32
+    eps: float = 1e-5
+    dropout: float = 0.0
+    scale_shift: bool = False
+    resample: Callable[[Array], Array] | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array | None, train: bool) -> Array:
+        def norm(name: str) -> GroupNorm:
+            return GroupNorm(self.groups, self.eps, self.dtype, name=name)
+
+        def conv(name: str, init: nn.initializers.Initializer) -> nn.Conv:
+            return nn.Conv(self.width, (3, 3), dtype=self.dtype, kernel_init=init, name=name)
+
+        h = nn.silu(norm("norm1")(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv("conv1", lecun_normal())(h)
+        scale = shift = None
+        if emb is not None:
+            features = 2 * self.width if self.scale_shift else self.width
+            emb = nn.Dense(features, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb))
+            emb = emb[:, None, None, :]
+            if self.scale_shift:
+                scale, shift = jnp.split(emb, 2, axis=-1)
+            else:
+                h = h + emb
+        h = norm("norm2")(h)
+        if scale is not None:
+            h = h * (1 + scale) + shift
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = conv("conv2", zeros)(h)
+        if x.shape[-1] != self.width:
+            x = Pointwise(self.width, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """3 x 3 convolution of stride 2, padded on both sides or, asymmetrically, only after.
+
+    Asymmetric padding, (0, 1) on each axis, is that of DDPM and of the autoencoders. Embedding and
+    ``train`` are not used: the signature is ``ResnetBlock``'s.
+    """
+
+    asymmetric: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array | None = None, train: bool = False) -> Array:
+        padding = ((0, 1), (0, 1)) if self.asymmetric else ((1, 1), (1, 1))
+        conv = nn.Conv(
+            x.shape[-1], (3, 3), strides=2, padding=padding, dtype=self.dtype, name="conv"
+        )
+        return conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a 3 x 3 convolution; called as ``Downsample``."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array | None = None, train: bool = False) -> Array:
+        conv = nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name="conv")
+        return conv(nearest_upsample(x))
+
+
+class DownBlock(nn.Module):
+    """One level of the encoder; returns its output and what it leaves for the skip connections."""
+
+    blocks: int
+    resnet: Constructor
+    attention: Constructor | None
+    downsample: Constructor | None
+
+    @nn.compact
+    def __call__(
+        self, x: Array, emb: Array, context: Array | None, mask: Array | None, train: bool
+    ) -> tuple[Array, list[Array]]:
+        features = []
+        for j in range(self.blocks):
+            x = self.resnet(name=f"resnets_{j}")(x, emb, train)
+            if self.attention is not None:
+                x = self.attention(name=f"attentions_{j}")(x, context, mask)
+            features.append(x)
+        if self.downsample is not None:
+            x = self.downsample(name="downsamplers_0")(x, emb, train)
+            features.append(x)
+        return x, features
+
+
+class MidBlock(nn.Module):
+    """ResNet block, attention where wanted, ResNet block, at the lowest resolution."""
+
+    resnet: Constructor
+    attention: Constructor | None
+
+    @nn.compact
+    def __call__(
+        self, x: Array, emb: Array, context: Array | None, mask: Array | None, train: bool
+    ) -> Array:
+        x = self.resnet(name="resnets_0")(x, emb, train)
+        if self.attention is not None:
+            x = self.attention(name="attentions_0")(x, context, mask)
+        return self.resnet(name="resnets_1")(x, emb, train)
+
+
+class UpBlock(nn.Module):
+    """One level of the decoder; every ResNet block also reads one skip connection, last first."""
+
+    resnet: Constructor
+    attention: Constructor | None
+    upsample: Constructor | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        skips: list[Array],
+        emb: Array,
+        context: Array | None,
+        mask: Array | None,
+        train: bool,
+    ) -> Array:
+        for j, skip in enumerate(reversed(skips)):
+            x = jnp.concatenate([x, skip], axis=-1)
+            x = self.resnet(name=f"resnets_{j}")(x, emb, train)
+            if self.attention is not None:
+                x = self.attention(name=f"attentions_{j}")(x, context, mask)
+        if self.upsample is not None:
+            x = self.upsample(name="upsamplers_0")(x, emb, train)
+        return x
