@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 INK, MUTED, PAPER = "#1f2430", "#6b7280", "#ffffff"
@@ -58,7 +58,7 @@ def image_grid(
     Args:
       images: C is 1 (grey) or 3.
       columns: images per row, by default about sqrt(N).
-      scale: whole enlargement factor, by default one that makes images at least 32 pixels high.
+      scale: whole enlargement factor, by default one that makes images at least 48 pixels high.
       gap: white pixels between images.
       row_names: one name per row, written to its left.
     """
@@ -70,7 +70,7 @@ def image_grid(
     rows = -(-n // columns)
     if row_names and len(row_names) != rows:
         raise ValueError(f"expected {rows} row names, got {len(row_names)}")
-    scale = scale or max(1, -(-32 // height))
+    scale = scale or max(1, -(-48 // height))
     tiles = upscale(to_uint8(images), scale)
     h, w = tiles.shape[1:3]
     grid = np.full((gap + rows * (h + gap), gap + columns * (w + gap), 3), 255, np.uint8)
@@ -140,7 +140,7 @@ def loss_curve(
         axes = figure.subplots()
         axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
         if len(finite) == len(values) and len(values) >= 8:
-            smoothed = smooth(values, max(1.0, len(values) / 50))
+            smoothed = smooth(values, max(1.0, len(values) / 80))
             axes.plot(steps, smoothed, color=BLUE, linewidth=2, label="smoothed")
             axes.annotate(
                 f"{smoothed[-1]:.3g}",
@@ -152,13 +152,12 @@ def loss_curve(
             )
         if len(finite) and finite.min() > 0 and finite.max() > 4 * finite.min():
             axes.set_yscale("log")
-            plain = FuncFormatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_major_formatter(plain)
-            if finite.max() < 30 * finite.min():
-                axes.yaxis.set_minor_formatter(plain)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="step", ylabel=key, title=title)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.grid(True, which="both")
+        axes.grid(True)
         axes.set_axisbelow(True)
         axes.legend()
 
@@ -192,11 +191,12 @@ def trajectory_gif(
 ) -> None:
     """An endless animation with one frame per state: xs [S, N, H, W, C] in [-1, 1] into a GIF.
 
-    Each frame is a grid of the N images; the last one is held for ``hold`` milliseconds.
+    Each frame is a grid of the N images; the last one is held for ``hold`` milliseconds. (Equal
+    neighbours are stored as one longer frame.)
     """
     xs = _check_trajectory(xs, 5)
     frames = [Image.fromarray(image_grid(x, columns, scale=scale)) for x in xs]
-    # One palette for all, else colours flicker; and marking each frame keeps equal ones apart.
+    # One palette for all frames, else colours flicker.
     palette = Image.fromarray(np.concatenate([np.asarray(f) for f in frames])).quantize(256)
     frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     times = [milliseconds] * (len(frames) - 1) + [hold]
@@ -246,7 +246,7 @@ def _draw_trajectories(ax: Axes, xs: np.ndarray, limit: float) -> None:
     # Noise of a large sigma lies far outside: show the greater part of it, at most thrice the data.
     reach = float(np.quantile(np.abs(xs[0]).max(-1), 0.9))
     _square(ax, np.clip(1.1 * reach, limit, 3 * limit), f"trajectories (n = {xs.shape[1]:,})")
-    ax.legend(loc="upper right", handletextpad=0.2)
+    ax.legend(loc="upper right", handletextpad=0.2, frameon=True, framealpha=0.9, markerscale=2)
 
 
 def _square(ax: Axes, limit: float, title: str) -> None:
