@@ -1,0 +1,113 @@
+"""Every field there is, with its default. A config is this with a few fields set.
+
+Any field can be overridden on the command line: ``--config.objective.prediction=eps``. Fields
+that name a component take options in parentheses: ``--config.objective.weighting="min_snr(gamma=3)"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+from diffusion.models.dit import DiT
+from diffusion.models.mlp import MLP
+from diffusion.models.unet import UNet
+
+# Set by the builder, from the data and the other fields.
+_DERIVED = {"parent", "name", "dtype", "num_classes", "null_class", "out_channels"}
+_DERIVED |= {"learned_variance"}
+
+
+def get_config() -> ConfigDict:
+    """The base configuration, which trains nothing in particular."""
+    c = ConfigDict()
+    c.seed = 0
+
+    c.data = ConfigDict()
+    c.data.name = "digits"  # digits, mnist, cifar10, latents, points, or any TFDS name
+    c.data.dir = ""  # where the files are, if not in TFDS's own directory
+    c.data.padding = 0  # zeros around each image (mnist)
+    c.data.density = "two_moons"  # points: which density
+    c.data.scale = 1.0  # latents: multiplied with this
+    c.data.flip = False  # mirror images at random
+    c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
+
+    c.model = ConfigDict()
+    c.model.name = "unet"  # unet, dit or mlp: which of the three below is used
+    c.model.dtype = "float32"  # of the computation: float32 or bfloat16
+    c.model.unet = fields(UNet)
+    c.model.dit = fields(DiT, width=384, depth=12, heads=6, patch=2)
+    c.model.mlp = fields(MLP)
+
+    c.objective = ConfigDict()
+    c.objective.schedule = "cosine"
+    c.objective.prediction = "v"  # eps, x0, v, flow or edm
+    c.objective.c_noise = "auto"  # ddpm_index, thousand_t, log_sigma; auto goes by the schedule
+    c.objective.times = "uniform"
+    c.objective.stratified = True  # spread a batch's times evenly
+    c.objective.weighting = "simple"
+    c.objective.distance = "l2"
+    c.objective.t_min = 1e-5  # smallest time trained on
+    c.objective.conditional = True  # use labels, where the data have them
+    c.objective.label_dropout = 0.1  # share trained without label, for classifier-free guidance
+    c.objective.uncertainty = False  # weight each noise level by its learned uncertainty (EDM2)
+    c.objective.learned_variance = False  # improved DDPM's hybrid loss; needs discrete times
+    c.objective.vlb_weight = 1e-3
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adam"  # adam, adamw, lion, muon or sgd
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup = 100  # steps
+    c.optimizer.decay = "constant"  # constant, cosine, linear or rsqrt
+    c.optimizer.decay_start = 0
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 1.0  # 0: no clipping
+
+    c.ema = "constant(decay=0.999)"  # or power_function(sigma_rel=0.1); of the parameters
+
+    c.train = ConfigDict()
+    c.train.steps = 1000
+    c.train.batch_size = 128  # over all devices
+    c.train.accumulate = 1  # pieces that each device cuts its share into, to save memory
+    c.train.log_every = 50
+    c.train.sample_every = 0  # steps between sample grids; 0: only at the end
+    c.train.checkpoint_every = 1000
+    c.train.keep = 2  # newest checkpoints kept
+
+    c.sampler = ConfigDict()
+    c.sampler.solver = "dpmpp_2m"
+    c.sampler.grid = "uniform"
+    c.sampler.steps = 20
+    c.sampler.guidance = 1.0  # classifier-free guidance scale; 1: none
+    c.sampler.clip = True  # clip x_0 to [-1, 1] at each step
+    c.sampler.batch_size = 256
+    c.sampler.seed = 0
+
+    c.samples = ConfigDict()
+    c.samples.count = 100  # drawn by --mode=sample
+    c.samples.columns = 10  # of the grids
+
+    c.evaluation = ConfigDict()
+    c.evaluation.classifier = ""  # digits_svc, lenet5; empty: none
+    c.evaluation.weights = ""  # lenet5: path of its weights
+    c.evaluation.count = 1000  # samples judged
+    return c
+
+
+def fields(module: type, **overrides: Any) -> ConfigDict:
+    """A linen module's fields, with its defaults, as a config."""
+    config = ConfigDict()
+    for field in dataclasses.fields(module):
+        if field.name in _DERIVED:
+            continue
+        value = overrides.get(field.name, field.default)
+        if isinstance(value, (bool, int, float, str)) and "|" not in str(field.type):
+            config[field.name] = value
+        else:  # one value or one per level: any Python literal
+            config[field.name] = FieldReference(value, field_type=object)
+    return config

@@ -1,0 +1,74 @@
+"""Train, sample from or evaluate a diffusion model.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
+
+Any field of the config can be overridden: --config.objective.prediction=eps
+"""
+
+import difflib
+import os
+import sys
+
+# XLA's CPU collectives need a thread per virtual device; read when JAX is imported.
+os.environ.setdefault("NPROC", "16")
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    from diffusion import runs  # not before flags are parsed: mistakes there should show at once
+
+    run = {"train": runs.train, "sample": runs.sample, "evaluate": runs.evaluate}[_MODE.value]
+    try:
+        run(_CONFIG.value, _WORKDIR.value)
+    except (ValueError, FileNotFoundError, ArithmeticError) as error:
+        # A user's mistake or a diverged run: the message helps, the traceback would bury it.
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(with TRACEBACK=1 in the environment: where in the code)")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses flags; mistakes end the program with a line that names the field."""
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError):
+        from configs import base
+
+        for argument in argv:
+            name = argument.lstrip("-").split("=")[0]
+            if name.startswith("config."):
+                _check_field(name, base.get_config())
+        raise
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: --config: {error}")
+
+
+def _check_field(name: str, config: ConfigDict) -> None:
+    path = "config"
+    for part in name.split(".")[1:]:
+        if not isinstance(config, ConfigDict):
+            sys.exit(f"error: {path} has no fields of its own, so there is no {name}")
+        if part not in config:
+            near = difflib.get_close_matches(part, config.keys(), n=1)
+            hint = f" Did you mean {path}.{near[0]}?" if near else ""
+            sys.exit(
+                f"error: unknown field {name}; {path} has {', '.join(sorted(config.keys()))}.{hint}"
+            )
+        path, config = f"{path}.{part}", config[part]
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse)
