@@ -86,7 +86,7 @@ def from_arrays(
         if len(label) != len(x):
             raise ValueError(f"{name}: {len(x)} examples but {len(label)} labels")
         label = np.asarray(label, np.int32)
-        num_classes = num_classes or len(class_names) or int(label.max()) + 1
+        num_classes = num_classes or len(class_names) or int(label.max(initial=-1)) + 1
     read = partial(_read_arrays, x, label, scale)
     return Source(name, len(x), x.shape[1:], read, num_classes or 0, class_names, note)
 

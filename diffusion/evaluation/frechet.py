@@ -32,9 +32,9 @@ class Statistics(NamedTuple):
 
 def statistics(features: np.ndarray) -> Statistics:
     """Mean and covariance of features [N, ...], flattened to [N, D]."""
-    features = np.asarray(features, np.float64).reshape(len(features), -1)
     if len(features) == 0:
         raise ValueError("statistics need at least one example, got none")
+    features = np.asarray(features, np.float64).reshape(len(features), -1)
     if not np.isfinite(features).all():
         raise ValueError("features contain NaN or infinity")
     mean = features.mean(0)
@@ -81,19 +81,28 @@ def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, slices: int = 128, seed: int = 0) -> float:
-    """Mean 2-Wasserstein distance of the projections of [N, D], [M, D] on random directions.
+    """sqrt(mean over random directions of W2^2 of the projections) of [N, D] and [M, D].
 
-    sqrt of the mean over directions of W2^2 (Rabin et al., 2011), by quantiles when N != M.
-    In the units of the data; positive for finite samples of one distribution.
+    Rabin et al. (2011). In the units of the data; positive for finite samples of one
+    distribution. On a line W2 compares quantiles, which for N = M are the sorted points.
     """
     a, b = (np.asarray(points, np.float64).reshape(len(points), -1) for points in (a, b))
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"points differ in dimension: {a.shape[1]} and {b.shape[1]}")
     directions = np.random.default_rng(seed).standard_normal((a.shape[1], slices))
     directions /= np.linalg.norm(directions, axis=0)
-    quantiles = (np.arange(max(len(a), len(b))) + 0.5) / max(len(a), len(b))
-    a, b = (np.quantile(p @ directions, quantiles, axis=0, method="hazen") for p in (a, b))
+    count = max(len(a), len(b))
+    a, b = (_quantiles(p @ directions, count) for p in (a, b))
     return float(np.sqrt(((a - b) ** 2).mean()))
+
+
+def _quantiles(points: np.ndarray, count: int) -> np.ndarray:
+    """The (i + 1/2) / count quantiles, i = 0..count-1, of each column of points [N, S]."""
+    points, last = np.sort(points, axis=0), len(points) - 1
+    position = ((np.arange(count) + 0.5) * (len(points) / count) - 0.5).clip(0, last)
+    below = position.astype(int)
+    share = (position - below)[:, None]
+    return (1 - share) * points[below] + share * points[np.minimum(below + 1, last)]
 
 
 def nearest_distances(a: np.ndarray, b: np.ndarray, *, chunk: int = 1024) -> np.ndarray:
