@@ -151,7 +151,7 @@ def check_config(
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         old, new = _flatten(json.loads(path.read_text())), _flatten(json.loads(text))
         lines = [
-            f"  {name}: {old.get(name, '(absent)')!r} there, {new.get(name, '(absent)')!r} here"
+            f"  {name}: {_shown(old, name)} there, {_shown(new, name)} here"
             for name in sorted(old.keys() | new.keys())
             if old.get(name, ...) != new.get(name, ...)
             and not any(fnmatch(name, pattern) for pattern in changeable)
@@ -174,3 +174,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _shown(flat: Mapping[str, Any], name: str) -> str:
+    return repr(flat[name]) if name in flat else "(absent)"

@@ -116,7 +116,7 @@ def fit(
             )
             state, interval = checkpoints.restore(template)
         else:
-            state, interval = jax.device_put(initial(), sharding, may_alias=False), {}
+            state, interval = jax.device_put(initial(), sharding), {}
         if start >= steps:
             logger.text(f"{workdir}: already done, {start} of {steps} steps")
             return state
@@ -145,22 +145,22 @@ def fit(
                     drain()
                     meter.compiled(time.perf_counter() - began)
                 drain(RUN_AHEAD)
-                stop = bool(stopped)  # once: a signal may come at any moment
                 due = [f for every, f in hooks if step == steps or (every and step % every == 0)]
-                save = step % checkpoint_every == 0 or step == steps or stop
-                if due or save:
+                if due:
                     drain()
                     with meter.paused():
                         try:
                             for hook in due:
                                 hook(state, step)
-                        except Exception:
-                            save = True  # a hook's fault must not cost training
+                        except Exception:  # a hook's fault must not cost training
+                            checkpoints.save(state, meter.interval())
                             raise
-                        finally:
-                            if save:
-                                checkpoints.save(state, meter.interval())
-                                last_saved = step
+                stop = bool(stopped)  # read once: a signal may come at any moment
+                if step % checkpoint_every == 0 or step == steps or stop:
+                    drain()
+                    with meter.paused():
+                        checkpoints.save(state, meter.interval())
+                    last_saved = step
                 if stop:
                     break
                 if step < steps:

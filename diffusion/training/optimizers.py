@@ -82,9 +82,9 @@ def make(
     """The optimiser by name, with its learning-rate schedule.
 
     Args:
-      name: adam; adamw; lion; muon (matrices are orthogonalised with momentum 0.95 and scaled to
-        Adam's update size, as Liu et al., 2025; everything else takes Adam with b1, b2, eps);
-        sgd (with momentum b1; 0 for none).
+      name: adam; adamw; lion; sgd (with momentum b1; 0 for none); muon (orthogonalises matrices,
+        with momentum 0.95, and scales them to the size of Adam's updates, as Liu et al., 2025;
+        the other parameters take Adam with b1, b2, eps; both with Nesterov's look ahead).
       learning_rate, warmup, decay, decay_start, steps: see ``schedule``.
       weight_decay: decoupled, on parameters of at least two axes (not on biases and scales); not
         for adam and sgd.

@@ -1,0 +1,153 @@
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from linear_run import assert_identical, batches, lines, run
+
+from diffusion.training import loop
+from diffusion.training.checkpoints import Checkpoints, restore_ema
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Ten steps without a stop: the state and the log."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return run(workdir, 10), lines(workdir)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    run(tmp_path, 400, log_every=50, checkpoint_every=400)
+    losses = [row["loss"] for row in lines(tmp_path)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_stopped_and_resumed_is_the_same_to_the_bit(tmp_path, straight):
+    def stop(state, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, 10, hooks=[(1, stop)], checkpoint_every=100)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path).latest() == 5
+    state = run(tmp_path, 10)
+    assert_identical(state, straight[0])
+    assert lines(tmp_path) == straight[1]  # though 5 lies within one of the log's intervals
+
+
+def test_a_longer_run_goes_on(tmp_path, straight):
+    run(tmp_path, 5)
+    assert_identical(run(tmp_path, 10), straight[0])
+
+
+def test_resumed_on_more_devices(tmp_path, straight):
+    run(tmp_path, 5)
+    state = run(tmp_path, 10, devices=jax.devices())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, straight[0]
+    )
+
+
+def test_killed_within_a_save(tmp_path, straight):
+    script = [sys.executable, str(Path(__file__).with_name("linear_run.py")), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([*script, "10", "6"], env=environment, capture_output=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [row["step"] for row in lines(tmp_path)][:5] == [1, 2, 3, 4, 5]
+    state = run(tmp_path, 10, log_every=1)
+    assert_identical(state, straight[0])
+    assert [row["step"] for row in lines(tmp_path)] == list(range(1, 11))
+
+
+def test_interrupt_saves(tmp_path):
+    def interrupt(state, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 10, hooks=[(1, interrupt)])
+    assert signal.getsignal(signal.SIGINT) is before
+    assert Checkpoints(tmp_path).latest() == 2
+
+
+def test_already_done(tmp_path, capsys):
+    first = run(tmp_path, 3)
+    log = (tmp_path / "metrics.jsonl").read_text()
+    hook = []
+    again = run(tmp_path, 3, hooks=[(1, lambda *_: hook.append(1))])
+    assert_identical(first, again)
+    assert "already done, 3 of 3 steps" in capsys.readouterr().out
+    assert not hook
+    assert (tmp_path / "metrics.jsonl").read_text() == log
+
+
+@pytest.mark.parametrize("poison", [7, 9])  # 9: the last step, whose checkpoint must not be saved
+def test_not_finite_stops_and_keeps_the_checkpoint(tmp_path, poison):
+    with pytest.raises(loop.NonFiniteError, match=f"step {poison + 1} .*last good checkpoint: 5"):
+        run(tmp_path, 10, batches=partial(batches, poison=poison))
+    assert Checkpoints(tmp_path).latest() == 5
+    assert all(np.isfinite(row["loss"]) for row in lines(tmp_path))
+    assert int(run(tmp_path, 10).step) == 10  # with whole data it goes on from there
+
+
+def test_not_finite_before_the_first_checkpoint(tmp_path):
+    with pytest.raises(loop.NonFiniteError, match=r"step 1 .*no checkpoint yet"):
+        run(tmp_path, 10, batches=partial(batches, poison=0))
+
+
+def test_hooks_run_on_time_and_at_the_end(tmp_path):
+    calls = []
+
+    def record(name, state, step):
+        assert int(state.step) == step
+        calls.append((name, step))
+
+    run(tmp_path, 7, hooks=[(3, partial(record, "a")), (0, partial(record, "end"))])
+    assert calls == [("a", 3), ("a", 6), ("a", 7), ("end", 7)]
+
+
+def test_a_failing_hook_costs_no_training(tmp_path):
+    def fail(state, step):
+        raise RuntimeError("no space for pictures")
+
+    with pytest.raises(RuntimeError, match="pictures"):
+        run(tmp_path, 10, hooks=[(4, fail)])
+    assert Checkpoints(tmp_path).latest() == 4
+
+
+def test_log_holds_means_over_the_interval(tmp_path, straight):
+    run(tmp_path, 10, log_every=1)
+    each = {row["step"]: row for row in lines(tmp_path)}
+    for row, steps in zip(straight[1], ([1, 2, 3], [4, 5, 6], [7, 8, 9], [10])):
+        assert row["step"] == steps[-1]
+        assert row["loss"] == pytest.approx(np.mean([each[s]["loss"] for s in steps]), rel=1e-6)
+
+
+def test_averages_alone_can_be_read(tmp_path):
+    state = run(tmp_path, 6, keep=2)
+    for name in ("constant", "power"):
+        average, step = restore_ema(tmp_path, name)
+        assert step == 6
+        assert_identical(average, state.ema[name])
+    assert_identical(restore_ema(tmp_path, "params")[0], state.params)
+
+
+def test_data_that_end(tmp_path):
+    with pytest.raises(ValueError, match="ended after step 4"):
+        run(tmp_path, 10, batches=partial(batches, end=4))
+
+
+def test_wrong_settings(tmp_path):
+    with pytest.raises(ValueError, match=r"log_every.*0"):
+        run(tmp_path, 10, log_every=0)
+    with pytest.raises(ValueError, match="3 pieces"):
+        run(tmp_path, 10, devices=jax.devices()[:3])
