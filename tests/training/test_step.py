@@ -71,6 +71,21 @@ def test_the_state_is_donated_and_keeps_its_shape(devices):
     assert {"step": second.step.shape, **jax.tree.map(jnp.shape, second.params)} == expected
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_step_is_compiled_once(devices):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    optimizer = optimizers.make("sgd", 0.1, b1=0.5)  # its own, so that nothing is cached
+    state, _ = trained(devices, steps=1, optimizer=optimizer)
+    assert compiled
+    compiled.clear()
+    for i in range(2):
+        state, _ = step_of(devices, 1, optimizer)(state, None, batch_of(i), KEY)
+    assert not compiled
+
+
 def test_keys_follow_the_step():
     def same(_):
         return batch_of(0)
