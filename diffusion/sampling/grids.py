@@ -1,0 +1,200 @@
+"""Where a sampler evaluates its denoiser: N + 1 noise levels, noisiest first.
+
+A grid is data, a stacked ``NoiseLevel`` of float64 NumPy arrays [N + 1]; solvers turn it into a
+table. Every function here but ``from_times`` and ``from_sigmas`` ends at clean data, (1, 0), so
+that N steps are N evaluations of a one-stage solver.
+
+Evenly spaced time means what the schedule's own time means: a table's steps on a ``Table``, sigma
+itself on ``EDM``, where ``karras`` is the usual choice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffusion.schedules import NoiseLevel, Schedule, Table
+
+
+def uniform(schedule: Schedule, steps: int) -> NoiseLevel:
+    """Times evenly spaced from t_max to 0: "trailing" spacing (Lin et al., 2023).
+
+    It starts at the noisiest level there is, which zero terminal SNR, flows and few-step models
+    need.
+
+    Raises:
+      ValueError: if steps is not a whole number >= 1.
+    """
+    return from_times(schedule, schedule.t_max * np.linspace(1, 0, _check(steps) + 1))
+
+
+def leading(schedule: Table, steps: int, offset: int = 0) -> NoiseLevel:
+    """Table steps ``offset + i (T // N)``, i = N-1..0, then clean: the first of each stride.
+
+    DDIM's and, with offset = 1, Stable Diffusion's spacing. The grid starts up to a stride below
+    the noisiest level. Step k sits at t = (k + 1) / T.
+
+    Raises:
+      ValueError: for a schedule without steps, more steps than it has, an offset beyond its end.
+    """
+    if not isinstance(schedule, Table):
+        raise ValueError(
+            f"leading needs a schedule with steps (a Table), got {schedule}; use uniform"
+        )
+    total, stride = schedule.steps, schedule.steps // _check_table(schedule, steps)
+    last = (steps - 1) * stride
+    if not 0 <= offset < total - last:
+        raise ValueError(
+            f"offset must lie in 0..{total - last - 1} for {steps} of {total} steps, got {offset}"
+        )
+    index = offset + stride * np.arange(steps)[::-1]
+    return from_times(schedule, np.append((index + 1) / total, 0.0))
+
+
+def linspace(schedule: Schedule, steps: int, t_min: float | None = None) -> NoiseLevel:
+    """N times evenly spaced from t_max to t_min, then clean.
+
+    t_min is by default a table's first step and 0.001 t_max on other schedules (Song et al., 2021).
+
+    Raises:
+      ValueError: for more steps than a table has, or t_min outside (0, t_max].
+    """
+    if isinstance(schedule, Table):
+        _check_table(schedule, steps)
+    if t_min is None:
+        t_min = 1 / schedule.steps if isinstance(schedule, Table) else 1e-3 * schedule.t_max
+    if not 0 < t_min <= schedule.t_max:
+        raise ValueError(f"t_min must lie in (0, {schedule.t_max}], got {t_min}")
+    times = np.linspace(schedule.t_max, t_min, _check(steps))
+    return from_times(schedule, np.append(times, 0.0))
+
+
+def karras(
+    schedule: Schedule,
+    steps: int,
+    rho: float = 7.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> NoiseLevel:
+    """sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0.
+
+    Karras et al., 2022, eq. 5. Here sigma is the ratio sigma / alpha, on any schedule.
+
+    Args:
+      schedule: gives t, and alpha and sigma with exactly these ratios.
+      steps: N >= 1; a single step starts at sigma_max.
+      rho: > 0; larger crowds the steps at low noise.
+      sigma_min: by default a table's first step, and 0.002 on other schedules.
+      sigma_max: by default the schedule's noisiest, or 80 where that holds practically no signal
+        (alpha < 0.001: cosine, zero terminal SNR, flows), so that the ratio is huge or infinite.
+
+    Raises:
+      ValueError: for steps < 1, rho <= 0, or not 0 < sigma_min < sigma_max <= the schedule's.
+    """
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, got {rho}")
+    low, high = _range(schedule, sigma_min, sigma_max)
+    ramp = np.linspace(high ** (1 / rho), low ** (1 / rho), _check(steps)) ** rho
+    return from_sigmas(schedule, np.append(_pin(ramp, low, high), 0.0))
+
+
+def exponential(
+    schedule: Schedule,
+    steps: int,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> NoiseLevel:
+    """N levels evenly spaced in log(sigma / alpha), then clean: uniform in log SNR.
+
+    DPM-Solver's (Lu et al., 2022) and k-diffusion's spacing. Arguments and errors as ``karras``.
+    """
+    low, high = _range(schedule, sigma_min, sigma_max)
+    ramp = np.geomspace(high, low, _check(steps))
+    return from_sigmas(schedule, np.append(_pin(ramp, low, high), 0.0))
+
+
+def from_times(schedule: Schedule, times: Sequence[float] | np.ndarray) -> NoiseLevel:
+    """The levels at given times [N + 1], decreasing within [0, t_max].
+
+    The grid may start below t_max (image to image) and end above 0 (at the last time).
+
+    Raises:
+      ValueError: for fewer than two times, or times that do not decrease strictly in the range.
+    """
+    times = np.asarray(times, np.float64)
+    _check_nodes("times", times, schedule.t_max)
+    return schedule(times)
+
+
+def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> NoiseLevel:
+    """The levels where sigma / alpha is as given [N + 1], decreasing, finite, >= 0.
+
+    The ratios are kept exactly; t, and the common scale of alpha and sigma, come from inverting
+    the schedule.
+
+    Raises:
+      ValueError: for fewer than two, not strictly decreasing, or larger than the schedule's.
+    """
+    ratio = np.asarray(sigmas, np.float64)
+    _check_nodes("sigmas", ratio, np.inf)
+    noisiest = schedule(np.float64(schedule.t_max))
+    if ratio[0] * noisiest.alpha > noisiest.sigma * (1 + 1e-6):
+        raise ValueError(
+            f"sigmas: {ratio[0]} lies beyond the schedule's sigma_max = {noisiest.ratio:.6g}"
+        )
+    t = np.minimum(schedule.invert(np.ones_like(ratio), ratio), schedule.t_max)
+    level = schedule(t)
+    # Keep the larger of the two, and with it the schedule's scale; the other follows exactly.
+    noisy = ratio > 1
+    alpha = np.where(noisy, level.sigma / np.where(noisy, ratio, 1), level.alpha)
+    return NoiseLevel(t, alpha, np.where(noisy, level.sigma, level.alpha * ratio))
+
+
+def _range(
+    schedule: Schedule, sigma_min: float | None, sigma_max: float | None
+) -> tuple[float, float]:
+    if sigma_min is None:
+        table = isinstance(schedule, Table)
+        sigma_min = float(schedule(1 / schedule.steps).ratio) if table else 0.002
+    if sigma_max is None:
+        noisiest = schedule(schedule.t_max)
+        sigma_max = float(noisiest.ratio) if noisiest.alpha >= 1e-3 else 80.0
+    if not 0 < sigma_min < sigma_max < np.inf:
+        raise ValueError(f"expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    return sigma_min, sigma_max
+
+
+def _pin(ramp: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Ends free of the powers' rounding, so that a grid cannot pass the schedule's own."""
+    if len(ramp) > 1:
+        ramp[-1] = low
+    ramp[0] = high
+    return ramp
+
+
+def _check(steps: int) -> int:
+    try:
+        count = operator.index(steps)
+    except TypeError:
+        raise ValueError(f"steps must be a whole number, got {steps!r}") from None
+    if isinstance(steps, bool) or count < 1:
+        raise ValueError(f"steps must be at least 1, got {steps!r}")
+    return count
+
+
+def _check_table(table: Table, steps: int) -> int:
+    if _check(steps) > table.steps:
+        raise ValueError(f"steps: {steps} is more than the {table.steps} that the schedule has")
+    return steps
+
+
+def _check_nodes(name: str, nodes: np.ndarray, largest: float) -> None:
+    if nodes.ndim != 1 or len(nodes) < 2:
+        raise ValueError(f"{name} must be a list of at least two, got shape {nodes.shape}")
+    if not np.all(np.isfinite(nodes)) or nodes[-1] < 0 or nodes[0] > largest:
+        raise ValueError(f"{name} must lie in [0, {largest}], got {nodes.max()}..{nodes.min()}")
+    if np.any(np.diff(nodes) >= 0):
+        i = int(np.argmax(np.diff(nodes) >= 0))
+        raise ValueError(f"{name} must decrease strictly, got {nodes[i]} then {nodes[i + 1]}")

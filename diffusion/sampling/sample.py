@@ -1,0 +1,232 @@
+"""Runs any solver's table: one ``lax.scan`` over its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from diffusion.conditioning import Conditioning
+from diffusion.denoiser import ConditionalDenoise, Denoise
+from diffusion.sampling.guidance import conditional
+from diffusion.sampling.solvers import Solver
+from diffusion.schedules import Array
+
+Guide = Callable[..., Denoise]  # (ConditionalDenoise, Conditioning, *arguments) -> Denoise
+Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments) -> images
+
+
+class Trajectory(NamedTuple):
+    """What each evaluation saw and said.
+
+    Attributes:
+      x: [R, B, ...] the denoiser's input, at the solver's ``level``.
+      x0: [R, B, ...] its estimate of x_0.
+    """
+
+    x: Array
+    x0: Array
+
+
+def image_keys(seed: int, indices: Sequence[int] | Array) -> jax.Array:
+    """Keys [B], one per image: image i of a seed is the same in whichever batch it is drawn."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(indices))
+
+
+def sample(
+    denoise: Denoise,
+    solver: Solver,
+    keys: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    x_init: Array | None = None,
+    trajectory: bool = False,
+) -> Array | tuple[Array, Trajectory]:
+    """Draws images; traceable, differentiable in everything, and ``vmap`` over tables works.
+
+    Image i's noise comes from ``keys[i]`` alone: fold 0 is the initial noise, fold r + 1 that of
+    row r. It does not depend on the batch or the devices. Memory does not grow with the number of
+    evaluations, unless the trajectory is asked for or gradients are taken.
+
+    Args:
+      denoise: (x [B, *shape], level with leaves ()) -> x_0_hat, or the pair (x_0_hat, nu).
+      solver: the table.
+      keys: [B] typed keys (``image_keys``).
+      shape: one image's.
+      x_init: [B, *shape] where to start instead of noise: it must be at ``solver.level[0]``.
+      trajectory: whether to return every evaluation too.
+
+    Returns:
+      x [B, *shape] at the grid's last level, in float32 (float64 if JAX has it enabled); with
+      ``trajectory`` the pair (x, Trajectory).
+
+    Raises:
+      ValueError: for keys that are not typed keys [B], or x_init of another shape.
+    """
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
+        raise ValueError(
+            f"keys must be typed keys [B] (jax.random.key), got {keys.dtype} of shape {keys.shape}"
+        )
+    size = (len(keys), *shape)
+    if x_init is not None and x_init.shape != size:
+        raise ValueError(f"x_init must have shape {size}, got {x_init.shape}")
+
+    dtype = jnp.result_type(float)
+    solver = jax.tree.map(lambda a: jnp.asarray(a, dtype), solver)
+
+    def draw_noise(fold: Array | int) -> Array:
+        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, fold), shape, dtype))(
+            keys
+        )
+
+    def evaluate(registers: Array, row: tuple) -> tuple[Array, Trajectory | None]:
+        r, level, A, b, noise, noise_upper = row
+        x = registers[0]
+        estimate = denoise(x, level)
+        x0_hat, nu = estimate if isinstance(estimate, tuple) else (estimate, None)
+        x0_hat = x0_hat.astype(dtype)
+        new = _combine(A, registers) + _outer(b, x0_hat)
+        new = jax.lax.cond(
+            jnp.any(noise_upper != 0),
+            lambda y: y + _deviation(noise, noise_upper, nu, x.ndim) * draw_noise(r + 1),
+            lambda y: y,
+            new,
+        )
+        return new, Trajectory(x, x0_hat) if trajectory else None
+
+    x = solver.init * draw_noise(0) if x_init is None else jnp.asarray(x_init, dtype)
+    m = solver.b.shape[-1]
+    registers = jnp.zeros((m, *size), dtype).at[0].set(x)
+    rows = (jnp.arange(solver.evaluations), *solver[:-1])
+    registers, path = jax.lax.scan(evaluate, registers, rows)
+    return (registers[0], path) if trajectory else registers[0]
+
+
+def _outer(coefficients: Array, x: Array) -> Array:
+    """[m] and [B, ...] -> [m, B, ...]."""
+    return coefficients.reshape((-1,) + (1,) * x.ndim) * x
+
+
+def _combine(A: Array, registers: Array) -> Array:
+    """A Y for A [m, m], Y [m, B, ...]; written out, so that it stays in float32 and fuses."""
+    return sum(_outer(A[:, j], registers[j]) for j in range(len(registers)))
+
+
+def _deviation(noise: Array, noise_upper: Array, nu: Array | None, ndim: int) -> Array:
+    """[m, B, ...]: lower^(1 - nu) upper^nu, without log 0 in value or gradient."""
+    lower, upper = (a.reshape((-1,) + (1,) * ndim) for a in (noise, noise_upper))
+    if nu is None:
+        return lower
+    positive = (lower > 0) & (upper > 0)
+    ratio = jnp.where(positive, upper, 1) / jnp.where(positive, lower, 1)
+    return lower * ratio ** nu.astype(lower.dtype)
+
+
+def make_sampler(
+    denoiser: Callable[[Any], ConditionalDenoise],
+    shape: tuple[int, ...],
+    guide: Guide = conditional,
+    devices: Sequence[jax.Device] | None = None,
+) -> Draw:
+    """Compiles ``sample`` with everything an argument: weights, solver, keys, conditioning.
+
+    Each device draws its share of the batch by itself; a batch that does not divide by their
+    number is filled up and cut again. It compiles once per batch size and number of evaluations.
+
+    Args:
+      denoiser: params -> conditional denoiser: an objective's ``denoiser``. ``params`` is any
+        pytree; to give frozen parameters too, ``lambda both: objective.denoiser(*both)``.
+      shape: one image's.
+      guide: (denoise, cond, *arguments) -> Denoise. For classifier-free guidance:
+        ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
+      devices: by default all local ones.
+
+    Returns:
+      (params, solver, keys [B], cond, *arguments) -> images [B, *shape], jitted. ``arguments`` are
+      ``guide``'s, each a scalar or batch-first [B, ...]; changing them does not compile again.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    mesh = Mesh(np.asarray(devices), ("batch",))
+    whole, split = PartitionSpec(), PartitionSpec("batch")
+
+    def local(params, solver, keys, cond, arguments):
+        return sample(guide(denoiser(params), cond, *arguments), solver, keys, shape)
+
+    @jax.jit
+    def draw(params, solver, keys, cond, arguments):
+        specs = jax.tree.map(lambda a: split if jnp.ndim(a) else whole, arguments)
+        # Per-device programs rather than one partitioned one: guidance's concatenation along the
+        # batch would otherwise move images between devices.
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(whole, whole, split, split, specs),
+            out_specs=split,
+            check_vma=False,
+        )(params, solver, keys, cond, arguments)
+
+    def padded(params: Any, solver: Solver, keys: jax.Array, cond: Conditioning, *arguments: Array):
+        count = len(keys)
+        extra = -count % len(devices)
+        if extra:
+            index = np.arange(count + extra) % count
+            keys, cond, arguments = jax.tree.map(
+                lambda a: a[index] if jnp.ndim(a) else a, (keys, cond, arguments)
+            )
+        params = jax.device_put(params, NamedSharding(mesh, whole))
+        return draw(params, solver, keys, cond, arguments)[:count]
+
+    return padded
+
+
+def sample_many(
+    draw: Draw,
+    params: Any,
+    solver: Solver,
+    cond: Conditioning,
+    count: int,
+    *arguments: Array | float,
+    batch_size: int,
+    seed: int = 0,
+    progress: bool = True,
+) -> np.ndarray:
+    """Images 0..count-1 of a seed, drawn in batches by ``make_sampler``'s function.
+
+    Args:
+      draw: the compiled sampler.
+      params: its weights.
+      solver: the table.
+      cond: conditioning for all images, leaves [count, ...]; ``Conditioning()`` for none.
+      count: how many.
+      *arguments: those of the guidance, each a scalar or [count, ...].
+      batch_size: per call; the last batch is filled up, so that nothing compiles twice.
+      seed: image i's key is ``image_keys(seed, i)``.
+      progress: whether to show a bar.
+
+    Returns:
+      [count, ...] float32.
+
+    Raises:
+      ValueError: for count or batch_size < 1, or conditioning for another number of images.
+    """
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
+    for leaf in jax.tree.leaves((cond, arguments)):
+        if jnp.ndim(leaf) and len(leaf) != count:
+            raise ValueError(f"conditioning is for {len(leaf)} images, but count is {count}")
+    images = []
+    with tqdm(total=count, unit="image", desc="sampling", disable=not progress) as bar:
+        for start in range(0, count, batch_size):
+            index = np.minimum(np.arange(start, start + batch_size), count - 1)
+            batch, extra = jax.tree.map(
+                lambda a, index=index: a[index] if jnp.ndim(a) else a, (cond, arguments)
+            )
+            drawn = draw(params, solver, image_keys(seed, index), batch, *extra)
+            images.append(np.asarray(drawn)[: count - start])
+            bar.update(len(images[-1]))
+    return np.concatenate(images)
