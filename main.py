@@ -14,7 +14,7 @@ import sys
 # XLA's CPU collectives need a thread per virtual device; read when JAX is imported.
 os.environ.setdefault("NPROC", "16")
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
@@ -23,6 +23,7 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "Wha
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     from diffusion import runs  # not before flags are parsed: mistakes there should show at once

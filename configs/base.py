@@ -1,7 +1,7 @@
 """Every field there is, with its default. A config is this with a few fields set.
 
 Any field can be overridden on the command line: ``--config.objective.prediction=eps``. Fields
-that name a component take options in parentheses: ``--config.objective.weighting="min_snr(gamma=3)"``.
+that name a component take options in parentheses, ``--config.ema="constant(decay=0.99)"``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 from ml_collections import ConfigDict, FieldReference
 
 from diffusion.models.dit import DiT
@@ -17,7 +18,7 @@ from diffusion.models.unet import UNet
 
 # Set by the builder, from the data and the other fields.
 _DERIVED = {"parent", "name", "dtype", "num_classes", "null_class", "out_channels"}
-_DERIVED |= {"learned_variance"}
+_DERIVED |= {"learned_variance", "out_features"}
 
 
 def get_config() -> ConfigDict:
@@ -31,6 +32,7 @@ def get_config() -> ConfigDict:
     c.data.padding = 0  # zeros around each image (mnist)
     c.data.density = "two_moons"  # points: which density
     c.data.scale = 1.0  # latents: multiplied with this
+    c.data.num_classes = 0  # latents: 0 counts the labels
     c.data.flip = False  # mirror images at random
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
 
@@ -85,7 +87,7 @@ def get_config() -> ConfigDict:
     c.sampler.steps = 20
     c.sampler.guidance = 1.0  # classifier-free guidance scale; 1: none
     c.sampler.clip = True  # clip x_0 to [-1, 1] at each step
-    c.sampler.batch_size = 256
+    c.sampler.batch_size = 100
     c.sampler.seed = 0
 
     c.samples = ConfigDict()
@@ -111,3 +113,9 @@ def fields(module: type, **overrides: Any) -> ConfigDict:
         else:  # one value or one per level: any Python literal
             config[field.name] = FieldReference(value, field_type=object)
     return config
+
+
+def values(module: nn.Module) -> dict[str, Any]:
+    """The fields of a preset, to ``update`` a model's config with."""
+    names = {field.name for field in dataclasses.fields(module)} - _DERIVED
+    return {name: getattr(module, name) for name in names}

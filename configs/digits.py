@@ -1,6 +1,6 @@
 """Class-conditional handwritten digits, 8 x 8: the first model to train.
 
-    python main.py --config=configs/digits.py --workdir=runs/digits
+python main.py --config=configs/digits.py --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +34,6 @@ def get_config() -> ConfigDict:
     c.sampler.solver = "dpmpp_2m"
     c.sampler.steps = 20
     c.sampler.guidance = 2.0
-    c.sampler.batch_size = 500
 
     c.evaluation.classifier = "digits_svc"
     c.evaluation.count = 1000

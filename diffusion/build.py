@@ -50,7 +50,9 @@ WEIGHTINGS = specs.choices(
 DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
 EMAS = specs.choices(ema, "constant power_function")
 GRIDS = specs.choices(grids, "uniform leading linspace karras exponential")
-SOLVERS = specs.choices(solvers, "ddpm ddpm_large ddim euler euler_ancestral heun flow_heun dpmpp_2m")
+SOLVERS = specs.choices(
+    solvers, "ddpm ddpm_large ddim euler euler_ancestral heun flow_heun dpmpp_2m"
+)
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -150,7 +152,7 @@ def _source(c: ConfigDict, split: str) -> Source:
         if c.name == "latents":
             if directory is None:
                 raise ValueError("config.data.dir must name the .npz file of latents")
-            return sources.latents(directory, scale=c.scale)
+            return sources.latents(directory, scale=c.scale, num_classes=c.num_classes or None)
         if c.name == "points":
             return sources.points(c.density, seed=0 if split == "train" else 1)
         return sources.tfds(c.name, split, directory)

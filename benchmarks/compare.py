@@ -1,0 +1,73 @@
+"""A table of finished runs: what differs between their configs, and how they were judged.
+
+    python benchmarks/compare.py runs/ablation/*
+
+Runs that differ in their seed alone are one row, with mean and standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+FIGURES = {
+    "recognised": ("recognised [%]", 100, 1),
+    "frechet_half": ("Fréchet", 1, 2),
+    "nearest_ratio": ("nearest / real", 1, 2),
+    "sliced_wasserstein": ("sliced W2", 1, 4),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="working directories")
+    runs = {}
+    for folder in parser.parse_args().runs:
+        if (folder / "evaluation.json").exists():
+            runs[folder] = (
+                _flatten(json.loads((folder / "config.json").read_text())),
+                json.loads((folder / "evaluation.json").read_text()),
+            )
+        else:
+            print(f"{folder}: no evaluation.json, left out")
+    if not runs:
+        raise SystemExit("no finished runs")
+
+    configs = [config for config, _ in runs.values()]
+    names = sorted(set().union(*configs) - {"seed"})
+    differing = [n for n in names if len({str(c.get(n)) for c in configs}) > 1]
+    rows = defaultdict(list)
+    for config, result in runs.values():
+        rows[tuple(str(config.get(name)) for name in differing)].append(result)
+    shown = [key for key in FIGURES if all(key in result for _, result in runs.values())]
+
+    head = [*differing, "seeds", *(FIGURES[key][0] for key in shown)]
+    print("| " + " | ".join(head) + " |")
+    print("|" + "---|" * len(head))
+    for setting, results in sorted(rows.items()):
+        cells = [*setting, str(len(results))]
+        for key in shown:
+            _, factor, digits = FIGURES[key]
+            values = np.array([result[key] for result in results]) * factor
+            spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.{digits}f}{spread}")
+        print("| " + " | ".join(cells) + " |")
+
+
+def _flatten(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in config.items():
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Class-conditional MNIST, 28 x 28, padded to 32 x 32.
+
+    python main.py --config=configs/mnist.py --workdir=runs/mnist
+
+The images come from TFDS, or from a folder with the four original idx files:
+``--config.data.dir=DIR``. ``--config.evaluation.weights=FILE.npz`` (LeNet-5) judges the samples.
+
+Hardware: 2 CPU cores. Not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.data.name = "mnist"
+    c.data.std = 0.6
+
+    c.model.name = "dit"
+    c.model.unet.update(
+        widths=(32, 64, 64), blocks=1, attention=(0, 0, "self"), num_heads=4, norm_groups=8
+    )
+    c.model.dit.update(width=192, depth=6, heads=6, patch=4)
+
+    c.objective.schedule = "cosine"
+    c.objective.prediction = "v"
+
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.decay = "cosine"
+    c.ema = "power_function(sigma_rel=0.1)"
+
+    c.train.steps = 4000
+    c.train.batch_size = 128
+    c.train.sample_every = 1000
+    c.train.checkpoint_every = 1000
+
+    c.sampler.solver = "dpmpp_2m"
+    c.sampler.steps = 20
+    c.sampler.guidance = 1.5
+
+    c.evaluation.classifier = "lenet5"
+    c.evaluation.count = 2000
+    return c

@@ -1,0 +1,43 @@
+"""Densities in the plane, with pictures of the samples' density and of their trajectories.
+
+    python main.py --config=configs/toy2d.py --workdir=runs/toy2d
+    python main.py --config=configs/toy2d.py --workdir=runs/spiral --config.data.density=swiss_roll
+
+Hardware: 2 CPU cores. Not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.data.name = "points"
+    c.data.density = "two_moons"
+    c.data.std = 0.5
+
+    c.model.name = "mlp"
+    c.model.mlp.update(width=128, depth=4)
+
+    c.objective.schedule = "rectified_flow"
+    c.objective.prediction = "flow"
+    c.objective.conditional = False
+
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.decay = "cosine"
+    c.ema = "constant(decay=0.999)"
+
+    c.train.steps = 5000
+    c.train.batch_size = 512
+    c.train.log_every = 100
+    c.train.checkpoint_every = 2500
+
+    c.sampler.solver = "heun"
+    c.sampler.steps = 32
+    c.sampler.clip = False
+    c.sampler.batch_size = 10_000
+
+    c.samples.count = 10_000
+    c.evaluation.count = 10_000
+    return c

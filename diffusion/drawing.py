@@ -1,0 +1,76 @@
+"""Draws from an experiment's model as its config says: solver, guidance, clipping, seeds."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.build import Experiment
+from diffusion.conditioning import Conditioning
+from diffusion.denoiser import ConditionalDenoise, Denoise
+from diffusion.sampling import guidance
+from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
+from diffusion.schedules import Array
+
+
+class Drawer:
+    """Compiled once, draws often; image i, of class i mod K, is the same however many are drawn."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self._draw = make_sampler(
+            experiment.objective.denoiser, experiment.train.shape, self._guide
+        )
+
+    def draw(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """x [count, ...] and labels [count], None if unconditional."""
+        c = self.experiment.config.sampler
+        cond = self._conditioning(count)
+        x = sample_many(
+            self._draw,
+            params,
+            self.experiment.solver,
+            cond,
+            count,
+            jnp.float32(c.guidance),
+            batch_size=c.batch_size,
+            seed=c.seed,
+            progress=sys.stderr.isatty(),
+        )
+        return x, cond.label
+
+    def trajectory(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """x [R + 1, count, ...] before each evaluation and at the end, and labels.
+
+        Divided by sqrt(alpha^2 + sigma^2), so that noise looks alike on every schedule.
+        """
+        c, solver = self.experiment.config.sampler, self.experiment.solver
+        cond = self._conditioning(count)
+
+        @jax.jit
+        def run(params, solver):
+            denoise = self._guide(self.experiment.objective.denoiser(params), cond, c.guidance)
+            keys = image_keys(c.seed, np.arange(count))
+            return sample(denoise, solver, keys, self.experiment.train.shape, trajectory=True)
+
+        x, path = run(params, solver)
+        scale = np.hypot(solver.level.alpha, solver.level.sigma)
+        path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
+        return np.concatenate([path, np.asarray(x)[None]]), cond.label
+
+    def _conditioning(self, count: int) -> Conditioning:
+        classes = self.experiment.num_classes
+        return Conditioning(label=np.arange(count, dtype=np.int32) % classes if classes else None)
+
+    def _guide(self, denoise: ConditionalDenoise, cond: Conditioning, scale: Array) -> Denoise:
+        c = self.experiment.config.sampler
+        if self.experiment.num_classes and c.guidance != 1:
+            null = self.experiment.objective.null(cond)
+            guided = guidance.classifier_free(denoise, cond, null, scale)
+        else:
+            guided = guidance.conditional(denoise, cond)
+        return guidance.clip(guided) if c.clip else guided

@@ -1,0 +1,228 @@
+"""What main.py does with a config and a working directory: train, sample, evaluate."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.build import Experiment, build
+from diffusion.data import pipeline
+from diffusion.drawing import Drawer
+from diffusion.evaluation import classifiers, figures
+from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
+from diffusion.training import checkpoints
+from diffusion.training.logging import Logger
+from diffusion.training.loop import fit
+from diffusion.training.state import TrainState
+
+# Fields that may differ from those that a run was started with: what the parameters are does not
+# depend on them.
+DRAWING = ("sampler.*", "samples.*", "evaluation.*")
+TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep")
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains (or goes on, or finds itself done), then draws, plots and evaluates.
+
+    Leaves in ``workdir``: config.json, checkpoints/, tensorboard/, metrics.jsonl, samples/ (a grid
+    per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
+    where samples can be judged, evaluation.json. For points: density.png instead of grids.
+    """
+    began = time.perf_counter()
+    experiment, folder = _build(config), Path(workdir)
+    checkpoints.check_config(workdir, config.to_dict(), changeable=TRAINING)
+    if _finished(folder, config):
+        print(f"{workdir}: already done, {config.train.steps} steps; results in {folder}")
+        return
+    _describe(experiment)
+    drawer, logger = Drawer(experiment), Logger(workdir)
+
+    def grid(state: TrainState, step: int) -> None:
+        picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(experiment)))
+        (folder / "samples").mkdir(exist_ok=True)
+        figures.save_png(folder / "samples" / f"step_{step:07d}.png", picture)
+        logger.image("samples", picture, step)
+
+    every = config.train.sample_every
+    state = fit(
+        objective=experiment.objective,
+        optimizer=experiment.optimizer,
+        emas=experiment.emas,
+        batches=lambda start: pipeline.batches(
+            experiment.train, config.train.batch_size, config.seed, start, flip=config.data.flip
+        ),
+        steps=config.train.steps,
+        workdir=workdir,
+        seed=config.seed,
+        accumulate=config.train.accumulate,
+        log_every=config.train.log_every,
+        checkpoint_every=config.train.checkpoint_every,
+        keep=config.train.keep,
+        hooks=[(every, grid)] if every and len(experiment.train.shape) == 3 else [],
+        logger=logger,
+    )
+    params = state.ema["ema"]
+    _pictures(drawer, params, folder)
+    _evaluate(drawer, params, folder)
+    (folder / "done").write_text(f"{config.train.steps}\n")
+    print(f"{time.perf_counter() - began:.0f} s in all; results in {folder}")
+
+
+def sample(config: ConfigDict, workdir: str) -> None:
+    """Draws ``config.samples.count`` samples from the run's averaged parameters.
+
+    Leaves in ``workdir/samples``: grid.png, one PNG per image with its label and seed in the
+    metadata, and samples.npz with x [N, ...] in [-1, 1] and label [N].
+    """
+    drawer, params, folder = _restore(config, workdir)
+    folder = folder / "samples"
+    folder.mkdir(exist_ok=True)
+    x, label = drawer.draw(params, config.samples.count)
+    np.savez(folder / "samples.npz", x=x, **({} if label is None else {"label": label}))
+    if x.ndim == 2:
+        figures.density_figure(folder / "density.png", drawer.experiment.held_out.all()["x"], x)
+    else:
+        figures.save_png(folder / "grid.png", _grid(drawer, (x, label)))
+        settings = {k: str(v) for k, v in config.sampler.to_dict().items()}
+        for i, image in enumerate(_visible(x)):
+            about = settings | {"index": str(i)}
+            if label is not None:
+                about["label"] = str(label[i])
+            figures.save_png(folder / f"{i:06d}.png", figures.to_uint8(image), about)
+    print(f"{len(x)} samples in {folder}")
+
+
+def evaluate(config: ConfigDict, workdir: str) -> None:
+    """Judges samples from the run's averaged parameters; writes ``workdir/evaluation.json``."""
+    drawer, params, folder = _restore(config, workdir)
+    if not _evaluate(drawer, params, folder):
+        raise ValueError(
+            "config.evaluation.classifier is empty, so there is nothing to judge samples with; "
+            "choose digits_svc or lenet5"
+        )
+
+
+def _build(config: ConfigDict) -> Experiment:
+    experiment = build(config)
+    for note in experiment.notes:
+        print(f"note: {note}")
+    return experiment
+
+
+def _restore(config: ConfigDict, workdir: str) -> tuple[Drawer, Any, Path]:
+    """The drawer and averaged parameters of a run that this config describes."""
+    checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
+    params, step = checkpoints.restore_ema(workdir, "ema")
+    print(f"{workdir}: averaged parameters after step {step}")
+    return Drawer(_build(config)), params, Path(workdir)
+
+
+def _finished(folder: Path, config: ConfigDict) -> bool:
+    done = folder / "done"
+    return done.exists() and int(done.read_text()) >= config.train.steps
+
+
+def _describe(experiment: Experiment) -> None:
+    params = jax.eval_shape(
+        experiment.objective.init,
+        jax.random.key(0),
+        {name: np.asarray(value)[None] for name, value in experiment.train[0].items()},
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    devices = jax.local_devices()
+    config = experiment.config
+    print(
+        f"{experiment.train.name}: {len(experiment.train):,} examples {experiment.train.shape}; "
+        f"{config.model.name}: {count:,} parameters; {len(devices)} x {devices[0].device_kind}"
+    )
+
+
+def _grid_size(experiment: Experiment) -> int:
+    """A row per class, if they are few."""
+    columns = experiment.config.samples.columns
+    return columns * (experiment.num_classes if 0 < experiment.num_classes <= 20 else columns)
+
+
+def _visible(x: np.ndarray) -> np.ndarray:
+    """Images as they can be shown: latents by their first three channels, scaled."""
+    if x.shape[-1] in (1, 3):
+        return x
+    return (x[..., :3] / np.abs(x).max()).clip(-1, 1)
+
+
+def _grid(drawer: Drawer, drawn: tuple[np.ndarray, np.ndarray | None]) -> np.ndarray:
+    """One row per class, or as many rows as it takes."""
+    x, label = drawn
+    names = ()
+    columns = drawer.experiment.config.samples.columns
+    if label is not None:
+        order = np.argsort(label, kind="stable")
+        x, label = x[order], label[order]
+        rows = label[::columns]
+        if len(x) % columns == 0 and np.all(label.reshape(-1, columns) == rows[:, None]):
+            known = drawer.experiment.train.class_names
+            names = [known[row] if known else str(row) for row in rows]
+    return figures.image_grid(_visible(x), columns, row_names=names)
+
+
+def _pictures(drawer: Drawer, params: Any, folder: Path) -> None:
+    experiment = drawer.experiment
+    figures.loss_curve(
+        folder / "loss.png", folder / "metrics.jsonl", title=f"{experiment.train.name}: loss"
+    )
+    if len(experiment.train.shape) == 1:
+        x, _ = drawer.draw(params, experiment.config.samples.count)
+        path, _ = drawer.trajectory(params, 200)
+        real = experiment.held_out.all()["x"][: len(x)]
+        figures.density_figure(folder / "density.png", real, x, path)
+        return
+    drawn = drawer.draw(params, _grid_size(experiment))
+    figures.save_png(folder / "samples.png", _grid(drawer, drawn))
+    path, label = drawer.trajectory(params, min(10, experiment.num_classes or 10))
+    names = [] if label is None else [str(k) for k in label]
+    figures.trajectory_strip(folder / "trajectory.png", _visible(path), row_names=names)
+    figures.trajectory_gif(folder / "trajectory.gif", _visible(path), columns=path.shape[1])
+
+
+def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
+    """Writes evaluation.json and prints its main figures; False if there is no judge."""
+    experiment = drawer.experiment
+    c = experiment.config.evaluation
+    if len(experiment.train.shape) == 1:
+        x, _ = drawer.draw(params, c.count)
+        result = evaluate_points(x, experiment.config.data.density)
+        print(
+            "sliced Wasserstein distance {sliced_wasserstein:.4f} (real data among themselves "
+            "{sliced_wasserstein_real:.4f})".format(**result)
+        )
+    elif c.classifier and experiment.num_classes:
+        judge = _judge(experiment)
+        x, label = drawer.draw(params, c.count)
+        result = evaluate_samples(x, label, judge, experiment.train, experiment.held_out)
+        print(
+            "{classifier} recognises {recognised:.1%} of {num_samples} samples as the class asked "
+            "for ({classifier_accuracy:.1%} of {num_held_out} held-out real ones)\n"
+            "Fréchet distance in {frechet_features}: {frechet_half:.3f} to held-out real data "
+            "({frechet_real_halves:.3f} between two halves of it; {frechet_half_size} each)".format(
+                **result
+            )
+        )
+    else:
+        return False
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    return True
+
+
+def _judge(experiment: Experiment) -> classifiers.Classifier:
+    c = experiment.config.evaluation
+    if c.classifier == "digits_svc":
+        return classifiers.digits_svc()
+    if c.weights == "":
+        raise ValueError("config.evaluation.weights must name LeNet-5's .npz file")
+    return classifiers.measure(classifiers.lenet5(c.weights), experiment.held_out)

@@ -1,0 +1,149 @@
+"""Every mistake in a config stops before compilation, naming the field and what would be valid."""
+
+import jax
+import pytest
+
+from configs import (
+    cifar10_ddpm,
+    cifar10_edm,
+    cifar10_flow,
+    digits,
+    imagenet256_dit_xl2,
+    mnist,
+    toy2d,
+)
+from diffusion import build as builder
+from diffusion.build import build
+from diffusion.data import sources
+
+
+def with_fields(config, **overrides):
+    for name, value in overrides.items():
+        config.update_from_flattened_dict({name.replace("__", "."): value})
+    return config
+
+
+MISTAKES = [
+    (dict(data__name="digitz"), r"config\.data\.name='digitz'"),
+    (dict(model__name="vit"), r"config\.model\.name: unknown 'vit'; choose one of dit, mlp, unet"),
+    (dict(model__name="mlp"), r"config\.model\.name='mlp' does not take images.*unet or dit"),
+    (dict(model__dtype="float16"), r"config\.model\.dtype: unknown 'float16'; .*Did you mean"),
+    (
+        dict(model__name="dit", model__dit__heads=5),
+        r"config\.model\.dit: heads=5 must divide width=128.*nearest: 4 or 8",
+    ),
+    (
+        dict(model__name="dit", model__dit__patch=3),
+        r"(?s)8.*patch=3.*nearest",
+    ),
+    (
+        dict(model__unet__widths=(16, 16, 16, 16, 16), model__unet__attention=0),
+        r"config\.model\.unet: image size 8 is not divisible by 16.*nearest: 16",
+    ),
+    (dict(model__unet__norm_groups=7), r"config\.model\.unet: .*norm_groups=7"),
+    (
+        dict(objective__schedule="cosin"),
+        r"config\.objective\.schedule: unknown 'cosin'.*Did you mean 'cosine'",
+    ),
+    (
+        dict(objective__schedule="linear(beta_ende=0.1)"),
+        r"linear has no option 'beta_ende'; its options: beta_start, beta_end, steps",
+    ),
+    (
+        dict(objective__prediction="epsilon"),
+        r"config\.objective\.prediction: unknown 'epsilon'; choose one of edm, eps, flow, v, x0",
+    ),
+    (dict(objective__times="logitnormal"), r"Did you mean 'logit_normal'"),
+    (dict(objective__weighting="min_snr(gamma='a')"), r"wrong type; expected float"),
+    (
+        dict(objective__prediction="eps", objective__schedule="rectified_flow"),
+        r"config\.objective\.prediction='eps' says nothing about x_0 at alpha = 0.*choose x0, v",
+    ),
+    (
+        dict(objective__prediction="eps", objective__schedule="zero_terminal_snr(scaled_linear)"),
+        r"config\.objective\.prediction='eps' says nothing",
+    ),
+    (
+        dict(objective__schedule="rectified_flow", objective__c_noise="log_sigma"),
+        r"config\.objective\.c_noise='log_sigma' is infinite",
+    ),
+    (
+        dict(objective__learned_variance=True),
+        r"learned_variance=True bounds a chain of discrete steps",
+    ),
+    (dict(objective__label_dropout=1.5), r"config\.objective\.label_dropout must lie in \[0, 1\]"),
+    (dict(objective__label_dropout=0.0), r"config\.sampler\.guidance=2\.0 needs a model"),
+    (dict(optimizer__name="adamax"), r"config\.optimizer: unknown optimizer 'adamax'"),
+    (dict(optimizer__decay="step"), r"config\.optimizer: unknown decay 'step'"),
+    (dict(ema="constant(decay=1.5)"), r"config\.ema: an EMA's decay must lie in \[0, 1\)"),
+    (dict(train__batch_size=127), r"config\.train\.batch_size=127 is not divisible by 4.*124 or"),
+    (dict(train__steps=0), r"config\.train\.steps must be positive, got 0"),
+    (dict(sampler__solver="dpm"), r"config\.sampler\.solver: unknown 'dpm'"),
+    (dict(sampler__solver="ddim(eta=2.0)"), r"config\.sampler\.solver='ddim\(eta=2.0\)': eta must"),
+    (
+        dict(sampler__grid="leading", sampler__steps=2000),
+        r"config\.sampler\.grid='leading', steps=2000: .*more than the 1000",
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides, message", MISTAKES, ids=lambda value: str(value)[:50])
+def test_mistakes_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(with_fields(digits.get_config(), **overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(objective__schedule="shifted(rectified_flow, 2.0)", objective__prediction="flow"),
+        dict(objective__schedule="edm", objective__prediction="edm", sampler__grid="karras"),
+        dict(objective__schedule="ve", objective__prediction="edm", objective__weighting="edm"),
+        dict(objective__schedule="zero_terminal_snr(scaled_linear)", objective__times="discrete"),
+        dict(objective__schedule="linear", objective__times="discrete")
+        | dict(objective__learned_variance=True, sampler__solver="ddpm"),
+        dict(objective__weighting="elbo", objective__schedule="vp_sde"),
+        dict(objective__uncertainty=True, objective__times="log_normal(mean=-0.5)"),
+        dict(model__name="dit", model__dit__scan=True, model__dit__positions="rotary"),
+    ],
+    ids=str,
+)
+def test_combinations_build(overrides):
+    build(with_fields(digits.get_config(), **overrides))
+
+
+def test_unconditional_runs_without_guidance():
+    config = with_fields(digits.get_config(), objective__conditional=False)
+    experiment = build(config)
+    assert experiment.num_classes == 0
+    assert "no effect" in experiment.notes[0]
+
+
+def test_toy2d_builds():
+    assert build(toy2d.get_config()).train.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "module, shape, classes, millions",
+    [
+        (mnist, (28, 28, 1), 10, None),
+        (cifar10_ddpm, (32, 32, 3), 10, 35.7),
+        (cifar10_edm, (32, 32, 3), 10, None),
+        (cifar10_flow, (32, 32, 3), 10, None),
+        (imagenet256_dit_xl2, (32, 32, 4), 1000, 675.1),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_configs_of_larger_data_build(monkeypatch, module, shape, classes, millions):
+    """Without the data: a stand-in of their shape, parameters counted without being made."""
+    config = module.get_config()
+    height = shape[0] + 2 * config.data.padding
+    x = jax.numpy.zeros((4, height, height, shape[-1]))
+    source = sources.from_arrays("stand-in", x, label=range(4), num_classes=classes)
+    monkeypatch.setattr(builder, "_source", lambda *_: source)
+    experiment = build(config)
+    batch = {name: value[None] for name, value in source[0].items()}
+    params = jax.eval_shape(experiment.objective.init, jax.random.key(0), batch)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if millions is not None:
+        assert count / 1e6 == pytest.approx(millions, abs=0.1)

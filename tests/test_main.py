@@ -1,0 +1,105 @@
+"""Whole commands, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--config.model.unet.widths=(8, 8)", "--config.model.unet.norm_groups=4"),
+    *("--config.model.unet.attention=0", "--config.model.unet.mid_attention=0"),
+    *("--config.train.batch_size=32", "--config.train.log_every=5"),
+    *("--config.train.checkpoint_every=10", "--config.sampler.steps=4"),
+    *("--config.sampler.batch_size=50", "--config.samples.columns=4"),
+    *("--config.evaluation.count=100", "--config.samples.count=20"),
+]
+
+
+def run(*arguments, config="digits"):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "main.py", f"--config=configs/{config}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def succeed(*arguments, **kwargs):
+    done = run(*arguments, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_train_resume_done_sample_evaluate(tmp_path):
+    workdir = tmp_path / "run"
+    command = [*SMALL, f"--workdir={workdir}"]
+    succeed(*command, "--config.train.steps=20", "--config.train.sample_every=10")
+    for name in ("samples.png", "trajectory.png", "trajectory.gif", "loss.png", "config.json"):
+        assert (workdir / name).stat().st_size > 0, name
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert (workdir / "samples" / "step_0000010.png").exists()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    judged = json.loads((workdir / "evaluation.json").read_text())
+    assert 0 <= judged["recognised"] <= 1 and judged["num_samples"] == 100
+
+    assert "already done" in succeed(*command, "--config.train.steps=20")
+    assert "going on after step 20 of 30" in succeed(*command, "--config.train.steps=30")
+
+    other = run(*command, "--config.train.steps=30", "--config.objective.prediction=eps")
+    assert other.returncode != 0
+    assert "objective.prediction: 'v' there, 'eps' here" in other.stderr
+
+    succeed(*command, "--mode=sample", "--config.sampler.guidance=3.0")
+    drawn = np.load(workdir / "samples" / "samples.npz")
+    assert drawn["x"].shape == (20, 8, 8, 1)
+    np.testing.assert_array_equal(drawn["label"], np.arange(20) % 10)
+    image = Image.open(workdir / "samples" / "000013.png")
+    assert image.size == (8, 8) and image.text["label"] == "3" and image.text["guidance"] == "3.0"
+    assert (workdir / "samples" / "grid.png").exists()
+
+    assert "recognises" in succeed(*command, "--mode=evaluate", "--config.evaluation.count=50")
+    assert json.loads((workdir / "evaluation.json").read_text())["num_samples"] == 50
+
+
+def test_points(tmp_path):
+    small = [
+        "--config.train.steps=20",
+        "--config.samples.count=500",
+        "--config.evaluation.count=500",
+    ]
+    text = succeed(*small, f"--workdir={tmp_path}", config="toy2d")
+    assert "sliced Wasserstein" in text
+    assert (tmp_path / "density.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.train.stepz=3"], "Did you mean config.train.steps?"),
+        (["--config.foo=3"], "unknown field config.foo; config has data, ema"),
+        (["--config.train.steps=many"], "--config.train.steps=many: invalid literal for int"),
+        (["--mode=trian"], "train|sample|evaluate"),
+        (["--config.objective.schedule=cosin"], "Did you mean 'cosine'?"),
+        (["--mode=sample"], "no checkpoint"),
+    ],
+)
+def test_mistakes_end_with_one_line(tmp_path, arguments, message):
+    done = run(f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists(), "a refused command leaves nothing behind"
+
+
+def test_a_missing_workdir_is_asked_for():
+    assert "--workdir" in run().stderr
