@@ -7,6 +7,7 @@ and reads a step's metrics when they have long been there; only checkpoints and 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -232,7 +233,11 @@ class _Meter:
         self._count = interval.get("count", 0)
         self._lapsed, self._timed, self._since = 0.0, 0, None
         self._bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), leave=True
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not sys.stderr.isatty(),  # then lines of text stand in for it
+            ncols=shutil.get_terminal_size().columns,  # tqdm's own gives 0 where none is known
         )
 
     def __enter__(self):
