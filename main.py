@@ -26,7 +26,15 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    from diffusion import runs  # not before flags are parsed: mistakes there should show at once
+    import jax  # not before flags are parsed: mistakes there should show at once
+
+    from diffusion import runs
+
+    # What was compiled once need not be again: the next run of this config starts sooner.
+    cache = os.path.join(os.path.expanduser("~"), ".cache", "diffusion-jax")
+    jax.config.update(
+        "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
+    )
 
     run = {"train": runs.train, "sample": runs.sample, "evaluate": runs.evaluate}[_MODE.value]
     try:

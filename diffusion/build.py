@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import denoiser, predictions, schedules, specs
-from diffusion.conditioning import Conditioning, null_like
+from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
 from diffusion.models.dit import DiT
@@ -54,6 +55,7 @@ SOLVERS = specs.choices(
     solvers, "ddpm ddpm_large ddim euler euler_ancestral heun flow_heun dpmpp_2m"
 )
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
+JUDGES = ("digits_svc", "lenet5")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -90,6 +92,7 @@ def build(config: ConfigDict) -> Experiment:
       ValueError: a field has an impossible value, or two do not fit; the message names them.
     """
     _check_numbers(config)
+    _check_judge(config)
     train, held_out = (_source(config.data, split) for split in ("train", "test"))
     conditional = config.objective.conditional and train.num_classes > 0
     num_classes = train.num_classes if conditional else 0
@@ -185,7 +188,7 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
             return DiT(**options, num_classes=num_classes, learned_variance=learned)
         if learned:
             raise ValueError("config.objective.learned_variance=True needs a unet or dit")
-        return MLP(**options, num_classes=num_classes)
+        return MLP(**options, num_classes=num_classes or None)
 
 
 def _objective(config: ConfigDict, network: nn.Module, num_classes: int) -> Denoising:
@@ -251,6 +254,14 @@ def _optimizer(config: ConfigDict) -> optimizers.Optimizer:
         )
 
 
+def _check_judge(config: ConfigDict) -> None:
+    c = config.evaluation
+    if c.classifier and c.classifier not in JUDGES:
+        raise specs.unknown("config.evaluation.classifier", c.classifier, JUDGES)
+    if c.weights and not Path(c.weights).is_file():
+        raise ValueError(f"config.evaluation.weights={c.weights!r}: there is no such file")
+
+
 def _check_numbers(config: ConfigDict) -> None:
     positive = ["train.steps", "train.batch_size", "train.accumulate", "train.log_every"]
     positive += ["train.checkpoint_every", "train.keep", "sampler.steps", "sampler.batch_size"]
@@ -291,17 +302,14 @@ def _notes(config: ConfigDict, num_classes: int) -> tuple[str, ...]:
             f"config.sampler.guidance={config.sampler.guidance} has no effect: the model is "
             "unconditional"
         )
+    if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
+        notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
     if config.sampler.guidance != 1 and num_classes and not config.objective.label_dropout:
         raise ValueError(
             f"config.sampler.guidance={config.sampler.guidance} needs a model that was also "
             "trained without labels; set config.objective.label_dropout (0.1, say) or guidance=1"
         )
     return tuple(notes)
-
-
-def null_label(experiment: Experiment, cond: Conditioning) -> Conditioning:
-    """The conditioning without label, for guidance."""
-    return experiment.objective.null(cond)
 
 
 @contextlib.contextmanager

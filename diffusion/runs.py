@@ -103,8 +103,8 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     drawer, params, folder = _restore(config, workdir)
     if not _evaluate(drawer, params, folder):
         raise ValueError(
-            "config.evaluation.classifier is empty, so there is nothing to judge samples with; "
-            "choose digits_svc or lenet5"
+            "nothing to judge samples with: set config.evaluation.classifier to digits_svc "
+            "or lenet5 (with config.evaluation.weights), for a class-conditional model"
         )
 
 
@@ -201,8 +201,7 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
             "sliced Wasserstein distance {sliced_wasserstein:.4f} (real data among themselves "
             "{sliced_wasserstein_real:.4f})".format(**result)
         )
-    elif c.classifier and experiment.num_classes:
-        judge = _judge(experiment)
+    elif experiment.num_classes and (judge := _judge(experiment)) is not None:
         x, label = drawer.draw(params, c.count)
         result = evaluate_samples(x, label, judge, experiment.train, experiment.held_out)
         print(
@@ -219,10 +218,10 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
     return True
 
 
-def _judge(experiment: Experiment) -> classifiers.Classifier:
+def _judge(experiment: Experiment) -> classifiers.Classifier | None:
     c = experiment.config.evaluation
     if c.classifier == "digits_svc":
         return classifiers.digits_svc()
-    if c.weights == "":
-        raise ValueError("config.evaluation.weights must name LeNet-5's .npz file")
-    return classifiers.measure(classifiers.lenet5(c.weights), experiment.held_out)
+    if c.classifier == "lenet5" and c.weights:
+        return classifiers.measure(classifiers.lenet5(c.weights), experiment.held_out)
+    return None

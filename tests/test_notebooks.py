@@ -1,0 +1,28 @@
+"""Every notebook runs from top to bottom, with few training steps."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+COLABS = Path(__file__).parent.parent / "colabs"
+
+
+@pytest.mark.parametrize("path", sorted(COLABS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    parameters = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
+    assert len(parameters) == 1, "one cell is tagged 'parameters'"
+    parameters[0].source += "\nsteps = 20\n"
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": COLABS}}
+    )
+    client.execute()
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= 5
