@@ -16,6 +16,22 @@ from diffusion.training.checkpoints import Checkpoints, restore_ema
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_compilation():
+    """Runs that differ in nothing that is compiled share their step."""
+    make, made = loop.make_train_step, {}
+
+    def cached(*args, devices, **settings):
+        key = (tuple(devices), tuple(settings.items()))
+        if key not in made:
+            made[key] = make(*args, devices=devices, **settings)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", cached)
+        yield
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Ten steps without a stop: the state and the log."""
