@@ -44,6 +44,7 @@ def test_one_sgd_step_is_the_gradient_of_the_whole_batch():
     for settings in (dict(), dict(devices=4), dict(devices=4, accumulate=2)):
         state, metrics = trained(steps=1, **settings)
         assert_close(state.params, expected)
+        assert_close(state.ema["power"], expected)  # the first update is all there is to average
         assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
 
 
