@@ -144,12 +144,11 @@ def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> Noi
         raise ValueError(
             f"sigmas: {ratio[0]} lies beyond the schedule's sigma_max = {noisiest.ratio:.6g}"
         )
-    t = np.minimum(schedule.invert(np.ones_like(ratio), ratio), schedule.t_max)
-    level = schedule(t)
+    level = schedule(np.minimum(schedule.invert(np.ones_like(ratio), ratio), schedule.t_max))
     # Keep the larger of the two, and with it the schedule's scale; the other follows exactly.
     noisy = ratio > 1
     alpha = np.where(noisy, level.sigma / np.where(noisy, ratio, 1), level.alpha)
-    return NoiseLevel(t, alpha, np.where(noisy, level.sigma, level.alpha * ratio))
+    return NoiseLevel(level.t, alpha, np.where(noisy, level.sigma, level.alpha * ratio))
 
 
 def _range(

@@ -1,0 +1,306 @@
+"""Solvers, against what is known exactly: flows of mixtures, moments of Gaussians, points."""
+
+from functools import partial
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+from cases import SCHEDULES, VARIANCE_PRESERVING
+from scipy.special import ndtr
+
+from diffusion import schedules
+from diffusion.sampling import grids, solvers
+from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.sample import image_keys, sample
+from diffusion.schedules import NoiseLevel
+
+DETERMINISTIC = [
+    *(solvers.ddim, solvers.euler, solvers.heun, solvers.flow_heun, solvers.dpmpp_2m),
+]
+STOCHASTIC = [
+    *(solvers.ddpm, partial(solvers.ddim, eta=0.5), partial(solvers.ddim, eta=1.0)),
+    *(solvers.ddpm_large, solvers.euler_ancestral),
+]
+
+MEANS, STDS, WEIGHTS = np.array([-0.6, 0.7]), np.array([0.3, 0.2]), np.array([0.4, 0.6])
+MIXTURE = gaussian_mixture(MEANS[:, None], STDS, WEIGHTS)
+
+
+@jax.jit
+def run(solver, x):
+    """x [B, 1] along the table with the mixture's exact denoiser."""
+    return sample(MIXTURE, solver, image_keys(0, np.arange(len(x))), (1,), x_init=x)
+
+
+@jax.jit
+def run_gaussian(solver, keys, x):
+    """x [B, 1] along the table for x_0 ~ N(0.7, 0.5^2)."""
+    return sample(gaussian_mixture([[0.7]], 0.5), solver, keys, (1,), x_init=x)
+
+
+exact_denoise = jax.jit(MIXTURE)
+
+
+def cdf(x, level):
+    """Of x_t, for x [B, 1]."""
+    std = np.sqrt((level.alpha * STDS) ** 2 + level.sigma**2)
+    return ndtr((x - level.alpha * MEANS) / std) @ WEIGHTS
+
+
+def quantile(p, level):
+    """The probability-flow ODE keeps each point's quantile, so this is its exact solution."""
+    low, high = np.full_like(p, -100.0), np.full_like(p, 100.0)
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = cdf(middle[:, None], level) < p
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return ((low + high) / 2)[:, None]
+
+
+def at(grid, i):
+    return NoiseLevel(*(a[i] for a in grid))
+
+
+PATHS = {
+    "vp": lambda n: grids.from_times(schedules.VPSDE(), np.linspace(0.9, 0.1, n + 1)),
+    "edm": lambda n: grids.from_sigmas(
+        schedules.EDM(), np.linspace(20 ** (1 / 7), 0.1 ** (1 / 7), n + 1) ** 7
+    ),
+    "flow": lambda n: grids.from_times(schedules.RectifiedFlow(), np.linspace(0.95, 0.1, n + 1)),
+    "flow_from_noise": lambda n: grids.from_times(
+        schedules.RectifiedFlow(), np.linspace(1, 0.1, n + 1)
+    ),
+    "zero_terminal_snr": lambda n: grids.from_times(
+        schedules.TrigonometricFlow(), np.linspace(1, 0.1, n + 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [(solvers.euler, 1), (solvers.heun, 2), (solvers.flow_heun, 2), (solvers.dpmpp_2m, 2)],
+    ids=lambda f: getattr(f, "__name__", None),
+)
+def test_order_of_convergence(solver, order, path):
+    p = np.linspace(0.03, 0.97, 21)
+    steps, errors = [32, 64, 128], []
+    with jax.enable_x64(True):
+        for n in steps:
+            grid = PATHS[path](n)
+            end = run(solver(grid), quantile(p, at(grid, 0)))
+            errors.append(np.abs(end - quantile(p, at(grid, -1))).max())
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert abs(slope - order) < 0.25, (slope, errors)
+
+
+def moments(solver, m, s):
+    """Mean and variance of x after the table, for x_0 ~ N(m, s^2) in one dimension, exactly.
+
+    The denoiser is linear there, so each row is an affine map of the registers.
+    """
+    mean, cov = np.zeros(solver.A.shape[1]), np.zeros(solver.A.shape[1:])
+    first = at(solver.level, 0)
+    mean[0], cov[0, 0] = first.alpha * m, (first.alpha * s) ** 2 + first.sigma**2
+    for r in range(solver.evaluations):
+        _, alpha, sigma = at(solver.level, r)
+        gain = alpha * s**2 / ((alpha * s) ** 2 + sigma**2)
+        A, b = solver.A[r].copy(), solver.b[r]
+        A[:, 0] += b * gain
+        mean = A @ mean + b * (1 - gain * alpha) * m
+        cov = A @ cov @ A.T + np.outer(solver.noise[r], solver.noise[r])
+    return mean[0], cov[0, 0]
+
+
+@pytest.mark.parametrize("name", ["linear", "vp_sde", "edm", "rectified_flow", "sub_vp_sde"])
+@pytest.mark.parametrize("solver", [*DETERMINISTIC, *STOCHASTIC[:3]])
+def test_moments_of_a_gaussian_converge(solver, name):
+    m, s, errors = 0.7, 0.5, []
+    for steps in [250, 1000]:
+        grid = NoiseLevel(*(a[:-1] for a in grids.karras(SCHEDULES[name], steps + 1)))
+        mean, variance = moments(solver(grid), m, s)
+        end = at(grid, -1)
+        errors.append(
+            abs(mean - end.alpha * m) + abs(variance - (end.alpha * s) ** 2 - end.sigma**2)
+        )
+    assert errors[1] < 0.004 and errors[1] < 0.3 * errors[0], errors
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("solver", [*DETERMINISTIC, *STOCHASTIC[:3], STOCHASTIC[-1]])
+def test_a_point_has_the_schedules_marginal_at_every_step(solver, schedule):
+    """With x_0 = m known, x_t ~ N(alpha m, sigma^2) exactly, after any number of steps."""
+    grid = grids.uniform(schedule, 6)
+    for steps in [1, 3, 6]:
+        part = NoiseLevel(*(a[: steps + 1] for a in grid))
+        mean, variance = moments(solver(part), 0.7, 0.0)
+        np.testing.assert_allclose(mean, part.alpha[-1] * 0.7, rtol=1e-9)
+        np.testing.assert_allclose(variance, part.sigma[-1] ** 2, rtol=1e-7, atol=1e-14)
+
+
+@pytest.mark.parametrize("solver", [*DETERMINISTIC, *STOCHASTIC])
+def test_samples_have_the_moments_of_the_table(solver):
+    """The engine applies the table, noise included: Monte Carlo against the exact recursion."""
+    m, s, count = 0.7, 0.5, 20_000
+    table = solver(grids.uniform(schedules.cosine(), 8))
+    keys = image_keys(3, np.arange(count))
+    first = at(table.level, 0)
+    std = np.hypot(first.alpha * s, first.sigma)
+    start = first.alpha * m + std * jax.vmap(lambda k: jax.random.normal(k, (1,)))(keys)
+    end = run_gaussian(table, keys, start)
+    mean, variance = moments(table, m, s)
+    error = np.sqrt(variance / count)
+    assert abs(end.mean() - mean) < 4 * error
+    assert abs(end.var() / variance - 1) < 4 * np.sqrt(2 / count)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ddim_with_eta_1_is_ddpm_and_ancestral(name):
+    grid = grids.uniform(SCHEDULES[name], 7)
+    for a, b, c in zip(
+        jax.tree.leaves(solvers.ddim(grid, eta=1.0)),
+        jax.tree.leaves(solvers.ddpm(grid)._replace(noise_upper=solvers.ddpm(grid).noise)),
+        jax.tree.leaves(solvers.euler_ancestral(grid)),
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+        np.testing.assert_array_equal(a, c)
+
+
+def test_ddpm_variances_are_the_papers():
+    table = schedules.linear()
+    betas = 1 - np.append(table.alphas[0], table.alphas[1:] / table.alphas[:-1]) ** 2
+    small = solvers.ddpm(grids.uniform(table, 1000))
+    large = solvers.ddpm_large(grids.uniform(table, 1000))
+    bar = table.alphas**2
+    beta_tilde = (betas[1:] * (1 - bar[:-1]) / (1 - bar[1:]))[::-1]
+    np.testing.assert_allclose(small.noise[:-1, 0] ** 2, beta_tilde, rtol=1e-8)
+    np.testing.assert_allclose(large.noise[:-1, 0] ** 2, betas[:0:-1], rtol=1e-8)
+    np.testing.assert_array_equal(small.noise_upper, large.noise)
+    assert small.noise[-1].max() == large.noise[-1].max() == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("solver", [*DETERMINISTIC, *STOCHASTIC])
+def test_tables_are_finite_and_never_evaluate_clean_data(solver, schedule):
+    table = solver(grids.uniform(schedule, 5))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(table))
+    assert np.all(table.level.sigma > 0)
+    if table.level.alpha[0] == 0:  # what is multiplied by x, of variance 1, and by D
+        assert np.abs(table.A[0]).max() < 10 and np.abs(table.b[0]).max() < 10
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in SCHEDULES if grids.uniform(SCHEDULES[n], 1).alpha[0] == 0]
+)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
+def test_starts_without_signal(solver, name):
+    """At alpha = 0, where x is pure noise, every solver still follows the exact flow."""
+    p = np.linspace(0.005, 0.995, 100)
+    with jax.enable_x64(True):
+        grid = grids.from_times(SCHEDULES[name], np.linspace(1, 0.1, 65))
+        end = run(solver(grid), quantile(p, at(grid, 0)))
+        exact = quantile(p, at(grid, -1))
+    np.testing.assert_allclose(end, exact, atol=0.05)
+
+
+def to_sigma_space(grid):
+    return NoiseLevel(grid.ratio, np.ones_like(grid.alpha), grid.ratio)
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANCE_PRESERVING if n in ("linear", "vp_sde")])
+@pytest.mark.parametrize(
+    "solver", [solvers.ddim, solvers.ddpm, solvers.heun, solvers.dpmpp_2m, STOCHASTIC[1]]
+)
+def test_sigma_space_is_the_same(solver, name):
+    """x / alpha on sigma / alpha, as k-diffusion computes, gives the same samples."""
+    with jax.enable_x64(True):
+        grid = grids.uniform(SCHEDULES[name], 9)
+        x = np.linspace(-2, 2, 11)[:, None]
+        end = run(solver(grid), x)
+        same = run(solver(to_sigma_space(grid)), x / grid.alpha[0])
+    np.testing.assert_allclose(end, same, rtol=0, atol=1e-12)
+
+
+def test_heun_and_2m_are_the_papers_loops():
+    """EDM's algorithm 1 and k-diffusion's 2M written as their loops, on sigma = t."""
+    grid = grids.karras(schedules.EDM(), 8)
+    sigma, x0 = grid.sigma, np.linspace(-90, 90, 7)[:, None]
+
+    def denoise(x, s):
+        return np.asarray(exact_denoise(x, NoiseLevel(s, 1.0 + 0 * s, s)))
+
+    with jax.enable_x64(True):
+        x = x0
+        for s, s_next in pairwise(sigma):
+            d = (x - denoise(x, s)) / s
+            y = x + (s_next - s) * d
+            if s_next > 0:
+                y = x + (s_next - s) * (d + (y - denoise(y, s_next)) / s_next) / 2
+            x = y
+        np.testing.assert_allclose(run(solvers.heun(grid), x0), x, atol=1e-11)
+
+        x, old = x0, None
+        for i, (s, s_next) in enumerate(pairwise(sigma)):
+            D = denoise(x, s)
+            if old is None or s_next == 0:
+                mix = D
+            else:
+                ratio = np.log(sigma[i - 1] / s) / np.log(s / s_next)
+                mix = (1 + 1 / (2 * ratio)) * D - old / (2 * ratio)
+            x, old = s_next / s * x + (1 - s_next / s) * mix, D
+        np.testing.assert_allclose(run(solvers.dpmpp_2m(grid), x0), x, atol=1e-11)
+
+
+def test_flow_heun_is_heun_on_the_velocity():
+    grid = grids.uniform(schedules.RectifiedFlow(), 6)
+    x0 = np.linspace(-2, 2, 7)[:, None]
+
+    def velocity(x, t):
+        D = np.asarray(exact_denoise(x, NoiseLevel(t, 1 - t, t)))
+        return (x - D) / t  # eps - D
+
+    with jax.enable_x64(True):
+        x = x0
+        for t, t_next in pairwise(grid.t):
+            v = velocity(x, t)
+            y = x + (t_next - t) * v
+            x = x + (t_next - t) * (v + velocity(y, t_next)) / 2 if t_next > 0 else y
+        np.testing.assert_allclose(run(solvers.flow_heun(grid), x0), x, atol=1e-12)
+
+
+def test_number_of_evaluations():
+    grid = grids.uniform(schedules.cosine(), 7)
+    part = grids.from_times(schedules.cosine(), [1, 0.6, 0.2])  # does not end clean
+    assert solvers.ddim(grid).evaluations == solvers.dpmpp_2m(grid).evaluations == 7
+    assert solvers.heun(grid).evaluations == solvers.flow_heun(grid).evaluations == 13
+    assert solvers.heun(part).evaluations == 4
+
+
+def test_initial_noise_is_unit_datas_marginal():
+    assert np.isclose(solvers.ddim(grids.uniform(schedules.linear(), 3)).init, 1)
+    assert np.isclose(solvers.heun(grids.uniform(schedules.EDM(), 3)).init, np.hypot(1, 80))
+
+
+GRID = grids.uniform(schedules.RectifiedFlow(), 4)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (NoiseLevel(*(a[::-1] for a in GRID)), "noisiest first; node 0"),
+        (NoiseLevel(*(a[:1] for a in GRID)), "N >= 1"),
+        (GRID._replace(alpha=GRID.alpha[:-1]), "leaves"),
+        (GRID._replace(sigma=GRID.sigma * np.nan), "finite"),
+        (GRID._replace(sigma=-GRID.sigma), ">= 0"),
+    ],
+)
+def test_bad_grids(grid, message):
+    for solver in [*DETERMINISTIC, *STOCHASTIC]:
+        with pytest.raises(ValueError, match=message):
+            solver(grid)
+
+
+def test_bad_eta():
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], got 1.5"):
+        solvers.ddim(GRID, eta=1.5)
