@@ -37,6 +37,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     began = time.perf_counter()
     experiment, folder = _build(config), Path(workdir)
     checkpoints.check_config(workdir, config.to_dict(), changeable=TRAINING)
+    checkpoints.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(f"{workdir}: already done, {config.train.steps} steps; results in {folder}")
         return
@@ -118,9 +119,10 @@ def _build(config: ConfigDict) -> Experiment:
 def _restore(config: ConfigDict, workdir: str) -> tuple[Drawer, Any, Path]:
     """The drawer and averaged parameters of a run that this config describes."""
     checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
+    experiment = _build(config)
     params, step = checkpoints.restore_ema(workdir, "ema")
     print(f"{workdir}: averaged parameters after step {step}")
-    return Drawer(_build(config)), params, Path(workdir)
+    return Drawer(experiment), params, Path(workdir)
 
 
 def _finished(folder: Path, config: ConfigDict) -> bool:

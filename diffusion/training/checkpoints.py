@@ -22,8 +22,7 @@ from diffusion.training.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every phase of every save.
 
-# Settings that may change when a run goes on: they leave the steps already done as they were.
-CHANGEABLE = ("steps", "training.steps", "*_every", "keep", "*.keep")
+CONFIG = "config.json"
 
 
 class Checkpoints:
@@ -132,12 +131,12 @@ def check_config(
     workdir: str | os.PathLike,
     config: Mapping[str, Any],
     *,
-    changeable: Sequence[str] = CHANGEABLE,
+    changeable: Sequence[str] = (),
 ) -> None:
-    """Makes ``workdir/config.json`` say ``config``, unless the run in there has another one.
+    """Refuses a configuration other than that of the run in ``workdir``, if there is one.
 
     Args:
-      workdir: the run's directory; made if missing.
+      workdir: the run's directory.
       config: nested dicts of JSON values.
       changeable: patterns (``fnmatch``) of dotted names that may differ from the run's.
 
@@ -145,25 +144,34 @@ def check_config(
       ValueError: the run has checkpoints, and settings differ; the message lists them.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    text = json.dumps(config, indent=2, default=str) + "\n"
-    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-        old, new = _flatten(json.loads(path.read_text())), _flatten(json.loads(text))
-        lines = [
-            f"  {name}: {_shown(old, name)} there, {_shown(new, name)} here"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name, ...) != new.get(name, ...)
-            and not any(fnmatch(name, pattern) for pattern in changeable)
-        ]
-        if lines:
-            raise ValueError(
-                f"{workdir} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
-                "Choose another workdir, or the run's own settings."
-            )
+    path = workdir / CONFIG
+    if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+        return
+    old, new = _flatten(json.loads(path.read_text())), _flatten(json.loads(_as_json(config)))
+    lines = [
+        f"  {name}: {old.get(name, '(absent)')!r} there, {new.get(name, '(absent)')!r} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, ...) != new.get(name, ...)
+        and not any(fnmatch(name, pattern) for pattern in changeable)
+    ]
+    if lines:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
+            "Choose another workdir, or the run's own settings."
+        )
+
+
+def save_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Writes ``workdir/config.json``, whole or not at all; makes the directory if missing."""
+    path = Path(workdir) / CONFIG
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.partial")
-    partial.write_text(text)
+    partial.write_text(_as_json(config))
     partial.replace(path)
+
+
+def _as_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, default=str) + "\n"
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -53,7 +53,6 @@ def fit(
     checkpoint_every: int = 1000,
     keep: int | None = 3,
     hooks: Sequence[Hook] = (),
-    config: Mapping[str, Any] | None = None,
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> TrainState:
@@ -79,7 +78,6 @@ def fit(
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
-      config: written to ``workdir/config.json``; see ``checkpoints.check_config``.
       logger: default ``Logger(workdir)``.
       devices: default all local ones.
 
@@ -88,14 +86,12 @@ def fit(
 
     Raises:
       NonFiniteError: a loss or gradient was not finite; names the step.
-      ValueError: the batch cannot be divided; the workdir belongs to another configuration.
+      ValueError: the batch cannot be divided.
       KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     for name, value in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if config is not None:
-        checkpoints_lib.check_config(workdir, config)
     logger = Logger(workdir) if logger is None else logger
     step_fn = make_train_step(objective, optimizer, emas, accumulate=accumulate, devices=devices)
     sharding = replicated(devices)

@@ -7,7 +7,7 @@ import pytest
 from linear_run import EMAS, Linear, assert_identical, batch_of
 
 from diffusion.training import optimizers
-from diffusion.training.checkpoints import Checkpoints, check_config, restore_ema
+from diffusion.training.checkpoints import Checkpoints, check_config, restore_ema, save_config
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step, replicated
 
@@ -82,14 +82,15 @@ CONFIG = {"steps": 10, "model": {"name": "unet", "width": 8}, "schedule": {"step
 
 
 def test_config_of_another_run_is_refused(tmp_path):
-    check_config(tmp_path, CONFIG)
-    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
     other = CONFIG | {"model": {"name": "dit", "width": 8}}
+    check_config(tmp_path, other)  # there is no run yet
+    save_config(tmp_path, CONFIG)
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
     check_config(tmp_path, other)  # nothing was trained yet
-    check_config(tmp_path, CONFIG)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(initial())
     checkpoints.close()
+    check_config(tmp_path, CONFIG)
     with pytest.raises(ValueError, match=r"model\.name: 'unet' there, 'dit' here"):
         check_config(tmp_path, other)
     with pytest.raises(ValueError, match=r"schedule\.steps: 1000 there, \(absent\) here"):
@@ -98,9 +99,11 @@ def test_config_of_another_run_is_refused(tmp_path):
 
 
 def test_some_settings_may_change(tmp_path):
-    check_config(tmp_path, CONFIG)
+    save_config(tmp_path, CONFIG)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(initial())
     checkpoints.close()
-    check_config(tmp_path, CONFIG | {"steps": 20, "log_every": 7})
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 20
+    other = CONFIG | {"steps": 20, "model": {"name": "unet", "width": 9}}
+    check_config(tmp_path, other, changeable=("steps", "model.w*"))
+    with pytest.raises(ValueError, match=r"(?s)width.*Choose another workdir"):
+        check_config(tmp_path, other, changeable=("steps",))
