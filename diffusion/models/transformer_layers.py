@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Array, rotary: tuple[Array, Array] | None) -> Array:
         b, length, width = x.shape
         qkv = nn.Dense(3 * width, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, length, 3, self.heads, -1), 2, 0)
+        q, k, v = (a.reshape(b, length, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
         q = nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="q")(x)
         kv = nn.Dense(2 * width, kernel_init=xavier, dtype=self.dtype, name="kv")(context)
         q = q.reshape(b, length, self.heads, -1)
-        k, v = jnp.moveaxis(kv.reshape(b, context.shape[1], 2, self.heads, -1), 2, 0)
+        k, v = (a.reshape(b, -1, *q.shape[2:]) for a in jnp.split(kv, 2, axis=-1))
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
