@@ -149,7 +149,7 @@ def check_config(
         return
     old, new = _flatten(json.loads(path.read_text())), _flatten(json.loads(_as_json(config)))
     lines = [
-        f"  {name}: {old.get(name, '(absent)')!r} there, {new.get(name, '(absent)')!r} here"
+        f"  {name}: {_shown(old, name)} there, {_shown(new, name)} here"
         for name in sorted(old.keys() | new.keys())
         if old.get(name, ...) != new.get(name, ...)
         and not any(fnmatch(name, pattern) for pattern in changeable)
@@ -168,6 +168,10 @@ def save_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".json.partial")
     partial.write_text(_as_json(config))
     partial.replace(path)
+
+
+def _shown(flat: Mapping[str, Any], name: str) -> str:
+    return repr(flat[name]) if name in flat else "(absent)"
 
 
 def _as_json(config: Mapping[str, Any]) -> str:
