@@ -58,9 +58,9 @@ class EmbeddingMLP(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalisation of x [B, ..., C] with float32 statistics (Wu & He, 2018).
 
-    Statistics are first taken per channel and then joined per group: on C minor, unlike a
-    reduction over [..., C / G], this keeps the large reductions contiguous (1.5 to 3 times faster
-    than ``nn.GroupNorm`` on CPU).
+    Statistics are taken per channel and then joined per group, and end as one factor and one
+    offset per channel: everything of x's size stays [B, N, C]. On CPU, forward and gradient take
+    half the time of ``nn.GroupNorm``, which reduces over [N, C / G].
     """
 
     groups: int = 32
@@ -77,20 +77,17 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        width = channels // self.groups
 
-        def group_mean(a: Array) -> Array:
-            a = (
-                a.reshape(a.shape[0], -1, channels)
-                .mean(1)
-                .reshape(-1, self.groups, channels // self.groups)
-            )
-            a = jnp.broadcast_to(a.mean(-1, keepdims=True), a.shape)
-            return a.reshape((-1,) + (1,) * (x.ndim - 2) + (channels,))
+        def group_mean(a: Array) -> Array:  # [B, N, C] -> [B, G]
+            return a.mean(1).reshape(-1, self.groups, width).mean(-1)
 
-        h = x.astype(jnp.float32)
+        h = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
         mean = group_mean(h)
-        variance = jnp.maximum(group_mean(jnp.square(h)) - jnp.square(mean), 0)
-        return ((h - mean) * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(self.dtype)
+        variance = jnp.maximum(group_mean(h * h) - mean * mean, 0)
+        factor = jnp.repeat(jax.lax.rsqrt(variance + self.eps), width, axis=1) * scale
+        offset = bias - jnp.repeat(mean, width, axis=1) * factor
+        return (h * factor[:, None] + offset[:, None]).reshape(x.shape).astype(self.dtype)
 
 
 class Pointwise(nn.Module):
