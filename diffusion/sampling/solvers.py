@@ -134,10 +134,12 @@ def ddpm_large(grid: NoiseLevel) -> Solver:
 def heun(grid: NoiseLevel) -> Solver:
     """Heun's method on d(x/alpha) / d(sigma/alpha) = eps (EDM, Karras et al., 2022, alg. 1).
 
-    Order 2, two evaluations a step; the last step is Euler's if it goes to clean data: 2N - 1. A
-    first step from alpha = 0, where that space has no point, is taken in ``flow_heun``'s.
+    Order 2, two evaluations a step; the last step is Euler's if it goes to clean data: 2N - 1.
+    Steps from sigma / alpha > 1000, where that space stretches without end (alpha = 0 has no point
+    in it), are taken in ``flow_heun``'s.
     """
-    return _heun(grid, np.where(np.asarray(grid.alpha)[:-1] > 0, 0.0, 1.0))
+    now, _ = _steps(grid)
+    return _heun(grid, np.where(now.sigma > 1e3 * now.alpha, 1.0, 0.0))
 
 
 def flow_heun(grid: NoiseLevel) -> Solver:
@@ -146,7 +148,7 @@ def flow_heun(grid: NoiseLevel) -> Solver:
     On rectified flow, where s = 1, this is x' = x + (t' - t) (v + v') / 2. Order 2; finite at
     alpha = 0, so the choice for schedules that start there. Evaluations as ``heun``.
     """
-    return _heun(grid, np.ones(len(grid.alpha) - 1))
+    return _heun(grid, np.ones(np.size(grid.alpha) - 1))
 
 
 def _heun(grid: NoiseLevel, kappa: np.ndarray) -> Solver:
