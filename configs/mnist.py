@@ -1,4 +1,4 @@
-"""Class-conditional MNIST, 28 x 28, padded to 32 x 32.
+"""Class-conditional MNIST, 28 x 28.
 
     python main.py --config=configs/mnist.py --workdir=runs/mnist
 
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.model.unet.update(
         widths=(32, 64, 64), blocks=1, attention=(0, 0, "self"), num_heads=4, norm_groups=8
     )
-    c.model.dit.update(width=192, depth=6, heads=6, patch=4)
+    c.model.dit.update(width=128, depth=4, heads=4, patch=4)
 
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"
@@ -31,8 +31,8 @@ def get_config() -> ConfigDict:
     c.optimizer.decay = "cosine"
     c.ema = "power_function(sigma_rel=0.1)"
 
-    c.train.steps = 4000
-    c.train.batch_size = 128
+    c.train.steps = 3000
+    c.train.batch_size = 64
     c.train.sample_every = 1000
     c.train.checkpoint_every = 1000
 

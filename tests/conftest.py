@@ -1,11 +1,17 @@
-"""Four virtual CPU devices for every test; must run before JAX is imported."""
+"""Four virtual CPU devices, and quick compilation; must run before JAX is imported."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA's CPU collectives deadlock when there are fewer threads than virtual devices need.
 os.environ.setdefault("NPROC", "16")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-).strip()
+# Tests compile much and run little: the optimiser would take most of their time.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=4",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
