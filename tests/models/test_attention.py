@@ -21,7 +21,7 @@ def normal(*shape, seed=0):
 def random_params(module, *args):
     """Parameters drawn without running the module; none is zero."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0, impl="rbg"), *args))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0, impl="unsafe_rbg"), *args))
     return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), s.dtype), shapes)
 
 
@@ -110,7 +110,7 @@ def test_linear_and_convolutional_projections_are_the_same_function():
 def test_new_layers_are_the_identity():
     x, context = normal(1, 2, 2, 8), normal(1, 3, 6, seed=1)
     for module in (SpatialAttention(2, groups=4), SpatialTransformer(2, groups=4)):
-        out, _ = jax.jit(module.init_with_output)(jax.random.key(0, impl="rbg"), x, context)
+        out, _ = jax.jit(module.init_with_output)(jax.random.key(0, impl="unsafe_rbg"), x, context)
         np.testing.assert_array_equal(out, x)
 
 
