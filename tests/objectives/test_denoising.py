@@ -49,10 +49,9 @@ def time_itself(level):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+# The shifted flow's levels carry the unshifted flow's times, which this network cannot undo.
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "shifted_flow"])
 def test_perfect_network_has_no_loss(schedule, prediction):
-    if schedule == "shifted_flow":
-        pytest.skip("its levels carry the base schedule's times; covered by rectified_flow")
     s, p = SCHEDULES[schedule], PREDICTIONS[prediction]
     objective = Denoising(PointMass(0.4, s, p), s, p, time_itself, t_min=0.01 * s.t_max)
     batch = {"x": np.full((64, 3), 0.4, np.float32)}
