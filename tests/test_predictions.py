@@ -76,7 +76,7 @@ def test_coefficients_equal_the_published_table(float64, schedule_name, predicti
 
 
 @pytest.mark.parametrize("prediction_name", PREDICTIONS)
-@pytest.mark.parametrize("schedule_name", ["cosine", "edm", "rectified_flow", "sub_vp_sde"])
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
 def test_same_optimum_on_a_gaussian(float64, schedule_name, prediction_name):
     """Least squares on each target, linear in x_t, recovers the same E[x_0 | x_t]."""
     prediction = PREDICTIONS[prediction_name]

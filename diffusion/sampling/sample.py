@@ -36,7 +36,12 @@ class Trajectory(NamedTuple):
 
 def image_keys(seed: int, indices: Sequence[int] | Array) -> jax.Array:
     """Keys [B], one per image: image i of a seed is the same in whichever batch it is drawn."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(indices))
+    return _image_keys(seed, jnp.asarray(indices))
+
+
+@jax.jit
+def _image_keys(seed: Array, indices: Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
 def sample(
