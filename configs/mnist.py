@@ -31,10 +31,9 @@ def get_config() -> ConfigDict:
     c.optimizer.decay = "cosine"
     c.ema = "power_function(sigma_rel=0.1)"
 
-    c.train.steps = 3000
+    c.train.steps = 1500
     c.train.batch_size = 64
-    c.train.sample_every = 1000
-    c.train.checkpoint_every = 1000
+    c.train.checkpoint_every = 500
 
     c.sampler.solver = "dpmpp_2m"
     c.sampler.steps = 20
