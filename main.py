@@ -11,8 +11,9 @@ import difflib
 import os
 import sys
 
-# XLA's CPU collectives need a thread per virtual device; read when JAX is imported.
-os.environ.setdefault("NPROC", "16")
+if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    # XLA's CPU collectives deadlock without a thread per virtual device; read as JAX is imported.
+    os.environ.setdefault("NPROC", "16")
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
