@@ -23,6 +23,7 @@ from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
+from diffusion.levels import NoiseLevel
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.unet import UNet
@@ -125,7 +126,7 @@ def make_solver(config: ConfigDict, objective: Denoising) -> Any:
         grid = grid_function(objective.schedule, c.steps)
     with _field(f"config.sampler.solver={c.solver!r}"):
         solver = solver_function(grid)
-    levels = schedules.NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in solver.level))
+    levels = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in solver.level))
     with np.errstate(all="ignore"):
         coefficients = predictions.precondition(objective.prediction, levels)
         seen = objective.c_noise(levels)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning
+from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction, precondition
-from diffusion.schedules import Array, NoiseLevel
 
 Estimate = Array | tuple[Array, Array]
 Denoise = Callable[[Array, NoiseLevel], Estimate]

@@ -12,9 +12,9 @@ import numpy as np
 from diffusion.build import Experiment
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, Denoise
+from diffusion.levels import Array
 from diffusion.sampling import guidance
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
-from diffusion.schedules import Array
 
 
 class Drawer:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from diffusion.schedules import Array, NoiseLevel
+from diffusion.levels import Array, NoiseLevel
 
 
 class Row(NamedTuple):

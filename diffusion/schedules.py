@@ -18,62 +18,17 @@ from __future__ import annotations
 import dataclasses
 from functools import cached_property
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array | np.ndarray
-
-
-class NoiseLevel(NamedTuple):
-    """One noise level, or a stack of them; leaves of shape (), [B] or [N + 1].
-
-    Attributes:
-      t: the schedule's own time, 0 = clean.
-      alpha: signal scale.
-      sigma: noise standard deviation.
-    """
-
-    t: Array
-    alpha: Array
-    sigma: Array
-
-    @property
-    def ratio(self) -> Array:
-        """sigma / alpha, the noise level of EDM and k-diffusion; in [0, inf]."""
-        return self.sigma / self.alpha
-
-    @property
-    def snr(self) -> Array:
-        """alpha^2 / sigma^2."""
-        return (self.alpha / self.sigma) ** 2
-
-    @property
-    def log_snr(self) -> Array:
-        """2 log(alpha / sigma)."""
-        xp = _namespace(self.alpha, self.sigma)
-        return 2 * (xp.log(self.alpha) - xp.log(self.sigma))
-
-    def expand(self, ndim: int) -> NoiseLevel:
-        """Leaves [B] -> [B, 1, ...] and () -> [1, ...], of ndim axes, for arithmetic with x."""
-        return NoiseLevel(*(a.reshape(a.shape + (1,) * (ndim - a.ndim)) for a in self))
-
-
-def diffuse(x0: Array, noise: Array, level: NoiseLevel) -> Array:
-    """x_t = alpha * x_0 + sigma * eps for x0, noise [B, ...] and level leaves () or [B]."""
-    level = level.expand(x0.ndim)
-    return level.alpha * x0 + level.sigma * noise
-
-
-def _namespace(*values: Any) -> ModuleType:
-    return jnp if any(isinstance(v, jax.Array) for v in values) else np
+from diffusion.levels import Array, NoiseLevel, namespace
 
 
 def _asarrays(*values: Any) -> tuple[ModuleType, list[Array]]:
     """Host values become float64 NumPy arrays; a JAX value makes everything JAX."""
-    xp = _namespace(*values)
+    xp = namespace(*values)
     dtype = np.float64 if xp is np else jnp.result_type(float)
     return xp, [xp.asarray(v, dtype) for v in values]
 

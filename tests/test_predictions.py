@@ -5,7 +5,7 @@ import pytest
 from cases import PREDICTIONS, SCHEDULES
 
 from diffusion import predictions
-from diffusion.schedules import NoiseLevel, diffuse
+from diffusion.levels import NoiseLevel, diffuse
 
 PAIRS = [(s, p) for s in SCHEDULES for p in PREDICTIONS]
 

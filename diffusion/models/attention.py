@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import lecun_normal, zeros
 
+from diffusion.levels import Array
 from diffusion.models.layers import GroupNorm, Pointwise
-from diffusion.schedules import Array
 
 
 def attend(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning
+from diffusion.levels import Array
 from diffusion.models import positions as pos
 from diffusion.models.layers import EmbeddingMLP, sinusoidal
 from diffusion.models.transformer_layers import (
@@ -24,7 +25,6 @@ from diffusion.models.transformer_layers import (
     SelfAttention,
     modulate,
 )
-from diffusion.schedules import Array
 
 SIZES = {
     "S": {"width": 384, "depth": 12, "heads": 6},

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion.schedules import Array
+from diffusion.levels import Array
 
 
 def sinusoidal(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
 
 from diffusion.conditioning import Conditioning
+from diffusion.levels import Array
 from diffusion.models.layers import EmbeddingMLP, sinusoidal
-from diffusion.schedules import Array
 
 
 class MLP(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.schedules import Array
+from diffusion.levels import Array
 
 
 def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion.levels import Array
 from diffusion.models.attention import attend
 from diffusion.models.positions import rotate
-from diffusion.schedules import Array
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros

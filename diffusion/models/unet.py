@@ -11,10 +11,10 @@ import flax.linen as nn
 from jax.nn.initializers import zeros
 
 from diffusion.conditioning import Conditioning
+from diffusion.levels import Array
 from diffusion.models.layers import GroupNorm
 from diffusion.models.unet_blocks import UpBlock
 from diffusion.models.unet_encoder import Encoder, per_level
-from diffusion.schedules import Array
 
 
 class UNet(Encoder):

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn.initializers import lecun_normal, zeros
 
+from diffusion.levels import Array
 from diffusion.models.layers import GroupNorm, Pointwise
-from diffusion.schedules import Array
 
 Constructor = Callable[..., nn.Module]
 

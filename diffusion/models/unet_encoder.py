@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning
+from diffusion.levels import Array
 from diffusion.models.attention import SpatialAttention, SpatialTransformer
 from diffusion.models.layers import EmbeddingMLP, sinusoidal
 from diffusion.models.unet_blocks import (
@@ -27,7 +28,6 @@ from diffusion.models.unet_blocks import (
     average_pool,
     nearest_upsample,
 )
-from diffusion.schedules import Array
 
 AttentionKind = int | Literal["self"]
 

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from diffusion import conditioning, predictions
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
+from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives import distances, times, weightings
 from diffusion.objectives.variance import VariationalBound
 from diffusion.predictions import Prediction
-from diffusion.schedules import Array, NoiseLevel, Schedule, diffuse
+from diffusion.schedules import Schedule
 
 Params = Any
 

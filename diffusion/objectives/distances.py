@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from diffusion.schedules import Array
+from diffusion.levels import Array
 
 Distance = Callable[[Array, Array], Array]
 

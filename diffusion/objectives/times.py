@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
-from diffusion.schedules import Array, Schedule
+from diffusion.levels import Array
+from diffusion.schedules import Schedule
 
 TimeDistribution = Callable[[Array, Schedule], Array]
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
-from diffusion.schedules import Array, NoiseLevel, Schedule
+from diffusion.levels import Array, posterior
+from diffusion.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +62,6 @@ class VariationalBound:
         _, first, _, _ = posterior(schedule(jnp.float32(2 * step)), schedule(jnp.float32(step)))
         log_beta_tilde = jnp.log(jnp.maximum(beta_tilde, first))
         return (lambda x0: c_x * x_t + c_x0 * x0), log_beta_tilde, jnp.log(beta)
-
-
-def posterior(now: NoiseLevel, before: NoiseLevel) -> tuple[Array, Array, Array, Array]:
-    """q(x_s | x_t, x_0) = N(c_x x_t + c_x0 x_0, beta_tilde) for levels t (now) and s (before).
-
-    Returns (beta, beta_tilde, c_x, c_x0), where beta is the variance of the step from s to t.
-    """
-    scale = now.alpha / before.alpha
-    beta = now.sigma**2 - (scale * before.sigma) ** 2
-    share = beta / now.sigma**2
-    return (
-        beta,
-        before.sigma**2 * share,
-        scale * before.sigma**2 / now.sigma**2,
-        (before.alpha * share),
-    )
 
 
 def _binned_log_likelihood(x: Array, mean: Array, log_std: Array, levels: int) -> Array:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diffusion.schedules import Array, NoiseLevel, Schedule
+from diffusion.levels import Array, NoiseLevel
+from diffusion.schedules import Schedule
 
 Weighting = Callable[[NoiseLevel, Array], Array]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.denoiser import Denoise
-from diffusion.schedules import Array, NoiseLevel
+from diffusion.levels import Array, NoiseLevel
 
 
 def gaussian_mixture(

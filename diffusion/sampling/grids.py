@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion.schedules import NoiseLevel, Schedule, Table
+from diffusion.levels import NoiseLevel
+from diffusion.schedules import Schedule, Table
 
 
 def uniform(schedule: Schedule, steps: int) -> NoiseLevel:

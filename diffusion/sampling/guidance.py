@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning, concatenate
 from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate
-from diffusion.schedules import Array, NoiseLevel
+from diffusion.levels import Array, NoiseLevel
 
 
 def conditional(denoise: ConditionalDenoise, cond: Conditioning) -> Denoise:

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, Denoise
+from diffusion.levels import Array
 from diffusion.sampling.guidance import conditional
 from diffusion.sampling.solvers import Solver
-from diffusion.schedules import Array
 
 Guide = Callable[..., Denoise]  # (ConditionalDenoise, Conditioning, *arguments) -> Denoise
 Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments) -> images

@@ -28,8 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion.objectives.variance import posterior
-from diffusion.schedules import Array, NoiseLevel
+from diffusion.levels import Array, NoiseLevel, posterior
 
 REGISTERS = 4
 """Registers of every table here. The unused ones are zeros; with them, all tables of as many

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.schedules import Array
+from diffusion.levels import Array
 
 Profile = Callable[[Array], Array]  # updates done, t >= 1 -> beta in [0, 1]
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffusion.schedules import Array
+from diffusion.levels import Array
 from diffusion.training import checkpoints as checkpoints_lib
 from diffusion.training import ema as ema_lib
 from diffusion.training.logging import Logger

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diffusion.schedules import Array
+from diffusion.levels import Array
 from diffusion.training.optimizers import Optimizer
 
 

@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion.schedules import Array
+from diffusion.levels import Array
 from diffusion.training import ema as ema_lib
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState

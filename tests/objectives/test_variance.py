@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from diffusion import schedules
-from diffusion.objectives.variance import VariationalBound, _binned_log_likelihood, posterior
+from diffusion.levels import posterior
+from diffusion.objectives.variance import VariationalBound, _binned_log_likelihood
 
 LINEAR = schedules.linear()
 

@@ -7,9 +7,9 @@ import pytest
 from cases import PREDICTIONS, SCHEDULES
 
 from diffusion import predictions
+from diffusion.levels import NoiseLevel
 from diffusion.objectives import weightings
 from diffusion.objectives.distances import l1, l2, pseudo_huber
-from diffusion.schedules import NoiseLevel
 
 SNR_BASED = {
     "snr": (weightings.snr, lambda snr: snr),

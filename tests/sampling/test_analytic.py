@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.levels import NoiseLevel
 from diffusion.sampling.analytic import gaussian_mixture
-from diffusion.schedules import NoiseLevel
 
 MEANS, STDS, WEIGHTS = [[-0.5], [0.4], [1.0]], [0.2, 0.0, 0.4], [1.0, 2.0, 0.5]
 

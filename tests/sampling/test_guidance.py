@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion.conditioning import Conditioning, null_like
+from diffusion.levels import NoiseLevel
 from diffusion.sampling import guidance
-from diffusion.schedules import NoiseLevel
 
 X = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
 COND = Conditioning(label=jnp.array([0, 1, 4]), image=jnp.ones((3, 4, 4, 1)))

@@ -10,10 +10,10 @@ from cases import SCHEDULES, VARIANCE_PRESERVING
 from scipy.special import ndtr
 
 from diffusion import schedules
+from diffusion.levels import NoiseLevel
 from diffusion.sampling import grids, solvers
 from diffusion.sampling.analytic import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
-from diffusion.schedules import NoiseLevel
 
 DETERMINISTIC = [
     *(solvers.ddim, solvers.euler, solvers.heun, solvers.flow_heun, solvers.dpmpp_2m),
