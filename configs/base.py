@@ -108,9 +108,9 @@ def fields(module: type, **overrides: Any) -> ConfigDict:
         if field.name in _DERIVED:
             continue
         value = overrides.get(field.name, field.default)
-        if isinstance(value, (bool, int, float, str)) and "|" not in str(field.type):
+        if field.type in ("bool", "int", "float", "str"):
             config[field.name] = value
-        else:  # one value or one per level: any Python literal
+        else:  # several types (one value, or one per level): any Python literal
             config[field.name] = FieldReference(value, field_type=object)
     return config
 

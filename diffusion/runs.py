@@ -39,7 +39,10 @@ def train(config: ConfigDict, workdir: str) -> None:
     checkpoints.check_config(workdir, config.to_dict(), changeable=TRAINING)
     checkpoints.save_config(workdir, config.to_dict())
     if _finished(folder, config):
-        print(f"{workdir}: already done, {config.train.steps} steps; results in {folder}")
+        print(
+            f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
+            "--mode=sample draws, --mode=evaluate judges"
+        )
         return
     _describe(experiment)
     drawer, logger = Drawer(experiment), Logger(workdir)

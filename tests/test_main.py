@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,19 @@ SMALL = [
     *("--config.train.checkpoint_every=10", "--config.sampler.steps=4"),
     *("--config.sampler.batch_size=50", "--config.samples.columns=4"),
     *("--config.evaluation.count=100", "--config.samples.count=20"),
+    "--config.optimizer.warmup=5",
 ]
 
 
+CACHE = tempfile.TemporaryDirectory()
+
+
 def run(*arguments, config="digits"):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1"),
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.run(
         [sys.executable, "main.py", f"--config=configs/{config}.py", *map(str, arguments)],
         cwd=ROOT,
