@@ -85,6 +85,7 @@ def test_points(tmp_path):
         "--config.train.steps=20",
         "--config.samples.count=500",
         "--config.evaluation.count=500",
+        "--config.optimizer.warmup=5",
     ]
     text = succeed(*small, f"--workdir={tmp_path}", config="toy2d")
     assert "sliced Wasserstein" in text
