@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.model.unet.update(
         widths=(32, 64, 64), blocks=1, attention=(0, 0, "self"), num_heads=4, norm_groups=8
     )
-    c.model.dit.update(width=128, depth=4, heads=4, patch=4)
+    c.model.dit.update(width=128, depth=4, heads=4, patch=4, unit_embeddings=True)
 
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"

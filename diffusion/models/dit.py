@@ -9,6 +9,7 @@ have the layer as their first axis; `stack_blocks` and `unstack_blocks` convert.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -69,11 +70,12 @@ class TimeEmbedder(nn.Module):
     """256 sinusoids of c_noise [B], then Dense, SiLU, Dense -> [B, features], float32."""
 
     features: int
+    kernel_init: nn.initializers.Initializer = normal
 
     @nn.compact
     def __call__(self, time: Array) -> Array:
-        x = nn.Dense(self.features, kernel_init=normal, name="linear_1")(sinusoidal(time, 256))
-        return nn.Dense(self.features, kernel_init=normal, name="linear_2")(nn.silu(x))
+        dense = partial(nn.Dense, self.features, kernel_init=self.kernel_init)
+        return dense(name="linear_2")(nn.silu(dense(name="linear_1")(sinusoidal(time, 256))))
 
 
 class Block(nn.Module):
@@ -153,6 +155,9 @@ class DiT(nn.Module):
       qk_norm: RMS-normalises queries and keys, with a learned scale.
       cross_attention: every block also attends to ``cond.context`` under ``cond.context_mask``.
       pooled: ``cond.pooled`` is embedded and added to the time embedding.
+      unit_embeddings: time and class embeddings start at unit scale, not at the published 0.02,
+        with which the zero-initialised modulation takes hundreds of steps to tell them apart: for
+        short runs.
       dropout: rate on what each attention and MLP adds, in training.
       dtype: compute type of blocks; embeddings, modulation and the last layer are float32.
       remat: recomputes blocks in the backward pass rather than storing their activations.
@@ -176,6 +181,7 @@ class DiT(nn.Module):
     qk_norm: bool = False
     cross_attention: bool = False
     pooled: bool = False
+    unit_embeddings: bool = False
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
@@ -257,10 +263,15 @@ class DiT(nn.Module):
 
     def _embed(self, time: Array, cond: Conditioning) -> Array:
         """Sum [B, width] of the embeddings of time, class and pooled vector."""
-        c = TimeEmbedder(self.width, name="t_embedder")(time)
+        unit = self.unit_embeddings
+        kernel_init = nn.initializers.lecun_normal() if unit else normal
+        c = TimeEmbedder(self.width, kernel_init, name="t_embedder")(time)
         if self.num_classes:
             table = nn.Embed(
-                self.num_classes + 1, self.width, embedding_init=normal, name="y_embedder"
+                self.num_classes + 1,
+                self.width,
+                embedding_init=nn.initializers.normal(1.0) if unit else normal,
+                name="y_embedder",
             )
             c = c + table(cond.label)
         if self.pooled:
