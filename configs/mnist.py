@@ -18,27 +18,27 @@ def get_config() -> ConfigDict:
     c.data.name = "mnist"
     c.data.std = 0.6
 
-    c.model.name = "dit"
+    c.model.name = "unet"
     c.model.unet.update(
-        widths=(32, 64, 64), blocks=1, attention=(0, 0, "self"), num_heads=4, norm_groups=8
+        widths=(16, 32, 64), blocks=1, attention=0, mid_attention="self", norm_groups=8
     )
     c.model.dit.update(width=128, depth=4, heads=4, patch=4, unit_embeddings=True)
 
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"
 
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 2e-3
     c.optimizer.decay = "cosine"
     c.ema = "power_function(sigma_rel=0.1)"
 
-    c.train.steps = 1500
+    c.train.steps = 1000
     c.train.batch_size = 64
     c.train.checkpoint_every = 500
 
     c.sampler.solver = "dpmpp_2m"
     c.sampler.steps = 20
-    c.sampler.guidance = 1.5
+    c.sampler.guidance = 2.0
 
     c.evaluation.classifier = "lenet5"
-    c.evaluation.count = 2000
+    c.evaluation.count = 500
     return c
