@@ -28,10 +28,11 @@ def main() -> None:
     runs = {}
     for folder in parser.parse_args().runs:
         if (folder / "evaluation.json").exists():
-            runs[folder] = (
-                _flatten(json.loads((folder / "config.json").read_text())),
-                json.loads((folder / "evaluation.json").read_text()),
-            )
+            config = json.loads((folder / "config.json").read_text())
+            used = config["model"]["name"]
+            config["model"] = {"name": used, used: config["model"][used]}  # the other models: idle
+            result = json.loads((folder / "evaluation.json").read_text())
+            runs[folder] = (_flatten(config), result)
         else:
             print(f"{folder}: no evaluation.json, left out")
     if not runs:
@@ -39,10 +40,13 @@ def main() -> None:
 
     configs = [config for config, _ in runs.values()]
     names = sorted(set().union(*configs) - {"seed"})
-    differing = [n for n in names if len({str(c.get(n)) for c in configs}) > 1]
+    # A field that some configs lack belongs to their model and is no choice of its own.
+    differing = [
+        n for n in names if all(n in c for c in configs) and len({str(c[n]) for c in configs}) > 1
+    ]
     rows = defaultdict(list)
     for config, result in runs.values():
-        rows[tuple(str(config.get(name)) for name in differing)].append(result)
+        rows[tuple(str(config[name]) for name in differing)].append(result)
     shown = [key for key in FIGURES if all(key in result for _, result in runs.values())]
 
     head = [*differing, "seeds", *(FIGURES[key][0] for key in shown)]
