@@ -27,9 +27,9 @@ def get_config() -> ConfigDict:
 
     c.ema = "power_function(sigma_rel=0.1)"
 
-    c.train.steps = 1000
+    c.train.steps = 800
     c.train.batch_size = 64
-    c.train.checkpoint_every = 500
+    c.train.checkpoint_every = 400
 
     c.sampler.solver = "dpmpp_2m"
     c.sampler.steps = 20
