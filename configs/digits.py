@@ -27,13 +27,13 @@ def get_config() -> ConfigDict:
 
     c.ema = "power_function(sigma_rel=0.1)"
 
-    c.train.steps = 800
+    c.train.steps = 600
     c.train.batch_size = 64
-    c.train.checkpoint_every = 400
+    c.train.checkpoint_every = 300
 
     c.sampler.solver = "dpmpp_2m"
     c.sampler.steps = 20
-    c.sampler.guidance = 2.0
+    c.sampler.guidance = 1.5
 
     c.evaluation.classifier = "digits_svc"
     c.evaluation.count = 1000

@@ -72,7 +72,7 @@ MISTAKES = [
         r"learned_variance=True bounds a chain of discrete steps",
     ),
     (dict(objective__label_dropout=1.5), r"config\.objective\.label_dropout must lie in \[0, 1\]"),
-    (dict(objective__label_dropout=0.0), r"config\.sampler\.guidance=2\.0 needs a model"),
+    (dict(objective__label_dropout=0.0), r"config\.sampler\.guidance=1\.5 needs a model"),
     (dict(optimizer__name="adamax"), r"config\.optimizer: unknown optimizer 'adamax'"),
     (dict(optimizer__decay="step"), r"config\.optimizer: unknown decay 'step'"),
     (dict(ema="constant(decay=1.5)"), r"config\.ema: an EMA's decay must lie in \[0, 1\)"),
