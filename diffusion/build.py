@@ -52,9 +52,7 @@ WEIGHTINGS = specs.choices(
 DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
 EMAS = specs.choices(ema, "constant power_function")
 GRIDS = specs.choices(grids, "uniform leading linspace karras exponential")
-SOLVERS = specs.choices(
-    solvers, "ddpm ddpm_large ddim euler euler_ancestral heun flow_heun dpmpp_2m"
-)
+SOLVERS = specs.choices(solvers, " ".join(solvers.__all__))
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 JUDGES = ("digits_svc", "lenet5")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -121,7 +119,8 @@ def make_solver(config: ConfigDict, objective: Denoising) -> Any:
     """The sampler's table for config.sampler, checked against what the network predicts."""
     c = config.sampler
     grid_function = specs.function(c.grid, GRIDS, "config.sampler.grid")
-    solver_function = specs.function(c.solver, SOLVERS, "config.sampler.solver")
+    context = {"schedule": objective.schedule}
+    solver_function = specs.function(c.solver, SOLVERS, "config.sampler.solver", context)
     with _field(f"config.sampler.grid={c.grid!r}, steps={c.steps}"):
         grid = grid_function(objective.schedule, c.steps)
     with _field(f"config.sampler.solver={c.solver!r}"):

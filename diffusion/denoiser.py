@@ -1,14 +1,14 @@
 """From a network to E[x_0 | x_t], the one interface of samplers, guidance and distillation.
 
 A ``Denoise`` is a function ``(x [B, ...], NoiseLevel with leaves () or [B]) -> x_0_hat [B, ...]``;
-a ``ConditionalDenoise`` takes a third argument, the conditioning. A network that also learned its
-reverse variances (Nichol & Dhariwal, 2021) gives the pair ``(x_0_hat, nu)``, where nu in [0, 1]
-places each log-variance between its lower and its upper bound.
+a ``ConditionalDenoise`` takes a third argument, the conditioning. Where there is more to say than
+x_0_hat (learned variances, what it was before clipping) the result is an ``Estimate``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -16,10 +16,30 @@ from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction, precondition
 
-Estimate = Array | tuple[Array, Array]
-Denoise = Callable[[Array, NoiseLevel], Estimate]
-ConditionalDenoise = Callable[[Array, NoiseLevel, Conditioning], Estimate]
+
+class Estimate(NamedTuple):
+    """E[x_0 | x_t] and what else a denoiser may know.
+
+    Attributes:
+      x0: [B, ...] the estimate of x_0.
+      nu: [B, ...] in [0, 1], where each log-variance of the reverse step lies between its lower and
+        its upper bound (Nichol & Dhariwal, 2021); None if variances were not learned.
+      unclipped: [B, ...] x0 before it was clipped or thresholded; None if it was not.
+    """
+
+    x0: Array
+    nu: Array | None = None
+    unclipped: Array | None = None
+
+
+Denoise = Callable[[Array, NoiseLevel], Array | Estimate]
+ConditionalDenoise = Callable[[Array, NoiseLevel, Conditioning], Array | Estimate]
 Network = Callable[[Array, Array, Conditioning], Array]  # (c_in x, c_noise [B], cond) -> F
+
+
+def as_estimate(result: Array | Estimate) -> Estimate:
+    """What a denoiser gave, as an ``Estimate``."""
+    return result if isinstance(result, Estimate) else Estimate(result)
 
 
 def ddpm_index(level: NoiseLevel, steps: int = 1000) -> Array:
@@ -45,16 +65,16 @@ def denoiser(
     """x_0_hat = c_skip x + c_out F(c_in x, c_noise, cond).
 
     Where the network gives twice as many channels as x has, the second half is read as learned
-    variances, in [-1, 1], and the result is the pair (x_0_hat, nu) with nu in [0, 1].
+    variances, in [-1, 1], and the result is an ``Estimate`` with nu in [0, 1].
     """
 
-    def denoise(x: Array, level: NoiseLevel, cond: Conditioning) -> Estimate:
+    def denoise(x: Array, level: NoiseLevel, cond: Conditioning) -> Array | Estimate:
         c = precondition(prediction, level.expand(x.ndim))
         noise = jnp.broadcast_to(c_noise(level), x.shape[:1])
         output = network(c.c_in * x, noise, cond).astype(x.dtype)
         if output.shape[-1] == x.shape[-1]:
             return c.c_skip * x + c.c_out * output
         output, variance = jnp.split(output, 2, axis=-1)
-        return c.c_skip * x + c.c_out * output, jnp.clip((variance + 1) / 2, 0, 1)
+        return Estimate(c.c_skip * x + c.c_out * output, jnp.clip((variance + 1) / 2, 0, 1))
 
     return denoise

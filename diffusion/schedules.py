@@ -50,6 +50,19 @@ class Schedule:
         """The time t at which alpha(t) : sigma(t) equals the given proportion (any shape)."""
         raise NotImplementedError
 
+    def at_ratio(self, ratio: Array | float) -> NoiseLevel:
+        """The levels where sigma / alpha is as given: finite, >= 0, any shape; on the host.
+
+        The ratios are kept exactly; t, and the common scale of alpha and sigma, come from
+        inverting the schedule.
+        """
+        ratio = np.asarray(ratio, np.float64)
+        level = self(np.minimum(self.invert(np.ones_like(ratio), ratio), self.t_max))
+        # Keep the larger of the two, and with it the schedule's scale; the other follows exactly.
+        noisy = ratio > 1
+        alpha = np.where(noisy, level.sigma / np.where(noisy, ratio, 1), level.alpha)
+        return NoiseLevel(level.t, alpha, np.where(noisy, level.sigma, level.alpha * ratio))
+
     def shifted(self, shift: float) -> Schedule:
         """The schedule with sigma / alpha multiplied by ``shift`` (> 1: noisier, for large images).
 

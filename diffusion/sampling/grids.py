@@ -145,11 +145,7 @@ def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> Noi
         raise ValueError(
             f"sigmas: {ratio[0]} lies beyond the schedule's sigma_max = {noisiest.ratio:.6g}"
         )
-    level = schedule(np.minimum(schedule.invert(np.ones_like(ratio), ratio), schedule.t_max))
-    # Keep the larger of the two, and with it the schedule's scale; the other follows exactly.
-    noisy = ratio > 1
-    alpha = np.where(noisy, level.sigma / np.where(noisy, ratio, 1), level.alpha)
-    return NoiseLevel(level.t, alpha, np.where(noisy, level.sigma, level.alpha * ratio))
+    return schedule.at_ratio(ratio)
 
 
 def _range(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning, concatenate
-from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate
+from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate, as_estimate
 from diffusion.levels import Array, NoiseLevel
 
 
@@ -37,15 +37,14 @@ def classifier_free(
         return conditional(denoise, cond)
     both = concatenate(cond, null)
 
-    def guided(x: Array, level: NoiseLevel) -> Estimate:
+    def guided(x: Array, level: NoiseLevel) -> Array | Estimate:
         twice = NoiseLevel(*(jnp.concatenate([a, a]) if jnp.ndim(a) else a for a in level))
-        estimate = denoise(jnp.concatenate([x, x]), twice, both)
-        x0_hat, nu = estimate if isinstance(estimate, tuple) else (estimate, None)
-        with_cond, with_null = jnp.split(x0_hat, 2)
+        estimate = as_estimate(denoise(jnp.concatenate([x, x]), twice, both))
+        with_cond, with_null = jnp.split(estimate.x0, 2)
         w = jnp.asarray(scale, x.dtype)
         w = w.reshape(w.shape + (1,) * (x.ndim - w.ndim))
-        x0_hat = with_null + w * (with_cond - with_null)
-        return x0_hat if nu is None else (x0_hat, jnp.split(nu, 2)[0])
+        nu = None if estimate.nu is None else jnp.split(estimate.nu, 2)[0]
+        return Estimate(with_null + w * (with_cond - with_null), nu)
 
     return guided
 
@@ -58,9 +57,11 @@ def interval(guided: Denoise, plain: Denoise, low: float = 0.0, high: float = jn
     if not 0 <= low < high:
         raise ValueError(f"expected 0 <= low < high, got low={low} and high={high}")
 
-    def denoise(x: Array, level: NoiseLevel) -> Estimate:
+    def denoise(x: Array, level: NoiseLevel) -> Array | Estimate:
         inside = (low <= level.ratio) & (level.ratio <= high)
-        return jax.lax.cond(inside, guided, plain, x, level)
+        return jax.lax.cond(
+            inside, lambda *a: as_estimate(guided(*a)), lambda *a: as_estimate(plain(*a)), x, level
+        )
 
     return denoise
 
@@ -90,9 +91,8 @@ def dynamic_threshold(denoise: Denoise, quantile: float = 0.995) -> Denoise:
 
 def _on_x0(denoise: Denoise, change: Callable[[Array], Array]) -> Denoise:
     def changed(x: Array, level: NoiseLevel) -> Estimate:
-        estimate = denoise(x, level)
-        if isinstance(estimate, tuple):
-            return change(estimate[0]), estimate[1]
-        return change(estimate)
+        estimate = as_estimate(denoise(x, level))
+        unclipped = estimate.x0 if estimate.unclipped is None else estimate.unclipped
+        return Estimate(change(estimate.x0), estimate.nu, unclipped)
 
     return changed

@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from diffusion.conditioning import Conditioning
-from diffusion.denoiser import ConditionalDenoise, Denoise
+from diffusion.denoiser import ConditionalDenoise, Denoise, as_estimate
 from diffusion.levels import Array
 from diffusion.sampling.guidance import conditional
-from diffusion.sampling.solvers import Solver
+from diffusion.sampling.tables import Solver
 
 Guide = Callable[..., Denoise]  # (ConditionalDenoise, Conditioning, *arguments) -> Denoise
-Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments) -> images
+Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments, x_init) -> images
+Callback = Callable[[np.ndarray, np.ndarray], None]  # (evaluation (), x_0_hat [B, ...])
 
 
 class Trajectory(NamedTuple):
@@ -51,6 +52,9 @@ def sample(
     shape: tuple[int, ...],
     *,
     x_init: Array | None = None,
+    noises: Array | None = None,
+    carry: Any = None,
+    callback: Callback | None = None,
     trajectory: bool = False,
 ) -> Array | tuple[Array, Trajectory]:
     """Draws images; traceable, differentiable in everything, and ``vmap`` over tables works.
@@ -60,11 +64,17 @@ def sample(
     evaluations, unless the trajectory is asked for or gradients are taken.
 
     Args:
-      denoise: (x [B, *shape], level with leaves ()) -> x_0_hat, or the pair (x_0_hat, nu).
+      denoise: (x [B, *shape], level with leaves ()) -> x_0_hat or an ``Estimate``.
       solver: the table.
       keys: [B] typed keys (``image_keys``).
       shape: one image's.
       x_init: [B, *shape] where to start instead of noise: it must be at ``solver.level[0]``.
+      noises: [R + 1, B, *shape] standard normal numbers to use instead of drawing: the initial
+        noise and each row's.
+      carry: what a denoiser with a memory (momentum, cached features) starts with, a pytree. Then
+        ``denoise(x, level, carry) -> (estimate, carry)``.
+      callback: called on the host after each evaluation with its number and x_0_hat, for progress
+        bars and previews. Without it, nothing is sent.
       trajectory: whether to return every evaluation too.
 
     Returns:
@@ -86,31 +96,41 @@ def sample(
     solver = jax.tree.map(lambda a: jnp.asarray(a, dtype), solver)
 
     def draw_noise(fold: Array | int) -> Array:
+        if noises is not None:
+            return jnp.asarray(noises, dtype)[fold]
         folded = jax.vmap(lambda key: jax.random.fold_in(key, fold))(keys)
         # Flat: the same numbers as in the image's shape, but XLA's CPU compiler is much faster.
         flat = jax.vmap(lambda key: jax.random.normal(key, (math.prod(shape),), dtype))(folded)
         return flat.reshape(size)
 
-    def evaluate(registers: Array, row: tuple) -> tuple[Array, Trajectory | None]:
-        r, level, A, b, noise, noise_upper = row
+    def evaluate(state: tuple[Array, Any], row: tuple) -> tuple[tuple, Trajectory | None]:
+        registers, memory = state
+        r, level, A, b, b_raw, noise, noise_upper = row
         x = registers[0]
-        estimate = denoise(x, level)
-        x0_hat, nu = estimate if isinstance(estimate, tuple) else (estimate, None)
-        x0_hat = x0_hat.astype(dtype)
-        new = _combine(A, registers) + _outer(b, x0_hat)
+        result = denoise(x, level) if carry is None else denoise(x, level, memory)
+        if carry is not None:
+            result, memory = result
+        x0, nu, unclipped = as_estimate(result)
+        x0 = x0.astype(dtype)
+        if callback is not None:
+            jax.debug.callback(callback, r, x0)
+        if unclipped is None:  # one product: b and b_raw are of the same thing
+            new = _combine(A, registers) + _outer(b + b_raw, x0)
+        else:
+            new = _combine(A, registers) + _outer(b, x0) + _outer(b_raw, unclipped.astype(dtype))
         new = jax.lax.cond(
             jnp.any(noise_upper != 0),
             lambda y: y + _deviation(noise, noise_upper, nu, x.ndim) * draw_noise(r + 1),
             lambda y: y,
             new,
         )
-        return new, Trajectory(x, x0_hat) if trajectory else None
+        return (new, memory), Trajectory(x, x0) if trajectory else None
 
     x = solver.init * draw_noise(0) if x_init is None else jnp.asarray(x_init, dtype)
     m = solver.b.shape[-1]
     registers = jnp.zeros((m, *size), dtype).at[0].set(x)
     rows = (jnp.arange(solver.evaluations), *solver[:-1])
-    registers, path = jax.lax.scan(evaluate, registers, rows)
+    (registers, _), path = jax.lax.scan(evaluate, (registers, carry), rows)
     return (registers[0], path) if trajectory else registers[0]
 
 
@@ -125,7 +145,10 @@ def _combine(A: Array, registers: Array) -> Array:
 
 
 def _deviation(noise: Array, noise_upper: Array, nu: Array | None, ndim: int) -> Array:
-    """[m, B, ...]: lower^(1 - nu) upper^nu, without log 0 in value or gradient."""
+    """[m, B, ...]: lower^(1 - nu) upper^nu, without log 0 in value or gradient.
+
+    A negative deviation (noise that a method takes back) has no logarithm: it stays as it is.
+    """
     lower, upper = (a.reshape((-1,) + (1,) * ndim) for a in (noise, noise_upper))
     if nu is None:
         return lower
@@ -139,6 +162,7 @@ def make_sampler(
     shape: tuple[int, ...],
     guide: Guide = conditional,
     devices: Sequence[jax.Device] | None = None,
+    callback: Callback | None = None,
 ) -> Draw:
     """Compiles ``sample`` with everything an argument: weights, solver, keys, conditioning.
 
@@ -152,41 +176,50 @@ def make_sampler(
       guide: (denoise, cond, *arguments) -> Denoise. For classifier-free guidance:
         ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
       devices: by default all local ones.
+      callback: as ``sample``'s; it sees each device's share of the batch apart.
 
     Returns:
-      (params, solver, keys [B], cond, *arguments) -> images [B, *shape], jitted. ``arguments`` are
-      ``guide``'s, each a scalar or batch-first [B, ...]; changing them does not compile again.
+      (params, solver, keys [B], cond, *arguments, x_init=None) -> images [B, *shape], jitted.
+      ``arguments`` are ``guide``'s, each a scalar or batch-first [B, ...]; changing them does not
+      compile again. ``x_init`` [B, *shape] is where to start instead of noise.
     """
     devices = jax.local_devices() if devices is None else devices
     mesh = Mesh(np.asarray(devices), ("batch",))
     whole, split = PartitionSpec(), PartitionSpec("batch")
 
-    def local(params, solver, keys, cond, arguments):
-        return sample(guide(denoiser(params), cond, *arguments), solver, keys, shape)
+    def local(params, solver, keys, cond, arguments, x_init):
+        denoise = guide(denoiser(params), cond, *arguments)
+        return sample(denoise, solver, keys, shape, x_init=x_init, callback=callback)
 
     @jax.jit
-    def draw(params, solver, keys, cond, arguments):
+    def draw(params, solver, keys, cond, arguments, x_init):
         specs = jax.tree.map(lambda a: split if jnp.ndim(a) else whole, arguments)
         # Per-device programs rather than one partitioned one: guidance's concatenation along the
         # batch would otherwise move images between devices.
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(whole, whole, split, split, specs),
+            in_specs=(whole, whole, split, split, specs, split),
             out_specs=split,
             check_vma=False,
-        )(params, solver, keys, cond, arguments)
+        )(params, solver, keys, cond, arguments, x_init)
 
-    def padded(params: Any, solver: Solver, keys: jax.Array, cond: Conditioning, *arguments: Array):
+    def padded(
+        params: Any,
+        solver: Solver,
+        keys: jax.Array,
+        cond: Conditioning,
+        *arguments: Array,
+        x_init: Array | None = None,
+    ):
         count = len(keys)
+        batch = (keys, cond, arguments, x_init)
         extra = -count % len(devices)
         if extra:
             index = np.arange(count + extra) % count
-            keys, cond, arguments = jax.tree.map(
-                lambda a: a[index] if jnp.ndim(a) else a, (keys, cond, arguments)
-            )
+            batch = jax.tree.map(lambda a: a[index] if jnp.ndim(a) else a, batch)
         params = jax.device_put(params, NamedSharding(mesh, whole))
-        return draw(params, solver, keys, cond, arguments)[:count]
+        return draw(params, solver, *batch)[:count]
 
     return padded
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion.conditioning import Conditioning, null_like
+from diffusion.denoiser import Estimate, as_estimate
 from diffusion.levels import NoiseLevel
 from diffusion.sampling import guidance
 
@@ -22,11 +23,12 @@ def denoise(x, level, cond):
 
 
 def learned(x, level, cond):
-    return denoise(x, level, cond), jnp.broadcast_to(cond.label.reshape(-1, 1, 1, 1) / 9, x.shape)
+    nu = jnp.broadcast_to(cond.label.reshape(-1, 1, 1, 1) / 9, x.shape)
+    return Estimate(denoise(x, level, cond), nu)
 
 
 def guided(scale, level=LEVEL, base=denoise):
-    return guidance.classifier_free(base, COND, NULL, scale)(X, level)
+    return as_estimate(guidance.classifier_free(base, COND, NULL, scale)(X, level)).x0
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_network_calls(scale, batches):
 
 
 def test_learned_variances_are_those_of_cond():
-    x0_hat, nu = guided(3.0, base=learned)
+    x0_hat, nu, _ = guidance.classifier_free(learned, COND, NULL, 3.0)(X, LEVEL)
     np.testing.assert_allclose(x0_hat, guided(3.0), atol=1e-6)
     np.testing.assert_array_equal(nu, learned(X, LEVEL, COND)[1])
 
@@ -83,27 +85,28 @@ def test_interval(alpha, sigma, inside, base):
     plain = guidance.conditional(base, COND)
     level = NoiseLevel(*map(jnp.float32, (0.5, alpha, sigma)))
     result = guidance.interval(both, plain, 0.3, 2.5)(X, level)
-    expected = (both if inside else plain)(X, level)
+    expected = as_estimate((both if inside else plain)(X, level))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), result, expected)
 
 
 def test_clip():
     plain = guidance.conditional(learned, COND)
-    x0_hat, nu = guidance.clip(plain, -0.5, 0.7)(X, LEVEL)
+    x0_hat, nu, unclipped = guidance.clip(plain, -0.5, 0.7)(X, LEVEL)
+    np.testing.assert_array_equal(unclipped, plain(X, LEVEL)[0])
     np.testing.assert_array_equal(x0_hat, np.clip(plain(X, LEVEL)[0], -0.5, 0.7))
     np.testing.assert_array_equal(nu, plain(X, LEVEL)[1])
 
 
 def test_dynamic_threshold():
     scale = jnp.array([0.5, 3.0, 10.0]).reshape(3, 1, 1, 1)
-    result = guidance.dynamic_threshold(lambda x, level: scale * x, 0.9)(X, LEVEL)
+    result = guidance.dynamic_threshold(lambda x, level: scale * x, 0.9)(X, LEVEL).x0
     for i in range(3):
         image = np.asarray(scale * X)[i]
         s = max(np.quantile(np.abs(image), 0.9), 1.0)
         np.testing.assert_allclose(result[i], np.clip(image, -s, s) / s, atol=1e-5)
     inside = 0.1 * X
     np.testing.assert_array_equal(
-        guidance.dynamic_threshold(lambda x, level: inside)(X, LEVEL), inside
+        guidance.dynamic_threshold(lambda x, level: inside)(X, LEVEL).x0, inside
     )
 
 

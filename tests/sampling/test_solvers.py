@@ -108,7 +108,7 @@ def moments(solver, m, s):
     for r in range(solver.evaluations):
         _, alpha, sigma = at(solver.level, r)
         gain = alpha * s**2 / ((alpha * s) ** 2 + sigma**2)
-        A, b = solver.A[r].copy(), solver.b[r]
+        A, b = solver.A[r].copy(), solver.b[r] + solver.b_raw[r]
         A[:, 0] += b * gain
         mean = A @ mean + b * (1 - gain * alpha) * m
         cov = A @ cov @ A.T + np.outer(solver.noise[r], solver.noise[r])
@@ -162,13 +162,11 @@ def test_samples_have_the_moments_of_the_table(solver):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_ddim_with_eta_1_is_ddpm_and_ancestral(name):
     grid = grids.uniform(SCHEDULES[name], 7)
-    for a, b, c in zip(
-        jax.tree.leaves(solvers.ddim(grid, eta=1.0)),
-        jax.tree.leaves(solvers.ddpm(grid)._replace(noise_upper=solvers.ddpm(grid).noise)),
-        jax.tree.leaves(solvers.euler_ancestral(grid)),
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-        np.testing.assert_array_equal(a, c)
+    ddim, ddpm = solvers.ddim(grid, eta=1.0), solvers.ddpm(grid)
+    for other in [ddpm, solvers.euler_ancestral(grid)]:
+        np.testing.assert_allclose(other.A, ddim.A, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(other.b, ddim.b + ddim.b_raw, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(other.noise, ddim.noise, rtol=1e-9, atol=1e-12)
 
 
 def test_ddpm_variances_are_the_papers():

@@ -1,0 +1,315 @@
+"""DPM-Solver, DPM-Solver++ and their SDE forms: exponential integrators in lambda.
+
+With lambda = log(alpha/sigma) and h = lambda' - lambda, the probability-flow ODE (eta = 0) and the
+reverse SDE (eta = 1) are solved exactly but for one integral (Lu et al., 2022, prop. 3.1; 2022b,
+prop. 4.1 and section 5), in data prediction ("++")
+
+    x' = e^{-eta h} (sigma'/sigma) x + alpha' int_0^h c e^{-c (h - v)} D(lambda + v) dv
+         + sigma' sqrt(1 - e^{-2 eta h}) z,                                           c = 1 + eta
+
+or in noise prediction
+
+    x' = (alpha'/alpha) x - c sigma' int_0^h e^{h - v} eps(lambda + v) dv
+         + sigma' sqrt(eta (e^{2h} - 1)) z                                      (eta = 0 or 1).
+
+In it D (or eps) is replaced by a polynomial, d0 + (v/h) d1 + (v/h)^2 d2 / 2, through what was
+evaluated earlier ("multistep") or within a block of steps ("singlestep"). Order 2 comes in two types: "heun"
+integrates d1 exactly, "midpoint" takes it at v = h/2.
+
+A step that starts at alpha = 0 or ends at sigma = 0 has h = inf and is taken with order 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from diffusion.levels import NoiseLevel
+from diffusion.sampling.solvers.one_step import ancestral
+from diffusion.sampling.solvers.runge_kutta import log_middle
+from diffusion.sampling.tables import (
+    Combination,
+    D,
+    Row,
+    Solver,
+    X,
+    Y,
+    Z,
+    log_ratio,
+    nodes,
+    step,
+    table,
+)
+from diffusion.schedules import Schedule
+
+
+def dpmpp_2m(grid: NoiseLevel, kind: str = "midpoint") -> Solver:
+    """DPM-Solver++ 2M: order 2, multistep, data prediction (Lu et al., 2022b, alg. 2).
+
+    N evaluations. The first step has order 1, as has the last if it goes to clean data, and the
+    second if the grid starts at alpha = 0.
+    """
+    return multistep(grid, 2, kind=kind)
+
+
+def dpmpp_3m(grid: NoiseLevel) -> Solver:
+    """DPM-Solver++ 3M: order 3, multistep, data prediction; N evaluations.
+
+    With the second difference's factor 2, which the published code lacks (``multistep``).
+    """
+    return multistep(grid, 3)
+
+
+def dpmpp_2m_sde(grid: NoiseLevel, kind: str = "midpoint", eta: float = 1.0) -> Solver:
+    """SDE-DPM-Solver++ 2M (Lu et al., 2022b, section 5); N evaluations.
+
+    eta scales the noise, as in k-diffusion; eta = 0 is ``dpmpp_2m``.
+    """
+    return multistep(grid, 2, kind=kind, eta=eta)
+
+
+def dpmpp_3m_sde(grid: NoiseLevel, eta: float = 1.0) -> Solver:
+    """k-diffusion's DPM-Solver++(3M) SDE; N evaluations; eta = 0 is ``dpmpp_3m``."""
+    return multistep(grid, 3, kind="heun", eta=eta)
+
+
+def dpm_solver(
+    grid: NoiseLevel, order: int = 2, kind: str = "midpoint", eta: float = 0.0
+) -> Solver:
+    """DPM-Solver in its multistep form: noise prediction, orders 1 to 3; N evaluations.
+
+    eta = 1 is the SDE's, which exists in orders 1 and 2 and cannot start at alpha = 0.
+    """
+    return multistep(grid, order, prediction="eps", kind=kind, eta=eta)
+
+
+def dpm_solver_singlestep(grid: NoiseLevel, order: int = 3, kind: str = "midpoint") -> Solver:
+    """DPM-Solver-2 and -3 (Lu et al., 2022, alg. 1 and 2): singlestep, noise prediction.
+
+    Blocks of ``order`` steps; evaluations as ``singlestep``.
+    """
+    return singlestep(grid, order, prediction="eps", kind=kind)
+
+
+def dpmpp_2s(grid: NoiseLevel, kind: str = "midpoint", eta: float = 0.0) -> Solver:
+    """DPM-Solver++ 2S: singlestep, order 2, data prediction (Lu et al., 2022b, alg. 1).
+
+    Blocks of two steps, the first of which is the stage; N evaluations. eta = 1: its SDE form.
+    """
+    return singlestep(grid, 2, kind=kind, eta=eta)
+
+
+def dpmpp_3s(grid: NoiseLevel, kind: str = "midpoint") -> Solver:
+    """DPM-Solver++ 3S: singlestep, order 3, data prediction, in blocks of three steps."""
+    return singlestep(grid, 3, kind=kind)
+
+
+def multistep(
+    grid: NoiseLevel,
+    order: int,
+    *,
+    prediction: str = "x0",
+    kind: str = "midpoint",
+    eta: float = 0.0,
+    orders: Sequence[int] | None = None,
+    curvature: float = 2.0,
+) -> Solver:
+    """The multistep family: N evaluations, each step from what the last ``order`` evaluations gave.
+
+    Args:
+      grid: N + 1 levels.
+      order: 1 to 3.
+      prediction: "x0" (DPM-Solver++) or "eps" (DPM-Solver).
+      kind: of second-order steps, "midpoint" or "heun". Third-order steps have one kind.
+      eta: the noise's share.
+      orders: [N] the order of each step, if not as high as ``order`` and the history allow.
+      curvature: factor of the second difference in third-order steps. 2 makes it the second
+        derivative; the published code, as diffusers and k-diffusion, has 1, and so order 2.
+
+    Raises:
+      ValueError: for an unknown order, kind or prediction, or noise prediction with eta and order 3
+        or a start at alpha = 0.
+    """
+    _check(order, prediction, kind, eta)
+    path = nodes(grid)
+    lam = [log_ratio(level) for level in path]
+    orders = [order] * (len(path) - 1) if orders is None else orders
+    rows = []
+    for i, (now, after) in enumerate(pairwise(path)):
+        known = sum(np.isfinite(lam[max(i - 2, 0) : i + 1]))  # evaluations at finite lambda
+        k = min(orders[i], i + 1, known) if np.isfinite(lam[i + 1] - lam[i]) else 1
+        m0 = _output(now, prediction)
+        d = [m0]
+        h = lam[i + 1] - lam[i]
+        if k > 1:
+            r0 = (lam[i] - lam[i - 1]) / h
+            d.append((m0 - Y[1]) / r0)
+        if k > 2:
+            r1 = (lam[i - 1] - lam[i - 2]) / h
+            second = (d[1] - (Y[1] - Y[2]) / r1) / (r0 + r1)
+            d = [m0, d[1] + r0 * second, curvature * second]
+        new = _advance(X, now, after, d, prediction, kind if k == 2 else "heun", eta)
+        rows.append(Row(now, [new, m0, Y[1]]))
+    return table(rows)
+
+
+def singlestep(
+    grid: NoiseLevel,
+    order: int,
+    *,
+    prediction: str = "x0",
+    kind: str = "midpoint",
+    eta: float = 0.0,
+    orders: Sequence[int] | None = None,
+) -> Solver:
+    """The singlestep family: blocks of ``order`` steps, whose inner nodes are the stages.
+
+    N evaluations for N steps: the j-th step of a block starts again from the block's first node,
+    with order j. What remains at the end, and a step at alpha = 0 or to sigma = 0, has a lower
+    order. As in DPM-Solver's "fast" variant and in diffusers.
+
+    Args:
+      grid: N + 1 levels. Where lambda is evenly spaced, stages lie at 1/2, or 1/3 and 2/3.
+      order: 1 to 3.
+      prediction, kind, eta: as ``multistep``; third-order steps have both kinds.
+      orders: [N], 1, 2, 3, 1, 2, 3, ... if not these blocks.
+
+    Raises:
+      ValueError: as ``multistep``; or for orders that are no blocks.
+    """
+    _check(order, prediction, kind, eta)
+    path = nodes(grid)
+    lam = [log_ratio(level) for level in path]
+    if orders is None:
+        orders = []
+        for i in range(len(path) - 1):
+            infinite = not np.isfinite(lam[i + 1] - lam[i - (orders[-1] if orders else 0)])
+            again = not orders or orders[-1] == order or infinite
+            orders.append(1 if again else orders[-1] + 1)
+    rows = []
+    for i, (now, after) in enumerate(pairwise(path)):
+        k = orders[i]
+        if k > 1 and k != orders[i - 1] + 1:
+            raise ValueError(f"orders must count up from 1 in each block, got {list(orders)}")
+        m0 = _output(now, prediction)
+        if k == 1:
+            rows.append(Row(now, [_advance(X, now, after, [m0], prediction, kind, eta), X, m0]))
+            continue
+        first = i - k + 1
+        h = lam[i + 1] - lam[first]
+        r0 = (lam[i] - lam[first]) / h
+        newest = (m0 - Y[2]) / r0
+        d = [Y[2], newest]
+        if k == 3 and kind == "heun":
+            r1 = (lam[i - 1] - lam[first]) / h
+            older = (Y[3] - Y[2]) / r1
+            d = [Y[2], (r0 * older - r1 * newest) / (r0 - r1), 2 * (newest - older) / (r0 - r1)]
+        new = _advance(Y[1], path[first], after, d, prediction, kind if k == 2 else "heun", eta)
+        rows.append(Row(now, [new, Y[1], Y[2], m0]))
+    return table(rows)
+
+
+def dpmpp_2s_ancestral(
+    grid: NoiseLevel, schedule: Schedule, eta: float = 1.0, s_noise: float = 1.0
+) -> Solver:
+    """k-diffusion's DPM-Solver++(2S) ancestral: a 2S step to less noise than wanted, and noise.
+
+    Order 2 for eta = 0; two evaluations a step, the last to clean data one: 2N - 1.
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        down, up = ancestral(now, after, eta)
+        if down.sigma == 0 or now.alpha == 0:
+            rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
+            continue
+        middle = log_middle(now, down, schedule)
+        rows.append(Row(now, [step(X, D, now, middle), X]))
+        rows.append(Row(middle, [step(Y[1], D, now, down) + s_noise * up * Z]))
+    return table(rows)
+
+
+def dpmpp_sde(
+    grid: NoiseLevel, schedule: Schedule, eta: float = 1.0, s_noise: float = 1.0
+) -> Solver:
+    """k-diffusion's DPM-Solver++ SDE: singlestep with noise in its stage too; 2N - 1 evaluations.
+
+    The stage's noise is part of the step's, as increments of one Brownian path whose time is
+    sigma / alpha, as in k-diffusion.
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        if after.sigma == 0 or now.alpha == 0:
+            down, up = ancestral(now, after, eta)
+            rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
+            continue
+        middle = log_middle(now, after, schedule)
+        stage, up_stage = ancestral(now, middle, eta)
+        down, up = ancestral(now, after, eta)
+        share = np.sqrt((now.ratio - middle.ratio) / (now.ratio - after.ratio))
+        rows.append(
+            Row(now, [step(X, D, now, stage) + s_noise * up_stage * Z, X, s_noise * up * share * Z])
+        )
+        rest = s_noise * up * np.sqrt(1 - share**2)
+        rows.append(Row(middle, [step(Y[1], D, now, down) + Y[2] + rest * Z]))
+    return table(rows)
+
+
+def _output(now: NoiseLevel, prediction: str) -> Combination:
+    return D if prediction == "x0" else (X - now.alpha * D) / now.sigma
+
+
+def _advance(
+    x: Combination,
+    now: NoiseLevel,
+    after: NoiseLevel,
+    d: list[Combination],
+    prediction: str,
+    kind: str,
+    eta: float,
+) -> Combination:
+    """The module's formulas, for d = [d0], [d0, d1] or [d0, d1, d2]."""
+    h = log_ratio(after) - log_ratio(now)
+    if prediction == "x0":
+        u = (1 + eta) * h
+        decay = (now.alpha * after.sigma / (after.alpha * now.sigma)) ** eta if eta else 1.0
+        first = after.alpha * -np.expm1(-u)
+        new = decay * after.sigma / now.sigma * x + first * d[0]
+        std = after.sigma * np.sqrt(-np.expm1(-2 * eta * h)) if eta else 0.0
+        if len(d) > 1:
+            second = after.alpha * (np.expm1(-u) / u + 1)
+            new = new + (second if kind == "heun" else first / 2) * d[1]
+        if len(d) > 2:
+            new = new - after.alpha * ((np.expm1(-u) + u) / u**2 - 0.5) * d[2]
+        return new + std * Z
+    if now.alpha == 0:
+        if eta:
+            raise ValueError(
+                "noise prediction with eta=1 cannot start at alpha = 0; use dpmpp_2m_sde"
+            )
+        return step(X, D, now, after)
+    grow = after.alpha * now.sigma / now.alpha - after.sigma  # sigma' (e^h - 1)
+    new = after.alpha / now.alpha * x - (1 + eta) * grow * d[0]
+    if len(d) > 1:
+        second = grow / h - after.sigma
+        new = new - (1 + eta) * (second if kind == "heun" else grow / 2) * d[1]
+    if len(d) > 2:
+        new = new - ((grow - after.sigma * h) / h**2 - 0.5 * after.sigma) * d[2]
+    variance = (after.alpha * now.sigma / now.alpha) ** 2 - after.sigma**2
+    return new + np.sqrt(eta * variance) * Z
+
+
+def _check(order: int, prediction: str, kind: str, eta: float) -> None:
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
+    if prediction not in ("x0", "eps"):
+        raise ValueError(f"prediction must be 'x0' or 'eps', got {prediction!r}")
+    if kind not in ("midpoint", "heun"):
+        raise ValueError(f"kind must be 'midpoint' or 'heun', got {kind!r}")
+    if prediction == "x0" and not eta >= 0:
+        raise ValueError(f"eta must be >= 0, got {eta}")
+    if prediction == "eps" and eta not in (0, 1):
+        raise ValueError(f"eta must be 0 or 1 in noise prediction, got {eta}")
+    if prediction == "eps" and eta and order == 3:
+        raise ValueError("noise prediction with eta=1 has orders 1 and 2, got order=3")

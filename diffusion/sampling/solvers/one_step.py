@@ -1,0 +1,146 @@
+"""Solvers with one evaluation a step and no memory."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from diffusion.levels import NoiseLevel, posterior
+from diffusion.sampling.tables import RAW, D, Row, Solver, X, Z, nodes, step, table
+from diffusion.schedules import Schedule
+
+
+def ddim(grid: NoiseLevel, eta: float = 0.0) -> Solver:
+    """x' = alpha' D + sqrt(sigma'^2 - s^2) eps + s z, with s = eta times the posterior's deviation.
+
+    Song et al., 2020, eq. 12 and 16, on any schedule; N evaluations. eta = 0 is deterministic,
+    eta = 1 is ``ddpm``. Where D is clipped, eps is the network's own.
+
+    Raises:
+      ValueError: for eta outside [0, 1], or a grid that does not go from more to less noise.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    return table([_ddim(*pair, eta) for pair in pairwise(nodes(grid))])
+
+
+def _ddim(now: NoiseLevel, after: NoiseLevel, eta: float) -> Row:
+    std = eta * np.sqrt(posterior(now, after)[1])
+    keep = np.sqrt(after.sigma**2 - std**2) / now.sigma
+    return Row(now, [keep * X + after.alpha * D - now.alpha * keep * RAW + std * Z])
+
+
+def euler(grid: NoiseLevel) -> Solver:
+    """Euler's method on the probability-flow ODE; the same as ``ddim`` with eta = 0.
+
+    In k-diffusion's space, d(x/alpha)/d(sigma/alpha) = eps; in a flow's, x / (alpha + sigma) over
+    sigma / (alpha + sigma), the derivative is the velocity eps - D. Along both, the path with D and
+    eps held fixed is a straight line, so that Euler's step is DDIM's in either: EDM's and
+    k-diffusion's Euler and a flow's Euler are this one formula, of order 1. Where D is clipped,
+    eps = (x - alpha D) / sigma follows it, in which this differs from ``ddim``.
+    """
+    return table([Row(now, [step(X, D, now, after)]) for now, after in pairwise(nodes(grid))])
+
+
+def euler_ancestral(grid: NoiseLevel, eta: float = 1.0, s_noise: float = 1.0) -> Solver:
+    """k-diffusion's Euler ancestral: an Euler step to less noise than wanted, and noise.
+
+    sigma_down^2 + sigma_up^2 = sigma'^2, with sigma_up = eta times the posterior's deviation; the
+    noise added is s_noise sigma_up. With s_noise = 1 the same as ``ddim`` with this eta.
+
+    Raises:
+      ValueError: for eta outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        down, up = ancestral(now, after, eta)
+        rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
+    return table(rows)
+
+
+def ancestral(now: NoiseLevel, after: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
+    """The level below ``after`` to step down to, and the deviation of the noise up to it."""
+    up = eta * np.sqrt(posterior(now, after)[1])
+    return after._replace(sigma=np.sqrt(after.sigma**2 - up**2)), up
+
+
+def ddpm(grid: NoiseLevel) -> Solver:
+    """Samples q(x_s | x_t, x_0 = D), the posterior, in each step (Ho et al., 2020; "small").
+
+    N evaluations, on any schedule and spacing; the last step, to clean data, adds no noise. If the
+    denoiser gives learned variances, the log-variance is interpolated between the posterior's and
+    the forward step's (Nichol & Dhariwal, 2021, eq. 15).
+    """
+    rows, upper = [], []
+    for now, after in pairwise(nodes(grid)):
+        beta, variance, from_x, from_x0 = posterior(now, after)
+        rows.append(Row(now, [from_x * X + from_x0 * D + np.sqrt(variance) * Z]))
+        upper.append(np.sqrt(beta) if after.sigma > 0 else 0)
+    solver = table(rows)
+    solver.noise_upper[:, 0] = upper
+    return solver
+
+
+def ddpm_large(grid: NoiseLevel) -> Solver:
+    """As ``ddpm``, with the forward step's variance beta instead ("fixed large"), never learned.
+
+    Right for data of unit variance and many steps; meant for variance-preserving schedules.
+    """
+    solver = ddpm(grid)
+    return solver._replace(noise=solver.noise_upper)
+
+
+def lcm(grid: NoiseLevel, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> Solver:
+    """Multistep sampling of a latent consistency model (Luo et al., 2023, alg. 3), N evaluations.
+
+    x' = alpha' f + sigma' z with f = c_skip x + c_out D, where with s = timestep_scaling k at the
+    schedule's step k = 1000 t - 1: c_skip = sigma_data^2 / (s^2 + sigma_data^2), c_out = s /
+    sqrt(s^2 + sigma_data^2). As their networks are trained; diffusers' constants.
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        scaled = timestep_scaling * (1000 * now.t - 1)
+        skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+        f = skip * X + scaled / np.hypot(scaled, sigma_data) * D
+        rows.append(Row(now, [after.alpha * f + after.sigma * Z]))
+    return table(rows)
+
+
+def tcd(grid: NoiseLevel, schedule: Schedule, gamma: float = 0.3) -> Solver:
+    """Strategic stochastic sampling of a trajectory consistency model (Zheng et al., 2024, alg. 4).
+
+    Each step goes along the ODE (D and eps fixed) to s = (1 - gamma) t', and from there up to t'
+    with noise. gamma = 0 is deterministic, ``ddim``; gamma = 1 jumps to clean data and is
+    multistep consistency sampling.
+
+    Raises:
+      ValueError: for gamma outside [0, 1].
+    """
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+    pairs = pairwise(nodes(grid))
+    return table([tcd_row(now, schedule((1 - gamma) * after.t), after) for now, after in pairs])
+
+
+def tcd_row(now: NoiseLevel, below: NoiseLevel, after: NoiseLevel) -> Row:
+    """From ``now`` to ``below`` along the ODE, then up to ``after`` with noise."""
+    scale = after.alpha / below.alpha
+    std = np.sqrt(np.maximum(after.sigma**2 - (scale * below.sigma) ** 2, 0))
+    keep = below.sigma / now.sigma
+    return Row(now, [scale * (keep * X + below.alpha * D - now.alpha * keep * RAW) + std * Z])
+
+
+def consistency(grid: NoiseLevel, sigma_min: float = 0.002) -> Solver:
+    """Multistep consistency sampling (Song et al., 2023, alg. 1), N evaluations.
+
+    x' = alpha' D + sqrt(sigma'^2 - (alpha' sigma_min)^2) z, where D is a consistency model's sample
+    at sigma_min, the smallest noise it was trained on; the last step adds no noise.
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        variance = after.sigma**2 - (after.alpha * sigma_min) ** 2
+        rows.append(Row(now, [after.alpha * D + np.sqrt(np.maximum(variance, 0)) * Z]))
+    return table(rows)

@@ -1,0 +1,165 @@
+"""Solvers with two evaluations a step: Heun's, midpoints, and EDM's with churn.
+
+The probability-flow ODE is a different one in each scaling of x: with y = x/s, tau = sigma/s and
+s = alpha + kappa sigma it reads
+
+    dy/dtau = eps - kappa D = (x - s D) / sigma.
+
+kappa = 0 is k-diffusion's and EDM's space, x/alpha over sigma/alpha, kappa = 1 a flow's, where the
+derivative is the velocity; that one is also finite at alpha = 0. Euler's step is the same in all.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from diffusion.levels import NoiseLevel
+from diffusion.sampling.solvers.one_step import ancestral
+from diffusion.sampling.tables import D, Row, Solver, X, Y, Z, nodes, step, table
+from diffusion.schedules import Schedule
+
+FAR = 1e3
+"""Steps from a sigma/alpha beyond this are taken in the flow's space: the other stretches without
+end there, and has no point for alpha = 0."""
+
+
+def heun(grid: NoiseLevel) -> Solver:
+    """Heun's method on d(x/alpha) / d(sigma/alpha) = eps (EDM, Karras et al., 2022, alg. 1).
+
+    Order 2, two evaluations a step; the last step is Euler's if it goes to clean data: 2N - 1.
+    Steps from sigma / alpha > 1000 are taken in ``flow_heun``'s space.
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        rows += _heun(now, after, kappa=1.0 if now.sigma > FAR * now.alpha else 0.0)
+    return table(rows)
+
+
+def flow_heun(grid: NoiseLevel) -> Solver:
+    """Heun's method on d(x/s) / d(sigma/s) = eps - D, s = alpha + sigma, the flow's velocity.
+
+    On rectified flow, where s = 1, this is x' = x + (t' - t) (v + v') / 2. Order 2; finite at
+    alpha = 0, so the choice for schedules that start there. Evaluations as ``heun``.
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        rows += _heun(now, after, kappa=1.0)
+    return table(rows)
+
+
+def _heun(now: NoiseLevel, after: NoiseLevel, kappa: float) -> list[Row]:
+    euler = step(X, D, now, after)
+    if after.sigma == 0:
+        return [Row(now, [euler])]
+    s, s_after = now.alpha + kappa * now.sigma, after.alpha + kappa * after.sigma
+    half = s_after * (after.sigma / s_after - now.sigma / s) / 2
+    base = s_after / s * X + half * (X - s * D) / now.sigma
+    return [
+        Row(now, [euler, base]),
+        Row(after, [Y[1] + half * (X - s_after * D) / after.sigma]),
+    ]
+
+
+def midpoint(grid: NoiseLevel, schedule: Schedule) -> Solver:
+    """The explicit midpoint method on the flow's velocity; order 2, 2N evaluations.
+
+    On rectified flow x' = x + (t' - t) v(x + (t' - t)/2 v, (t + t')/2).
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        middle = sum(level.sigma / (level.alpha + level.sigma) for level in (now, after)) / 2
+        rows += _midpoint(now, schedule.at_ratio(middle / (1 - middle)), after, kappa=1.0)
+    return table(rows)
+
+
+def dpm2(grid: NoiseLevel, schedule: Schedule) -> Solver:
+    """k-diffusion's DPM2: a midpoint method whose middle is that of log(sigma / alpha).
+
+    Like DPM-Solver-2 (Lu et al., 2022, alg. 1), with the slope there followed from the beginning.
+    Order 2; the last step is Euler's if it goes to clean data, as is one from alpha = 0: 2N - 1.
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        rows += _dpm2(now, after, schedule)
+    return table(rows)
+
+
+def dpm2_ancestral(
+    grid: NoiseLevel, schedule: Schedule, eta: float = 1.0, s_noise: float = 1.0
+) -> Solver:
+    """k-diffusion's DPM2 ancestral: ``dpm2`` to less noise than wanted, and noise.
+
+    As in ``euler_ancestral``; evaluations as ``dpm2``.
+    """
+    rows = []
+    for now, after in pairwise(nodes(grid)):
+        down, up = ancestral(now, after, eta)
+        rows += _dpm2(now, down, schedule, s_noise * up)
+    return table(rows)
+
+
+def _dpm2(now: NoiseLevel, after: NoiseLevel, schedule: Schedule, std: float = 0.0) -> list[Row]:
+    if after.sigma == 0 or now.alpha == 0:
+        return [Row(now, [step(X, D, now, after) + std * Z])]
+    return _midpoint(now, log_middle(now, after, schedule), after, kappa=0.0, std=std)
+
+
+def log_middle(now: NoiseLevel, after: NoiseLevel, schedule: Schedule) -> NoiseLevel:
+    """The level halfway in log(sigma / alpha), where both are positive."""
+    return schedule.at_ratio(np.sqrt(now.ratio * after.ratio))
+
+
+def _midpoint(
+    now: NoiseLevel, middle: NoiseLevel, after: NoiseLevel, kappa: float, std: float = 0.0
+) -> list[Row]:
+    s, s_middle, s_after = (level.alpha + kappa * level.sigma for level in (now, middle, after))
+    gain = s_after * (after.sigma / s_after - now.sigma / s) / middle.sigma
+    return [
+        Row(now, [step(X, D, now, middle), s_after / s * X]),
+        Row(middle, [Y[1] + gain * (X - s_middle * D) + std * Z]),
+    ]
+
+
+def edm(
+    grid: NoiseLevel,
+    schedule: Schedule,
+    churn: float = 40.0,
+    low: float = 0.05,
+    high: float = 50.0,
+    s_noise: float = 1.003,
+) -> Solver:
+    """EDM's stochastic sampler (Karras et al., 2022, alg. 2): noise is added before each step.
+
+    Where low <= sigma/alpha <= high, the noise level is raised by the factor 1 + gamma with
+    gamma = min(churn / N, sqrt(2) - 1), by noise of standard deviation s_noise; then Heun's step
+    is taken from there. 2N - 1 evaluations to clean data. The defaults are those of their table 5
+    for ImageNet-64; churn = 0 is ``heun``. On any schedule, sigma being the ratio.
+
+    Raises:
+      ValueError: for churn < 0.
+    """
+    if churn < 0:
+        raise ValueError(f"churn must be >= 0, got {churn}")
+    path = nodes(grid)
+    gamma = min(churn / (len(path) - 1), np.sqrt(2) - 1)
+
+    def raised(level: NoiseLevel) -> tuple[NoiseLevel, float]:
+        """The churned level, and the deviation of the noise up to it where alpha = 1."""
+        with np.errstate(divide="ignore"):
+            if level.sigma == 0 or not low <= level.ratio <= high or gamma == 0:
+                return level, 0.0
+        ratio = level.ratio * (1 + gamma)
+        return schedule.at_ratio(ratio), s_noise * np.sqrt(ratio**2 - level.ratio**2)
+
+    rows = []
+    start, _ = raised(path[0])  # the initial noise brings x there
+    for after in path[1:]:
+        rows += _heun(start, after, kappa=1.0 if start.sigma > FAR * start.alpha else 0.0)
+        start, std = raised(after)
+        if std > 0:
+            scale = start.alpha / after.alpha
+            new = scale * rows[-1].registers[0] + start.alpha * std * Z
+            rows[-1] = Row(rows[-1].level, [new])
+    return table(rows)
