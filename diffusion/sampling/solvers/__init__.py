@@ -22,6 +22,9 @@ from diffusion.sampling.solvers.dpm_solver import (
     dpmpp_3s,
     dpmpp_sde,
 )
+from diffusion.sampling.solvers.given import (
+    given,
+)
 from diffusion.sampling.solvers.one_step import (
     consistency,
     ddim,
@@ -67,6 +70,7 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "flow_heun",
+    "given",
     "heun",
     "ipndm",
     "lcm",
