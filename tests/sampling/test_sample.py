@@ -73,7 +73,7 @@ def test_solvers_with_as_many_evaluations_compile_once():
     images = [np.asarray(draw(table, keys)) for table in tables]
     assert len(traces) == once and draw._cache_size() == 1
     assert all(np.isfinite(i).all() for i in images)
-    assert not np.allclose(images[0], images[1])
+    assert not np.allclose(images[0], images[-1], atol=1e-2)  # ddim and multistep consistency
 
 
 def test_vmap_over_tables():
