@@ -5,12 +5,17 @@ remembers earlier evaluations the result is a ``Stateful`` denoiser, which ``sam
 All work on levels with leaves () and [B], and on each image by itself.
 """
 
-from diffusion.sampling.guidance._old import (
+from diffusion.sampling.guidance.classifier import classifier_guidance
+from diffusion.sampling.guidance.extrapolation import (
+    Rule,
+    autoguidance,
     classifier_free,
-    clip,
     conditional,
-    dynamic_threshold,
     interval,
+    linear,
+    perturbed_attention,
+    projected,
+    rescaled,
 )
 from diffusion.sampling.guidance.reconstruction import (
     dps,
@@ -19,16 +24,24 @@ from diffusion.sampling.guidance.reconstruction import (
     reconstruction,
     video,
 )
+from diffusion.sampling.guidance.thresholding import clip, dynamic_threshold
 
 __all__ = [
+    "Rule",
+    "autoguidance",
     "classifier_free",
+    "classifier_guidance",
     "clip",
     "conditional",
     "dps",
     "dynamic_threshold",
     "interval",
+    "linear",
     "moment_matched",
+    "perturbed_attention",
     "pigdm",
+    "projected",
     "reconstruction",
+    "rescaled",
     "video",
 ]
