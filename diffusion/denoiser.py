@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction, precondition
+from diffusion.schedules import Schedule
 
 
 class Estimate(NamedTuple):
@@ -92,3 +93,15 @@ def denoiser(
         return Estimate(c.c_skip * x + c.c_out * output, jnp.clip((variance + 1) / 2, 0, 1))
 
     return denoise
+
+
+def on_schedule(schedule: Schedule, x: Array, level: NoiseLevel) -> tuple[Array, NoiseLevel]:
+    """The same noised example as another schedule has it: where sigma / alpha is the same.
+
+    For networks of another schedule than the sampler's: x [B, ...] is multiplied by
+    sqrt((alpha'^2 + sigma'^2) / (alpha^2 + sigma^2)). Ratios beyond ``schedule.t_max`` become its.
+    """
+    t = jnp.minimum(schedule.invert(level.alpha, level.sigma), schedule.t_max)
+    other = schedule(t)
+    factor = jnp.hypot(other.alpha, other.sigma) / jnp.hypot(level.alpha, level.sigma)
+    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim)).astype(x.dtype) * x, other

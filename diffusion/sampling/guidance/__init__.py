@@ -8,13 +8,13 @@ All work on levels with leaves () and [B], and on each image by itself.
 from diffusion.sampling.guidance.classifier import classifier_guidance
 from diffusion.sampling.guidance.extrapolation import (
     Rule,
+    adaptive_projected,
     autoguidance,
     classifier_free,
     conditional,
     interval,
     linear,
     perturbed_attention,
-    projected,
     rescaled,
 )
 from diffusion.sampling.guidance.reconstruction import (
@@ -28,6 +28,7 @@ from diffusion.sampling.guidance.thresholding import clip, dynamic_threshold
 
 __all__ = [
     "Rule",
+    "adaptive_projected",
     "autoguidance",
     "classifier_free",
     "classifier_guidance",
@@ -40,7 +41,6 @@ __all__ = [
     "moment_matched",
     "perturbed_attention",
     "pigdm",
-    "projected",
     "reconstruction",
     "rescaled",
     "video",

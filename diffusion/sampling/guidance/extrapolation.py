@@ -5,8 +5,8 @@
 Which two they are makes the method: with and without the condition (classifier-free guidance),
 with it and with what is not wanted (negative prompts), a strong and a weak network
 (autoguidance), the network and the same with its attention disturbed. How they are combined is a
-``Rule``, chosen apart: ``linear`` as above, ``rescaled`` or ``projected``. w = 1 is D_good, w = 0
-is D_bad.
+``Rule``, chosen apart: ``linear`` as above, ``rescaled`` or ``adaptive_projected``. w = 1 is
+D_good, w = 0 is D_bad.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rescaled(phi: float = 0.7, space: Prediction = predictions.x0) -> Rule:
     """``linear``, then brought back to the good estimate's standard deviation, per image.
 
     F <- phi F std(F_good) / std(F) + (1 - phi) F (Lin et al., 2023, "Common diffusion noise
-    schedules", eqs. 15-16), which keeps large scales from overexposure. F is the network's output
+    schedules", section 3.4), so that large scales do not overexpose. F is the network's output
     as ``space`` has it: the paper and diffusers take whatever the network predicts (so eps for
     Stable Diffusion 1, v for 2), x0 rescales the image itself, whatever the network.
 
@@ -79,7 +79,9 @@ def rescaled(phi: float = 0.7, space: Prediction = predictions.x0) -> Rule:
     return Rule(combine)
 
 
-def projected(eta: float = 0.0, norm_threshold: float = jnp.inf, momentum: float = -0.5) -> Rule:
+def adaptive_projected(
+    eta: float = 0.0, norm_threshold: float = jnp.inf, momentum: float = -0.5
+) -> Rule:
     """Adaptive projected guidance (Sadat et al., 2024, alg. 1), for large scales.
 
     The difference is (1) summed up with (negative) momentum, (2) shortened to the norm
@@ -109,7 +111,7 @@ def projected(eta: float = 0.0, norm_threshold: float = jnp.inf, momentum: float
 
 
 def perturbed_attention(perturbed: Denoise, scale: Scale, rule: Rule | None = None) -> Rule:
-    """``rule``, plus scale (good - perturbed) (Ahn et al., 2024, eq. 15).
+    """``rule``, plus scale (good - perturbed) (Ahn et al., 2024).
 
     ``perturbed`` is the good denoiser with the self-attention maps of some blocks replaced by the
     identity: ``models.attention.with_identity_maps``. Alone, without classifier-free guidance:
@@ -165,7 +167,7 @@ def classifier_free(
 def autoguidance(
     strong: Denoise, weak: Denoise, scale: Scale, rule: Rule | None = None
 ) -> Denoise | Stateful:
-    """D = D_weak + scale (D_strong - D_weak) (Karras et al., 2024, eq. 4), in two calls.
+    """D = D_weak + scale (D_strong - D_weak) (Karras et al., 2024, "a bad version"), in two calls.
 
     ``weak`` is worse in the same way, only more so: smaller or trained for less time. Both get the
     same conditioning, so that the images do not lose variety as with classifier-free guidance. Its

@@ -100,7 +100,7 @@ def moment_matched(
 
 
 def dps(zeta: Array | float | Callable[[NoiseLevel], Array] = 1.0) -> Precision:
-    """2 zeta / ||y - A(x_0_hat)||: the score of DPS (Chung et al., 2022, eq. 16, alg. 1).
+    """2 zeta / ||y - A(x_0_hat)||: the score of DPS (Chung et al., 2022, alg. 1).
 
     DPS takes its gradient off a DDPM step's result, zeta' grad ||.||^2 / ||.||. The mean of a step
     with variance beta moves by beta / sqrt(1 - beta) times the score, so that its zeta' is
