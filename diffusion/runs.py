@@ -16,6 +16,7 @@ from diffusion.data import pipeline
 from diffusion.drawing import Drawer
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
+from diffusion.evaluation.noisy_accuracy import accuracy_by_level
 from diffusion.training import checkpoints
 from diffusion.training.logging import Logger
 from diffusion.training.loop import fit
@@ -45,7 +46,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         )
         return
     _describe(experiment)
-    drawer, logger = Drawer(experiment), Logger(workdir)
+    drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
+    logger = Logger(workdir)
 
     def grid(state: TrainState, step: int) -> None:
         picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(experiment)))
@@ -68,12 +70,15 @@ def train(config: ConfigDict, workdir: str) -> None:
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         keep=config.train.keep,
-        hooks=[(every, grid)] if every and len(experiment.train.shape) == 3 else [],
+        hooks=[(every, grid)] if every and drawer and len(experiment.train.shape) == 3 else [],
         logger=logger,
     )
     params = state.ema["ema"]
-    _pictures(drawer, params, folder)
-    _evaluate(drawer, params, folder)
+    if drawer:
+        _pictures(drawer, params, folder)
+        _evaluate(drawer, params, folder)
+    else:
+        _evaluate_classifier(experiment, params, folder)
     (folder / "done").write_text(f"{config.train.steps}\n")
     print(f"{time.perf_counter() - began:.0f} s in all; results in {folder}")
 
@@ -124,6 +129,11 @@ def _restore(config: ConfigDict, workdir: str) -> tuple[Drawer, Any, Path]:
     checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
     experiment = _build(config)
     params, step = checkpoints.restore_ema(workdir, "ema")
+    if experiment.guidance is None:
+        raise ValueError(
+            f"config.objective.name={config.objective.name!r} draws nothing; how well it "
+            f"classifies is in {workdir}/evaluation.json"
+        )
     print(f"{workdir}: averaged parameters after step {step}")
     return Drawer(experiment), params, Path(workdir)
 
@@ -206,7 +216,7 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
             "sliced Wasserstein distance {sliced_wasserstein:.4f} (real data among themselves "
             "{sliced_wasserstein_real:.4f})".format(**result)
         )
-    elif experiment.num_classes and (judge := _judge(experiment)) is not None:
+    elif experiment.guidance.num_classes and (judge := _judge(experiment)) is not None:
         x, label = drawer.draw(params, c.count)
         result = evaluate_samples(x, label, judge, experiment.train, experiment.held_out)
         print(
@@ -221,6 +231,22 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
         return False
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return True
+
+
+def _evaluate_classifier(experiment: Experiment, params: Any, folder: Path) -> None:
+    """Writes evaluation.json, with the accuracy by noise level, and prints it."""
+    figures.loss_curve(
+        folder / "loss.png", folder / "metrics.jsonl", title=f"{experiment.train.name}: loss"
+    )
+    results = accuracy_by_level(experiment.objective, params, experiment.held_out)
+    print(f"on {len(experiment.held_out)} held-out examples, by noise level:")
+    for result in results:
+        print(
+            "  t {t:5.2f}  sigma/alpha {sigma_over_alpha:9.3g}  accuracy {accuracy:6.1%}  "
+            "cross-entropy {cross_entropy:.3f}".format(**result)
+        )
+    result = {"levels": results, "num_held_out": len(experiment.held_out)}
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _judge(experiment: Experiment) -> classifiers.Classifier | None:
