@@ -15,6 +15,7 @@ from diffusion.sampling.solvers.dpm_solver import (
     dpmpp_3s,
     dpmpp_sde,
 )
+from diffusion.sampling.solvers.jumps import repaint, restart
 from diffusion.sampling.solvers.one_step import (
     consistency,
     ddim,
@@ -58,5 +59,7 @@ __all__ = [
     "heun",
     "lcm",
     "midpoint",
+    "repaint",
+    "restart",
     "tcd",
 ]
