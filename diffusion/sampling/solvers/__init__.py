@@ -3,6 +3,13 @@
 Those that evaluate between the grid's nodes take the schedule too.
 """
 
+from diffusion.sampling.solvers.adams import (
+    deis,
+    ipndm,
+    lms,
+    plms,
+    pndm,
+)
 from diffusion.sampling.solvers.dpm_solver import (
     dpm_solver,
     dpm_solver_singlestep,
@@ -26,6 +33,10 @@ from diffusion.sampling.solvers.one_step import (
     lcm,
     tcd,
 )
+from diffusion.sampling.solvers.predictor_corrector import (
+    sa_solver,
+    unipc,
+)
 from diffusion.sampling.solvers.runge_kutta import (
     dpm2,
     dpm2_ancestral,
@@ -40,6 +51,7 @@ __all__ = [
     "ddim",
     "ddpm",
     "ddpm_large",
+    "deis",
     "dpm2",
     "dpm2_ancestral",
     "dpm_solver",
@@ -57,9 +69,15 @@ __all__ = [
     "euler_ancestral",
     "flow_heun",
     "heun",
+    "ipndm",
     "lcm",
+    "lms",
     "midpoint",
+    "plms",
+    "pndm",
     "repaint",
     "restart",
+    "sa_solver",
     "tcd",
+    "unipc",
 ]

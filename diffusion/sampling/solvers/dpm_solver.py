@@ -13,8 +13,8 @@ or in noise prediction
          + sigma' sqrt(eta (e^{2h} - 1)) z                                      (eta = 0 or 1).
 
 In it D (or eps) is replaced by a polynomial, d0 + (v/h) d1 + (v/h)^2 d2 / 2, through what was
-evaluated earlier ("multistep") or within a block of steps ("singlestep"). Order 2 comes in two types: "heun"
-integrates d1 exactly, "midpoint" takes it at v = h/2.
+evaluated earlier ("multistep") or within a block of steps ("singlestep"). Order 2 comes in two
+types: "heun" integrates d1 exactly, "midpoint" takes it at v = h/2.
 
 A step that starts at alpha = 0 or ends at sigma = 0 has h = inf and is taken with order 1.
 """

@@ -158,7 +158,7 @@ def edm(
     for after in path[1:]:
         rows += _heun(start, after, kappa=1.0 if start.sigma > FAR * start.alpha else 0.0)
         start, std = raised(after)
-        if std > 0:
+        if std > 0 and after is not path[-1]:
             scale = start.alpha / after.alpha
             new = scale * rows[-1].registers[0] + start.alpha * std * Z
             rows[-1] = Row(rows[-1].level, [new])
