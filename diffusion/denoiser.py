@@ -8,7 +8,7 @@ x_0_hat (learned variances, what it was before clipping) the result is an ``Esti
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -33,6 +33,20 @@ class Estimate(NamedTuple):
 
 
 Denoise = Callable[[Array, NoiseLevel], Array | Estimate]
+
+
+class Stateful(NamedTuple):
+    """A denoiser that remembers earlier evaluations; ``sample`` takes it as it takes a ``Denoise``.
+
+    Attributes:
+      init: x [B, ...] -> the memory before the first evaluation, a pytree.
+      step: (x, level, memory) -> (x_0_hat or Estimate, memory).
+    """
+
+    init: Callable[[Array], Any]
+    step: Callable[[Array, NoiseLevel, Any], tuple[Array | Estimate, Any]]
+
+
 ConditionalDenoise = Callable[[Array, NoiseLevel, Conditioning], Array | Estimate]
 Network = Callable[[Array, Array, Conditioning], Array]  # (c_in x, c_noise [B], cond) -> F
 

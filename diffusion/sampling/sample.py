@@ -13,12 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from diffusion.conditioning import Conditioning
-from diffusion.denoiser import ConditionalDenoise, Denoise, as_estimate
+from diffusion.denoiser import ConditionalDenoise, Denoise, Stateful, as_estimate
 from diffusion.levels import Array
 from diffusion.sampling.guidance import conditional
 from diffusion.sampling.tables import Solver
 
-Guide = Callable[..., Denoise]  # (ConditionalDenoise, Conditioning, *arguments) -> Denoise
+Guide = Callable[..., Denoise | Stateful]  # (ConditionalDenoise, Conditioning, *arguments)
 Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments, x_init) -> images
 Callback = Callable[[np.ndarray, np.ndarray], None]  # (evaluation (), x_0_hat [B, ...])
 
@@ -55,7 +55,7 @@ def image_noise(keys: jax.Array, shape: tuple[int, ...], fold: Array | int = 0) 
 
 
 def sample(
-    denoise: Denoise,
+    denoise: Denoise | Stateful,
     solver: Solver,
     keys: jax.Array,
     shape: tuple[int, ...],
@@ -73,7 +73,8 @@ def sample(
     evaluations, unless the trajectory is asked for or gradients are taken.
 
     Args:
-      denoise: (x [B, *shape], level with leaves ()) -> x_0_hat or an ``Estimate``.
+      denoise: (x [B, *shape], level with leaves ()) -> x_0_hat or an ``Estimate``; or a
+        ``Stateful`` one, whose memory goes from evaluation to evaluation.
       solver: the table.
       keys: [B] typed keys (``image_keys``).
       shape: one image's.
@@ -81,7 +82,7 @@ def sample(
       noises: [R + 1, B, *shape] standard normal numbers to use instead of drawing: the initial
         noise and each row's.
       carry: what a denoiser with a memory (momentum, cached features) starts with, a pytree. Then
-        ``denoise(x, level, carry) -> (estimate, carry)``.
+        ``denoise(x, level, carry) -> (estimate, carry)``. A ``Stateful`` denoiser brings its own.
       callback: called on the host after each evaluation with its number and x_0_hat, for progress
         bars and previews. Without it, nothing is sent.
       trajectory: whether to return every evaluation too.
@@ -133,6 +134,8 @@ def sample(
         return (new, memory), Trajectory(x, x0) if trajectory else None
 
     x = solver.init * draw_noise(0) if x_init is None else jnp.asarray(x_init, dtype)
+    if isinstance(denoise, Stateful):
+        denoise, carry = denoise.step, denoise.init(x)
     m = solver.b.shape[-1]
     registers = jnp.zeros((m, *size), dtype).at[0].set(x)
     rows = (jnp.arange(solver.evaluations), *solver[:-1])
@@ -177,7 +180,8 @@ def make_sampler(
 
     Args:
       denoiser: params -> conditional denoiser: an objective's ``denoiser``. ``params`` is any
-        pytree; to give frozen parameters too, ``lambda both: objective.denoiser(*both)``.
+        pytree; to give frozen parameters too, ``lambda both: objective.denoiser(*both)``. What it
+        returns is for ``guide`` alone, so it may be several denoisers (autoguidance).
       shape: one image's.
       guide: (denoise, cond, *arguments) -> Denoise. For classifier-free guidance:
         ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
