@@ -9,13 +9,15 @@ super-resolution and deblurring, and ``inversion``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from diffusion.denoiser import Denoise, Estimate, as_estimate
+from diffusion.denoiser import Denoise, Estimate, Stateful
 from diffusion.levels import Array, NoiseLevel, diffuse
+from diffusion.sampling.guidance.lifting import Step, lift
 from diffusion.sampling.measurements import Measure
 from diffusion.sampling.sample import image_noise, sample
 from diffusion.sampling.tables import Solver
@@ -38,7 +40,7 @@ def noised(x0: Array, solver: Solver, keys: jax.Array) -> Array:
 
 
 def image_to_image(
-    denoise: Denoise, solver: Solver, keys: jax.Array, x0: Array, **options: Any
+    denoise: Denoise | Stateful, solver: Solver, keys: jax.Array, x0: Array, **options: Any
 ) -> Array:
     """Noises pictures x0 [B, ...] to where the solver begins and samples from there.
 
@@ -48,7 +50,7 @@ def image_to_image(
     return sample(denoise, solver, keys, x0.shape[1:], x_init=noised(x0, solver, keys), **options)
 
 
-def inpaint(denoise: Denoise, known: Array, mask: Array) -> Denoise:
+def inpaint(denoise: Denoise | Stateful, known: Array, mask: Array) -> Denoise | Stateful:
     """D := mask known + (1 - mask) D, which keeps what is known and paints the rest.
 
     For one step of DDPM this is RePaint's (Lugmayr et al., 2022, eq. 8), with the known part of x_s
@@ -67,7 +69,9 @@ def inpaint(denoise: Denoise, known: Array, mask: Array) -> Denoise:
     return _on_estimate(denoise, mix)
 
 
-def consistent(denoise: Denoise, y: Array, measure: Measure, inverse: Measure) -> Denoise:
+def consistent(
+    denoise: Denoise | Stateful, y: Array, measure: Measure, inverse: Measure
+) -> Denoise | Stateful:
     """D := D + A^+ (y - A D): what a noiseless measurement y = A x_0 says of x_0 is put in.
 
     DDNM (Wang et al., 2022, eq. 13), the linear measurement's null space left to the model. No
@@ -82,14 +86,20 @@ def consistent(denoise: Denoise, y: Array, measure: Measure, inverse: Measure) -
     return _on_estimate(denoise, lambda x0: x0 + inverse(y - measure(x0)))
 
 
-def _on_estimate(denoise: Denoise, change) -> Denoise:
+def _on_estimate(
+    denoise: Denoise | Stateful, change: Callable[[Array], Array]
+) -> Denoise | Stateful:
     """Changes x_0_hat, and what it was before clipping: both are estimates of the same thing."""
 
-    def changed(x: Array, level: NoiseLevel) -> Estimate:
-        x0, nu, unclipped = as_estimate(denoise(x, level))
-        return Estimate(change(x0), nu, None if unclipped is None else change(unclipped))
+    def wrap(step: Step) -> Step:
+        def changed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+            (x0, nu, unclipped), memory = step(x, level, memory)
+            unclipped = None if unclipped is None else change(unclipped)
+            return Estimate(change(x0), nu, unclipped), memory
 
-    return changed
+        return changed
+
+    return lift(denoise, wrap)
 
 
 def slerp(a: Array, b: Array, weight: Array | float) -> Array:

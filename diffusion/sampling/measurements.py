@@ -3,7 +3,7 @@
 Each is a function of x [B, H, W, C] and differentiable; ``functools.partial`` fills in its options:
 
     measure = partial(average_pool, factor=4)
-    guided = reconstruction(denoise, measure, measure(picture), ...)
+    guided = moment_matched(denoise, measure, measure(picture), noise_std=0.01)
 """
 
 from __future__ import annotations
