@@ -47,18 +47,19 @@ def test_at_strength_1_from_pure_noise_the_picture_has_no_say():
     table = solvers.ddpm(grids.partial(grids.uniform(FLOW, 6), 1.0))
     keys = image_keys(0, range(4))
     x0 = np.full((4, 3), 0.8, np.float32)
-    edited = image_to_image(PRIOR, table, keys, x0)
-    np.testing.assert_allclose(edited, sample(PRIOR, table, keys, (3,)), atol=1e-6)
+    edited = jax.jit(partial(image_to_image, PRIOR))(table, keys, x0)
+    drawn = jax.jit(partial(sample, PRIOR, shape=(3,)))(table, keys)
+    np.testing.assert_allclose(edited, drawn, atol=1e-6)
 
 
 def test_strength_is_how_far_from_the_picture():
     x0 = np.tile(np.float32([0.65, -0.25, 0.45]), (200, 1))
-    keys = image_keys(0, range(200))
+    edit = jax.jit(partial(image_to_image, PRIOR, keys=image_keys(0, range(200)), x0=x0))
     distances = []
-    for strength in (0.2, 0.6, 0.95):
-        table = solvers.ddim(grids.partial(grids.uniform(COSINE, 40), strength))
-        edited = image_to_image(PRIOR, table, keys, x0)
-        distances.append(float(np.abs(edited - x0).mean()))
+    for strength, steps in [(0.2, 60), (0.6, 20), (0.95, 13)]:  # 12 evaluations each
+        table = solvers.ddim(grids.partial(grids.uniform(COSINE, steps), strength))
+        assert table.evaluations == 12
+        distances.append(float(np.abs(edit(table) - x0).mean()))
     assert 0.02 < distances[0] < distances[1] < distances[2], distances
 
 
@@ -149,7 +150,8 @@ def test_consistent_keeps_the_measurement_and_with_a_mask_is_inpainting():
         return 0.5 * x
 
     table = solvers.ddpm(grids.uniform(COSINE, 4))
-    end = sample(consistent(shrink, y, measure, inverse), table, image_keys(0, range(2)), (4, 4, 1))
+    keys, matched = image_keys(0, range(2)), consistent(shrink, y, measure, inverse)
+    end = jax.jit(partial(sample, matched, shape=(4, 4, 1)))(table, keys)
     np.testing.assert_allclose(measure(end), y, atol=1e-6)
     assert np.abs(end - inverse(y)).max() > 0.1  # the rest is the model's
     x, level = jnp.ones((2, 3)), COSINE(0.5)
@@ -179,13 +181,17 @@ def test_slerp_keeps_the_norm_and_moves_evenly():
 
 
 def test_slerp_of_parallel_and_of_opposite_vectors_is_straight():
-    a = jnp.asarray([[3.0, 4.0]])
-    np.testing.assert_allclose(slerp(a, 2 * a, 0.25), 1.25 * a, rtol=1e-6)
-    np.testing.assert_allclose(slerp(a, -a, 0.25), 0.5 * a, rtol=1e-6)
-    near = a + jnp.asarray([[1e-4, 0.0]])
-    np.testing.assert_allclose(slerp(a, near, 0.5), a, rtol=1e-4)
-    for b in (2 * a, -a, a):
-        gradient = jax.grad(lambda a, b=b: slerp(a, b, 0.3).sum())(a)
+    a = np.float32([[3, 4]])
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def at_a_quarter(a, b):
+        mixed = slerp(a, b, 0.25)
+        return mixed.sum(), mixed
+
+    for b, expected in [(2 * a, 1.25 * a), (-a, 0.5 * a), (a, a), (a + np.float32([[1e-4, 0]]), a)]:
+        (_, mixed), gradient = at_a_quarter(a, b)
+        np.testing.assert_allclose(mixed, expected, rtol=1e-4)
         assert np.isfinite(gradient).all()
     with pytest.raises(ValueError, match="count must be at least 2"):
         between(a, a, 1)
