@@ -4,8 +4,13 @@ Tables as all others (``tables``), made from the sampler's own grid, noisiest fi
 follow from its last node to its first. ``solver.init`` is what the picture is multiplied by to
 begin with. The denoiser must not clip, and conditioning should be the picture's own, unguided.
 
-Which to take: ``fixed_point`` with one iteration costs as much as DDIM, and with a few undoes it
-as exactly as one likes, from clean data too.
+Measured: mean PSNR in dB of 100 held-out 8 x 8 digits, inverted and drawn again by DDIM (after
+``heun``: flow_heun) on uniform cosine grids, with the exact denoiser of the training digits, each
+with a standard deviation of 0.2:
+
+    steps    euler    ddim    heun    fixed_point    2 iterations    4 iterations
+       50     20.6    19.9    30.9           27.2            22.4            24.0
+      200     23.2    21.3    39.5           32.3            41.1            50.8
 """
 
 from __future__ import annotations
@@ -82,7 +87,8 @@ def fixed_point(grid: NoiseLevel, iterations: int = 1) -> Solver:
     With y = x / (alpha + sigma), tau = sigma / (alpha + sigma) and v = eps - D, DDIM's step is
     y_s = y_t + (tau_s - tau_t) v(x_t, t). Iterated is y_t = y_s + (tau_t - tau_s) v(x_t, t), from
     the velocity of the step before. One iteration returns to the picture with order 2 (``ddim`` and
-    ``euler`` have order 1), each further one with one order more.
+    ``euler`` have order 1), each further one with one order more, given steps short enough that
+    they converge: as the table above shows, 50 were too few for that.
     Clean ends and starts at alpha = 0 are steps as all others.
 
     Args:
