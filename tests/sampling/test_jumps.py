@@ -1,25 +1,19 @@
 """Paths that go back up: exact on points, converging on Gaussians, the papers' order of visits."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
 from cases import SCHEDULES
+from mixture import MIXTURE, at
 
 from diffusion import build, schedules, specs
 from diffusion.levels import NoiseLevel
 from diffusion.sampling import grids, solvers
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.editing import inpaint, noised
 from diffusion.sampling.sample import image_keys, sample
 from diffusion.sampling.solvers.jumps import jumps
 
-MIXTURE = gaussian_mixture([[-0.6], [0.7]], [0.3, 0.2], [0.4, 0.6])
 FLOW, EDM = schedules.RectifiedFlow(), schedules.EDM()
-
-
-def at(levels, i):
-    return NoiseLevel(*(leaf[i] for leaf in levels))
 
 
 def moments(solver, m, s):
@@ -197,8 +191,6 @@ def test_errors(call, message):
 
 def test_repaint_brings_the_painted_into_agreement_with_the_known():
     """Two correlated numbers, the first known: the second's mean should be rho times it."""
-    from diffusion.sampling.editing import inpaint, noised
-
     rho, count = 0.9, 4000
     root, vectors = np.linalg.eigh([[1, rho], [rho, 1]])
 
@@ -209,7 +201,7 @@ def test_repaint_brings_the_painted_into_agreement_with_the_known():
     mask, known = np.array([1.0, 0.0]), np.array([1.5, 0.0])
     keys = image_keys(0, range(count))
 
-    @partial(jax.jit)
+    @jax.jit
     def paint(table):
         x_init = noised(np.tile(np.float32(known), (count, 1)), table, keys)
         return sample(inpaint(denoise, known, mask), table, keys, (2,), x_init=x_init)

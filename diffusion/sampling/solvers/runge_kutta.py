@@ -156,7 +156,7 @@ def edm(
         if after is path[-1]:
             break
         start, std = raised(after)
-        if std > 0 and after is not path[-1]:
+        if std > 0:
             scale = start.alpha / after.alpha
             new = scale * rows[-1].registers[0] + start.alpha * std * Z
             rows[-1] = Row(rows[-1].level, [new])
