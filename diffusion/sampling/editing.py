@@ -40,21 +40,23 @@ def noised(x0: Array, solver: Solver, keys: jax.Array) -> Array:
 
 
 def image_to_image(
-    denoise: Denoise | Stateful, solver: Solver, keys: jax.Array, x0: Array, **options: Any
+    denoise: Denoise | Stateful, solver: Solver, keys: jax.Array, x0: Array
 ) -> Array:
     """Noises pictures x0 [B, ...] to where the solver begins and samples from there.
 
     SDEdit (Meng et al., 2021): ``solver(grids.partial(grid, strength))``; at a low strength the
-    picture's layout stays, at strength 1 next to nothing does. ``options`` are ``sample``'s.
+    picture's layout stays, at strength 1 next to nothing does. For ``sample``'s other options, give
+    it ``x_init=noised(x0, solver, keys)``.
     """
-    return sample(denoise, solver, keys, x0.shape[1:], x_init=noised(x0, solver, keys), **options)
+    return sample(denoise, solver, keys, x0.shape[1:], x_init=noised(x0, solver, keys))
 
 
 def inpaint(denoise: Denoise | Stateful, known: Array, mask: Array) -> Denoise | Stateful:
     """D := mask known + (1 - mask) D, which keeps what is known and paints the rest.
 
     For one step of DDPM this is RePaint's (Lugmayr et al., 2022, eq. 8), with the known part of x_s
-    drawn given x_t. Start from ``noised(mask * known, solver, keys)``.
+    drawn given x_t. Start from ``noised(mask * known, solver, keys)``. Of learned variances, those
+    of known pixels are set to the posterior's.
 
     Args:
       denoise: the model's.
@@ -62,11 +64,16 @@ def inpaint(denoise: Denoise | Stateful, known: Array, mask: Array) -> Denoise |
       mask: broadcastable to x, 1 where known, 0 where to paint; between them, the two are mixed.
     """
 
-    def mix(x0: Array) -> Array:
-        m = jnp.asarray(mask, x0.dtype)
+    def mix(m: Array, x0: Array) -> Array:
         return m * jnp.where(m > 0, known, 0).astype(x0.dtype) + (1 - m) * x0
 
-    return _on_estimate(denoise, mix)
+    def change(estimate: Estimate) -> Estimate:
+        m = jnp.asarray(mask, estimate.x0.dtype)
+        nu = None if estimate.nu is None else (1 - m) * estimate.nu
+        unclipped = None if estimate.unclipped is None else mix(m, estimate.unclipped)
+        return Estimate(mix(m, estimate.x0), nu, unclipped)
+
+    return _on_estimate(denoise, change)
 
 
 def consistent(
@@ -83,19 +90,24 @@ def consistent(
       measure: A, linear, such as ``measurements.average_pool``.
       inverse: A^+ with A A^+ y = y, such as ``measurements.repeat_pixels``.
     """
-    return _on_estimate(denoise, lambda x0: x0 + inverse(y - measure(x0)))
+
+    def project(x0: Array) -> Array:
+        return x0 + inverse(y - measure(x0))
+
+    def change(estimate: Estimate) -> Estimate:
+        unclipped = None if estimate.unclipped is None else project(estimate.unclipped)
+        return estimate._replace(x0=project(estimate.x0), unclipped=unclipped)
+
+    return _on_estimate(denoise, change)
 
 
 def _on_estimate(
-    denoise: Denoise | Stateful, change: Callable[[Array], Array]
+    denoise: Denoise | Stateful, change: Callable[[Estimate], Estimate]
 ) -> Denoise | Stateful:
-    """Changes x_0_hat, and what it was before clipping: both are estimates of the same thing."""
-
     def wrap(step: Step) -> Step:
         def changed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            (x0, nu, unclipped), memory = step(x, level, memory)
-            unclipped = None if unclipped is None else change(unclipped)
-            return Estimate(change(x0), nu, unclipped), memory
+            estimate, memory = step(x, level, memory)
+            return change(estimate), memory
 
         return changed
 
