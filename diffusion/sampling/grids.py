@@ -212,6 +212,23 @@ def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> Noi
     return schedule.at_ratio(ratio)
 
 
+def partial(grid: NoiseLevel, strength: float) -> NoiseLevel:
+    """The last int(strength N) steps of a grid of N: image to image (SDEdit, Meng et al., 2021).
+
+    Counted as diffusers counts them. strength = 1 is the whole grid, from its noisiest node.
+
+    Raises:
+      ValueError: for a strength outside (0, 1], or so small that no step is left.
+    """
+    count = len(grid.sigma) - 1
+    if not 0 < strength <= 1 or int(count * strength) < 1:
+        raise ValueError(
+            f"strength must lie in [1/{count}, 1], so that one of the grid's {count} steps is "
+            f"left, got {strength}"
+        )
+    return NoiseLevel(*(leaf[count - int(count * strength) :] for leaf in grid))
+
+
 def _range(
     schedule: Schedule, sigma_min: float | None, sigma_max: float | None
 ) -> tuple[float, float]:

@@ -45,6 +45,15 @@ def _image_keys(seed: Array, indices: Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
+def image_noise(keys: jax.Array, shape: tuple[int, ...], fold: Array | int = 0) -> jax.Array:
+    """Standard normal numbers [B, *shape], image i's from ``keys[i]``; fold 0 is initial noise."""
+    folded = jax.vmap(lambda key: jax.random.fold_in(key, fold))(keys)
+    # Flat: the same numbers as in the image's shape, but XLA's CPU compiler is much faster.
+    size, dtype = math.prod(shape), jnp.result_type(float)
+    flat = jax.vmap(lambda key: jax.random.normal(key, (size,), dtype))(folded)
+    return flat.reshape(len(keys), *shape)
+
+
 def sample(
     denoise: Denoise | Stateful,
     solver: Solver,
@@ -99,10 +108,7 @@ def sample(
     def draw_noise(fold: Array | int) -> Array:
         if noises is not None:
             return jnp.asarray(noises, dtype)[fold]
-        folded = jax.vmap(lambda key: jax.random.fold_in(key, fold))(keys)
-        # Flat: the same numbers as in the image's shape, but XLA's CPU compiler is much faster.
-        flat = jax.vmap(lambda key: jax.random.normal(key, (math.prod(shape),), dtype))(folded)
-        return flat.reshape(size)
+        return image_noise(keys, shape, fold)
 
     def evaluate(state: tuple[Array, Any], row: tuple) -> tuple[tuple, Trajectory | None]:
         registers, memory = state

@@ -144,3 +144,19 @@ TABLE, FLOW = schedules.linear(steps=10), schedules.RectifiedFlow()
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 50), (0.6, 30), (0.29, 14), (0.02, 1)])
+def test_strength_is_counted_as_in_diffusers(strength, steps):
+    """t_start = N - min(int(N s), N): what is left are the grid's last nodes."""
+    grid = grids.uniform(schedules.cosine(), 50)
+    part = grids.partial(grid, strength)
+    for leaf, whole in zip(part, grid):
+        np.testing.assert_array_equal(leaf, whole[50 - steps :])
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.5, 1.5, 0.05])
+def test_bad_strengths(strength):
+    grid = grids.uniform(schedules.cosine(), 10)
+    with pytest.raises(ValueError, match=r"strength must lie in \[1/10, 1\].*got"):
+        grids.partial(grid, strength)

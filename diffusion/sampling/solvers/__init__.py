@@ -25,6 +25,10 @@ from diffusion.sampling.solvers.dpm_solver import (
 from diffusion.sampling.solvers.given import (
     given,
 )
+from diffusion.sampling.solvers.jumps import (
+    repaint,
+    restart,
+)
 from diffusion.sampling.solvers.one_step import (
     consistency,
     ddim,
@@ -78,6 +82,8 @@ __all__ = [
     "midpoint",
     "plms",
     "pndm",
+    "repaint",
+    "restart",
     "sa_solver",
     "tcd",
     "unipc",
