@@ -48,13 +48,18 @@ def variational_bound(
     keys: jax.Array,
     *,
     levels: int | None = None,
+    nu: float = 0.0,
     draws: int | None = None,
 ) -> Bound:
     """The bound on -log p(x_0) of each example, in bits per dimension; traceable.
 
-    The reverse step's variance is the learned one, if the denoiser gives nu; otherwise the
-    posterior's, and at the last step the forward's, sigma_1^2, which is what is right for smooth
-    data. Image i's noise, and its steps, come from ``keys[i]`` alone.
+    The reverse step's variance is the learned one, if the denoiser gives nu. Otherwise nu = 0 takes
+    the posterior's, right for data that are points at this noise level, and nu = 1 the forward
+    step's, right for data that are smooth at it; the last step, from sigma_1, always the forward's.
+    With nu = 0, on smooth data, the bound comes close only as log SNR has finer steps, not with
+    more steps evenly spaced in sigma.
+
+    Image i's noise, and its steps, come from ``keys[i]`` alone.
 
     Args:
       denoise: (x [B, ...], level with leaves [B]) -> x_0_hat or an ``Estimate``.
@@ -63,11 +68,13 @@ def variational_bound(
       keys: [B] typed keys.
       levels: number of grey levels, evenly spaced in [-1, 1], of which x0 is made: then this is
         about their probability. None: about the density of continuous data.
+      nu: in [0, 1], where log-variances lie that are not learned.
       draws: how many of the N - 1 steps before the last to evaluate, one at random in each of as
         many equal ranges; unbiased. None: all.
 
     Raises:
-      ValueError: for a grid that does not end at sigma = 0, or draws outside 1..N-1.
+      ValueError: for a grid that does not end at sigma = 0, nu outside [0, 1], or draws outside
+        1..N-1.
     """
     count = len(grid.sigma) - 1
     if grid.sigma[-1] != 0 or count < 2:
@@ -75,6 +82,8 @@ def variational_bound(
             f"the bound needs a grid of at least two steps that ends at sigma = 0, got {count} "
             f"that end at {grid.sigma[-1]}"
         )
+    if not 0 <= nu <= 1:
+        raise ValueError(f"nu must lie in [0, 1], got {nu}")
     if draws is not None and not 1 <= draws <= count - 1:
         raise ValueError(f"draws must lie in 1..{count - 1}, got {draws}")
     dtype = jnp.result_type(float)
@@ -91,10 +100,10 @@ def variational_bound(
         flat = jax.vmap(lambda key: jax.random.normal(key, (x0[0].size,), dtype))(folded)
         x_t = diffuse(x0, flat.reshape(x0.shape), level)
         estimate = as_estimate(denoise(x_t, level))
-        nu = estimate.nu
-        if nu is None:
-            nu = step.last.astype(dtype).reshape((-1,) + (1,) * (x0.ndim - 1))
-        return step_bits(step, x0, x_t, estimate.x0.astype(dtype), nu, levels)
+        between = estimate.nu
+        if between is None:
+            between = jnp.where(step.last, 1.0, nu).reshape((-1,) + (1,) * (x0.ndim - 1))
+        return step_bits(step, x0, x_t, estimate.x0.astype(dtype), between, levels)
 
     ranges = count - 1 if draws is None else draws
     index = jnp.broadcast_to(jnp.arange(ranges)[:, None], (ranges, len(x0)))
