@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
     c.sampler.grid = "uniform"
     c.sampler.steps = 20
     c.sampler.guidance = 1.0  # classifier-free guidance scale; 1: none
+    c.sampler.corrector = ""  # langevin(steps=1, snr=0.16) after each step; empty: none
     c.sampler.clip = True  # clip x_0 to [-1, 1] at each step
     c.sampler.batch_size = 100
     c.sampler.seed = 0
@@ -98,6 +99,8 @@ def get_config() -> ConfigDict:
     c.evaluation.classifier = ""  # digits_svc, lenet5; empty: none
     c.evaluation.weights = ""  # lenet5: path of its weights
     c.evaluation.count = 1000  # samples judged
+    c.evaluation.likelihood = ""  # ode or bound: bits per dimension of data; empty: none
+    c.evaluation.likelihood_count = 500  # examples of the held-out and of the training data
     return c
 
 

@@ -23,6 +23,7 @@ from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
+from diffusion.evaluation import bits
 from diffusion.levels import NoiseLevel
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
@@ -30,7 +31,7 @@ from diffusion.models.unet import UNet
 from diffusion.objectives import distances, times, weightings
 from diffusion.objectives.denoising import Denoising, Uncertainty
 from diffusion.objectives.variance import VariationalBound
-from diffusion.sampling import grids, solvers
+from diffusion.sampling import grids, langevin, solvers
 from diffusion.training import ema, optimizers
 
 SCHEDULES = {
@@ -53,6 +54,8 @@ DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
 EMAS = specs.choices(ema, "constant power_function")
 GRIDS = specs.choices(grids, "uniform leading linspace karras exponential")
 SOLVERS = specs.choices(solvers, " ".join(solvers.__all__))
+CORRECTORS = specs.choices(langevin, "langevin annealed_langevin")
+LIKELIHOODS = specs.choices(bits, "ode bound")
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 JUDGES = ("digits_svc", "lenet5")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -69,6 +72,8 @@ class Experiment:
       optimizer: the update.
       emas: averages of the parameters, by name.
       solver: the sampler's table.
+      corrector: what follows each of its steps, or None.
+      likelihood: how bits per dimension are measured, or None.
       num_classes: of the labels that the network is given; 0 if unconditional.
       notes: what a user should know about this combination.
     """
@@ -81,6 +86,8 @@ class Experiment:
     emas: dict[str, ema.Profile]
     solver: Any
     num_classes: int
+    corrector: langevin.Corrector | None = None
+    likelihood: bits.Estimator | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -96,7 +103,7 @@ def build(config: ConfigDict) -> Experiment:
     conditional = config.objective.conditional and train.num_classes > 0
     num_classes = train.num_classes if conditional else 0
     network = _network(config, num_classes, train.shape)
-    objective = _objective(config, network, num_classes)
+    objective = _objective(config, network, num_classes, train.levels)
     optimizer = _optimizer(config)
     with _field("config.ema"):
         profile = specs.function(config.ema, EMAS, "config.ema")()
@@ -111,6 +118,8 @@ def build(config: ConfigDict) -> Experiment:
         {"ema": profile},
         solver,
         num_classes,
+        _corrector(config, objective, solver),
+        _likelihood(config, objective),
         _notes(config, num_classes),
     )
 
@@ -141,6 +150,42 @@ def make_solver(config: ConfigDict, objective: Denoising) -> Any:
             f"starts (alpha = 0); choose ddpm_index or thousand_t"
         )
     return solver
+
+
+def _corrector(config: ConfigDict, objective: Denoising, solver: Any) -> langevin.Corrector | None:
+    c = config.sampler
+    if not c.corrector:
+        return None
+    corrector = specs.function(c.corrector, CORRECTORS, "config.sampler.corrector")
+    with _field(f"config.sampler.corrector={c.corrector!r}, solver={c.solver!r}"):
+        grid = specs.function(c.grid, GRIDS, "config.sampler.grid")(objective.schedule, c.steps)
+        langevin.check_predictor(solver, grid)
+        level = NoiseLevel(*(jnp.float32(leaf[-1]) for leaf in solver.level))
+        example, key = jnp.zeros((1, 1)), jax.random.split(jax.random.key(0), 1)
+        jax.eval_shape(partial(corrector, lambda x, _: x), example, level, key)  # its own checks
+    return corrector
+
+
+def _likelihood(config: ConfigDict, objective: Denoising) -> bits.Estimator | None:
+    text = config.evaluation.likelihood
+    if not text:
+        return None
+    with _field(f"config.evaluation.likelihood={text!r}"):
+        estimator = specs.value(text, LIKELIHOODS, "config.evaluation.likelihood")
+    with _field(f"config.evaluation.likelihood={text!r}"), jax.enable_x64(False):
+        # As in sampling: the network must say something about x_0 where this starts.
+        level = objective.schedule(np.float64(objective.schedule.t_max))
+        level = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in level))
+        with np.errstate(all="ignore"):
+            said = predictions.precondition(objective.prediction, level)
+            seen = objective.c_noise(level)
+    if not all(np.all(np.isfinite(leaf)) for leaf in (*said, seen)):
+        raise ValueError(
+            f"config.evaluation.likelihood={text!r} begins at the schedule's noisiest level, "
+            f"where alpha = 0 for schedule={config.objective.schedule!r}; this needs "
+            "prediction x0, v, flow or edm, and c_noise ddpm_index or thousand_t"
+        )
+    return estimator
 
 
 def _source(c: ConfigDict, split: str) -> Source:
@@ -191,7 +236,7 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
         return MLP(**options, num_classes=num_classes or None)
 
 
-def _objective(config: ConfigDict, network: nn.Module, num_classes: int) -> Denoising:
+def _objective(config: ConfigDict, network: nn.Module, num_classes: int, levels: int) -> Denoising:
     c, at = config.objective, "config.objective"
     with _field(f"{at}.schedule={c.schedule!r}"):
         schedule = specs.value(c.schedule, SCHEDULES, f"{at}.schedule")
@@ -204,7 +249,7 @@ def _objective(config: ConfigDict, network: nn.Module, num_classes: int) -> Deno
                 f"schedule (linear, scaled_linear, cosine, sigmoid) and times='discrete', got "
                 f"schedule={c.schedule!r}, times={c.times!r}"
             )
-        bound = VariationalBound(steps=schedule.steps, weight=c.vlb_weight)
+        bound = VariationalBound(schedule.steps, c.vlb_weight, levels or 256)
     context_times = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
     return Denoising(
         network=network,
@@ -265,6 +310,7 @@ def _check_judge(config: ConfigDict) -> None:
 def _check_numbers(config: ConfigDict) -> None:
     positive = ["train.steps", "train.batch_size", "train.accumulate", "train.log_every"]
     positive += ["train.checkpoint_every", "train.keep", "sampler.steps", "sampler.batch_size"]
+    positive += ["evaluation.likelihood_count"]
     positive += ["samples.count", "samples.columns", "optimizer.learning_rate", "data.std"]
     for name in positive:
         section, field = name.split(".")

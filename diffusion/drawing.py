@@ -23,7 +23,10 @@ class Drawer:
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
         self._draw = make_sampler(
-            experiment.objective.denoiser, experiment.train.shape, self._guide
+            experiment.objective.denoiser,
+            experiment.train.shape,
+            self._guide,
+            corrector=experiment.corrector,
         )
 
     def draw(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -55,7 +58,8 @@ class Drawer:
         def run(params, solver):
             denoise = self._guide(self.experiment.objective.denoiser(params), cond, c.guidance)
             keys = image_keys(c.seed, np.arange(count))
-            return sample(denoise, solver, keys, self.experiment.train.shape, trajectory=True)
+            shape, corrector = self.experiment.train.shape, self.experiment.corrector
+            return sample(denoise, solver, keys, shape, corrector=corrector, trajectory=True)
 
         x, path = run(params, solver)
         scale = np.hypot(solver.level.alpha, solver.level.sigma)
