@@ -47,11 +47,11 @@ Estimator = Callable[[ConditionalDenoise, Schedule, Array, jax.Array, Conditioni
 def ode(
     divergence: str = "hutchinson",
     probes: int = 1,
-    dequantization: str = "truncated_normal",
+    dequantization: str = "uniform",
     samples: int = 1,
     sigma_min: float | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
     max_steps: int = 4096,
 ) -> Estimator:
     """By the probability-flow ODE (``sampling.likelihood``), which explains the options.

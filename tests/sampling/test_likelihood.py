@@ -146,7 +146,15 @@ def test_discrete_data_at_their_own_noise_level():
     x = np.repeat(values, 32)[:, None]
     with jax.enable_x64(True):
         log_p = jax.jit(partial(log_likelihood, comb, FLOW, sigma_min=0.02, rtol=1e-6, atol=1e-6))
-        run = partial(discrete_log_likelihood, log_p, jnp.asarray(x), keys, 3, sigma=0.02)
+        run = partial(
+            discrete_log_likelihood,
+            log_p,
+            jnp.asarray(x),
+            keys,
+            3,
+            sigma=0.02,
+            dequantization=truncated_normal,
+        )
         result = jax.jit(run)()
         np.testing.assert_allclose(np.exp(result.log_p), np.repeat(pmf, 32), rtol=1e-4)
         # The same comb spread evenly over its bins is so unlikely that it shows.
@@ -167,9 +175,7 @@ def test_dequantization_bounds_the_probability_of_a_bin_and_samples_tighten_it()
     keys = image_keys(0, range(len(x)))
     gaps = []
     for samples in (1, 4, 64):
-        result = discrete_log_likelihood(
-            density, x, keys, levels, sigma=0.1, dequantization=uniform, samples=samples
-        )
+        result = discrete_log_likelihood(density, x, keys, levels, sigma=0.1, samples=samples)
         gaps.append(float(np.mean(np.log(mass[:, 0]) - result.log_p)))
         assert np.all(result.evaluations == samples)
     assert gaps[0] > 2 * gaps[1] > 8 * gaps[2] > 0
@@ -180,7 +186,6 @@ def test_dequantization_bounds_the_probability_of_a_bin_and_samples_tighten_it()
         keys[:2],
         256,
         sigma=0.1,
-        dequantization=uniform,
     )
     np.testing.assert_allclose(bits_per_dim(flat.log_p, (3,)), math.log2(127.5), rtol=1e-6)
 
