@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
     c.sampler.perturbed_blocks = "auto"  # regular expression for the attentions' paths
     c.sampler.classifier = ""  # workdir of a classifier of noised images
     c.sampler.classifier_scale = 1.0
+    c.sampler.corrector = ""  # langevin(steps=1, snr=0.16) after each step; empty: none
     c.sampler.clip = True  # clip x_0 to [-1, 1] at each step
     c.sampler.threshold = ""  # instead of clip: dynamic_threshold(quantile=0.995, largest=1.5)
     c.sampler.batch_size = 100
@@ -112,6 +113,8 @@ def get_config() -> ConfigDict:
     c.evaluation.classifier = ""  # digits_svc, lenet5; empty: none
     c.evaluation.weights = ""  # lenet5: path of its weights
     c.evaluation.count = 1000  # samples judged
+    c.evaluation.likelihood = ""  # ode or bound: bits per dimension of data; empty: none
+    c.evaluation.likelihood_count = 500  # examples of the held-out and of the training data
     return c
 
 

@@ -23,6 +23,7 @@ from diffusion import denoiser, guiding, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
+from diffusion.evaluation import bits
 from diffusion.guiding import Guidance
 from diffusion.levels import NoiseLevel
 from diffusion.models.dit import DiT
@@ -33,7 +34,7 @@ from diffusion.objectives import distances, times, weightings
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising, Uncertainty
 from diffusion.objectives.variance import VariationalBound
-from diffusion.sampling import grids, solvers
+from diffusion.sampling import grids, langevin, solvers
 from diffusion.training import ema, optimizers
 
 SCHEDULES = {
@@ -56,6 +57,8 @@ DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
 EMAS = specs.choices(ema, "constant power_function")
 GRIDS = specs.choices(grids, "uniform leading linspace karras exponential")
 SOLVERS = specs.choices(solvers, " ".join(solvers.__all__))
+CORRECTORS = specs.choices(langevin, "langevin annealed_langevin")
+LIKELIHOODS = specs.choices(bits, "ode bound")
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 JUDGES = ("digits_svc", "lenet5")
 OBJECTIVES = ("denoising", "classification")
@@ -74,6 +77,8 @@ class Experiment:
       emas: averages of the parameters, by name.
       solver: the sampler's table; None for a classifier.
       guidance: of sampling; None for a classifier.
+      corrector: what follows each of the solver's steps, or None.
+      likelihood: how bits per dimension are measured, or None.
       num_classes: of the labels that the network is given or tells; 0 if unconditional.
       notes: what a user should know about this combination.
     """
@@ -87,6 +92,8 @@ class Experiment:
     solver: Any
     guidance: Guidance | None
     num_classes: int
+    corrector: langevin.Corrector | None = None
+    likelihood: bits.Estimator | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -119,6 +126,8 @@ def build(config: ConfigDict) -> Experiment:
         solver,
         guide,
         num_classes,
+        None if solver is None else _corrector(config, objective, solver),
+        None if solver is None else _likelihood(config, objective),
         tuple(notes),
     )
 
@@ -158,7 +167,8 @@ def _model(config: ConfigDict, train: Source) -> tuple[Denoising | Classificatio
         raise specs.unknown("config.objective.name", name, OBJECTIVES)
     if name == "denoising":
         classes = classes if config.objective.conditional else 0
-        return _objective(config, _network(config, classes, train.shape), classes), classes
+        network = _network(config, classes, train.shape)
+        return _objective(config, network, classes, train.levels), classes
     if not classes:
         raise ValueError(
             f"config.objective.name='classification' needs labels, which config.data.name="
@@ -171,6 +181,42 @@ def _other_run(config: ConfigDict) -> tuple[Denoising | Classification, int, tup
     """Another run's objective, number of classes and data shape."""
     train = _source(config.data, "train")
     return *_model(config, train), train.shape
+
+
+def _corrector(config: ConfigDict, objective: Denoising, solver: Any) -> langevin.Corrector | None:
+    c = config.sampler
+    if not c.corrector:
+        return None
+    corrector = specs.function(c.corrector, CORRECTORS, "config.sampler.corrector")
+    with _field(f"config.sampler.corrector={c.corrector!r}, solver={c.solver!r}"):
+        grid = specs.function(c.grid, GRIDS, "config.sampler.grid")(objective.schedule, c.steps)
+        langevin.check_predictor(solver, grid)
+        level = NoiseLevel(*(jnp.float32(leaf[-1]) for leaf in solver.level))
+        example, key = jnp.zeros((1, 1)), jax.random.split(jax.random.key(0), 1)
+        jax.eval_shape(partial(corrector, lambda x, _: x), example, level, key)  # its own checks
+    return corrector
+
+
+def _likelihood(config: ConfigDict, objective: Denoising) -> bits.Estimator | None:
+    text = config.evaluation.likelihood
+    if not text:
+        return None
+    with _field(f"config.evaluation.likelihood={text!r}"):
+        estimator = specs.value(text, LIKELIHOODS, "config.evaluation.likelihood")
+    with _field(f"config.evaluation.likelihood={text!r}"), jax.enable_x64(False):
+        # As in sampling: the network must say something about x_0 where this starts.
+        level = objective.schedule(np.float64(objective.schedule.t_max))
+        level = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in level))
+        with np.errstate(all="ignore"):
+            said = predictions.precondition(objective.prediction, level)
+            seen = objective.c_noise(level)
+    if not all(np.all(np.isfinite(leaf)) for leaf in (*said, seen)):
+        raise ValueError(
+            f"config.evaluation.likelihood={text!r} begins at the schedule's noisiest level, "
+            f"where alpha = 0 for schedule={config.objective.schedule!r}; this needs "
+            "prediction x0, v, flow or edm, and c_noise ddpm_index or thousand_t"
+        )
+    return estimator
 
 
 def _source(c: ConfigDict, split: str) -> Source:
@@ -260,7 +306,7 @@ def _classification(config: ConfigDict, network: nn.Module) -> Classification:
     return Classification(network=network, **_shared(config, _schedule(config.objective.schedule)))
 
 
-def _objective(config: ConfigDict, network: nn.Module, num_classes: int) -> Denoising:
+def _objective(config: ConfigDict, network: nn.Module, num_classes: int, levels: int) -> Denoising:
     c, at = config.objective, "config.objective"
     schedule = _schedule(c.schedule)
     context = {"sigma_data": config.data.std, "schedule": schedule}
@@ -272,7 +318,7 @@ def _objective(config: ConfigDict, network: nn.Module, num_classes: int) -> Deno
                 f"schedule (linear, scaled_linear, cosine, sigmoid) and times='discrete', got "
                 f"schedule={c.schedule!r}, times={c.times!r}"
             )
-        bound = VariationalBound(steps=schedule.steps, weight=c.vlb_weight)
+        bound = VariationalBound(schedule.steps, c.vlb_weight, levels or 256)
     return Denoising(
         network=network,
         **_shared(config, schedule),
@@ -327,6 +373,7 @@ def _check_judge(config: ConfigDict) -> None:
 def _check_numbers(config: ConfigDict) -> None:
     positive = ["train.steps", "train.batch_size", "train.accumulate", "train.log_every"]
     positive += ["train.checkpoint_every", "train.keep", "sampler.steps", "sampler.batch_size"]
+    positive += ["evaluation.likelihood_count"]
     positive += ["samples.count", "samples.columns", "optimizer.learning_rate", "data.std"]
     for name in positive:
         section, field = name.split(".")

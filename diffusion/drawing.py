@@ -21,7 +21,12 @@ class Drawer:
         self.experiment = experiment
         guide = experiment.guidance
         self._others = guide.params()  # of a weaker model, of a classifier
-        self._draw = make_sampler(guide.networks, experiment.train.shape, guide.guide)
+        self._draw = make_sampler(
+            guide.networks,
+            experiment.train.shape,
+            guide.guide,
+            corrector=experiment.corrector,
+        )
 
     def draw(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
         """x [count, ...] and labels [count], None if unconditional."""
@@ -53,7 +58,8 @@ class Drawer:
             guide = self.experiment.guidance
             denoise = guide.guide(guide.networks(params), cond, c.guidance)
             keys = image_keys(c.seed, np.arange(count))
-            return sample(denoise, solver, keys, self.experiment.train.shape, trajectory=True)
+            shape, corrector = self.experiment.train.shape, self.experiment.corrector
+            return sample(denoise, solver, keys, shape, corrector=corrector, trajectory=True)
 
         x, path = run({"model": params, **self._others}, solver)
         scale = np.hypot(solver.level.alpha, solver.level.sigma)

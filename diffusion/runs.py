@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.build import Experiment, build
-from diffusion.data import pipeline
+from diffusion.data import densities, pipeline
 from diffusion.drawing import Drawer
-from diffusion.evaluation import classifiers, figures
+from diffusion.evaluation import bits, classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
 from diffusion.training import checkpoints
@@ -113,7 +113,8 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     if not _evaluate(drawer, params, folder):
         raise ValueError(
             "nothing to judge samples with: set config.evaluation.classifier to digits_svc "
-            "or lenet5 (with config.evaluation.weights), for a class-conditional model"
+            "or lenet5 (with config.evaluation.weights), for a class-conditional model, or "
+            "config.evaluation.likelihood to ode or bound, for any"
         )
 
 
@@ -209,6 +210,7 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
     """Writes evaluation.json and prints its main figures; False if there is no judge."""
     experiment = drawer.experiment
     c = experiment.config.evaluation
+    result = {}
     if len(experiment.train.shape) == 1:
         x, _ = drawer.draw(params, c.count)
         result = evaluate_points(x, experiment.config.data.density)
@@ -227,7 +229,9 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
                 **result
             )
         )
-    else:
+    if experiment.likelihood is not None:
+        result["likelihood"] = _likelihood(experiment, params)
+    if not result:
         return False
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return True
@@ -247,6 +251,43 @@ def _evaluate_classifier(experiment: Experiment, params: Any, folder: Path) -> N
         )
     result = {"levels": results, "num_held_out": len(experiment.held_out)}
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _likelihood(experiment: Experiment, params: Any) -> dict[str, Any]:
+    """Bits per dimension of held-out and training data, printed too."""
+    c, source = experiment.config.evaluation, experiment.held_out
+    splits = {"held_out": source, "train": experiment.train}
+    result = bits.evaluate_bits(
+        experiment.likelihood,
+        experiment.objective.denoiser,
+        experiment.objective.schedule,
+        params,
+        splits,
+        count=c.likelihood_count,
+        batch_size=experiment.config.sampler.batch_size,
+        labels=experiment.num_classes > 0,
+        seed=experiment.config.sampler.seed,
+    )
+    for name, numbers in result.items():
+        line = "{}: {bits_per_dim:.4f} +- {standard_error:.4f} bits/dim".format(
+            name.replace("_", "-"), **numbers
+        )
+        line += "" if source.levels else " ({nats:.4f} nats)".format(**numbers)
+        if len(source.shape) == 1:
+            index = bits.chosen_examples(
+                splits[name], c.likelihood_count, experiment.config.sampler.seed
+            )
+            known = densities.log_density(
+                experiment.config.data.density, splits[name].read(index)["x"]
+            )
+            if known is not None:
+                numbers["nats_of_the_density"] = float(-known.mean())
+                line += f"; the density itself {-known.mean():.4f} nats"
+        print(line + " ({count} examples, {evaluations:.0f} evaluations each)".format(**numbers))
+        if numbers["failed"]:
+            print(f"note: {numbers['failed']} not solved within max_steps, and left out")
+    given = {"estimator": c.likelihood, "levels": source.levels}
+    return given | {"given_labels": experiment.num_classes > 0} | result
 
 
 def _judge(experiment: Experiment) -> classifiers.Classifier | None:

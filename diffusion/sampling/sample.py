@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, Denoise, Stateful, as_estimate
-from diffusion.levels import Array
+from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling.guidance import conditional
+from diffusion.sampling.langevin import Corrector
 from diffusion.sampling.tables import Solver
 
 Guide = Callable[..., Denoise | Stateful]  # (ConditionalDenoise, Conditioning, *arguments)
@@ -63,6 +64,7 @@ def sample(
     x_init: Array | None = None,
     noises: Array | None = None,
     carry: Any = None,
+    corrector: Corrector | None = None,
     callback: Callback | None = None,
     trajectory: bool = False,
 ) -> Array | tuple[Array, Trajectory]:
@@ -83,6 +85,9 @@ def sample(
         noise and each row's.
       carry: what a denoiser with a memory (momentum, cached features) starts with, a pytree. Then
         ``denoise(x, level, carry) -> (estimate, carry)``. A ``Stateful`` denoiser brings its own.
+      corrector: applied to x after each row but the last, at the next row's level: predictor-
+        corrector sampling, with a solver of one evaluation per step (``langevin``). Row r's keys
+        are fold r of each image's fold 2^31.
       callback: called on the host after each evaluation with its number and x_0_hat, for progress
         bars and previews. Without it, nothing is sent.
       trajectory: whether to return every evaluation too.
@@ -92,8 +97,11 @@ def sample(
       ``trajectory`` the pair (x, Trajectory).
 
     Raises:
-      ValueError: for keys that are not typed keys [B], or x_init of another shape.
+      ValueError: for keys that are not typed keys [B], x_init of another shape, or a corrector
+        together with a carry.
     """
+    if corrector is not None and (carry is not None or isinstance(denoise, Stateful)):
+        raise ValueError("a corrector does not know what to do with a denoiser that has a memory")
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
         raise ValueError(
             f"keys must be typed keys [B] (jax.random.key), got {keys.dtype} of shape {keys.shape}"
@@ -109,6 +117,11 @@ def sample(
         if noises is not None:
             return jnp.asarray(noises, dtype)[fold]
         return image_noise(keys, shape, fold)
+
+    def correct(registers: Array, r: Array) -> Array:
+        folded = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, 2**31), r))(keys)
+        level = NoiseLevel(*(a[r + 1] for a in solver.level))
+        return registers.at[0].set(corrector(denoise, registers[0], level, folded))
 
     def evaluate(state: tuple[Array, Any], row: tuple) -> tuple[tuple, Trajectory | None]:
         registers, memory = state
@@ -131,6 +144,8 @@ def sample(
             lambda y: y,
             new,
         )
+        if corrector is not None:
+            new = jax.lax.cond(r < solver.evaluations - 1, correct, lambda y, _: y, new, r)
         return (new, memory), Trajectory(x, x0) if trajectory else None
 
     x = solver.init * draw_noise(0) if x_init is None else jnp.asarray(x_init, dtype)
@@ -171,6 +186,7 @@ def make_sampler(
     shape: tuple[int, ...],
     guide: Guide = conditional,
     devices: Sequence[jax.Device] | None = None,
+    corrector: Corrector | None = None,
     callback: Callback | None = None,
 ) -> Draw:
     """Compiles ``sample`` with everything an argument: weights, solver, keys, conditioning.
@@ -186,6 +202,7 @@ def make_sampler(
       guide: (denoise, cond, *arguments) -> Denoise. For classifier-free guidance:
         ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
       devices: by default all local ones.
+      corrector: as ``sample``'s.
       callback: as ``sample``'s; it sees each device's share of the batch apart.
 
     Returns:
@@ -199,7 +216,8 @@ def make_sampler(
 
     def local(params, solver, keys, cond, arguments, x_init):
         denoise = guide(denoiser(params), cond, *arguments)
-        return sample(denoise, solver, keys, shape, x_init=x_init, callback=callback)
+        options = dict(x_init=x_init, corrector=corrector, callback=callback)
+        return sample(denoise, solver, keys, shape, **options)
 
     @jax.jit
     def draw(params, solver, keys, cond, arguments, x_init):
