@@ -51,10 +51,11 @@ WEIGHTINGS = specs.choices(
 )
 DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
 EMAS = specs.choices(ema, "constant power_function")
-GRIDS = specs.choices(grids, "uniform leading linspace karras exponential")
+GRIDS = specs.choices(grids, "uniform leading linspace karras exponential from_times from_sigmas")
 SOLVERS = specs.choices(solvers, " ".join(solvers.__all__))
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 JUDGES = ("digits_svc", "lenet5")
+FAINT = 3.0  # a sigma / alpha at which there is still much of the image
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -111,20 +112,29 @@ def build(config: ConfigDict) -> Experiment:
         {"ema": profile},
         solver,
         num_classes,
-        _notes(config, num_classes),
+        _notes(config, num_classes, make_grid(config, objective)),
     )
 
 
-def make_solver(config: ConfigDict, objective: Denoising) -> Any:
-    """The sampler's table for config.sampler, checked against what the network predicts."""
+def make_solver(
+    config: ConfigDict, objective: Denoising, field: str = "config.sampler.solver"
+) -> Any:
+    """The sampler's table for config.sampler, checked against what the network predicts.
+
+    ``field`` is what errors call the solver's.
+    """
     c = config.sampler
-    grid_function = specs.function(c.grid, GRIDS, "config.sampler.grid")
-    context = {"schedule": objective.schedule}
-    solver_function = specs.function(c.solver, SOLVERS, "config.sampler.solver", context)
-    with _field(f"config.sampler.grid={c.grid!r}, steps={c.steps}"):
-        grid = grid_function(objective.schedule, c.steps)
-    with _field(f"config.sampler.solver={c.solver!r}"):
+    schedule = {"schedule": objective.schedule}
+    solver_function = specs.function(c.solver, SOLVERS, field, schedule, ("grid", "schedule"))
+    grid = make_grid(config, objective)
+    steps = len(grid.t) - 1
+    with _field(f"{field}={c.solver!r}"), _wrong_types():
+        options = getattr(solver_function, "keywords", {})
+        if isinstance(order := options.get("order"), int) and order > steps:
+            raise ValueError(f"order={order} needs as many steps, but config.sampler.steps={steps}")
         solver = solver_function(grid)
+        if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(solver)):
+            raise ValueError(f"its coefficients are not finite on config.sampler.grid={c.grid!r}")
     levels = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in solver.level))
     with np.errstate(all="ignore"):
         coefficients = predictions.precondition(objective.prediction, levels)
@@ -141,6 +151,20 @@ def make_solver(config: ConfigDict, objective: Denoising) -> Any:
             f"starts (alpha = 0); choose ddpm_index or thousand_t"
         )
     return solver
+
+
+def make_grid(config: ConfigDict, objective: Denoising) -> NoiseLevel:
+    """The noise levels of config.sampler.grid and steps; given times or sigmas are as many."""
+    c = config.sampler
+    filled = {"schedule": objective.schedule, "steps": c.steps}
+    grid_function = specs.function(c.grid, GRIDS, "config.sampler.grid", filled, filled)
+    name = f"config.sampler.grid={c.grid!r}"
+    with _field(name if _gives_levels(c) else f"{name}, steps={c.steps}"), _wrong_types():
+        return grid_function()
+
+
+def _gives_levels(c: ConfigDict) -> bool:
+    return c.grid.strip().startswith("from_")
 
 
 def _source(c: ConfigDict, split: str) -> Source:
@@ -295,12 +319,27 @@ def _check_shapes(objective: Denoising, train: Source, batch_size: int) -> None:
         jax.eval_shape(lambda p: objective.loss(p, {}, batch, jax.random.key(0)), params)
 
 
-def _notes(config: ConfigDict, num_classes: int) -> tuple[str, ...]:
+def _notes(config: ConfigDict, num_classes: int, grid: NoiseLevel) -> tuple[str, ...]:
     notes = []
     if config.sampler.guidance != 1 and not num_classes:
         notes.append(
             f"config.sampler.guidance={config.sampler.guidance} has no effect: the model is "
             "unconditional"
+        )
+    if _gives_levels(config.sampler):
+        notes.append(
+            f"config.sampler.grid gives the levels of {len(grid.t) - 1} steps; "
+            "config.sampler.steps is not used"
+        )
+    if grid.sigma[0] < FAINT * grid.alpha[0]:
+        notes.append(
+            f"sampling starts at sigma / alpha = {grid.ratio[0]:.3g} (config.sampler.grid): noise "
+            "alone is not what images look like there"
+        )
+    if grid.sigma[-1] > 0:
+        notes.append(
+            f"samples keep noise of sigma / alpha = {grid.ratio[-1]:.3g}, where config.sampler.grid"
+            " ends; end it with 0 for clean ones"
         )
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
         notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
@@ -310,6 +349,16 @@ def _notes(config: ConfigDict, num_classes: int) -> tuple[str, ...]:
             "trained without labels; set config.objective.label_dropout (0.1, say) or guidance=1"
         )
     return tuple(notes)
+
+
+@contextlib.contextmanager
+def _wrong_types() -> Iterator[None]:
+    """Options whose types or sizes numbers cannot have are a user's mistake too."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"an option has a wrong type or size: {error}") from error
 
 
 @contextlib.contextmanager
