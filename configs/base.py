@@ -89,15 +89,23 @@ def get_config() -> ConfigDict:
     c.sampler.clip = True  # clip x_0 to [-1, 1] at each step
     c.sampler.batch_size = 100
     c.sampler.seed = 0
+    c.sampler.preview_every = 0  # evaluations between pictures of x_0_hat in --mode=sample; 0: none
 
     c.samples = ConfigDict()
     c.samples.count = 100  # drawn by --mode=sample
     c.samples.columns = 10  # of the grids
+    c.samples.gif = False  # --mode=sample: an animation of the trajectories too
 
     c.evaluation = ConfigDict()
     c.evaluation.classifier = ""  # digits_svc, lenet5; empty: none
     c.evaluation.weights = ""  # lenet5: path of its weights
     c.evaluation.count = 1000  # samples judged
+
+    c.sweep = ConfigDict()  # --mode=sweep: evaluation.count samples of each solver and budget
+    c.sweep.solvers = ("ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")
+    c.sweep.evaluations = (4, 6, 8, 10, 15, 20, 30, 50)  # at most, of the denoiser
+    c.sweep.reference = "heun"  # the solver that the exact flow is approximated with
+    c.sweep.reference_steps = 100
     return c
 
 

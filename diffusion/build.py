@@ -159,11 +159,12 @@ def make_grid(config: ConfigDict, objective: Denoising) -> NoiseLevel:
     filled = {"schedule": objective.schedule, "steps": c.steps}
     grid_function = specs.function(c.grid, GRIDS, "config.sampler.grid", filled, filled)
     name = f"config.sampler.grid={c.grid!r}"
-    with _field(name if _gives_levels(c) else f"{name}, steps={c.steps}"), _wrong_types():
+    with _field(name if gives_levels(c) else f"{name}, steps={c.steps}"), _wrong_types():
         return grid_function()
 
 
-def _gives_levels(c: ConfigDict) -> bool:
+def gives_levels(c: ConfigDict) -> bool:
+    """Whether config.sampler.grid is given level by level, whatever the number of steps."""
     return c.grid.strip().startswith("from_")
 
 
@@ -294,6 +295,10 @@ def _check_numbers(config: ConfigDict) -> None:
         section, field = name.split(".")
         if not config[section][field] > 0:
             raise ValueError(f"config.{name} must be positive, got {config[section][field]}")
+    if not config.sampler.preview_every >= 0:
+        raise ValueError(
+            f"config.sampler.preview_every must be >= 0, got {config.sampler.preview_every}"
+        )
     if not 0 <= config.objective.label_dropout <= 1:
         raise ValueError(
             f"config.objective.label_dropout must lie in [0, 1], got "
@@ -326,7 +331,7 @@ def _notes(config: ConfigDict, num_classes: int, grid: NoiseLevel) -> tuple[str,
             f"config.sampler.guidance={config.sampler.guidance} has no effect: the model is "
             "unconditional"
         )
-    if _gives_levels(config.sampler):
+    if gives_levels(config.sampler):
         notes.append(
             f"config.sampler.grid gives the levels of {len(grid.t) - 1} steps; "
             "config.sampler.steps is not used"

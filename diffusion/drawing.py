@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -14,33 +15,55 @@ from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, Denoise
 from diffusion.levels import Array
 from diffusion.sampling import guidance
+from diffusion.sampling.progress import Monitor, Preview
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
+from diffusion.sampling.tables import Solver
+
+LONG = 100
+"""Evaluations from which a bar shows each; a sampler with a callback is compiled in every run."""
 
 
 class Drawer:
     """Compiled once, draws often; image i, of class i mod K, is the same however many are drawn."""
 
-    def __init__(self, experiment: Experiment):
+    def __init__(self, experiment: Experiment, preview: Preview | None = None):
+        """``preview`` is given x_0_hat every ``config.sampler.preview_every`` evaluations."""
         self.experiment = experiment
+        every = experiment.config.sampler.preview_every if preview else 0
+        long = sys.stderr.isatty() and experiment.solver.evaluations >= LONG
+        self._monitor = Monitor(jax.local_device_count(), preview, every) if every or long else None
         self._draw = make_sampler(
-            experiment.objective.denoiser, experiment.train.shape, self._guide
+            experiment.objective.denoiser,
+            experiment.train.shape,
+            self._guide,
+            callback=self._monitor,
         )
 
-    def draw(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """x [count, ...] and labels [count], None if unconditional."""
+    def draw(
+        self, params: Any, count: int, solver: Solver | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """x [count, ...] and labels [count], None if unconditional.
+
+        ``solver`` is by default the config's.
+        """
         c = self.experiment.config.sampler
-        cond = self._conditioning(count)
-        x = sample_many(
-            self._draw,
-            params,
-            self.experiment.solver,
-            cond,
-            count,
-            jnp.float32(c.guidance),
-            batch_size=c.batch_size,
-            seed=c.seed,
-            progress=sys.stderr.isatty(),
-        )
+        cond, bar = self.conditioning(count), sys.stderr.isatty()
+        solver = self.experiment.solver if solver is None else solver
+        watch = nullcontext()
+        if self._monitor is not None:
+            watch = self._monitor.watch(-(-count // c.batch_size), solver.evaluations, bar)
+        with watch:
+            x = sample_many(
+                self._draw,
+                params,
+                solver,
+                cond,
+                count,
+                jnp.float32(c.guidance),
+                batch_size=c.batch_size,
+                seed=c.seed,
+                progress=bar and self._monitor is None,
+            )
         return x, cond.label
 
     def trajectory(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -49,7 +72,7 @@ class Drawer:
         Divided by sqrt(alpha^2 + sigma^2), so that noise looks alike on every schedule.
         """
         c, solver = self.experiment.config.sampler, self.experiment.solver
-        cond = self._conditioning(count)
+        cond = self.conditioning(count)
 
         @jax.jit
         def run(params, solver):
@@ -62,7 +85,8 @@ class Drawer:
         path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
         return np.concatenate([path, np.asarray(x)[None]]), cond.label
 
-    def _conditioning(self, count: int) -> Conditioning:
+    def conditioning(self, count: int) -> Conditioning:
+        """Of the first ``count`` images: class i mod K, or none."""
         classes = self.experiment.num_classes
         return Conditioning(label=np.arange(count, dtype=np.int32) % classes if classes else None)
 

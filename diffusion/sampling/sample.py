@@ -20,7 +20,7 @@ from diffusion.sampling.tables import Solver
 
 Guide = Callable[..., Denoise]  # (ConditionalDenoise, Conditioning, *arguments) -> Denoise
 Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments, x_init) -> images
-Callback = Callable[[np.ndarray, np.ndarray], None]  # (evaluation (), x_0_hat [B, ...])
+Callback = Callable[..., None]  # (evaluation (), x_0_hat [B, ...], *about)
 
 
 class Trajectory(NamedTuple):
@@ -55,6 +55,7 @@ def sample(
     noises: Array | None = None,
     carry: Any = None,
     callback: Callback | None = None,
+    about: tuple[Array, ...] = (),
     trajectory: bool = False,
 ) -> Array | tuple[Array, Trajectory]:
     """Draws images; traceable, differentiable in everything, and ``vmap`` over tables works.
@@ -75,6 +76,7 @@ def sample(
         ``denoise(x, level, carry) -> (estimate, carry)``.
       callback: called on the host after each evaluation with its number and x_0_hat, for progress
         bars and previews. Without it, nothing is sent.
+      about: more that the callback is told.
       trajectory: whether to return every evaluation too.
 
     Returns:
@@ -113,7 +115,7 @@ def sample(
         x0, nu, unclipped = as_estimate(result)
         x0 = x0.astype(dtype)
         if callback is not None:
-            jax.debug.callback(callback, r, x0)
+            jax.debug.callback(callback, r, x0, *about)
         if unclipped is None:  # one product: b and b_raw are of the same thing
             new = _combine(A, registers) + _outer(b + b_raw, x0)
         else:
@@ -176,7 +178,8 @@ def make_sampler(
       guide: (denoise, cond, *arguments) -> Denoise. For classifier-free guidance:
         ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
       devices: by default all local ones.
-      callback: as ``sample``'s; it sees each device's share of the batch apart.
+      callback: as ``sample``'s. It sees each device's share of the batch apart, in any order; its
+        third argument is the share's number ().
 
     Returns:
       (params, solver, keys [B], cond, *arguments, x_init=None) -> images [B, *shape], jitted.
@@ -189,7 +192,8 @@ def make_sampler(
 
     def local(params, solver, keys, cond, arguments, x_init):
         denoise = guide(denoiser(params), cond, *arguments)
-        return sample(denoise, solver, keys, shape, x_init=x_init, callback=callback)
+        about = () if callback is None else (jax.lax.axis_index("batch"),)
+        return sample(denoise, solver, keys, shape, x_init=x_init, callback=callback, about=about)
 
     @jax.jit
     def draw(params, solver, keys, cond, arguments, x_init):
