@@ -39,7 +39,8 @@ def sweep(
     try:
         entries, notes = library.plan(make, c.solvers, c.evaluations)
     except ValueError as error:
-        raise ValueError(f"config.sweep: {error}") from error
+        named = str(error).startswith("config.")
+        raise ValueError(str(error) if named else f"config.sweep: {error}") from error
     exact = make(c.reference, c.reference_steps, "config.sweep.reference")
     rough = make(c.reference, max(c.reference_steps // 2, 1), "config.sweep.reference")
     if not library.deterministic(exact):
@@ -128,8 +129,8 @@ def _facts(config: ConfigDict, step: int, count: int, twice: bool) -> list[str]:
     facts = [
         f"Averaged parameters after step {step}; {config.evaluation.count} samples a point, the "
         f"same initial noises for all; grid {s.grid}, guidance {s.guidance:g}, clip {s.clip}.",
-        f"An evaluation is one call of the denoiser{guided if twice else ''}. Every solver takes the "
-        "most steps that the budget allows; the last table has them.",
+        f"An evaluation is one call of the denoiser{guided if twice else ''}. Every solver takes "
+        "the most steps that the budget allows; the last table has them.",
         f"Distance to the exact flow: root mean squared difference from {c.reference} with "
         f"{c.reference_steps} steps from the same noise, over the first {count} samples, for "
         "deterministic solvers. The reference's own error is its distance from half as many steps.",
