@@ -3,6 +3,7 @@
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
 
 Any field of the config can be overridden: --config.objective.prediction=eps
 """
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "sweep"], "What to do.")
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
         "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
     )
 
-    run = {"train": runs.train, "sample": runs.sample, "evaluate": runs.evaluate}[_MODE.value]
+    run = getattr(runs, _MODE.value)
     try:
         run(_CONFIG.value, _WORKDIR.value)
     except (ValueError, FileNotFoundError, ArithmeticError) as error:
