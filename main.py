@@ -4,6 +4,7 @@
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
 
 Any field of the config can be overridden: --config.objective.prediction=eps
 """
@@ -21,7 +22,8 @@ from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "sweep"], "What to do.")
+_MODES = ["train", "sample", "evaluate", "sweep", "learn"]
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import sweeping
+from diffusion import learning, sweeping
 from diffusion.build import Experiment, build
 from diffusion.data import densities, pipeline
 from diffusion.drawing import Drawer
@@ -27,7 +27,7 @@ from diffusion.training.state import TrainState
 
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
-DRAWING = ("sampler.*", "samples.*", "evaluation.*", "sweep.*")
+DRAWING = ("sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
 TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep")
 
 
@@ -142,6 +142,12 @@ def sweep(config: ConfigDict, workdir: str) -> None:
     drawer, params, step = _restore(config, workdir)
     judge = _judge(drawer.experiment) if drawer.experiment.num_classes else None
     sweeping.sweep(drawer, params, step, Path(workdir), judge)
+
+
+def learn(config: ConfigDict, workdir: str) -> None:
+    """Learns few-step solvers for the run's model, as ``config.learn`` says."""
+    drawer, params, _ = _restore(config, workdir)
+    learning.learn(drawer, params, Path(workdir))
 
 
 def _build(config: ConfigDict) -> Experiment:
