@@ -169,7 +169,7 @@ def run(
             partial = path.with_suffix(".json.partial")
             partial.write_text(json.dumps(result, indent=2) + "\n")
             partial.replace(path)
-        rows.append(row)
+        rows.append(row | {"budget": entry.budget})
         report(_line(row))
     return result | {"rows": rows}
 
