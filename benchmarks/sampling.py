@@ -32,7 +32,7 @@ from diffusion import schedules
 from diffusion.sampling import grids, solvers
 from diffusion.sampling.sample import image_keys, sample
 
-NETWORKS = {"small": (2, 32, (16, 8, 8, 3)), "large": (6, 64, (8, 32, 32, 3))}
+NETWORKS = {"small": (2, 32, (16, 8, 8, 3)), "large": (6, 64, (4, 32, 32, 3))}
 """Layers, channels, batch [B, H, W, C]."""
 
 PAIRS = {
@@ -87,6 +87,10 @@ def main() -> None:
             }
             rows.append({"network": size, "sampler": name, "shape": list(shape)})
             rows[-1] |= measure(timed, arguments.steps, arguments.repetitions)
+            print(
+                "{network}, {sampler}: {ours:.3g} and {theirs:.3g} ms".format(**rows[-1]),
+                flush=True,
+            )
     about = report.environment("jax", "jaxlib", "flax", "torch", "diffusers")
     print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     columns = {"network": "network", "sampler": "sampler", "ours": "scan [ms/step]"}
