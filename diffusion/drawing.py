@@ -12,9 +12,6 @@ import numpy as np
 
 from diffusion.build import Experiment
 from diffusion.conditioning import Conditioning
-from diffusion.denoiser import ConditionalDenoise, Denoise
-from diffusion.levels import Array
-from diffusion.sampling import guidance
 from diffusion.sampling.progress import Monitor, Preview
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
 from diffusion.sampling.tables import Solver
@@ -32,10 +29,13 @@ class Drawer:
         every = experiment.config.sampler.preview_every if preview else 0
         long = sys.stderr.isatty() and experiment.solver.evaluations >= LONG
         self._monitor = Monitor(jax.local_device_count(), preview, every) if every or long else None
+        guide = experiment.guidance
+        self._others = guide.params()  # of a weaker model, of a classifier
         self._draw = make_sampler(
-            experiment.objective.denoiser,
+            guide.networks,
             experiment.train.shape,
-            self._guide,
+            guide.guide,
+            corrector=experiment.corrector,
             callback=self._monitor,
         )
 
@@ -55,7 +55,7 @@ class Drawer:
         with watch:
             x = sample_many(
                 self._draw,
-                params,
+                {"model": params, **self._others},
                 solver,
                 cond,
                 count,
@@ -76,25 +76,18 @@ class Drawer:
 
         @jax.jit
         def run(params, solver):
-            denoise = self._guide(self.experiment.objective.denoiser(params), cond, c.guidance)
+            guide = self.experiment.guidance
+            denoise = guide.guide(guide.networks(params), cond, c.guidance)
             keys = image_keys(c.seed, np.arange(count))
-            return sample(denoise, solver, keys, self.experiment.train.shape, trajectory=True)
+            shape, corrector = self.experiment.train.shape, self.experiment.corrector
+            return sample(denoise, solver, keys, shape, corrector=corrector, trajectory=True)
 
-        x, path = run(params, solver)
+        x, path = run({"model": params, **self._others}, solver)
         scale = np.hypot(solver.level.alpha, solver.level.sigma)
         path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
         return np.concatenate([path, np.asarray(x)[None]]), cond.label
 
     def conditioning(self, count: int) -> Conditioning:
         """Of the first ``count`` images: class i mod K, or none."""
-        classes = self.experiment.num_classes
+        classes = self.experiment.guidance.num_classes
         return Conditioning(label=np.arange(count, dtype=np.int32) % classes if classes else None)
-
-    def _guide(self, denoise: ConditionalDenoise, cond: Conditioning, scale: Array) -> Denoise:
-        c = self.experiment.config.sampler
-        if self.experiment.num_classes and c.guidance != 1:
-            null = self.experiment.objective.null(cond)
-            guided = guidance.classifier_free(denoise, cond, null, scale)
-        else:
-            guided = guidance.conditional(denoise, cond)
-        return guidance.clip(guided) if c.clip else guided

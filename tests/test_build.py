@@ -165,15 +165,35 @@ def objective():
     return build(digits.get_config()).objective
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+# Those that jump back want more steps, a given table its own number of them.
+ANY_STEPS = sorted(set(SOLVERS) - {"given", "repaint", "restart"})
+
+
+@pytest.mark.parametrize("name", ANY_STEPS)
 def test_every_solver_takes_every_grid_from_one_step_on(objective, name):
     given = ["from_times(times=[1, 0.6, 0.3, 0])", "from_sigmas(sigmas=[80, 5, 0.5, 0])"]
-    named = [grid for grid in GRIDS if not grid.startswith("from_")]
+    named = [grid for grid in GRIDS if not grid.startswith(("from_", "flow_"))]
     for grid, steps in [*itertools.product(named, (1, 2, 5)), *itertools.product(given, [7])]:
         fields = dict(sampler__solver=name, sampler__grid=grid, sampler__steps=steps)
         solver = make_solver(with_fields(digits.get_config(), **fields), objective)
         steps = 3 if grid in given else steps
         assert solver.evaluations >= steps
+
+
+@pytest.mark.parametrize("name", ["restart", "repaint(jump_length=2, resamples=3)"])
+def test_solvers_that_jump_back(objective, name):
+    fields = dict(sampler__solver=name, sampler__grid="karras", sampler__steps=20)
+    solver = make_solver(with_fields(digits.get_config(), **fields), objective)
+    assert solver.evaluations > 20
+
+
+@pytest.mark.parametrize("grid", ["flow_shift(shift=2.0)", "flow_shift_for(tokens=1024)"])
+def test_grids_of_flows(grid):
+    fields = dict(sampler__grid=grid, objective__schedule="rectified_flow")
+    times = build(with_fields(digits.get_config(), **fields)).solver.level.t
+    assert times[0] == 1 and 1 > times[10] > 0.5
+    with pytest.raises(ValueError, match="needs no signal at t_max"):
+        build(with_fields(digits.get_config(), sampler__grid=grid))
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,12 @@ def log_ratio(level: NoiseLevel) -> float:
     """lambda = log(alpha / sigma), half the log SNR; -inf at alpha = 0, inf at sigma = 0."""
     with np.errstate(divide="ignore"):
         return np.log(level.alpha) - np.log(level.sigma)
+
+
+def far(level: NoiseLevel) -> bool:
+    """Whether sigma/alpha > 1000, or infinite: too far for steps in x/alpha over sigma/alpha.
+
+    That space stretches without end there. What a method takes back of a long step's first guess
+    would be as much larger than x, and float32 would lose x in it.
+    """
+    return bool(level.sigma > 1e3 * level.alpha)

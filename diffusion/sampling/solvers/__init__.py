@@ -3,6 +3,13 @@
 Those that evaluate between the grid's nodes take the schedule too.
 """
 
+from diffusion.sampling.solvers.adams import (
+    deis,
+    ipndm,
+    lms,
+    plms,
+    pndm,
+)
 from diffusion.sampling.solvers.dpm_solver import (
     dpm_solver,
     dpm_solver_singlestep,
@@ -15,6 +22,13 @@ from diffusion.sampling.solvers.dpm_solver import (
     dpmpp_3s,
     dpmpp_sde,
 )
+from diffusion.sampling.solvers.given import (
+    given,
+)
+from diffusion.sampling.solvers.jumps import (
+    repaint,
+    restart,
+)
 from diffusion.sampling.solvers.one_step import (
     consistency,
     ddim,
@@ -24,6 +38,10 @@ from diffusion.sampling.solvers.one_step import (
     euler_ancestral,
     lcm,
     tcd,
+)
+from diffusion.sampling.solvers.predictor_corrector import (
+    sa_solver,
+    unipc,
 )
 from diffusion.sampling.solvers.runge_kutta import (
     dpm2,
@@ -39,6 +57,7 @@ __all__ = [
     "ddim",
     "ddpm",
     "ddpm_large",
+    "deis",
     "dpm2",
     "dpm2_ancestral",
     "dpm_solver",
@@ -55,8 +74,17 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "flow_heun",
+    "given",
     "heun",
+    "ipndm",
     "lcm",
+    "lms",
     "midpoint",
+    "plms",
+    "pndm",
+    "repaint",
+    "restart",
+    "sa_solver",
     "tcd",
+    "unipc",
 ]

@@ -1,0 +1,250 @@
+"""Multistep predictors whose evaluation also corrects the step that led to it.
+
+A row evaluates at the predicted x, corrects x with what it finds, and predicts the next from there:
+one evaluation a step. All of the correction but its last term is known before that evaluation, and
+waits in the register Y[1]; Y[2:] are the earlier estimates, newest first.
+
+A step that starts at alpha = 0 or ends at sigma = 0 has order 1 and is not corrected; in noise
+prediction, neither is one from sigma/alpha > 1000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import factorial
+
+import numpy as np
+
+from diffusion.levels import NoiseLevel
+from diffusion.sampling.solvers.adams import lagrange_integrals
+from diffusion.sampling.tables import (
+    REGISTERS,
+    Combination,
+    D,
+    Row,
+    Solver,
+    X,
+    Y,
+    Z,
+    far,
+    log_ratio,
+    nodes,
+    step,
+    table,
+)
+
+HISTORY = REGISTERS - 2  # earlier estimates that there is room for
+
+
+def unipc(
+    grid: NoiseLevel,
+    order: int = 2,
+    kind: str = "bh2",
+    prediction: str = "x0",
+    *,
+    orders: Sequence[int] | None = None,
+    corrected: Sequence[bool] | None = None,
+) -> Solver:
+    """UniPC (Zhao et al., 2023, alg. 5 to 8): N evaluations; the corrector adds one to the order.
+
+    With h the step in log(alpha/sigma), r_k the places of the earlier estimates in units of h, and
+    D_k their differences to the newest: x' = (first order) - alpha' B(h) sum_k rho_k D_k / r_k,
+    where the rho solve sum_k rho_k r_k^{n-1} = n! h phi_{n+1}(h) / B(h).
+
+    Args:
+      grid: N + 1 levels.
+      order: of the predictor, 1 to 4.
+      kind: B(h) = h ("bh1") or e^h - 1 ("bh2").
+      prediction: "x0" or "eps".
+      orders: [N] the order of each step, if not as high as ``order`` and the history allow.
+      corrected: [N] which steps are corrected; by default all that can be.
+
+    Raises:
+      ValueError: for an unknown order, kind or prediction.
+    """
+    if order not in (1, 2, 3, 4):
+        raise ValueError(f"order must be 1, 2, 3 or 4, got {order!r}")
+    if kind not in ("bh1", "bh2"):
+        raise ValueError(f"kind must be 'bh1' or 'bh2', got {kind!r}")
+    path = nodes(grid)
+    lam = np.array([log_ratio(level) for level in path])
+    count = len(path) - 1
+    orders = [order] * count if orders is None else orders
+    corrected = [True] * count if corrected is None else corrected
+    sign = -1 if _checked(prediction) == "x0" else 1
+
+    def advance(i: int, x: Combination, past: list[Combination]):
+        now, after = path[i], path[i + 1]
+        h = lam[i + 1] - lam[i]
+        k = min(orders[i], i + 1 - int(not np.isfinite(lam[0])))
+        if not np.isfinite(h):
+            return _first_order(x, past[0], now, after, prediction), None
+        hh = sign * h
+        scale = np.expm1(hh) if kind == "bh2" else hh
+        size = after.alpha if prediction == "x0" else after.sigma
+        first = _first_order(x, past[0], now, after, prediction)
+        r = np.array([*((lam[i - j] - lam[i]) / h for j in range(1, k)), 1.0])
+        b = np.array([factorial(n) * _phi(n + 1, hh) * hh / scale for n in range(1, k + 1)])
+        R = np.vander(r, increasing=True).T  # R[n, k] = r_k^n
+        differences = [(m - past[0]) / place for m, place in zip(past[1:], r[:-1])]
+        predict = np.array([0.5]) if k == 2 else np.linalg.solve(R[:-1, :-1], b[:-1])
+        correct = np.array([0.5]) if k == 1 else np.linalg.solve(R, b)
+        new = first - size * scale * _dot(predict, differences)
+        partial = first - size * scale * (_dot(correct, differences) - correct[-1] * past[0])
+        return new, (partial, -size * scale * correct[-1]) if corrected[i] else None
+
+    return _predict_correct(path, advance, prediction)
+
+
+def sa_solver(
+    grid: NoiseLevel,
+    tau: float = 1.0,
+    low: float = 0.05,
+    high: float = 1.0,
+    predictor_order: int = 3,
+    corrector_order: int = 4,
+) -> Solver:
+    """SA-Solver (Xue et al., 2023, alg. 1): stochastic Adams methods; N evaluations.
+
+    Solves dx with tau times the reverse SDE's noise where low <= sigma/alpha <= high, and the
+    ODE (tau = 0) elsewhere. Defaults as in the paper's appendix E for pixels.
+
+    Raises:
+      ValueError: for tau < 0, or orders outside 1..4 (predictor) and 1..5 (corrector).
+    """
+    if tau < 0:
+        raise ValueError(f"tau must be >= 0, got {tau}")
+    path = nodes(grid)
+    taus = [tau if low * a.alpha <= a.sigma <= high * a.alpha else 0.0 for a in path[:-1]]
+    count = len(path) - 1
+    return stochastic_adams(
+        grid, taus, [predictor_order] * count, [corrector_order] * count, simplified=False
+    )
+
+
+def stochastic_adams(
+    grid: NoiseLevel,
+    taus: Sequence[float],
+    predictor_orders: Sequence[int],
+    corrector_orders: Sequence[int],
+    *,
+    prediction: str = "x0",
+    simplified: bool = True,
+) -> Solver:
+    """SA-Solver with a tau and two orders for each step, [N] each.
+
+    The estimate is a polynomial through ``order`` evaluations, in lambda = log(alpha/sigma),
+    integrated exactly with the noise (Xue et al., 2023, eq. 14 and 17):
+
+        x' = (sigma'/sigma) e^{-tau^2 h} x + (1 + tau^2) sigma' e^{-tau^2 lambda'}
+             int e^{(1 + tau^2) l} D(l) dl + sigma' sqrt(1 - e^{-2 tau^2 h}) z.
+
+    Orders are lowered to what the history allows. ``simplified``: where the order is 2,
+    the integral over the difference, int e^{...} (l - lambda) dl, is h^2 / 2, as in the published
+    code; its order is the same.
+
+    Raises:
+      ValueError: for orders outside 1..4 (predictor) and 1..5 (corrector).
+    """
+    if not all(1 <= k <= HISTORY for k in predictor_orders):
+        raise ValueError(f"predictor orders must lie in 1..{HISTORY}, got {list(predictor_orders)}")
+    if not all(1 <= k <= HISTORY + 1 for k in corrector_orders):
+        raise ValueError(
+            f"corrector orders must lie in 1..{HISTORY + 1}, got {list(corrector_orders)}"
+        )
+    _checked(prediction)
+    path = nodes(grid)
+    lam = np.array([log_ratio(level) for level in path])
+    skipped = int(not np.isfinite(lam[0]))
+    if skipped and prediction == "eps" and taus[0]:
+        raise ValueError("noise prediction with tau > 0 cannot start at alpha = 0")
+
+    def weights(points: np.ndarray, i: int) -> np.ndarray:
+        """Of the estimates at these lambdas, in the step from node i."""
+        after, tau2, h = path[i + 1], taus[i] ** 2, lam[i + 1] - lam[i]
+        if prediction == "eps":
+            c = lagrange_integrals(points, lam[i], lam[i + 1], rate=-1.0)
+            return -(1 + tau2) * after.sigma * c
+        rate = 1 + tau2
+        c = rate * after.alpha * lagrange_integrals(points, lam[i], lam[i + 1], rate=rate)
+        if simplified and len(points) == 2:
+            # e^{-rate lambda'} int e^{rate l} (l - lambda) dl is replaced by h^2 / 2.
+            exact = (h * rate + np.expm1(-rate * h)) / rate**2
+            moved = rate * after.alpha * (h**2 / 2 - exact) / (points[0] - points[1])
+            c = c + np.array([moved, -moved])
+        return c
+
+    def advance(i: int, x: Combination, past: list[Combination]):
+        now, after, tau2 = path[i], path[i + 1], taus[i] ** 2
+        h = lam[i + 1] - lam[i]
+        if prediction == "eps":
+            grow = after.alpha / now.alpha
+            keep, std = grow, taus[i] * np.sqrt(max((grow * now.sigma) ** 2 - after.sigma**2, 0))
+        else:
+            decay = (now.alpha * after.sigma / (after.alpha * now.sigma)) ** tau2 if tau2 else 1.0
+            keep = decay * after.sigma / now.sigma
+            std = after.sigma * np.sqrt(-np.expm1(-2 * tau2 * h)) if tau2 else 0.0
+        if not np.isfinite(h):
+            if prediction == "eps":
+                return _first_order(x, past[0], now, after, prediction) + std * Z, None
+            return keep * x + after.alpha * past[0] + (std * Z - keep * now.alpha * past[0]), None
+        known = i + 1 - skipped
+        k = min(predictor_orders[i], known)
+        new = keep * x + std * Z + _dot(weights(lam[i::-1][:k], i), past)
+        k = min(corrector_orders[i], known + 1)
+        c = weights(lam[i + 1 :: -1][:k], i)
+        partial = keep * x + std * Z + _dot(c[1:], past)
+        return new, (partial, c[0])
+
+    return _predict_correct(path, advance, prediction)
+
+
+Advance = Callable[
+    [int, Combination, list[Combination]],
+    tuple[Combination, tuple[Combination, float] | None],
+]
+"""(i, x, estimates newest first) -> (predicted x', (the correction but for its last term, that
+term's factor), or None for no correction)."""
+
+
+def _predict_correct(path: list[NoiseLevel], advance: Advance, prediction: str) -> Solver:
+    rows, weight = [], None
+    for i, now in enumerate(path[:-1]):
+        estimate = D if prediction == "x0" else (X - now.alpha * D) / now.sigma
+        x = X if weight is None else Y[1] + weight * estimate
+        past = [estimate, *Y[2:]]
+        if now.alpha == 0 and prediction == "eps":
+            new, correction = step(X, D, now, path[i + 1]), None
+        else:
+            new, correction = advance(i, x, past)
+        if prediction == "eps" and far(now):
+            correction = None
+        partial, weight = (np.zeros_like(X), None) if correction is None else correction
+        rows.append(Row(now, [new, partial, *past[:HISTORY]]))
+    return table(rows)
+
+
+def _first_order(
+    x: Combination, estimate: Combination, now: NoiseLevel, after: NoiseLevel, prediction: str
+) -> Combination:
+    if prediction == "x0":
+        return step(x, estimate, now, after)
+    grow = after.alpha / now.alpha
+    return grow * x + (after.sigma - grow * now.sigma) * estimate
+
+
+def _phi(n: int, z: float) -> float:
+    """phi_n(z) = (e^z - sum_{k<n} z^k / k!) / z^n, by its series where that cancels."""
+    if abs(z) < 1:
+        return sum(z**k / factorial(k + n) for k in range(24))
+    return (np.exp(z) - sum(z**k / factorial(k) for k in range(n))) / z**n
+
+
+def _dot(weights: np.ndarray, combinations: Sequence[Combination]) -> Combination:
+    return sum((w * c for w, c in zip(weights, combinations)), np.zeros_like(X))
+
+
+def _checked(prediction: str) -> str:
+    if prediction not in ("x0", "eps"):
+        raise ValueError(f"prediction must be 'x0' or 'eps', got {prediction!r}")
+    return prediction
