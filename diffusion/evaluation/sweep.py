@@ -169,7 +169,7 @@ def run(
             partial = path.with_suffix(".json.partial")
             partial.write_text(json.dumps(result, indent=2) + "\n")
             partial.replace(path)
-        rows.append(row)
+        rows.append(row | {"budget": entry.budget})
         report(_line(row))
     return result | {"rows": rows}
 
@@ -244,7 +244,7 @@ def figure(path: str | Path, result: Mapping[str, Any], title: str, cost: str = 
             handles |= {name: line for line, name in zip(*ax.get_legend_handles_labels())}
         names = [solver for solver in solvers if solver in handles]
         lines = [handles[name] for name in names]
-        canvas.legend(lines, names, loc="outside lower center", ncols=min(len(names), 5))
+        canvas.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6))
         canvas.suptitle(title)
 
 
@@ -270,7 +270,7 @@ def _finish(ax: Axes, measure: Measure, evaluations: Sequence[int], cost: str) -
     ax.xaxis.set_minor_locator(NullLocator())
     if measure.log:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     if measure.key == "recognised":
@@ -278,12 +278,12 @@ def _finish(ax: Axes, measure: Measure, evaluations: Sequence[int], cost: str) -
     if measure.real is not None:
         ax.axhline(measure.real, color=GRAY, linewidth=1, linestyle=":", zorder=1)
         ax.annotate(
-            f"{measure.real_name}: {_number(measure.real)}",
-            (1, measure.real),
+            f"{measure.real_name}: {_shown(measure.key, measure.real)}",
+            (0, measure.real),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
+            xytext=(4, 2),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="bottom",
             fontsize=8,
             color="#6b7280",
@@ -305,7 +305,11 @@ def markdown(result: Mapping[str, Any], title: str, notes: Sequence[str] = ()) -
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
     lines = [f"# {title}", "", *(f"- {note}" for note in notes), ""]
     for measure in measures(result):
-        beside = "" if measure.real is None else f" ({measure.real_name}: {_number(measure.real)})"
+        beside = (
+            ""
+            if measure.real is None
+            else f" ({measure.real_name}: {_shown(measure.key, measure.real)})"
+        )
         lines += [f"## {measure.name}{beside}", ""]
         lines += _table(solvers, budgets, lambda s, b, key=measure.key: _cell(by.get((s, b)), key))
     lines += ["## Steps (evaluations)", ""]
@@ -333,6 +337,10 @@ def _cell(row: Row | None, key: str) -> str:
     value = row.get(key)
     if value is None:
         return "–"
+    return _shown(key, value)
+
+
+def _shown(key: str, value: float) -> str:
     return f"{100 * value:.1f}" if key == "recognised" else _number(value)
 
 

@@ -43,7 +43,7 @@ class Monitor:
             yield
 
     def __call__(self, evaluation: np.ndarray, x0: np.ndarray, share: np.ndarray) -> None:
-        """From ``device`` number share, after an evaluation (from 0), its x_0_hat."""
+        """After an evaluation (counted from 0): x_0_hat of one device's share of the batch."""
         batch, r = self._reports // (self._evaluations * self._devices), int(evaluation) + 1
         self._reports += 1
         if self._reports % self._devices == 0:

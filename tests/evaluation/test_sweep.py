@@ -103,6 +103,11 @@ def test_results_are_kept_and_written(tmp_path):
     lines = []
     more, _ = sweep.plan(make, ["ddim", "heun"], [4, 8])
     result = measure({"seed": 0}, more, report=lines.append)
+    again, _ = sweep.plan(make, ["heun"], [3, 7])
+    budgets = [
+        row["budget"] for row in measure({"seed": 0}, again, report=lambda line: None)["rows"]
+    ]
+    assert budgets == [3, 7], "the same tables, asked for with other budgets"
     assert len(drawn) == 6, "ddim was there already"
     assert lines[0].startswith("ddim: 4 evaluations (4 steps): sliced_wasserstein")
     assert result["rows"][3]["rmse"] < result["rows"][1]["rmse"], "heun is better than ddim"
