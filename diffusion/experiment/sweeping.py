@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import build
-from diffusion.drawing import Drawer
 from diffusion.evaluation import sweep as library
 from diffusion.evaluation.classifiers import Classifier
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
+from diffusion.experiment import sampler
+from diffusion.experiment.drawing import Drawer
 from diffusion.sampling.tables import Solver
 
 
@@ -34,7 +34,7 @@ def sweep(
     def make(solver: str, steps: int, field: str = "config.sweep.solvers") -> Solver:
         changed = config.copy_and_resolve_references()
         changed.sampler.solver, changed.sampler.steps = solver, steps
-        return build.make_solver(changed, experiment.objective, field)
+        return sampler.make_solver(changed, experiment.objective, field)
 
     try:
         entries, notes = library.plan(make, c.solvers, c.evaluations)
@@ -102,7 +102,7 @@ def _check(config: ConfigDict) -> None:
         raise ValueError(f"config.sweep.solvers must be names in quotes, got {wrong[0]!r}")
     if c.reference_steps < 2:
         raise ValueError(f"config.sweep.reference_steps must be >= 2, got {c.reference_steps}")
-    if build.gives_levels(config.sampler):
+    if sampler.gives_levels(config.sampler):
         raise ValueError(
             f"config.sampler.grid={config.sampler.grid!r} has the same steps at any number of "
             "evaluations; choose a grid without given levels"

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.build import Experiment
 from diffusion.conditioning import Conditioning
+from diffusion.experiment.build import Experiment
 from diffusion.sampling.progress import Monitor, Preview
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
 from diffusion.sampling.tables import Solver

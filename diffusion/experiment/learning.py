@@ -10,10 +10,10 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from ml_collections import ConfigDict
 
-from diffusion import build
-from diffusion.drawing import Drawer
 from diffusion.evaluation import sweep
 from diffusion.evaluation.figures import BLUE, GRAY, ORANGE, new_figure
+from diffusion.experiment import sampler
+from diffusion.experiment.drawing import Drawer
 from diffusion.sampling import learned
 from diffusion.sampling.tables import Solver
 from diffusion.sampling.teaching import Learned, Lessons, Student
@@ -143,7 +143,7 @@ def _can_start(table: Solver, n: int) -> bool:
 def _make(drawer: Drawer, solver: str, grid: str, steps: int, field: str) -> Solver:
     config = drawer.experiment.config.copy_and_resolve_references()
     config.sampler.solver, config.sampler.grid, config.sampler.steps = solver, grid, steps
-    return build.make_solver(config, drawer.experiment.objective, field)
+    return sampler.make_solver(config, drawer.experiment.objective, field)
 
 
 def _check(config: ConfigDict) -> None:

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import learning, sweeping
-from diffusion.build import Experiment, build
 from diffusion.data import densities, pipeline
-from diffusion.drawing import Drawer
 from diffusion.evaluation import bits, classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
+from diffusion.experiment import learning, sweeping
+from diffusion.experiment.build import Experiment, build
+from diffusion.experiment.drawing import Drawer
 from diffusion.sampling.progress import Preview
 from diffusion.training import checkpoints
 from diffusion.training.logging import Logger

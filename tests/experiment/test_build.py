@@ -15,9 +15,10 @@ from configs import (
     mnist,
     toy2d,
 )
-from diffusion import build as builder
-from diffusion.build import GRIDS, SOLVERS, build, make_solver
 from diffusion.data import sources
+from diffusion.experiment import build as builder
+from diffusion.experiment.build import build
+from diffusion.experiment.sampler import GRIDS, SOLVERS, make_solver
 
 
 def with_fields(config, **overrides):
@@ -234,7 +235,7 @@ def test_configs_of_larger_data_build(monkeypatch, module, shape, classes, milli
     height = shape[0] + 2 * config.data.padding
     x = jax.numpy.zeros((4, height, height, shape[-1]))
     source = sources.from_arrays("stand-in", x, label=range(4), num_classes=classes)
-    monkeypatch.setattr(builder, "_source", lambda *_: source)
+    monkeypatch.setattr(builder, "make_source", lambda *_: source)
     experiment = build(config)
     batch = {name: value[None] for name, value in source[0].items()}
     params = jax.eval_shape(experiment.objective.init, jax.random.key(0), batch)

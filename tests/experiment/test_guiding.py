@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from configs import digits, digits_classifier, toy2d
-from diffusion import guiding
-from diffusion.build import build
 from diffusion.conditioning import Conditioning
-from diffusion.drawing import Drawer
+from diffusion.experiment import guiding
+from diffusion.experiment.build import build
+from diffusion.experiment.drawing import Drawer
 from diffusion.levels import NoiseLevel
 from diffusion.training import checkpoints
 

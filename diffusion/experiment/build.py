@@ -1,0 +1,168 @@
+"""From a config to an experiment.
+
+Whatever can be found wrong with a config is found here, before anything is compiled, and named by
+its field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import specs
+from diffusion.data.sources import Source
+from diffusion.evaluation import bits
+from diffusion.experiment import guiding, sampler
+from diffusion.experiment.fields import field
+from diffusion.experiment.guiding import Guidance
+from diffusion.experiment.model import make_model, make_source, other_run
+from diffusion.objectives.classification import Classification
+from diffusion.objectives.denoising import Denoising
+from diffusion.sampling import langevin
+from diffusion.training import ema, optimizers
+
+EMAS = specs.choices(ema, "constant power_function")
+JUDGES = ("digits_svc", "lenet5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config describes: data, objective, how to train, how to sample.
+
+    Attributes:
+      config: the config, resolved.
+      train, held_out: the data.
+      objective: what is minimised.
+      optimizer: the update.
+      emas: averages of the parameters, by name.
+      num_classes: of the labels that the network is given or tells; 0 if unconditional.
+      solver: the sampler's table; None for a classifier.
+      guidance: of sampling; None for a classifier.
+      corrector: what follows each of the solver's steps, or None.
+      likelihood: how bits per dimension are measured, or None.
+      notes: what a user should know about this combination.
+    """
+
+    config: ConfigDict
+    train: Source
+    held_out: Source
+    objective: Denoising | Classification
+    optimizer: optimizers.Optimizer
+    emas: dict[str, ema.Profile]
+    num_classes: int
+    solver: Any = None
+    guidance: Guidance | None = None
+    corrector: langevin.Corrector | None = None
+    likelihood: bits.Estimator | None = None
+    notes: tuple[str, ...] = ()
+
+
+def build(config: ConfigDict) -> Experiment:
+    """The experiment of a config.
+
+    Raises:
+      ValueError: a field has an impossible value, or two do not fit; the message names them.
+    """
+    _check_numbers(config)
+    _check_judge(config)
+    train, held_out = (make_source(config.data, split) for split in ("train", "test"))
+    objective, num_classes = make_model(config, train)
+    optimizer = _optimizer(config)
+    with field("config.ema"):
+        profile = specs.function(config.ema, EMAS, "config.ema")()
+    drawing, notes = {}, []
+    if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
+        notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
+    if isinstance(objective, Denoising):
+        solver = sampler.make_solver(config, objective)
+        drawing = {
+            "solver": solver,
+            "guidance": guiding.make(
+                config, objective, num_classes, train.shape, solver.level, other_run
+            ),
+            "corrector": sampler.make_corrector(config, objective, solver),
+            "likelihood": sampler.make_likelihood(config, objective),
+        }
+        notes += sampler.notes(config, sampler.make_grid(config, objective))
+        notes += guiding.notes(config, num_classes)
+    _check_shapes(objective, train, config.train.batch_size)
+    return Experiment(
+        config=config,
+        train=train,
+        held_out=held_out,
+        objective=objective,
+        optimizer=optimizer,
+        emas={"ema": profile},
+        num_classes=num_classes,
+        notes=tuple(notes),
+        **drawing,
+    )
+
+
+def _optimizer(config: ConfigDict) -> optimizers.Optimizer:
+    c = config.optimizer
+    with field("config.optimizer"):
+        return optimizers.make(
+            c.name,
+            c.learning_rate,
+            warmup=c.warmup,
+            decay=c.decay,
+            decay_start=c.decay_start,
+            steps=config.train.steps,
+            b1=c.b1,
+            b2=c.b2,
+            eps=c.eps,
+            weight_decay=c.weight_decay,
+            clip_norm=c.clip_norm or None,
+        )
+
+
+def _check_judge(config: ConfigDict) -> None:
+    c = config.evaluation
+    if c.classifier and c.classifier not in JUDGES:
+        raise specs.unknown("config.evaluation.classifier", c.classifier, JUDGES)
+    if c.weights and not Path(c.weights).is_file():
+        raise ValueError(f"config.evaluation.weights={c.weights!r}: there is no such file")
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    positive = ["train.steps", "train.batch_size", "train.accumulate", "train.log_every"]
+    positive += ["train.checkpoint_every", "train.keep", "sampler.steps", "sampler.batch_size"]
+    positive += ["evaluation.likelihood_count"]
+    positive += ["samples.count", "samples.columns", "optimizer.learning_rate", "data.std"]
+    for name in positive:
+        section, field = name.split(".")
+        if not config[section][field] > 0:
+            raise ValueError(f"config.{name} must be positive, got {config[section][field]}")
+    if not config.sampler.preview_every >= 0:
+        raise ValueError(
+            f"config.sampler.preview_every must be >= 0, got {config.sampler.preview_every}"
+        )
+    if not 0 <= config.objective.label_dropout <= 1:
+        raise ValueError(
+            f"config.objective.label_dropout must lie in [0, 1], got "
+            f"{config.objective.label_dropout}"
+        )
+    pieces = jax.local_device_count() * config.train.accumulate
+    size = config.train.batch_size
+    if size % pieces:
+        lower, upper = size // pieces * pieces, -(-size // pieces) * pieces
+        raise ValueError(
+            f"config.train.batch_size={size} is not divisible by {pieces} = "
+            f"{jax.local_device_count()} devices x {config.train.accumulate} pieces "
+            f"(train.accumulate); nearest: {f'{lower} or ' if lower else ''}{upper}"
+        )
+
+
+def _check_shapes(objective: Denoising, train: Source, batch_size: int) -> None:
+    """Traces initialisation and loss without computing: shape errors show before compilation."""
+    example = train[0]
+    batch = {k: np.repeat(np.asarray(v)[None], 2, axis=0) for k, v in example.items()}
+    with field("the network does not fit the data"):
+        params = jax.eval_shape(objective.init, jax.random.key(0), batch)
+        jax.eval_shape(lambda p: objective.loss(p, {}, batch, jax.random.key(0)), params)

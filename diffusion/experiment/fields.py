@@ -1,0 +1,29 @@
+"""How errors name config fields."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def wrong_types() -> Iterator[None]:
+    """Options whose types or sizes numbers cannot have are a user's mistake too."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"an option has a wrong type or size: {error}") from error
+
+
+@contextlib.contextmanager
+def field(name: str) -> Iterator[None]:
+    """Names the config field in a ValueError that does not name one itself."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("config."):
+            raise
+        raise ValueError(f"{name}: {error}") from error

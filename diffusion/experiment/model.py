@@ -1,0 +1,194 @@
+"""From a config to a model: data, network, objective."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffusion import denoiser, predictions, schedules, specs
+from diffusion.conditioning import null_like
+from diffusion.data import sources
+from diffusion.data.sources import Source
+from diffusion.experiment.fields import field
+from diffusion.models.dit import DiT
+from diffusion.models.mlp import MLP
+from diffusion.models.noisy_classifier import NoisyClassifier
+from diffusion.models.unet import UNet
+from diffusion.objectives import distances, times, weightings
+from diffusion.objectives.classification import Classification
+from diffusion.objectives.denoising import Denoising, Uncertainty
+from diffusion.objectives.variance import VariationalBound
+
+SCHEDULES = {
+    **specs.choices(schedules, "linear scaled_linear cosine sigmoid zero_terminal_snr"),
+    "vp_sde": schedules.VPSDE,
+    "sub_vp_sde": schedules.SubVPSDE,
+    "ve": schedules.VE,
+    "edm": schedules.EDM,
+    "rectified_flow": schedules.RectifiedFlow,
+    "trigonometric_flow": schedules.TrigonometricFlow,
+    "shifted": lambda schedule, shift: schedule.shifted(shift),
+}
+PREDICTIONS = specs.choices(predictions, "eps x0 v flow edm")
+C_NOISE = specs.choices(denoiser, "ddpm_index thousand_t log_sigma")
+TIMES = specs.choices(times, "uniform discrete logit_normal mode cosmap log_normal")
+WEIGHTINGS = specs.choices(
+    weightings, "simple snr truncated_snr min_snr soft_min_snr p2 sigmoid edm elbo"
+)
+DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
+MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
+OBJECTIVES = ("denoising", "classification")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def make_model(config: ConfigDict, train: Source) -> tuple[Denoising | Classification, int]:
+    """The objective, with its network, and the number of classes."""
+    name, classes = config.objective.get("name", "denoising"), train.num_classes
+    if name not in OBJECTIVES:
+        raise specs.unknown("config.objective.name", name, OBJECTIVES)
+    if name == "denoising":
+        classes = classes if config.objective.conditional else 0
+        network = _network(config, classes, train.shape)
+        return _objective(config, network, classes, train.levels), classes
+    if not classes:
+        raise ValueError(
+            f"config.objective.name='classification' needs labels, which config.data.name="
+            f"{config.data.name!r} does not have"
+        )
+    return _classification(config, _classifier(config, classes, train.shape)), classes
+
+
+def other_run(config: ConfigDict) -> tuple[Denoising | Classification, int, tuple[int, ...]]:
+    """Another run's objective, number of classes and data shape."""
+    train = make_source(config.data, "train")
+    return *make_model(config, train), train.shape
+
+
+def make_source(c: ConfigDict, split: str) -> Source:
+    """The data of config.data: "train" or "test"."""
+    directory = c.dir or None
+    with field(f"config.data.name={c.name!r}"):
+        if c.name == "digits":
+            return sources.digits(split)
+        if c.name == "mnist":
+            return sources.mnist(split, directory, padding=c.padding)
+        if c.name == "cifar10":
+            return sources.cifar10(split, directory)
+        if c.name == "latents":
+            if directory is None:
+                raise ValueError("config.data.dir must name the .npz file of latents")
+            return sources.latents(directory, scale=c.scale, num_classes=c.num_classes or None)
+        if c.name == "points":
+            return sources.points(c.density, seed=0 if split == "train" else 1)
+        return sources.tfds(c.name, split, directory)
+
+
+def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
+    c = config.model
+    if c.name not in MODELS:
+        raise specs.unknown("config.model.name", c.name, MODELS)
+    if c.dtype not in DTYPES:
+        raise specs.unknown("config.model.dtype", c.dtype, DTYPES)
+    if (c.name == "mlp") != (len(shape) == 1):
+        kind = "points" if len(shape) == 1 else "images"
+        raise ValueError(
+            f"config.model.name={c.name!r} does not take {kind} (config.data.name="
+            f"{config.data.name!r}); choose {'mlp' if kind == 'points' else 'unet or dit'}"
+        )
+    options = dict(c[c.name], dtype=DTYPES[c.dtype])
+    learned = config.objective.learned_variance
+    with field(f"config.model.{c.name}"):
+        if c.name == "unet":
+            network = UNet(
+                **options,
+                num_classes=num_classes or None,
+                out_channels=shape[-1] * (2 if learned else 1),
+            )
+            network.check(shape[:2])
+            return network
+        if c.name == "dit":
+            return DiT(**options, num_classes=num_classes, learned_variance=learned)
+        if learned:
+            raise ValueError("config.objective.learned_variance=True needs a unet or dit")
+        return MLP(**options, num_classes=num_classes or None)
+
+
+def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
+    c = config.model
+    if c.name != "unet" or len(shape) != 3:
+        raise ValueError(
+            f"config.model.name={c.name!r}: a classifier is the encoder of a unet, on images; "
+            "choose config.model.name=unet"
+        )
+    if c.dtype not in DTYPES:
+        raise specs.unknown("config.model.dtype", c.dtype, DTYPES)
+    with field("config.model.unet"):
+        network = NoisyClassifier(**c.unet, dtype=DTYPES[c.dtype], classes=num_classes)
+        network.check(shape[:2])
+        return network
+
+
+def _schedule(text: str) -> schedules.Schedule:
+    with field(f"config.objective.schedule={text!r}"):
+        return specs.value(text, SCHEDULES, "config.objective.schedule")
+
+
+def _shared(config: ConfigDict, schedule: schedules.Schedule) -> dict[str, Any]:
+    """What both objectives have: input scaling, what the network is told, which levels."""
+    c, at = config.objective, "config.objective"
+    context = {"sigma_data": config.data.std, "schedule": schedule}
+    steps = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
+    return {
+        "schedule": schedule,
+        "prediction": specs.function(c.prediction, PREDICTIONS, f"{at}.prediction", context),
+        "c_noise": _c_noise(c.c_noise, schedule),
+        "times": specs.function(c.times, TIMES, f"{at}.times", steps),
+        "stratify": config.train.batch_size if c.stratified else None,
+        "t_min": c.t_min,
+    }
+
+
+def _classification(config: ConfigDict, network: nn.Module) -> Classification:
+    return Classification(network=network, **_shared(config, _schedule(config.objective.schedule)))
+
+
+def _objective(config: ConfigDict, network: nn.Module, num_classes: int, levels: int) -> Denoising:
+    c, at = config.objective, "config.objective"
+    schedule = _schedule(c.schedule)
+    context = {"sigma_data": config.data.std, "schedule": schedule}
+    bound = None
+    if c.learned_variance:
+        if not isinstance(schedule, schedules.Table) or not c.times.startswith("discrete"):
+            raise ValueError(
+                f"{at}.learned_variance=True bounds a chain of discrete steps: it needs a table "
+                f"schedule (linear, scaled_linear, cosine, sigmoid) and times='discrete', got "
+                f"schedule={c.schedule!r}, times={c.times!r}"
+            )
+        bound = VariationalBound(schedule.steps, c.vlb_weight, levels or 256)
+    return Denoising(
+        network=network,
+        **_shared(config, schedule),
+        weighting=specs.function(c.weighting, WEIGHTINGS, f"{at}.weighting", context),
+        distance=specs.function(c.distance, DISTANCES, f"{at}.distance"),
+        null=partial(null_like, label=num_classes),
+        dropout=c.label_dropout if num_classes else 0.0,
+        bound=bound,
+        uncertainty=Uncertainty() if c.uncertainty else None,
+    )
+
+
+def _c_noise(text: str, schedule: schedules.Schedule) -> Any:
+    """How the network is told the time; "auto" is the custom of each schedule's models."""
+    if text == "auto":
+        if isinstance(schedule, schedules.Table):
+            text = "ddpm_index"
+        elif isinstance(schedule, (schedules.EDM, schedules.VE)):
+            text = "log_sigma"
+        else:
+            text = "thousand_t"
+    context = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
+    return specs.function(text, C_NOISE, "config.objective.c_noise", context)
