@@ -11,6 +11,9 @@ with a standard deviation of 0.2:
     steps    euler    ddim    heun    fixed_point    2 iterations    4 iterations
        50     20.6    19.9    30.9           27.2            22.4            24.0
       200     23.2    21.3    39.5           32.3            41.1            50.8
+
+A small network's denoiser is smoother: colabs/editing.ipynb has 37, 33, 53 and 65 dB at 50 steps
+for ``euler``, ``ddim`` and ``fixed_point`` with 1 and 4 iterations, at 200 steps 47, 43, 69 and 104.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ def fixed_point(grid: NoiseLevel, iterations: int = 1) -> Solver:
     y_s = y_t + (tau_s - tau_t) v(x_t, t). Iterated is y_t = y_s + (tau_t - tau_s) v(x_t, t), from
     the velocity of the step before. One iteration returns to the picture with order 2 (``ddim`` and
     ``euler`` have order 1), each further one with one order more, given steps short enough that
-    they converge: as the table above shows, 50 were too few for that.
+    they converge: in the table above 50 were too few for that.
     Clean ends and starts at alpha = 0 are steps as all others.
 
     Args:
