@@ -76,8 +76,18 @@ def test_train_resume_done_sample_evaluate(tmp_path):
     assert image.size == (8, 8) and image.text["label"] == "3" and image.text["guidance"] == "3.0"
     assert (workdir / "samples" / "grid.png").exists()
 
-    assert "recognises" in succeed(*command, "--mode=evaluate", "--config.evaluation.count=50")
-    assert json.loads((workdir / "evaluation.json").read_text())["num_samples"] == 50
+    text = succeed(
+        *command,
+        *("--mode=evaluate", "--config.evaluation.count=50"),
+        "--config.evaluation.likelihood=bound(draws=3)",
+        "--config.evaluation.likelihood_count=20",
+        "--config.sampler.corrector=langevin(snr=0.1)",
+    )
+    assert "recognises" in text and "held-out: " in text and "bits/dim (20 examples" in text
+    judged = json.loads((workdir / "evaluation.json").read_text())
+    assert judged["num_samples"] == 50
+    assert judged["likelihood"]["levels"] == 17 and judged["likelihood"]["given_labels"]
+    assert judged["likelihood"]["train"]["bits_per_dim"] > 0
 
 
 def test_points(tmp_path):
@@ -86,9 +96,12 @@ def test_points(tmp_path):
         "--config.samples.count=500",
         "--config.evaluation.count=500",
         "--config.optimizer.warmup=5",
+        "--config.evaluation.likelihood=ode(rtol=1e-2, atol=1e-2)",
+        "--config.evaluation.likelihood_count=40",
     ]
     text = succeed(*small, f"--workdir={tmp_path}", config="toy2d")
     assert "sliced Wasserstein" in text
+    assert "the density itself" in text
     assert (tmp_path / "density.png").stat().st_size > 0
 
 
