@@ -47,10 +47,17 @@ def succeed(*arguments, **kwargs):
     return done.stdout + done.stderr
 
 
-def test_train_resume_done_sample_evaluate(tmp_path):
-    workdir = tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 20 steps, and the arguments that describe it."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
     command = [*SMALL, f"--workdir={workdir}"]
     succeed(*command, "--config.train.steps=20", "--config.train.sample_every=10")
+    return workdir, command
+
+
+def test_train_leaves_everything(trained):
+    workdir, command = trained
     for name in ("samples.png", "trajectory.png", "trajectory.gif", "loss.png", "config.json"):
         assert (workdir / name).stat().st_size > 0, name
     assert list((workdir / "tensorboard").glob("events*"))
@@ -68,20 +75,43 @@ def test_train_resume_done_sample_evaluate(tmp_path):
     assert other.returncode != 0
     assert "objective.prediction: 'v' there, 'eps' here" in other.stderr
 
-    succeed(*command, "--mode=sample", "--config.sampler.guidance=3.0")
+
+def test_sample(trained):
+    workdir, command = trained
+    shown = ["--config.sampler.preview_every=2", "--config.samples.gif=True"]
+    smaller = "--config.sampler.batch_size=10"
+    succeed(*command, "--mode=sample", "--config.sampler.guidance=3.0", *shown, smaller)
     drawn = np.load(workdir / "samples" / "samples.npz")
     assert drawn["x"].shape == (20, 8, 8, 1)
     np.testing.assert_array_equal(drawn["label"], np.arange(20) % 10)
     image = Image.open(workdir / "samples" / "000013.png")
     assert image.size == (8, 8) and image.text["label"] == "3" and image.text["guidance"] == "3.0"
     assert (workdir / "samples" / "grid.png").exists()
-
-    shown = ["--config.sampler.preview_every=2", "--config.samples.gif=True"]
-    succeed(*command, "--mode=sample", *shown, "--config.sampler.batch_size=10")
     names = [f"preview_{batch:03d}_{evaluation:04d}" for batch in (0, 1) for evaluation in (2, 4)]
     assert sorted(p.stem for p in (workdir / "samples").glob("preview*")) == names
     assert Image.open(workdir / "samples" / "trajectory.gif").n_frames > 1
 
+
+def test_evaluate(trained):
+    workdir, command = trained
+    text = succeed(
+        *command,
+        *("--mode=evaluate", "--config.evaluation.count=50"),
+        "--config.evaluation.likelihood=bound(draws=3)",
+        "--config.evaluation.likelihood_count=20",
+        "--config.sampler.corrector=langevin(snr=0.1)",
+        "--config.sampler.guidance_method=adaptive_projected",
+        "--config.sampler.guidance_high=3",
+    )
+    assert "recognises" in text and "held-out: " in text and "bits/dim (20 examples" in text
+    judged = json.loads((workdir / "evaluation.json").read_text())
+    assert judged["num_samples"] == 50
+    assert judged["likelihood"]["levels"] == 17 and judged["likelihood"]["given_labels"]
+    assert judged["likelihood"]["train"]["bits_per_dim"] > 0
+
+
+def test_sweep(trained):
+    workdir, command = trained
     swept = ["--mode=sweep", "--config.sweep.reference_steps=4", "--config.evaluation.count=50"]
     asked = ["--config.sweep.solvers=('ddim', 'heun')", "--config.sweep.evaluations=(2, 4)"]
     assert "ddim: 4 evaluations (4 steps): frechet" in succeed(*command, *swept, *asked)
@@ -92,8 +122,21 @@ def test_train_resume_done_sample_evaluate(tmp_path):
     assert "| heun | 1 (1) | 2 (3) |" in (workdir / "sweep.md").read_text()
     assert (workdir / "sweep.png").stat().st_size > 0
 
-    assert "recognises" in succeed(*command, "--mode=evaluate", "--config.evaluation.count=50")
-    assert json.loads((workdir / "evaluation.json").read_text())["num_samples"] == 50
+
+def test_learned_solvers_can_be_used(trained):
+    workdir, command = trained
+    few = [f"--config.learn.{name}=16" for name in ("count", "held_out", "test", "batch_size")]
+    few += ["--config.learn.evaluations=(3,)", "--config.learn.iterations=2"]
+    few += ["--config.learn.teacher_steps=4", "--config.learn.against=('ddim', 'dpmpp_2m')"]
+    text = succeed(*command, "--mode=learn", *few, "--config.learn.grids=('uniform',)")
+    assert "3 evaluations:" in text and "dpmpp_2m on uniform" in text
+    row = json.loads((workdir / "learned.json").read_text())["rows"][0]
+    assert row["learned"] > 0 and len(row["times"]) == 3
+    assert (workdir / "learned.png").stat().st_size > 0
+    solver = f"--config.sampler.solver=given(path='{workdir / 'learned_3.npz'}')"
+    succeed(*command, "--mode=sample", solver, "--config.sampler.steps=3")
+    refused = run(*command, "--mode=sample", solver)
+    assert "config.sampler.solver" in refused.stderr and "set steps=3" in refused.stderr
 
 
 def test_points(tmp_path):
@@ -114,7 +157,7 @@ def test_points(tmp_path):
         (["--config.train.stepz=3"], "Did you mean config.train.steps?"),
         (["--config.foo=3"], "unknown field config.foo; config has data, ema"),
         (["--config.train.steps=many"], "--config.train.steps=many: invalid literal for int"),
-        (["--mode=trian"], "train|sample|evaluate|sweep"),
+        (["--mode=trian"], "train|sample|evaluate|sweep|learn"),
         (["--config.objective.schedule=cosin"], "Did you mean 'cosine'?"),
         (["--mode=sample"], "no checkpoint"),
     ],

@@ -51,3 +51,20 @@ def test_swiss_roll_radius_grows_with_the_angle():
 def test_unknown_name_lists_the_valid_ones():
     with pytest.raises(ValueError, match=r"'moons'.*two_moons"):
         densities.sample("moons", 3, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", ["two_moons", "swiss_roll", "checkerboard", "eight_gaussians"])
+def test_log_density_integrates_to_one_and_is_that_of_the_samples(name):
+    line, step = np.linspace(-1.6, 1.6, 161, retstep=True)
+    grid = np.stack(np.meshgrid(line + 1e-3, line + 1e-3), -1).reshape(-1, 2)
+    p = np.exp(densities.log_density(name, grid))
+    assert p.sum() * step**2 == pytest.approx(1, abs=0.02)
+    # E_samples[p] = integral of p^2: wrong if the samples follow another density.
+    x = densities.sample(name, 4000, np.random.default_rng(0))
+    seen = np.exp(densities.log_density(name, x))
+    error = 4 * seen.std() / np.sqrt(len(x)) + 0.02 * seen.mean()
+    assert seen.mean() == pytest.approx((p**2).sum() * step**2, abs=error)
+
+
+def test_pinwheel_has_no_simple_density():
+    assert densities.log_density("pinwheel", np.zeros((1, 2))) is None

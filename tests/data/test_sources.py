@@ -200,3 +200,15 @@ def test_real_cifar10_has_its_published_statistics():
     assert np.bincount(data["label"]).tolist() == [1000] * 10
     mean = (data["x"] / 2 + 0.5).mean((0, 1, 2))
     np.testing.assert_allclose(mean, [0.4942, 0.4851, 0.4504], atol=3e-3)
+
+
+def test_grey_levels_are_those_that_occur():
+    """x lies on k 2 / (levels - 1) - 1; floats have none unless they are named."""
+    for source in (
+        sources.digits("test"),
+        sources.from_arrays("a", np.arange(256, dtype=np.uint8)),
+    ):
+        k = (source.all()["x"].astype(np.float64) + 1) * (source.levels - 1) / 2
+        np.testing.assert_allclose(k, np.round(k), atol=1e-4)
+        assert k.min() == 0 and k.max() == pytest.approx(source.levels - 1)
+    assert sources.from_arrays("b", np.zeros((2, 1))).levels == 0

@@ -85,6 +85,17 @@ MISTAKES = [
     (dict(sampler__solver="dpm"), r"config\.sampler\.solver: unknown 'dpm'"),
     (dict(sampler__solver="ddim(eta=2.0)"), r"config\.sampler\.solver='ddim\(eta=2.0\)': eta must"),
     (
+        dict(sampler__corrector="langevin", sampler__solver="heun"),
+        r"config\.sampler\.corrector='langevin', solver='heun': .*one evaluation per step",
+    ),
+    (dict(sampler__corrector="langevin(steps=0)"), r"config\.sampler\.corrector=.*steps >= 1"),
+    (dict(evaluation__likelihood="odes"), r"config\.evaluation\.likelihood: unknown.*mean 'ode'"),
+    (
+        dict(evaluation__likelihood="ode(divergence='exat')"),
+        r"config\.evaluation\.likelihood=.*unknown 'exat'.*mean 'exact'",
+    ),
+    (dict(evaluation__likelihood_count=0), r"config\.evaluation\.likelihood_count must be"),
+    (
         dict(sampler__grid="leading", sampler__steps=2000),
         r"config\.sampler\.grid='leading', steps=2000: .*more than the 1000",
     ),
