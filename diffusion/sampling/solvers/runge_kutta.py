@@ -33,7 +33,7 @@ def heun(grid: NoiseLevel) -> Solver:
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
-        rows += _heun(now, after, kappa=1.0 if now.sigma > FAR * now.alpha else 0.0)
+        rows += heun_rows(now, after, kappa=1.0 if now.sigma > FAR * now.alpha else 0.0)
     return table(rows)
 
 
@@ -45,11 +45,12 @@ def flow_heun(grid: NoiseLevel) -> Solver:
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
-        rows += _heun(now, after, kappa=1.0)
+        rows += heun_rows(now, after, kappa=1.0)
     return table(rows)
 
 
-def _heun(now: NoiseLevel, after: NoiseLevel, kappa: float) -> list[Row]:
+def heun_rows(now: NoiseLevel, after: NoiseLevel, kappa: float) -> list[Row]:
+    """One step of Heun's method in the scaling of x that kappa gives; Euler's to clean data."""
     euler = step(X, D, now, after)
     if after.sigma == 0:
         return [Row(now, [euler])]
@@ -156,7 +157,7 @@ def edm(
     rows = []
     start, _ = raised(path[0])  # the initial noise brings x there
     for after in path[1:]:
-        rows += _heun(start, after, kappa=1.0 if start.sigma > FAR * start.alpha else 0.0)
+        rows += heun_rows(start, after, kappa=1.0 if start.sigma > FAR * start.alpha else 0.0)
         start, std = raised(after)
         if std > 0:
             scale = start.alpha / after.alpha
