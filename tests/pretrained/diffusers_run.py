@@ -15,7 +15,6 @@ from diffusion.denoiser import Estimate
 from diffusion.levels import NoiseLevel
 from diffusion.predictions import precondition
 from diffusion.pretrained.schedulers import from_diffusers
-from diffusion.pretrained.schedulers.common import unchanged
 from diffusion.sampling.sample import image_keys, sample
 from diffusion.sampling.tables import REGISTERS, Solver
 
@@ -54,8 +53,12 @@ def theirs(config, steps, x_init, freq, channels, strength=None, double=False, *
         arguments["strength"], strength = strength or 1.0, None
     if steps is not None and not ("Flow" in cls.__name__ and "sigmas" in arguments):
         arguments["num_inference_steps"] = steps
+    if "UniPC" in cls.__name__ and "sigmas" in arguments:
+        arguments["sigmas"] = np.asarray(arguments["sigmas"])
     scheduler.set_timesteps(**arguments)
     timesteps = scheduler.timesteps
+    if len(timesteps) > 1 and timesteps[0] == timesteps[1] and "DPM" in cls.__name__:
+        scheduler.set_begin_index(0)  # or it would begin at the second
     if strength is not None:
         count = steps or len(timesteps)
         start = count - min(int(count * strength), count)
@@ -67,20 +70,21 @@ def theirs(config, steps, x_init, freq, channels, strength=None, double=False, *
     if double:
         scheduler.sigmas = scheduler.sigmas.double()
     deviation = float(scheduler.init_noise_sigma) if hasattr(scheduler, "init_noise_sigma") else 1.0
-    call = 0
+    calls = []
     module = sys.modules[cls.__module__]
     drawn = getattr(module, "randn_tensor", None)
 
     def randn_tensor(shape, **_):
         assert tuple(shape) == (BATCH, SIZE, 1, 1)
-        return torch.from_numpy(NOISES[call + 1]).reshape(shape)
+        return torch.from_numpy(NOISES[len(calls)]).reshape(shape)
 
     if drawn is not None:
         module.randn_tensor = randn_tensor
     try:
         x = torch.from_numpy(x_init * (deviation if strength is None else 1))
         x = x.to(torch.float64 if double else torch.float32).reshape(BATCH, SIZE, 1, 1)
-        for call, t in enumerate(timesteps):
+        for t in timesteps:
+            calls.append(t)
             scaled = x
             if hasattr(scheduler, "scale_model_input"):
                 scaled = scheduler.scale_model_input(x, t)
@@ -110,6 +114,17 @@ def _run(solver, coefficients, x_init, freq, transform, channels):
 
     keys = image_keys(0, range(BATCH))
     return sample(denoise, solver, keys, (SIZE,), x_init=x_init, noises=NOISES, carry=0)
+
+
+TRANSFORMS = {}
+
+
+def canonical(transform):
+    """Equal partial functions become one, so that they compile once."""
+    if not isinstance(transform, partial):
+        return transform
+    key = (transform.func, tuple(sorted(transform.keywords.items())))
+    return TRANSFORMS.setdefault(key, transform)
 
 
 def padded(solver):
@@ -146,7 +161,7 @@ def compare(config, steps=None, double=False, **arguments):
         jnp.stack(coefficients, -1),
         x_init.astype(np.float32),
         freq,
-        sampler.transform,
+        canonical(sampler.transform),
         channels,
     )
     ours = np.asarray(ours, np.float64)
@@ -158,6 +173,3 @@ def compare(config, steps=None, double=False, **arguments):
     assert np.all(np.isfinite(x)), "diffusers gives NaN"
     norm = np.linalg.norm(ours - x) / np.linalg.norm(x)
     return max(norm, np.abs(ours - x).max() / np.abs(x).max())
-
-
-assert unchanged is not None

@@ -70,7 +70,7 @@ CASES = {
         ({**THRESHOLD, **X0}, 10, {}),
         ({**LOW_THRESHOLD}, 10, {"eta": 0.7}),
         ({**ZERO_SNR, **NO_CLIP, **TRAILING}, 10, {}),
-        ({**ZERO_SNR, **TRAILING}, 10, {"eta": 1.0}),
+        ({**ZERO_SNR, **TRAILING}, 10, {"eta": 0.9}),
         ({**COSINE, **NO_CLIP, **V}, 10, {}),
         ({**SHORT, **NO_CLIP, **V}, 9, {}),
         ({**TRAINED, **NO_CLIP, **V}, 6, {}),
@@ -106,6 +106,7 @@ CASES = {
         ({"skip_prk_steps": True}, 2, {}),
         ({"skip_prk_steps": True}, 3, {}),
         ({"skip_prk_steps": True}, 10, {"strength": 0.6}),
+        ({"skip_prk_steps": False}, 10, {"strength": 0.6}),
         ({**TRAINED, "skip_prk_steps": True}, 10, {}),
     ],
     "LCMScheduler": [
@@ -149,7 +150,7 @@ CASES = {
         ({**SD, **TRAILING, **ZERO_SNR}, 10, {}),
         ({**SD, "timestep_type": "continuous", **V}, 10, {}),
         ({**SD, "timestep_type": "continuous"}, 10, {}),
-        ({**COSINE, **V}, 10, {}),
+        ({**COSINE, **V, **LEADING}, 10, {}),
         ({**SHORT, **V}, 10, {}),
         ({**TRAINED, **V}, 10, {}),
         ({**SD}, None, {"timesteps": [999, 800.5, 500, 100, 3]}),
@@ -182,8 +183,8 @@ CASES = {
         ({**X0, **KARRAS}, 10, {}),
         ({**EXPONENTIAL, **V}, 10, {}),
         ({**BETA, **V}, 10, {}),
-        ({**NO_CLIP, "beta_schedule": "exp", **V}, 10, {}),
-        ({**COSINE, **V}, 10, {}),
+        ({**NO_CLIP, "beta_schedule": "exp", **V, **LEADING}, 10, {}),
+        ({**COSINE, **V}, 10, {"double": True}),
         ({"clip_sample": True, "clip_sample_range": 1.5}, 10, {}),
         ({**TRAINED, **V}, 10, {}),
         ({}, None, {"timesteps": [999, 800, 500, 100, 3]}),
@@ -197,7 +198,7 @@ CASES = {
             ({**KARRAS}, 10, {}),
             ({**EXPONENTIAL, **V}, 10, {}),
             ({**BETA, **V}, 10, {}),
-            ({**COSINE, **V}, 10, {}),
+            ({**COSINE, **V, **LEADING}, 10, {}),
             ({**TRAINED, **V}, 10, {}),
             ({}, 2, {}),
             ({**SD, **LEADING}, 10, {"strength": 0.65}),
@@ -216,7 +217,7 @@ CASES = {
         ({**SDE, **order(1), **V}, 10, {}),
         ({**SDE_NOISE, **SD}, 10, {}),
         ({**SDE_NOISE, **SD, **HEUN, **V}, 20, {}),
-        ({"algorithm_type": "deis", "solver_type": "logrho", **SD}, 10, {}),
+        ({"algorithm_type": "deis", "solver_type": "logrho", **SD, **SIGMA_MIN}, 10, {}),
         ({**SD, "lower_order_final": False, **order(3)}, 10, {}),
         ({**SD, "lower_order_final": False, **SIGMA_MIN}, 10, {}),
         ({**SD, "euler_at_final": True, **SIGMA_MIN}, 20, {}),
@@ -247,7 +248,7 @@ CASES = {
     ],
     "DPMSolverMultistepInverseScheduler": [
         *(({**SD, **order(k)}, n, {}) for k in (1, 2, 3) for n in (3, 7, 20)),
-        ({**SD, **NOISE, **V}, 10, {}),
+        ({**SD, "algorithm_type": "dpmsolver", **V}, 10, {}),
         ({"algorithm_type": "dpmsolver", **SD, **HEUN, **X0}, 20, {}),
         ({**SD, **LEADING, **V}, 10, {}),
         ({**SD, **TRAILING, **V}, 7, {}),
@@ -266,7 +267,11 @@ CASES = {
             for n in (11, 12)
             for low in (True, False)
         ),
-        *(({**SD, **NOISE, **V, **order(k), **kind}, 12, {}) for k in (2, 3) for kind in ({}, HEUN)),
+        *(
+            ({**SD, **NOISE, **V, **order(k), **kind}, 12, {})
+            for k in (2, 3)
+            for kind in ({}, HEUN)
+        ),
         *(({**SD, **V, **order(k), **HEUN}, 12, {}) for k in (2, 3)),
         ({**SDE, **SD}, 9, {}),
         ({**SDE, **SD, **HEUN}, 10, {}),
@@ -322,7 +327,7 @@ CASES = {
         ({**SD, **THRESHOLD}, 10, {}),
         ({**FLOW}, 10, {}),
         ({**FLOW, **DYNAMIC}, 10, {"mu": 0.8}),
-        ({**COSINE, **V}, 10, {}),
+        ({**COSINE, **V}, 10, {"double": True}),
         ({**TRAINED, **V}, 6, {}),
         ({**SD, **order(3)}, 20, {"strength": 0.65}),
     ],
@@ -384,7 +389,7 @@ CASES = {
         ({"lower_order_final": False, **order(3)}, 10, {}),
         ({"sigma_schedule": "exponential", "sigma_data": 1.0}, 10, {}),
         ({**THRESHOLD}, 10, {}),
-        ({"algorithm_type": "deis"}, 10, {}),
+        ({"algorithm_type": "deis", **SIGMA_MIN}, 10, {}),
     ],
     "CMStochasticIterativeScheduler": [
         ({}, 4, {}),

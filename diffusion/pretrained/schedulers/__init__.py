@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.pretrained.schedulers import discrete, exponential, flows
+from diffusion.pretrained.schedulers import discrete, dpm, flows, multistep
 from diffusion.pretrained.schedulers import sigmas as sigma_space
 from diffusion.pretrained.schedulers.common import Request, Sampler
 from diffusion.pretrained.schedulers.config import DEFAULTS, read
@@ -35,12 +35,12 @@ CLASSES = {
     "HeunDiscreteScheduler": (sigma_space.heun, "timesteps strength"),
     "KDPM2DiscreteScheduler": (sigma_space.kdpm2, "strength"),
     "KDPM2AncestralDiscreteScheduler": (sigma_space.kdpm2_ancestral, "strength"),
-    "DPMSolverMultistepScheduler": (exponential.dpm_multistep, "timesteps mu strength"),
-    "DPMSolverSinglestepScheduler": (exponential.dpm_singlestep, "timesteps mu strength"),
-    "DPMSolverMultistepInverseScheduler": (exponential.dpm_inverse, ""),
-    "UniPCMultistepScheduler": (exponential.unipc, "sigmas mu strength"),
-    "DEISMultistepScheduler": (exponential.deis, "mu strength"),
-    "SASolverScheduler": (exponential.sa_solver, "strength"),
+    "DPMSolverMultistepScheduler": (dpm.multistep_class, "timesteps mu strength"),
+    "DPMSolverSinglestepScheduler": (dpm.singlestep_class, "timesteps mu strength"),
+    "DPMSolverMultistepInverseScheduler": (dpm.inverse, ""),
+    "UniPCMultistepScheduler": (multistep.unipc, "sigmas mu strength"),
+    "DEISMultistepScheduler": (multistep.deis, "mu strength"),
+    "SASolverScheduler": (multistep.sa_solver, "strength"),
     "FlowMatchEulerDiscreteScheduler": (flows.euler, "timesteps sigmas mu strength"),
     "FlowMatchHeunDiscreteScheduler": (flows.heun, "strength"),
     "EDMEulerScheduler": (sigma_space.edm_euler, ""),

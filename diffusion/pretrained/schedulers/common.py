@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -245,8 +245,3 @@ def stack(levels: Sequence[NoiseLevel]) -> NoiseLevel:
 def part(grid: NoiseLevel, start: int) -> NoiseLevel:
     """The grid from node ``start`` on."""
     return NoiseLevel(*(leaf[start:] for leaf in grid))
-
-
-def lowered(values: Sequence[Any], start: int) -> list[Any]:
-    """The rest of a list from ``start`` on."""
-    return list(values)[start:]

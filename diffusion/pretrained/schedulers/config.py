@@ -288,8 +288,9 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
             replaced = REPLACED.get(SYNONYMS.get(name, ""), {}).get(key, {})
             fields[key] = replaced.get(value, value) if isinstance(value, str) else value
         elif not _harmless(key, value):
-            near = get_close_matches(key, fields, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ", which diffusers would ignore"
+            known = any(key in others for others in DEFAULTS.values())
+            near = [] if known else get_close_matches(key, fields, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; diffusers would ignore it"
             raise ValueError(f"{key}: {name} has no such field (value {value!r}){hint}")
     for key, value in fields.items():
         legal = CHOICES.get(name, {}).get(key, CHOICES["*"].get(key))

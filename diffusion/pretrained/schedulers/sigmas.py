@@ -29,7 +29,7 @@ from diffusion.pretrained.schedulers.common import (
     table_of,
     transform_of,
 )
-from diffusion.pretrained.schedulers.exponential import falling_orders
+from diffusion.pretrained.schedulers.lambdas import falling_orders
 from diffusion.pretrained.schedulers.spacing import (
     in_table,
     k_timesteps,

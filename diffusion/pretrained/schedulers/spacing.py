@@ -143,8 +143,20 @@ def flow_grid(index: np.ndarray, sigmas: np.ndarray, total: int) -> NoiseLevel:
 
 
 def still(sigmas: np.ndarray) -> np.ndarray:
-    """A repeated last sigma is moved by ``STILL``."""
+    """The sigmas [N + 1], a repeated last one moved by ``STILL``.
+
+    Raises:
+      ValueError: if others are equal, or they neither fall nor rise throughout.
+    """
     if len(sigmas) > 1 and sigmas[-1] == sigmas[-2]:
         rising = len(sigmas) > 2 and sigmas[-2] > sigmas[-3]
         sigmas[-1] *= 1 + STILL if rising else 1 - STILL
+    steps = np.diff(sigmas)
+    if not (np.all(steps < 0) or np.all(steps > 0)):
+        i = int(np.argmax(steps * steps[0] <= 0))
+        raise ValueError(
+            f"steps: sigma must change in every step, but goes from {sigmas[i]:.6g} to "
+            f"{sigmas[i + 1]:.6g} in step {i} of {len(steps)}; take fewer steps, or check "
+            "timesteps, sigmas, sigma_min and sigma_max"
+        )
     return sigmas

@@ -1,0 +1,373 @@
+"""Schedulers of published models, the whole path through ``sample``, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusers_run import BATCH, NOISES, PHASES, SIZE, compare, network, theirs
+
+from diffusion import predictions
+from diffusion.conditioning import Conditioning
+from diffusion.denoiser import denoiser
+from diffusion.levels import NoiseLevel
+from diffusion.pretrained.schedulers import CLASSES, dynamic_mu, from_diffusers
+from diffusion.pretrained.schedulers.config import DEFAULTS
+from diffusion.sampling.guidance import conditional
+from diffusion.sampling.sample import image_keys, sample
+
+# Fields as the published files have them, those of other classes included.
+SD = {
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+SDXL = {
+    **SD,
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+FLUX = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+MODELS = {
+    "sd15": {"_class_name": "PNDMScheduler", **SD},
+    "sd21": {"_class_name": "DDIMScheduler", **SD, "prediction_type": "v_prediction"},
+    "sdxl": {"_class_name": "EulerDiscreteScheduler", **SDXL},
+    "sd_turbo": {"_class_name": "EulerDiscreteScheduler", **SDXL, "timestep_spacing": "trailing"},
+    "sdxl_turbo": {
+        "_class_name": "EulerAncestralDiscreteScheduler",
+        **SDXL,
+        "timestep_spacing": "trailing",
+    },
+    "lcm": {
+        "_class_name": "LCMScheduler",
+        **{**SD, "set_alpha_to_one": True},
+        "clip_sample_range": 1.0,
+        "dynamic_thresholding_ratio": 0.995,
+        "original_inference_steps": 50,
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+        "sample_max_value": 1.0,
+        "thresholding": False,
+        "timestep_scaling": 10.0,
+        "timestep_spacing": "leading",
+    },
+    "svd": {
+        "_class_name": "EulerDiscreteScheduler",
+        **SDXL,
+        "prediction_type": "v_prediction",
+        "sigma_max": 700.0,
+        "sigma_min": 0.002,
+        "timestep_type": "continuous",
+        "use_karras_sigmas": True,
+    },
+    "sd3": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+    },
+    "flux_dev": FLUX,
+    "flux_schnell": {**FLUX, "shift": 1.0, "use_dynamic_shifting": False},
+    "playground": {
+        "_class_name": "EDMDPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "dynamic_thresholding_ratio": 0.995,
+        "euler_at_final": False,
+        "final_sigmas_type": "zero",
+        "lower_order_final": True,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "rho": 7.0,
+        "sample_max_value": 1.0,
+        "sigma_data": 0.5,
+        "sigma_max": 80.0,
+        "sigma_min": 0.002,
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "thresholding": False,
+    },
+    "ddpm_cifar": {
+        "_class_name": "DDPMScheduler",
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "clip_sample": True,
+        "num_train_timesteps": 1000,
+        "trained_betas": None,
+        "variance_type": "fixed_large",
+    },
+}
+TOKENS = 4096
+
+
+def flux_sigmas(steps):
+    return np.linspace(1.0, 1 / steps, steps)
+
+
+# The first and last timestep, and the initial deviation in diffusers' scale, as published.
+@pytest.mark.parametrize(
+    ("model", "steps", "arguments", "first", "last", "deviation"),
+    [
+        ("sd15", 50, {}, 981, 1, 1),
+        ("sd15", 30, {}, 958, 1, 1),
+        ("sd21", 50, {}, 981, 1, 1),
+        ("sdxl", 30, {}, 958, 1, None),
+        ("sd_turbo", 1, {}, 999, 999, 14.6146),
+        ("sdxl_turbo", 4, {}, 999, 249, 14.6146),
+        ("lcm", 4, {}, 999, 259, 1),
+        ("svd", 25, {}, 1.6378, -1.5537, 700.0007),
+        ("sd3", 28, {}, 1000, 8.9286, 1),
+        ("flux_dev", None, {"sigmas": flux_sigmas(28), "mu": 1.15}, 1000, None, 1),
+        ("flux_schnell", None, {"sigmas": flux_sigmas(4), "mu": None}, 1000, 250, 1),
+        ("playground", 25, {}, 1.0955, -1.5537, 80.0062),
+        ("ddpm_cifar", 50, {}, 980, 0, 1),
+    ],
+)
+def test_models(model, steps, arguments, first, last, deviation):
+    config = MODELS[model]
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    assert compare(config, steps, **arguments) < 1e-4
+    sampler = from_diffusers(config, steps, **arguments)
+    assert sampler.timesteps[0] == pytest.approx(first, rel=1e-4)
+    if last is not None:
+        assert sampler.timesteps[-1] == pytest.approx(last, rel=1e-4)
+    if deviation is not None:
+        assert sampler.solver.init / sampler.scales[0] == pytest.approx(deviation, rel=1e-5)
+
+
+def test_one_config_under_other_classes():
+    """What people do with a pipeline's config: the same model, another scheduler."""
+    for name, more in (
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("DPMSolverSinglestepScheduler", {}),
+        ("UniPCMultistepScheduler", {}),
+        ("DDIMScheduler", {}),
+        ("TCDScheduler", {}),
+    ):
+        assert compare({**MODELS["sdxl"], "_class_name": name, **more}, 8) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "arguments"),
+    [
+        ({**MODELS["svd"]}, 10, {}),
+        ({**MODELS["ddpm_cifar"], "variance_type": "learned_range"}, 10, {}),
+        ({"_class_name": "DDIMScheduler", "clip_sample_range": 2.0}, 10, {"eta": 0.5}),
+    ],
+)
+def test_through_denoiser_and_sample(config, steps, arguments, tmp_path):
+    """As a user writes it, from a folder with the file, the initial noise included."""
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    sampler = from_diffusers(tmp_path, steps, **arguments)
+    freq = 0.02 if sampler.timesteps.max() > 10 else 3.0
+    channels = 2 * SIZE if config.get("variance_type") == "learned_range" else SIZE
+
+    def net(x, t, cond):  # the same network, told each example's timestep
+        rows = [network(x[i : i + 1], t[i], freq, jnp, channels) for i in range(BATCH)]
+        return jnp.concatenate(rows)
+
+    @jax.jit
+    def draw(solver):
+        denoise = denoiser(net, sampler.prediction, sampler.c_noise)
+        denoise = sampler.transform(conditional(denoise, Conditioning()))
+        return sample(denoise, solver, image_keys(0, range(BATCH)), (SIZE,), noises=NOISES)
+
+    ours = np.asarray(draw(sampler.solver))
+    timesteps, x = theirs(config, steps, NOISES[0], freq, channels, **arguments)
+    np.testing.assert_allclose(sampler.timesteps, timesteps, rtol=1e-5, atol=2e-3)
+    np.testing.assert_allclose(ours, x * sampler.scales[1], atol=1e-4 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if "Inverse" not in name])
+def test_exact_data(name):
+    """Told the truth, every class ends at the data (as closely as its last level is clean)."""
+    config = {"_class_name": name}
+    if "clip_sample" in DEFAULTS[name]:
+        config["clip_sample"] = False
+    sampler = from_diffusers(config, 4)
+    data = jnp.asarray(PHASES[None].repeat(BATCH, 0) / 6)  # within [-1, 1]
+    # The truth is that already which a consistency model's boundary condition would make of it.
+    consistency = name == "CMStochasticIterativeScheduler"
+    told = lambda x, level: data  # noqa: E731
+    denoise = told if consistency else sampler.transform(told)
+    x = sample(denoise, sampler.solver, image_keys(0, range(BATCH)), (SIZE,), noises=NOISES)
+    last = NoiseLevel(*(leaf[-1] for leaf in sampler.grid))
+    error = np.abs(np.asarray(x) - last.alpha * np.asarray(data)).max()
+    assert error < 5 * last.sigma + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mu"), [(256, 0.5), (4096, 1.15), (1024, 0.63)], ids=["least", "most", "between"]
+)
+def test_dynamic_mu(tokens, mu):
+    assert dynamic_mu(FLUX, tokens) == pytest.approx(mu)
+
+
+def test_scales():
+    """x here is alpha times diffusers' latents in sigma space; the same in the others."""
+    sampler = from_diffusers(MODELS["sdxl"], 10)
+    ratio = float(sampler.grid.ratio[0])
+    assert sampler.scales == (pytest.approx(1 / np.sqrt(1 + ratio**2)), 1.0)
+    assert sampler.solver.init == pytest.approx(1.0)  # leading: sqrt(sigma^2 + 1)
+    ends_noisy = {**MODELS["sdxl"], "final_sigmas_type": "sigma_min"}
+    assert from_diffusers(ends_noisy, 10).scales[1] == pytest.approx(0.99957, abs=1e-5)
+    assert from_diffusers(MODELS["sd15"], 10).scales == (1.0, 1.0)
+
+
+def test_learned_variances_of_dpm():
+    """DPM-Solver's variance_type only says that there are more channels, which go unused."""
+    config = {"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned_range"}
+    sampler = from_diffusers(config, 5)
+    assert np.array_equal(sampler.solver.noise, sampler.solver.noise_upper)
+    assert sampler.prediction is predictions.eps
+
+
+EULER, DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+SINGLE, UNIPC = "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"
+FLOW, INVERSE = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepInverseScheduler"
+SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+FEW, ANY = {"steps": 10}, {"steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "arguments", "message"),
+    [
+        # Names
+        ("EulerDiscreteSheduler", {}, FEW, "_class_name: .*nearest: EulerDiscreteScheduler"),
+        ("ScoreSdeVeScheduler", {}, FEW, "_class_name"),
+        (None, {}, FEW, "_class_name"),
+        (EULER, {"beta_strat": 0.1}, FEW, "beta_strat: .*'beta_start'"),
+        (EULER, {"flux_capacitor": 1}, FEW, "flux_capacitor"),
+        (EULER, {"clip_sample": True, "thresholding": True}, FEW, "thresholding: .*ignore"),
+        (SINGLE, {"use_lu_lambdas": True}, FEW, "use_lu_lambdas: .*ignore"),
+        (SINGLE, {"timestep_spacing": "trailing"}, FEW, "timestep_spacing: .*ignore"),
+        (INVERSE, {"final_sigmas_type": "sigma_min"}, FEW, "final_sigmas_type: .*ignore"),
+        ("DDIMInverseScheduler", {"thresholding": True}, FEW, "thresholding: .*ignore"),
+        # Values
+        (EULER, {"beta_schedule": "sigmoid"}, FEW, "beta_schedule: .*squaredcos_cap_v2.*'sigmoid'"),
+        (EULER, {"beta_schedule": "exp"}, FEW, "beta_schedule"),
+        (EULER, {"prediction_type": "v"}, FEW, "prediction_type: .*v_prediction.*'v'"),
+        (EULER, {"timestep_spacing": "even"}, FEW, "timestep_spacing"),
+        (EULER, {"interpolation_type": "cubic"}, FEW, "interpolation_type"),
+        (EULER, {"timestep_type": "cubic"}, FEW, "timestep_type"),
+        (EULER, {"final_sigmas_type": "one"}, FEW, "final_sigmas_type"),
+        (EULER, {"trained_betas": [0.1, 0.2]}, FEW, "trained_betas must have num_train"),
+        (EULER, {"use_karras_sigmas": True, "use_beta_sigmas": True}, FEW, "only one of"),
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}, FEW, "prediction_type"),
+        ("KDPM2DiscreteScheduler", {"prediction_type": "sample"}, FEW, "prediction_type"),
+        ("PNDMScheduler", {"prediction_type": "sample"}, FEW, "prediction_type"),
+        ("PNDMScheduler", {}, {"steps": 3}, "skip_prk_steps"),
+        ("DDIMInverseScheduler", {"timestep_spacing": "linspace"}, FEW, "timestep_spacing"),
+        ("DDIMInverseScheduler", {"prediction_type": "sample"}, FEW, "prediction_type"),
+        ("DDPMScheduler", {"variance_type": "learned"}, FEW, "variance_type: .*learned_range"),
+        ("DDPMScheduler", {"variance_type": "fixed_large_log"}, FEW, "variance_type"),
+        ("TCDScheduler", {"clip_sample": True}, ANY, "clip_sample"),
+        ("TCDScheduler", {"thresholding": True}, ANY, "thresholding"),
+        *(
+            (
+                name,
+                {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+                ANY,
+                "prediction",
+            )
+            for name in ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler")
+        ),
+        # DPM-Solver
+        (DPM, SDE, FEW, "solver_order: 3 .*wrong sign"),
+        (SINGLE, {**SDE, "solver_type": "heun"}, FEW, "solver_order: 3 .*wrong sign"),
+        ("EDMDPMSolverMultistepScheduler", SDE, FEW, "solver_order: 3"),
+        (DPM, {"solver_order": 4}, FEW, "solver_order: .*1, 2, 3, got 4"),
+        (DPM, {"algorithm_type": "dpmsolver"}, FEW, "final_sigmas_type: 'zero'"),
+        (DPM, {"algorithm_type": "unipc"}, FEW, "algorithm_type"),
+        (SINGLE, {"algorithm_type": "sde-dpmsolver"}, FEW, "algorithm_type"),
+        (INVERSE, {"algorithm_type": "sde-dpmsolver++"}, FEW, "algorithm_type"),
+        (INVERSE, {"use_flow_sigmas": True}, FEW, "use_flow_sigmas"),
+        (INVERSE, {"use_beta_sigmas": True, "solver_type": "heun"}, {"steps": 20}, "solver_type"),
+        (DPM, {"solver_type": "euler"}, FEW, "solver_type"),
+        (DPM, {"prediction_type": "flow_prediction"}, FEW, "use_flow_sigmas=True"),
+        (DPM, {"prediction_type": "v_prediction", "use_flow_sigmas": True}, FEW, "v_prediction"),
+        (DPM, {"use_flow_sigmas": True, "use_karras_sigmas": True}, FEW, "use_flow_sigmas"),
+        (
+            SINGLE,
+            {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "thresholding": True},
+            FEW,
+            "thresholding",
+        ),
+        (DPM, {}, {"steps": 10, "mu": 1.0}, "mu: needs use_dynamic_shifting"),
+        (DPM, {"use_karras_sigmas": True}, {"timesteps": [900, 1]}, "timesteps: not with"),
+        # The other multistep classes
+        (UNIPC, {"solver_type": "bh1"}, FEW, "solver_type: 'bh1' is NaN"),
+        (UNIPC, {"predict_x0": False}, FEW, "predict_x0: False is NaN"),
+        (UNIPC, {"lower_order_final": False}, FEW, "lower_order_final: False is NaN"),
+        (UNIPC, {"solver_p": {"a": 1}}, FEW, "solver_p"),
+        (UNIPC, {"solver_order": 5}, FEW, "solver_order"),
+        (UNIPC, {"shift_terminal": 0.1}, FEW, "shift_terminal"),
+        (UNIPC, {"use_dynamic_shifting": True}, FEW, "use_dynamic_shifting: True needs mu"),
+        (UNIPC, {}, {"sigmas": [0.9, 0.1]}, "sigmas"),
+        (UNIPC, {"use_flow_sigmas": True, "use_beta_sigmas": True}, FEW, "use_flow_sigmas"),
+        (
+            UNIPC,
+            {"predict_x0": False, "final_sigmas_type": "sigma_min", "thresholding": True},
+            FEW,
+            "thresholding",
+        ),
+        ("SASolverScheduler", {"tau_func": "t"}, FEW, "tau_func"),
+        ("SASolverScheduler", {"predictor_order": 5}, FEW, "predictor_order"),
+        (
+            "SASolverScheduler",
+            {"algorithm_type": "noise_prediction", "thresholding": True},
+            FEW,
+            "thresholding",
+        ),
+        ("DEISMultistepScheduler", {"solver_type": "bh3"}, FEW, "solver_type"),
+        # Flows
+        (FLOW, {"use_dynamic_shifting": True}, FEW, "use_dynamic_shifting: True needs mu"),
+        (FLOW, {"stochastic_sampling": True, "invert_sigmas": True}, FEW, "stochastic_sampling"),
+        (FLOW, {"time_shift_type": "cubic"}, FEW, "time_shift_type"),
+        (FLOW, {}, {"steps": 3, "sigmas": [1.0, 0.5]}, "must have 3 entries, got 2"),
+        # Arguments
+        (EULER, {}, {}, "expected one of steps, timesteps and sigmas"),
+        (EULER, {}, {"steps": 3, "timesteps": [3, 2, 1]}, "expected one of"),
+        (EULER, {}, {"steps": 0}, "steps must be a whole number"),
+        (EULER, {}, {"steps": 2.5}, "steps must be a whole number"),
+        (EULER, {}, {"steps": 4, "eta": 0.5}, "eta: EulerDiscreteScheduler takes steps"),
+        (EULER, {}, {"steps": 4, "strength": 0.0}, "strength must lie in"),
+        (EULER, {}, {"steps": 4, "strength": 0.1}, "strength: 0.1 leaves none"),
+        (EULER, {"use_karras_sigmas": True}, {"timesteps": [900, 1]}, "timesteps: not with"),
+        (EULER, {}, {"sigmas": [1.0, 2.0, 0.5, 0.0]}, "sigma must change"),
+        ("LMSDiscreteScheduler", {}, {"steps": 4, "strength": 0.5}, "strength"),
+        ("LCMScheduler", {}, {"timesteps": [999, 500], "strength": 0.5}, "strength"),
+        ("LCMScheduler", {}, {"steps": 60}, "steps: 60 is more than the 50"),
+        ("LCMScheduler", {"original_inference_steps": 2000}, ANY, "original_inference_steps"),
+        ("DDIMScheduler", {}, {"steps": 2000}, "steps: 2000 is more than"),
+        ("DDIMScheduler", {"steps_offset": 2}, {"steps": 1000}, "steps_offset"),
+        ("DDIMScheduler", {}, {"steps": 4, "eta": 1.5}, "eta must lie"),
+        ("DDPMScheduler", {}, {"timesteps": [1, 5]}, "timesteps must descend"),
+        ("DDPMScheduler", {}, {"timesteps": [1000, 5]}, "timesteps 1000..5 leave"),
+        ("CMStochasticIterativeScheduler", {}, {"steps": 41}, "steps: 41"),
+        (DPM, {}, {"steps": 1500}, "steps: sigma must change"),
+    ],
+)
+def test_refused(name, fields, arguments, message):
+    config = {**fields} if name is None else {"_class_name": name, **fields}
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(config, **arguments)
