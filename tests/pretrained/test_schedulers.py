@@ -1,7 +1,12 @@
 """Parity with diffusers' schedulers, option by option: the same network and noise, the same x."""
 
+import inspect
+
+import diffusers
 import pytest
 from diffusers_run import compare
+
+from diffusion.pretrained.schedulers import DEFAULTS
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 V = {"prediction_type": "v_prediction"}
@@ -85,6 +90,7 @@ CASES = {
         ({"set_alpha_to_one": False, **X0, **NO_CLIP}, 10, {}),
         ({"set_alpha_to_zero": False, **NO_CLIP}, 10, {}),
         ({"clip_sample_range": 0.5, **TRAILING}, 7, {}),
+        ({**TRAINED, **V}, 6, {}),
         ({**NO_CLIP, **ZERO_SNR}, 10, {}),
         ({**COSINE, **V}, 10, {}),
     ],
@@ -120,7 +126,9 @@ CASES = {
         ({}, 4, {"strength": 0.6}),
         ({}, 4, {"original_inference_steps": 100}),
         ({}, None, {"timesteps": [979, 500, 99]}),
-        ({"num_train_timesteps": 500, "beta_schedule": "linear"}, 4, {}),
+        ({"num_train_timesteps": 500, "beta_schedule": "linear", "beta_end": 0.02}, 4, {}),
+        ({**TRAINED, **V, "original_inference_steps": 10, "beta_start": 0.1}, 4, {}),
+        ({**LOW_THRESHOLD, **LINSPACE, "steps_offset": 1, "set_alpha_to_one": False}, 4, {}),
     ],
     "TCDScheduler": [
         ({}, 4, {}),
@@ -132,6 +140,9 @@ CASES = {
         ({**ZERO_SNR}, 4, {}),
         ({}, 4, {"strength": 0.6}),
         ({"original_inference_steps": 20}, 4, {}),
+        ({"num_train_timesteps": 500, "beta_schedule": "linear", "beta_end": 0.02}, 4, {}),
+        ({**TRAINED, **V, "original_inference_steps": 10, "beta_start": 0.1}, 4, {}),
+        ({**TRAILING, "steps_offset": 1, "set_alpha_to_one": False}, 4, {}),
         ({}, None, {"timesteps": [999, 500, 99]}),
     ],
     "EulerDiscreteScheduler": [
@@ -186,6 +197,7 @@ CASES = {
         ({**NO_CLIP, "beta_schedule": "exp", **V, **LEADING}, 10, {}),
         ({**COSINE, **V}, 10, {"double": True}),
         ({"clip_sample": True, "clip_sample_range": 1.5}, 10, {}),
+        ({"beta_start": 0.0001, "beta_end": 0.02, **V}, 10, {}),
         ({**TRAINED, **V}, 10, {}),
         ({}, None, {"timesteps": [999, 800, 500, 100, 3]}),
         ({**SD, **LEADING}, 10, {"strength": 0.65}),
@@ -200,7 +212,7 @@ CASES = {
             ({**BETA, **V}, 10, {}),
             ({**COSINE, **V, **LEADING}, 10, {}),
             ({**TRAINED, **V}, 10, {}),
-            ({}, 2, {}),
+            ({"beta_start": 0.0001, "beta_end": 0.02, **V}, 4, {}),
             ({**SD, **LEADING}, 10, {"strength": 0.65}),
         ]
         for name in ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
@@ -257,6 +269,8 @@ CASES = {
         ({**SD, **EXPONENTIAL, **V}, 10, {}),
         ({**SD, **BETA, **V, "euler_at_final": True}, 10, {}),
         ({**SD, **LOW_THRESHOLD}, 10, {}),
+        ({**SD, "lower_order_final": False, **order(3), "variance_type": "fixed_small"}, 10, {}),
+        ({**TRAINED, **V}, 6, {}),
         ({**COSINE, **V, "lambda_min_clipped": -5.1}, 10, {}),
     ],
     "DPMSolverSinglestepScheduler": [
@@ -279,7 +293,7 @@ CASES = {
         ({**SD, **KARRAS, **X0}, 10, {}),
         ({**SD, **EXPONENTIAL}, 10, {}),
         ({**SD, **BETA}, 10, {}),
-        ({**SD, **THRESHOLD}, 10, {}),
+        ({**SD, **LOW_THRESHOLD, "variance_type": "fixed_small"}, 10, {}),
         ({**COSINE, **V, "lambda_min_clipped": -5.1}, 10, {}),
         ({**FLOW}, 10, {}),
         ({**FLOW, **DYNAMIC}, 10, {"mu": 0.8}),
@@ -302,7 +316,7 @@ CASES = {
         ({**SD, **BETA, **X0}, 10, {}),
         ({**SD, **LEADING}, 10, {}),
         ({**SD, **TRAILING}, 7, {}),
-        ({**SD, **THRESHOLD}, 10, {}),
+        ({**SD, **LOW_THRESHOLD}, 10, {}),
         ({**SD, **TRAILING, **ZERO_SNR}, 10, {}),
         ({**FLOW}, 10, {}),
         ({**FLOW, **KARRAS}, 10, {}),
@@ -324,7 +338,7 @@ CASES = {
         ({**SD, **BETA}, 10, {}),
         ({**SD, **LEADING}, 10, {}),
         ({**SD, **TRAILING}, 7, {}),
-        ({**SD, **THRESHOLD}, 10, {}),
+        ({**SD, **LOW_THRESHOLD}, 10, {}),
         ({**FLOW}, 10, {}),
         ({**FLOW, **DYNAMIC}, 10, {"mu": 0.8}),
         ({**COSINE, **V}, 10, {"double": True}),
@@ -345,7 +359,8 @@ CASES = {
         ({**SD, **BETA, **X0}, 10, {}),
         ({**SD, **LEADING}, 10, {}),
         ({**SD, **TRAILING}, 7, {}),
-        ({**SD, **LOW_THRESHOLD}, 10, {}),
+        ({**SD, **LOW_THRESHOLD, "variance_type": "fixed_small"}, 10, {}),
+        ({**TRAINED, **V}, 6, {}),
         ({**FLOW}, 10, {}),
         ({**COSINE, **V, "lambda_min_clipped": -5.1}, 10, {}),
         ({**SD}, 10, {"strength": 0.65}),
@@ -376,7 +391,7 @@ CASES = {
     "EDMEulerScheduler": [
         ({}, 10, {}),
         ({"sigma_data": 1.0, **V, "rho": 5.0, "sigma_min": 0.01, "sigma_max": 50.0}, 7, {}),
-        ({"sigma_schedule": "exponential"}, 10, {}),
+        ({"sigma_schedule": "exponential", **SHORT}, 10, {}),
         ({**SIGMA_MIN}, 10, {}),
     ],
     "EDMDPMSolverMultistepScheduler": [
@@ -388,14 +403,15 @@ CASES = {
         ({**SIGMA_MIN, "euler_at_final": True}, 20, {}),
         ({"lower_order_final": False, **order(3)}, 10, {}),
         ({"sigma_schedule": "exponential", "sigma_data": 1.0}, 10, {}),
-        ({**THRESHOLD}, 10, {}),
+        ({**LOW_THRESHOLD}, 10, {}),
+        ({"sigma_min": 0.01, "sigma_max": 50.0, "rho": 5.0, **SHORT}, 10, {}),
         ({"algorithm_type": "deis", **SIGMA_MIN}, 10, {}),
     ],
     "CMStochasticIterativeScheduler": [
         ({}, 4, {}),
         ({}, 1, {}),
         ({}, 40, {}),
-        ({"clip_denoised": False}, 7, {}),
+        ({"clip_denoised": False, "sigma_max": 50.0}, 7, {}),
         ({"s_noise": 0.9, "rho": 5.0, "sigma_data": 1.0, "sigma_min": 0.01}, 4, {}),
         ({"num_train_timesteps": 151}, None, {"timesteps": [150, 106, 22, 0]}),
     ],
@@ -411,3 +427,38 @@ FLAT = [
 @pytest.mark.parametrize(("config", "steps", "arguments"), FLAT)
 def test_parity(config, steps, arguments):
     assert compare(config, steps, **arguments) < 1e-4
+
+
+# Fields that no case varies, and why.
+NULL = {"solver_p", "tau_func"}  # only null can stand in a file
+IN_MU = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}  # see dynamic_mu
+IN_LINEAR_MU = {"time_shift_type"}  # mu with "linear" is an assertion in diffusers
+REFUSED = {"use_flow_sigmas", "flow_shift"}
+CLIPPING = {"clip_sample", "clip_sample_range", *THRESHOLD, "dynamic_thresholding_ratio"}
+EXCEPTIONS = {
+    "DPMSolverMultistepScheduler": IN_LINEAR_MU,
+    "DPMSolverMultistepInverseScheduler": REFUSED,
+    "DPMSolverSinglestepScheduler": IN_LINEAR_MU,
+    "UniPCMultistepScheduler": NULL,
+    "DEISMultistepScheduler": IN_LINEAR_MU,
+    "SASolverScheduler": NULL,
+    "TCDScheduler": {*CLIPPING, "timestep_scaling"},  # diffusers reads none of them
+    "FlowMatchEulerDiscreteScheduler": IN_MU,
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_field_is_varied(name):
+    kept = {
+        field
+        for field, default in DEFAULTS[name].items()
+        if all(config.get(field, default) == default for config, _, _ in CASES[name])
+    }
+    assert kept <= EXCEPTIONS.get(name, set())
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_fields_are_those_of_diffusers(name):
+    signature = inspect.signature(getattr(diffusers, name).__init__).parameters
+    theirs = {k: p.default for k, p in signature.items() if k not in ("self", "kwargs")}
+    assert DEFAULTS[name] == theirs
