@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     c.model.mlp = fields(MLP)
 
     c.objective = ConfigDict()
+    c.objective.name = "denoising"  # or classification, of noised examples
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"  # eps, x0, v, flow or edm
     c.objective.c_noise = "auto"  # ddpm_index, thousand_t, log_sigma; auto goes by the schedule
@@ -85,8 +86,22 @@ def get_config() -> ConfigDict:
     c.sampler.solver = "dpmpp_2m"
     c.sampler.grid = "uniform"
     c.sampler.steps = 20
-    c.sampler.guidance = 1.0  # classifier-free guidance scale; 1: none
+    c.sampler.guidance = 1.0  # scale of classifier-free guidance or autoguidance; 1: none
+    # linear, rescaled(phi=0.7, space="v") (space: by default the model's prediction) or
+    # adaptive_projected(eta=0.0, norm_threshold=5.0, momentum=-0.5)
+    c.sampler.guidance_method = "linear"
+    c.sampler.guidance_low = 0.0  # guided only where sigma / alpha lies between these
+    c.sampler.guidance_high = float("inf")
+    c.sampler.guidance_split = False  # two calls of half the batch, to save memory
+    c.sampler.negative = -1  # label to steer away from; -1: the null class
+    c.sampler.autoguidance = ""  # workdir of a weaker model to steer away from
+    c.sampler.perturbed_attention = 0.0  # scale of perturbed-attention guidance; 0: none
+    c.sampler.perturbed_blocks = "auto"  # regular expression for the attentions' paths
+    c.sampler.classifier = ""  # workdir of a classifier of noised images
+    c.sampler.classifier_scale = 1.0
+    c.sampler.corrector = ""  # langevin(steps=1, snr=0.16) after each step; empty: none
     c.sampler.clip = True  # clip x_0 to [-1, 1] at each step
+    c.sampler.threshold = ""  # instead of clip: dynamic_threshold(quantile=0.995, largest=1.5)
     c.sampler.batch_size = 100
     c.sampler.seed = 0
 
@@ -98,6 +113,8 @@ def get_config() -> ConfigDict:
     c.evaluation.classifier = ""  # digits_svc, lenet5; empty: none
     c.evaluation.weights = ""  # lenet5: path of its weights
     c.evaluation.count = 1000  # samples judged
+    c.evaluation.likelihood = ""  # ode or bound: bits per dimension of data; empty: none
+    c.evaluation.likelihood_count = 500  # examples of the held-out and of the training data
     return c
 
 

@@ -19,18 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import denoiser, predictions, schedules, specs
+from diffusion import denoiser, guiding, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
+from diffusion.evaluation import bits
+from diffusion.guiding import Guidance
 from diffusion.levels import NoiseLevel
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
+from diffusion.models.noisy_classifier import NoisyClassifier
 from diffusion.models.unet import UNet
 from diffusion.objectives import distances, times, weightings
+from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising, Uncertainty
 from diffusion.objectives.variance import VariationalBound
-from diffusion.sampling import grids, solvers
+from diffusion.sampling import grids, langevin, solvers
 from diffusion.training import ema, optimizers
 
 SCHEDULES = {
@@ -53,8 +57,11 @@ DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
 EMAS = specs.choices(ema, "constant power_function")
 GRIDS = specs.choices(grids, "uniform leading linspace karras exponential")
 SOLVERS = specs.choices(solvers, " ".join(solvers.__all__))
+CORRECTORS = specs.choices(langevin, "langevin annealed_langevin")
+LIKELIHOODS = specs.choices(bits, "ode bound")
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 JUDGES = ("digits_svc", "lenet5")
+OBJECTIVES = ("denoising", "classification")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -68,19 +75,25 @@ class Experiment:
       objective: what is minimised.
       optimizer: the update.
       emas: averages of the parameters, by name.
-      solver: the sampler's table.
-      num_classes: of the labels that the network is given; 0 if unconditional.
+      solver: the sampler's table; None for a classifier.
+      guidance: of sampling; None for a classifier.
+      corrector: what follows each of the solver's steps, or None.
+      likelihood: how bits per dimension are measured, or None.
+      num_classes: of the labels that the network is given or tells; 0 if unconditional.
       notes: what a user should know about this combination.
     """
 
     config: ConfigDict
     train: Source
     held_out: Source
-    objective: Denoising
+    objective: Denoising | Classification
     optimizer: optimizers.Optimizer
     emas: dict[str, ema.Profile]
     solver: Any
+    guidance: Guidance | None
     num_classes: int
+    corrector: langevin.Corrector | None = None
+    likelihood: bits.Estimator | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -93,14 +106,15 @@ def build(config: ConfigDict) -> Experiment:
     _check_numbers(config)
     _check_judge(config)
     train, held_out = (_source(config.data, split) for split in ("train", "test"))
-    conditional = config.objective.conditional and train.num_classes > 0
-    num_classes = train.num_classes if conditional else 0
-    network = _network(config, num_classes, train.shape)
-    objective = _objective(config, network, num_classes)
+    objective, num_classes = _model(config, train)
     optimizer = _optimizer(config)
     with _field("config.ema"):
         profile = specs.function(config.ema, EMAS, "config.ema")()
-    solver = make_solver(config, objective)
+    solver, guide, notes = None, None, _notes(config)
+    if isinstance(objective, Denoising):
+        solver = make_solver(config, objective)
+        guide = guiding.make(config, objective, num_classes, train.shape, solver.level, _other_run)
+        notes += guiding.notes(config, num_classes)
     _check_shapes(objective, train, config.train.batch_size)
     return Experiment(
         config,
@@ -110,8 +124,11 @@ def build(config: ConfigDict) -> Experiment:
         optimizer,
         {"ema": profile},
         solver,
+        guide,
         num_classes,
-        _notes(config, num_classes),
+        None if solver is None else _corrector(config, objective, solver),
+        None if solver is None else _likelihood(config, objective),
+        tuple(notes),
     )
 
 
@@ -141,6 +158,65 @@ def make_solver(config: ConfigDict, objective: Denoising) -> Any:
             f"starts (alpha = 0); choose ddpm_index or thousand_t"
         )
     return solver
+
+
+def _model(config: ConfigDict, train: Source) -> tuple[Denoising | Classification, int]:
+    """The objective, with its network, and the number of classes."""
+    name, classes = config.objective.get("name", "denoising"), train.num_classes
+    if name not in OBJECTIVES:
+        raise specs.unknown("config.objective.name", name, OBJECTIVES)
+    if name == "denoising":
+        classes = classes if config.objective.conditional else 0
+        network = _network(config, classes, train.shape)
+        return _objective(config, network, classes, train.levels), classes
+    if not classes:
+        raise ValueError(
+            f"config.objective.name='classification' needs labels, which config.data.name="
+            f"{config.data.name!r} does not have"
+        )
+    return _classification(config, _classifier(config, classes, train.shape)), classes
+
+
+def _other_run(config: ConfigDict) -> tuple[Denoising | Classification, int, tuple[int, ...]]:
+    """Another run's objective, number of classes and data shape."""
+    train = _source(config.data, "train")
+    return *_model(config, train), train.shape
+
+
+def _corrector(config: ConfigDict, objective: Denoising, solver: Any) -> langevin.Corrector | None:
+    c = config.sampler
+    if not c.corrector:
+        return None
+    corrector = specs.function(c.corrector, CORRECTORS, "config.sampler.corrector")
+    with _field(f"config.sampler.corrector={c.corrector!r}, solver={c.solver!r}"):
+        grid = specs.function(c.grid, GRIDS, "config.sampler.grid")(objective.schedule, c.steps)
+        langevin.check_predictor(solver, grid)
+        level = NoiseLevel(*(jnp.float32(leaf[-1]) for leaf in solver.level))
+        example, key = jnp.zeros((1, 1)), jax.random.split(jax.random.key(0), 1)
+        jax.eval_shape(partial(corrector, lambda x, _: x), example, level, key)  # its own checks
+    return corrector
+
+
+def _likelihood(config: ConfigDict, objective: Denoising) -> bits.Estimator | None:
+    text = config.evaluation.likelihood
+    if not text:
+        return None
+    with _field(f"config.evaluation.likelihood={text!r}"):
+        estimator = specs.value(text, LIKELIHOODS, "config.evaluation.likelihood")
+    with _field(f"config.evaluation.likelihood={text!r}"), jax.enable_x64(False):
+        # As in sampling: the network must say something about x_0 where this starts.
+        level = objective.schedule(np.float64(objective.schedule.t_max))
+        level = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in level))
+        with np.errstate(all="ignore"):
+            said = predictions.precondition(objective.prediction, level)
+            seen = objective.c_noise(level)
+    if not all(np.all(np.isfinite(leaf)) for leaf in (*said, seen)):
+        raise ValueError(
+            f"config.evaluation.likelihood={text!r} begins at the schedule's noisiest level, "
+            f"where alpha = 0 for schedule={config.objective.schedule!r}; this needs "
+            "prediction x0, v, flow or edm, and c_noise ddpm_index or thousand_t"
+        )
+    return estimator
 
 
 def _source(c: ConfigDict, split: str) -> Source:
@@ -191,10 +267,48 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
         return MLP(**options, num_classes=num_classes or None)
 
 
-def _objective(config: ConfigDict, network: nn.Module, num_classes: int) -> Denoising:
+def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
+    c = config.model
+    if c.name != "unet" or len(shape) != 3:
+        raise ValueError(
+            f"config.model.name={c.name!r}: a classifier is the encoder of a unet, on images; "
+            "choose config.model.name=unet"
+        )
+    if c.dtype not in DTYPES:
+        raise specs.unknown("config.model.dtype", c.dtype, DTYPES)
+    with _field("config.model.unet"):
+        network = NoisyClassifier(**c.unet, dtype=DTYPES[c.dtype], classes=num_classes)
+        network.check(shape[:2])
+        return network
+
+
+def _schedule(text: str) -> schedules.Schedule:
+    with _field(f"config.objective.schedule={text!r}"):
+        return specs.value(text, SCHEDULES, "config.objective.schedule")
+
+
+def _shared(config: ConfigDict, schedule: schedules.Schedule) -> dict[str, Any]:
+    """What both objectives have: input scaling, what the network is told, which levels."""
     c, at = config.objective, "config.objective"
-    with _field(f"{at}.schedule={c.schedule!r}"):
-        schedule = specs.value(c.schedule, SCHEDULES, f"{at}.schedule")
+    context = {"sigma_data": config.data.std, "schedule": schedule}
+    steps = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
+    return {
+        "schedule": schedule,
+        "prediction": specs.function(c.prediction, PREDICTIONS, f"{at}.prediction", context),
+        "c_noise": _c_noise(c.c_noise, schedule),
+        "times": specs.function(c.times, TIMES, f"{at}.times", steps),
+        "stratify": config.train.batch_size if c.stratified else None,
+        "t_min": c.t_min,
+    }
+
+
+def _classification(config: ConfigDict, network: nn.Module) -> Classification:
+    return Classification(network=network, **_shared(config, _schedule(config.objective.schedule)))
+
+
+def _objective(config: ConfigDict, network: nn.Module, num_classes: int, levels: int) -> Denoising:
+    c, at = config.objective, "config.objective"
+    schedule = _schedule(c.schedule)
     context = {"sigma_data": config.data.std, "schedule": schedule}
     bound = None
     if c.learned_variance:
@@ -204,20 +318,14 @@ def _objective(config: ConfigDict, network: nn.Module, num_classes: int) -> Deno
                 f"schedule (linear, scaled_linear, cosine, sigmoid) and times='discrete', got "
                 f"schedule={c.schedule!r}, times={c.times!r}"
             )
-        bound = VariationalBound(steps=schedule.steps, weight=c.vlb_weight)
-    context_times = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
+        bound = VariationalBound(schedule.steps, c.vlb_weight, levels or 256)
     return Denoising(
         network=network,
-        schedule=schedule,
-        prediction=specs.function(c.prediction, PREDICTIONS, f"{at}.prediction", context),
-        c_noise=_c_noise(c.c_noise, schedule),
-        times=specs.function(c.times, TIMES, f"{at}.times", context_times),
+        **_shared(config, schedule),
         weighting=specs.function(c.weighting, WEIGHTINGS, f"{at}.weighting", context),
         distance=specs.function(c.distance, DISTANCES, f"{at}.distance"),
         null=partial(null_like, label=num_classes),
         dropout=c.label_dropout if num_classes else 0.0,
-        stratify=config.train.batch_size if c.stratified else None,
-        t_min=c.t_min,
         bound=bound,
         uncertainty=Uncertainty() if c.uncertainty else None,
     )
@@ -265,6 +373,7 @@ def _check_judge(config: ConfigDict) -> None:
 def _check_numbers(config: ConfigDict) -> None:
     positive = ["train.steps", "train.batch_size", "train.accumulate", "train.log_every"]
     positive += ["train.checkpoint_every", "train.keep", "sampler.steps", "sampler.batch_size"]
+    positive += ["evaluation.likelihood_count"]
     positive += ["samples.count", "samples.columns", "optimizer.learning_rate", "data.std"]
     for name in positive:
         section, field = name.split(".")
@@ -295,21 +404,10 @@ def _check_shapes(objective: Denoising, train: Source, batch_size: int) -> None:
         jax.eval_shape(lambda p: objective.loss(p, {}, batch, jax.random.key(0)), params)
 
 
-def _notes(config: ConfigDict, num_classes: int) -> tuple[str, ...]:
-    notes = []
-    if config.sampler.guidance != 1 and not num_classes:
-        notes.append(
-            f"config.sampler.guidance={config.sampler.guidance} has no effect: the model is "
-            "unconditional"
-        )
+def _notes(config: ConfigDict) -> list[str]:
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
-        notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
-    if config.sampler.guidance != 1 and num_classes and not config.objective.label_dropout:
-        raise ValueError(
-            f"config.sampler.guidance={config.sampler.guidance} needs a model that was also "
-            "trained without labels; set config.objective.label_dropout (0.1, say) or guidance=1"
-        )
-    return tuple(notes)
+        return ["samples are not judged: config.evaluation.weights names no LeNet-5 file"]
+    return []
 
 
 @contextlib.contextmanager

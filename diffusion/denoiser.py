@@ -8,13 +8,14 @@ x_0_hat (learned variances, what it was before clipping) the result is an ``Esti
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction, precondition
+from diffusion.schedules import Schedule
 
 
 class Estimate(NamedTuple):
@@ -33,6 +34,20 @@ class Estimate(NamedTuple):
 
 
 Denoise = Callable[[Array, NoiseLevel], Array | Estimate]
+
+
+class Stateful(NamedTuple):
+    """A denoiser that remembers earlier evaluations; ``sample`` takes it as it takes a ``Denoise``.
+
+    Attributes:
+      init: x [B, ...] -> the memory before the first evaluation, a pytree.
+      step: (x, level, memory) -> (x_0_hat or Estimate, memory).
+    """
+
+    init: Callable[[Array], Any]
+    step: Callable[[Array, NoiseLevel, Any], tuple[Array | Estimate, Any]]
+
+
 ConditionalDenoise = Callable[[Array, NoiseLevel, Conditioning], Array | Estimate]
 Network = Callable[[Array, Array, Conditioning], Array]  # (c_in x, c_noise [B], cond) -> F
 
@@ -78,3 +93,15 @@ def denoiser(
         return Estimate(c.c_skip * x + c.c_out * output, jnp.clip((variance + 1) / 2, 0, 1))
 
     return denoise
+
+
+def on_schedule(schedule: Schedule, x: Array, level: NoiseLevel) -> tuple[Array, NoiseLevel]:
+    """The same noised example as another schedule has it: where sigma / alpha is the same.
+
+    For networks of another schedule than the sampler's: x [B, ...] is multiplied by
+    sqrt((alpha'^2 + sigma'^2) / (alpha^2 + sigma^2)). Ratios beyond ``schedule.t_max`` become its.
+    """
+    t = jnp.minimum(schedule.invert(level.alpha, level.sigma), schedule.t_max)
+    other = schedule(t)
+    factor = jnp.hypot(other.alpha, other.sigma) / jnp.hypot(level.alpha, level.sigma)
+    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim)).astype(x.dtype) * x, other

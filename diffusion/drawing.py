@@ -11,9 +11,6 @@ import numpy as np
 
 from diffusion.build import Experiment
 from diffusion.conditioning import Conditioning
-from diffusion.denoiser import ConditionalDenoise, Denoise
-from diffusion.levels import Array
-from diffusion.sampling import guidance
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
 
 
@@ -22,8 +19,13 @@ class Drawer:
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
+        guide = experiment.guidance
+        self._others = guide.params()  # of a weaker model, of a classifier
         self._draw = make_sampler(
-            experiment.objective.denoiser, experiment.train.shape, self._guide
+            guide.networks,
+            experiment.train.shape,
+            guide.guide,
+            corrector=experiment.corrector,
         )
 
     def draw(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -32,7 +34,7 @@ class Drawer:
         cond = self._conditioning(count)
         x = sample_many(
             self._draw,
-            params,
+            {"model": params, **self._others},
             self.experiment.solver,
             cond,
             count,
@@ -53,24 +55,17 @@ class Drawer:
 
         @jax.jit
         def run(params, solver):
-            denoise = self._guide(self.experiment.objective.denoiser(params), cond, c.guidance)
+            guide = self.experiment.guidance
+            denoise = guide.guide(guide.networks(params), cond, c.guidance)
             keys = image_keys(c.seed, np.arange(count))
-            return sample(denoise, solver, keys, self.experiment.train.shape, trajectory=True)
+            shape, corrector = self.experiment.train.shape, self.experiment.corrector
+            return sample(denoise, solver, keys, shape, corrector=corrector, trajectory=True)
 
-        x, path = run(params, solver)
+        x, path = run({"model": params, **self._others}, solver)
         scale = np.hypot(solver.level.alpha, solver.level.sigma)
         path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
         return np.concatenate([path, np.asarray(x)[None]]), cond.label
 
     def _conditioning(self, count: int) -> Conditioning:
-        classes = self.experiment.num_classes
+        classes = self.experiment.guidance.num_classes
         return Conditioning(label=np.arange(count, dtype=np.int32) % classes if classes else None)
-
-    def _guide(self, denoise: ConditionalDenoise, cond: Conditioning, scale: Array) -> Denoise:
-        c = self.experiment.config.sampler
-        if self.experiment.num_classes and c.guidance != 1:
-            null = self.experiment.objective.null(cond)
-            guided = guidance.classifier_free(denoise, cond, null, scale)
-        else:
-            guided = guidance.conditional(denoise, cond)
-        return guidance.clip(guided) if c.clip else guided

@@ -12,10 +12,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.build import Experiment, build
-from diffusion.data import pipeline
+from diffusion.data import densities, pipeline
 from diffusion.drawing import Drawer
-from diffusion.evaluation import classifiers, figures
+from diffusion.evaluation import bits, classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
+from diffusion.evaluation.noisy_accuracy import accuracy_by_level
 from diffusion.training import checkpoints
 from diffusion.training.logging import Logger
 from diffusion.training.loop import fit
@@ -45,7 +46,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         )
         return
     _describe(experiment)
-    drawer, logger = Drawer(experiment), Logger(workdir)
+    drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
+    logger = Logger(workdir)
 
     def grid(state: TrainState, step: int) -> None:
         picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(experiment)))
@@ -68,12 +70,15 @@ def train(config: ConfigDict, workdir: str) -> None:
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         keep=config.train.keep,
-        hooks=[(every, grid)] if every and len(experiment.train.shape) == 3 else [],
+        hooks=[(every, grid)] if every and drawer and len(experiment.train.shape) == 3 else [],
         logger=logger,
     )
     params = state.ema["ema"]
-    _pictures(drawer, params, folder)
-    _evaluate(drawer, params, folder)
+    if drawer:
+        _pictures(drawer, params, folder)
+        _evaluate(drawer, params, folder)
+    else:
+        _evaluate_classifier(experiment, params, folder)
     (folder / "done").write_text(f"{config.train.steps}\n")
     print(f"{time.perf_counter() - began:.0f} s in all; results in {folder}")
 
@@ -108,7 +113,8 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
     if not _evaluate(drawer, params, folder):
         raise ValueError(
             "nothing to judge samples with: set config.evaluation.classifier to digits_svc "
-            "or lenet5 (with config.evaluation.weights), for a class-conditional model"
+            "or lenet5 (with config.evaluation.weights), for a class-conditional model, or "
+            "config.evaluation.likelihood to ode or bound, for any"
         )
 
 
@@ -124,6 +130,11 @@ def _restore(config: ConfigDict, workdir: str) -> tuple[Drawer, Any, Path]:
     checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
     experiment = _build(config)
     params, step = checkpoints.restore_ema(workdir, "ema")
+    if experiment.guidance is None:
+        raise ValueError(
+            f"config.objective.name={config.objective.name!r} draws nothing; how well it "
+            f"classifies is in {workdir}/evaluation.json"
+        )
     print(f"{workdir}: averaged parameters after step {step}")
     return Drawer(experiment), params, Path(workdir)
 
@@ -199,6 +210,7 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
     """Writes evaluation.json and prints its main figures; False if there is no judge."""
     experiment = drawer.experiment
     c = experiment.config.evaluation
+    result = {}
     if len(experiment.train.shape) == 1:
         x, _ = drawer.draw(params, c.count)
         result = evaluate_points(x, experiment.config.data.density)
@@ -206,7 +218,7 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
             "sliced Wasserstein distance {sliced_wasserstein:.4f} (real data among themselves "
             "{sliced_wasserstein_real:.4f})".format(**result)
         )
-    elif experiment.num_classes and (judge := _judge(experiment)) is not None:
+    elif experiment.guidance.num_classes and (judge := _judge(experiment)) is not None:
         x, label = drawer.draw(params, c.count)
         result = evaluate_samples(x, label, judge, experiment.train, experiment.held_out)
         print(
@@ -217,10 +229,65 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
                 **result
             )
         )
-    else:
+    if experiment.likelihood is not None:
+        result["likelihood"] = _likelihood(experiment, params)
+    if not result:
         return False
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return True
+
+
+def _evaluate_classifier(experiment: Experiment, params: Any, folder: Path) -> None:
+    """Writes evaluation.json, with the accuracy by noise level, and prints it."""
+    figures.loss_curve(
+        folder / "loss.png", folder / "metrics.jsonl", title=f"{experiment.train.name}: loss"
+    )
+    results = accuracy_by_level(experiment.objective, params, experiment.held_out)
+    print(f"on {len(experiment.held_out)} held-out examples, by noise level:")
+    for result in results:
+        print(
+            "  t {t:5.2f}  sigma/alpha {sigma_over_alpha:9.3g}  accuracy {accuracy:6.1%}  "
+            "cross-entropy {cross_entropy:.3f}".format(**result)
+        )
+    result = {"levels": results, "num_held_out": len(experiment.held_out)}
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _likelihood(experiment: Experiment, params: Any) -> dict[str, Any]:
+    """Bits per dimension of held-out and training data, printed too."""
+    c, source = experiment.config.evaluation, experiment.held_out
+    splits = {"held_out": source, "train": experiment.train}
+    result = bits.evaluate_bits(
+        experiment.likelihood,
+        experiment.objective.denoiser,
+        experiment.objective.schedule,
+        params,
+        splits,
+        count=c.likelihood_count,
+        batch_size=experiment.config.sampler.batch_size,
+        labels=experiment.num_classes > 0,
+        seed=experiment.config.sampler.seed,
+    )
+    for name, numbers in result.items():
+        line = "{}: {bits_per_dim:.4f} +- {standard_error:.4f} bits/dim".format(
+            name.replace("_", "-"), **numbers
+        )
+        line += "" if source.levels else " ({nats:.4f} nats)".format(**numbers)
+        if len(source.shape) == 1:
+            index = bits.chosen_examples(
+                splits[name], c.likelihood_count, experiment.config.sampler.seed
+            )
+            known = densities.log_density(
+                experiment.config.data.density, splits[name].read(index)["x"]
+            )
+            if known is not None:
+                numbers["nats_of_the_density"] = float(-known.mean())
+                line += f"; the density itself {-known.mean():.4f} nats"
+        print(line + " ({count} examples, {evaluations:.0f} evaluations each)".format(**numbers))
+        if numbers["failed"]:
+            print(f"note: {numbers['failed']} not solved within max_steps, and left out")
+    given = {"estimator": c.likelihood, "levels": source.levels}
+    return given | {"given_labels": experiment.num_classes > 0} | result
 
 
 def _judge(experiment: Experiment) -> classifiers.Classifier | None:

@@ -36,6 +36,7 @@ class Source:
         arrays that belong to the caller.
       num_classes: 0 without labels.
       class_names: [num_classes] names, for pictures.
+      levels: number of grey levels, evenly spaced in [-1, 1], of which x is made; 0: continuous.
       note: what must be said beside every result obtained with the data.
     """
 
@@ -45,6 +46,7 @@ class Source:
     read: Callable[[np.ndarray], Batch]
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
+    levels: int = 0
     note: str = ""
 
     def __len__(self) -> int:
@@ -69,6 +71,7 @@ def from_arrays(
     scale: float = 1.0,
     class_names: tuple[str, ...] = (),
     num_classes: int | None = None,
+    levels: int = 0,
     note: str = "",
 ) -> Source:
     """A source over arrays in memory.
@@ -80,6 +83,7 @@ def from_arrays(
       scale: for float data only.
       class_names: one name per class.
       num_classes: if there are no names; by default the number of names, or max(label) + 1.
+      levels: of float data, see ``Source``; uint8 has 256.
       note: see ``Source``.
     """
     if label is not None:
@@ -88,7 +92,8 @@ def from_arrays(
         label = np.asarray(label, np.int32)
         num_classes = num_classes or len(class_names) or int(label.max(initial=-1)) + 1
     read = partial(_read_arrays, x, label, scale)
-    return Source(name, len(x), x.shape[1:], read, num_classes or 0, class_names, note)
+    levels = 256 if x.dtype == np.uint8 else levels
+    return Source(name, len(x), x.shape[1:], read, num_classes or 0, class_names, levels, note)
 
 
 def _read_arrays(x: np.ndarray, label: np.ndarray | None, scale: float, index: np.ndarray) -> Batch:
@@ -112,7 +117,8 @@ def digits(split: str) -> Source:
     parts = train_test_split(np.arange(len(x)), test_size=500, random_state=0, stratify=label)
     index = np.sort(parts[0] if split == "train" else parts[1])
     x = x[index].reshape(-1, 8, 8, 1).astype(np.float32) / 8 - 1
-    return from_arrays("digits", x, label[index], class_names=tuple("0123456789"))
+    names = tuple("0123456789")
+    return from_arrays("digits", x, label[index], class_names=names, levels=17)  # 0..16
 
 
 def mnist(split: str, data_dir: str | Path | None = None, *, padding: int = 0) -> Source:
@@ -176,7 +182,7 @@ def tfds(name: str, split: str, data_dir: str | Path | None = None) -> Source:
     if "label" in features:
         num_classes, names = features["label"].num_classes, tuple(features["label"].names)
     read = partial(_read_examples, examples, num_classes > 0)
-    return Source(name, len(examples), shape, read, num_classes, names)
+    return Source(name, len(examples), shape, read, num_classes, names, levels=256)
 
 
 def latents(path: str | Path, *, scale: float = 1.0, num_classes: int | None = None) -> Source:

@@ -1,9 +1,15 @@
 """Attention, and the two forms in which U-Nets use it: over pixels, and as a transformer.
 
-Submodules are named after diffusers' keys, with ``_`` for the dots before numbers.
+Submodules are named after diffusers' keys, with ``_`` for the dots before numbers. Every network's
+attention maps are computed by an ``Attend``, which has no parameters and stands in the module tree
+only to be found there: ``with_identity_maps`` takes hold of it from outside.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -42,9 +48,70 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 
+class Attend(nn.Module):
+    """``attend`` as a module without parameters; ``to_itself``: whether it is self-attention."""
+
+    to_itself: bool
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+        return attend(q, k, v, mask, self.implementation)
+
+
+def with_identity_maps(function: Callable[..., Any], blocks: str) -> Callable[..., Any]:
+    """``function`` with some networks' self-attention maps replaced by the identity.
+
+    Every token then gets its own value: what the perturbed estimate of perturbed-attention
+    guidance is (Ahn et al., 2024). Parameters are the same, cross-attention is left alone.
+
+    Args:
+      function: calls the network when it is called (a denoiser does); not jitted by itself, since
+        what was traced before would be used again.
+      blocks: regular expression, searched for in the attentions' paths in the module tree
+        (``self_attention_paths``): ``mid_block``, ``blocks_(3|4)/``. In a DiT with ``scan=True``
+        all blocks have one path.
+    """
+
+    def identity(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        attends = isinstance(module, Attend) and context.method_name == "__call__"
+        if attends and module.to_itself and re.search(blocks, _path(module)):
+            return args[2]
+        return call(*args, **kwargs)
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(identity):
+            return function(*args, **kwargs)
+
+    return changed
+
+
+def self_attention_paths(function: Callable[..., Any], *args: Any) -> list[str]:
+    """Paths of the self-attentions that ``function(*args)`` calls: "mid_block/attentions_0/", ...
+
+    Nothing is computed: args may be ``jax.ShapeDtypeStruct``.
+    """
+    paths = []
+
+    def note(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if isinstance(context.module, Attend) and context.module.to_itself:
+            paths.append(_path(context.module))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(function, *args)
+    return sorted(set(paths))
+
+
+def _path(attend: Attend) -> str:
+    """Of the module that it works for, with a slash at the end."""
+    return "/".join(attend.path[:-1]) + "/"
+
+
 def _project_and_attend(
     x: Array,
-    context: Array,
+    context: Array | None,
     mask: Array | None,
     *,
     heads: int,
@@ -55,16 +122,17 @@ def _project_and_attend(
 ) -> Array:
     """to_q, to_k, to_v, attention, to_out_0, made in the calling module's own scope.
 
-    x [B, L, C] attends to context [B, Lk, Cc]; returns [B, L, C].
+    x [B, L, C] attends to context [B, Lk, Cc], or to itself without one; returns [B, L, C].
     """
     width = x.shape[-1]
+    source = x if context is None else context
 
     def project(tokens: Array, name: str) -> Array:
         tokens = nn.Dense(width, use_bias=bias, dtype=dtype, name=name)(tokens)
         return tokens.reshape(*tokens.shape[:-1], heads, width // heads)
 
-    q, k, v = project(x, "to_q"), project(context, "to_k"), project(context, "to_v")
-    out = attend(q, k, v, mask, implementation).reshape(x.shape)
+    q, k, v = project(x, "to_q"), project(source, "to_k"), project(source, "to_v")
+    out = Attend(context is None, implementation, name="attend")(q, k, v, mask).reshape(x.shape)
     init = zeros if zero_output else lecun_normal()
     return nn.Dense(width, dtype=dtype, kernel_init=init, name="to_out_0")(out)
 
@@ -80,7 +148,7 @@ class Attention(nn.Module):
     def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
         return _project_and_attend(
             x,
-            x if context is None else context,
+            context,
             mask,
             heads=self.heads,
             bias=False,
@@ -109,7 +177,7 @@ class SpatialAttention(nn.Module):
         h = h.reshape(h.shape[0], -1, h.shape[-1])
         h = _project_and_attend(
             h,
-            h,
+            None,
             None,
             heads=self.heads,
             bias=True,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.levels import Array
-from diffusion.models.attention import attend
+from diffusion.models.attention import Attend
 from diffusion.models.positions import rotate
 
 xavier = nn.initializers.xavier_uniform()
@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        x = attend(q, k, v, implementation=self.implementation).reshape(b, length, width)
+        x = Attend(True, self.implementation, name="attend")(q, k, v).reshape(b, length, width)
         return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(x)
 
 
@@ -81,7 +81,8 @@ class CrossAttention(nn.Module):
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
-        x = attend(q, k, v, mask, implementation=self.implementation).reshape(b, length, width)
+        x = Attend(False, self.implementation, name="attend")(q, k, v, mask)
+        x = x.reshape(b, length, width)
         return nn.Dense(width, kernel_init=zeros, dtype=self.dtype, name="proj")(x)
 
 

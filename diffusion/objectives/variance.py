@@ -8,12 +8,13 @@ term of which is drawn per example, with the mean held fixed.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
-from diffusion.levels import Array, posterior
+from diffusion.levels import Array, NoiseLevel, namespace, posterior
 from diffusion.schedules import Schedule
 
 
@@ -40,28 +41,62 @@ class VariationalBound:
         That is KL(q(x_s | x_t, x_0) || p(x_s | x_t)) with s = t - 1/T, and at the last step,
         where s = 0, the negative log-likelihood of x_0 in bins of width 2 / (levels - 1).
         """
-        last = t / schedule.t_max * self.steps < 1.5
-        mean, log_beta_tilde, log_beta = self._posterior(schedule, t, x_t)
-        log_variance = nu * log_beta + (1 - nu) * log_beta_tilde
-        error = mean(x0) - mean(jax.lax.stop_gradient(x0_hat))
-        gap = log_beta_tilde - log_variance
-        kl = 0.5 * (-1 - gap + jnp.exp(gap) + error**2 * jnp.exp(-log_variance))
-        nll = -_binned_log_likelihood(
-            x0, mean(jax.lax.stop_gradient(x0_hat)), log_variance / 2, self.levels
-        )
-        term = jnp.where(last.reshape((-1,) + (1,) * (x0.ndim - 1)), nll, kl)
-        return self.steps * term.reshape(len(x0), -1).mean(axis=1) / jnp.log(2.0)
-
-    def _posterior(self, schedule: Schedule, t: Array, x_t: Array):
-        step = schedule.t_max / self.steps
-        now, before = schedule(t), schedule(jnp.maximum(t - step, 0.0))
-        beta, beta_tilde, c_x, c_x0 = (
-            a.reshape((-1,) + (1,) * (x_t.ndim - 1)) for a in posterior(now, before)
-        )
+        width = schedule.t_max / self.steps
         # At the last step the posterior is a point; its variance is taken from the step before.
-        _, first, _, _ = posterior(schedule(jnp.float32(2 * step)), schedule(jnp.float32(step)))
-        log_beta_tilde = jnp.log(jnp.maximum(beta_tilde, first))
-        return (lambda x0: c_x * x_t + c_x0 * x0), log_beta_tilde, jnp.log(beta)
+        first = posterior(schedule(jnp.float32(2 * width)), schedule(jnp.float32(width)))[1]
+        now, before = schedule(t), schedule(jnp.maximum(t - width, 0.0))
+        step = reverse_step(now, before, t / schedule.t_max * self.steps < 1.5, first)
+        return self.steps * step_bits(step, x0, x_t, jax.lax.stop_gradient(x0_hat), nu, self.levels)
+
+
+class ReverseStep(NamedTuple):
+    """q(x_s | x_t, x_0) = N(c_x x_t + c_x0 x_0, beta_tilde); leaves (), [B] or [N]."""
+
+    c_x: Array
+    c_x0: Array
+    log_beta_tilde: Array
+    log_beta: Array
+    last: Array
+
+
+def reverse_step(now: NoiseLevel, before: NoiseLevel, last: Array, floor: Array) -> ReverseStep:
+    """The step from t (now) to s (before); NumPy or JAX, as the levels.
+
+    Args:
+      now, before: t and s.
+      last: whether s = 0, where there is a likelihood of x_0 instead of a KL.
+      floor: the least beta_tilde, which is 0 at the last step.
+    """
+    xp = namespace(now.sigma, before.sigma)
+    beta, beta_tilde, c_x, c_x0 = posterior(now, before)
+    return ReverseStep(c_x, c_x0, xp.log(xp.maximum(beta_tilde, floor)), xp.log(beta), last)
+
+
+def step_bits(
+    step: ReverseStep, x0: Array, x_t: Array, x0_hat: Array, nu: Array, levels: int | None
+) -> Array:
+    """One step's term of the bound in bits per dimension, [B].
+
+    KL(q(x_s | x_t, x_0) || p(x_s | x_t)), or at the last step -log p(x_0 | x_t).
+
+    Args:
+      step: leaves [B].
+      x0, x_t, x0_hat: [B, ...].
+      nu: [B, ...] or [B, 1, ...], where p's log-variance lies between beta_tilde's and beta's.
+      levels: of x0, whose bins have width 2 / (levels - 1); None: a density, not binned.
+    """
+    step = ReverseStep(*(a.reshape((-1,) + (1,) * (x0.ndim - 1)) for a in step))
+    mean, mean_hat = (step.c_x * x_t + step.c_x0 * x for x in (x0, x0_hat))
+    log_variance = nu * step.log_beta + (1 - nu) * step.log_beta_tilde
+    error = mean - mean_hat
+    gap = step.log_beta_tilde - log_variance
+    kl = 0.5 * (-1 - gap + jnp.exp(gap) + error**2 * jnp.exp(-log_variance))
+    if levels is None:
+        nll = -norm.logpdf(x0, mean_hat, jnp.exp(log_variance / 2))
+    else:
+        nll = -_binned_log_likelihood(x0, mean_hat, log_variance / 2, levels)
+    term = jnp.where(step.last, nll, kl)
+    return term.reshape(len(x0), -1).mean(axis=1) / jnp.log(2.0)
 
 
 def _binned_log_likelihood(x: Array, mean: Array, log_std: Array, levels: int) -> Array:

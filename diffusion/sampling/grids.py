@@ -1,8 +1,9 @@
 """Where a sampler evaluates its denoiser: N + 1 noise levels, noisiest first.
 
 A grid is data, a stacked ``NoiseLevel`` of float64 NumPy arrays [N + 1]; solvers turn it into a
-table. Every function here but ``from_times`` and ``from_sigmas`` ends at clean data, (1, 0), so
-that N steps are N evaluations of a one-stage solver.
+table. All but given times and sigmas end at clean data, (1, 0), so that N steps are N evaluations
+of a one-stage solver; with ``clean=False``, where there is that option, N steps end at the smallest
+noise level instead.
 
 Evenly spaced time means what the schedule's own time means: a table's steps on a ``Table``, sigma
 itself on ``EDM``, where ``karras`` is the usual choice.
@@ -14,6 +15,7 @@ import operator
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import special
 
 from diffusion.levels import NoiseLevel
 from diffusion.schedules import Schedule, Table
@@ -54,7 +56,9 @@ def leading(schedule: Table, steps: int, offset: int = 0) -> NoiseLevel:
     return from_times(schedule, np.append((index + 1) / total, 0.0))
 
 
-def linspace(schedule: Schedule, steps: int, t_min: float | None = None) -> NoiseLevel:
+def linspace(
+    schedule: Schedule, steps: int, t_min: float | None = None, clean: bool = True
+) -> NoiseLevel:
     """N times evenly spaced from t_max to t_min, then clean.
 
     t_min is by default a table's first step and 0.001 t_max on other schedules (Song et al., 2021).
@@ -68,8 +72,65 @@ def linspace(schedule: Schedule, steps: int, t_min: float | None = None) -> Nois
         t_min = 1 / schedule.steps if isinstance(schedule, Table) else 1e-3 * schedule.t_max
     if not 0 < t_min <= schedule.t_max:
         raise ValueError(f"t_min must lie in (0, {schedule.t_max}], got {t_min}")
-    times = np.linspace(schedule.t_max, t_min, _check(steps))
-    return from_times(schedule, np.append(times, 0.0))
+    times = np.linspace(schedule.t_max, t_min, _levels(steps, clean))
+    return from_times(schedule, np.append(times, 0.0) if clean else times)
+
+
+def beta(schedule: Schedule, steps: int, a: float = 0.6, b: float = 0.6) -> NoiseLevel:
+    """Times t_max F^-1(1 - i/N), F the Beta(a, b) distribution's (Lee et al., 2024).
+
+    With a, b < 1 they crowd at both ends; a = b = 1 is ``uniform``.
+
+    Raises:
+      ValueError: for a or b <= 0.
+    """
+    if not (a > 0 and b > 0):
+        raise ValueError(f"a and b must be positive, got a={a} and b={b}")
+    return from_times(
+        schedule, schedule.t_max * special.betaincinv(a, b, np.linspace(1, 0, _check(steps) + 1))
+    )
+
+
+def flow_shift(schedule: Schedule, steps: int, shift: float = 3.0) -> NoiseLevel:
+    """Uniform times, moved to where sigma/alpha is ``shift`` times as large.
+
+    SD3 (Esser et al., 2024, eq. 23): t' = shift t / (1 + (shift - 1) t) on the rectified flow. For
+    schedules without signal at t_max: on others, use the schedule ``shifted``.
+
+    Raises:
+      ValueError: for shift <= 0, or a schedule with signal at t_max.
+    """
+    if schedule(schedule.t_max).alpha > 0:
+        raise ValueError(
+            f"flow_shift needs a schedule without signal at t_max (a flow), got {schedule}; "
+            "use schedule.shifted"
+        )
+    if not shift > 0:
+        raise ValueError(f"shift must be positive, got {shift}")
+    times = schedule.t_max * np.linspace(1, 0, _check(steps) + 1)
+    level = schedule(times)
+    moved = schedule.invert(level.alpha, shift * level.sigma)
+    return from_times(schedule, np.minimum(moved, schedule.t_max))
+
+
+def flow_shift_for(
+    schedule: Schedule,
+    steps: int,
+    tokens: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> NoiseLevel:
+    """``flow_shift`` by the number of tokens, with shift = e^mu (FLUX).
+
+    mu is linear in the tokens: base_shift at 256 (a 256 px image), max_shift at 4096 (1024 px).
+
+    Raises:
+      ValueError: for tokens < 1, or as ``flow_shift``.
+    """
+    if not tokens >= 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    mu = base_shift + (max_shift - base_shift) * (tokens - 256) / (4096 - 256)
+    return flow_shift(schedule, steps, float(np.exp(mu)))
 
 
 def karras(
@@ -78,6 +139,7 @@ def karras(
     rho: float = 7.0,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    clean: bool = True,
 ) -> NoiseLevel:
     """sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0.
 
@@ -90,6 +152,7 @@ def karras(
       sigma_min: by default a table's first step, and 0.002 on other schedules.
       sigma_max: by default the schedule's noisiest, or 80 where that holds practically no signal
         (alpha < 0.001: cosine, zero terminal SNR, flows), so that the ratio is huge or infinite.
+      clean: whether the last step goes to clean data; if not, N steps end at sigma_min.
 
     Raises:
       ValueError: for steps < 1, rho <= 0, or not 0 < sigma_min < sigma_max <= the schedule's.
@@ -97,8 +160,8 @@ def karras(
     if not rho > 0:
         raise ValueError(f"rho must be positive, got {rho}")
     low, high = _range(schedule, sigma_min, sigma_max)
-    ramp = np.linspace(high ** (1 / rho), low ** (1 / rho), _check(steps)) ** rho
-    return from_sigmas(schedule, np.append(_pin(ramp, low, high), 0.0))
+    ramp = np.linspace(high ** (1 / rho), low ** (1 / rho), _levels(steps, clean)) ** rho
+    return from_sigmas(schedule, _pin(ramp, low, high, clean))
 
 
 def exponential(
@@ -106,14 +169,15 @@ def exponential(
     steps: int,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    clean: bool = True,
 ) -> NoiseLevel:
     """N levels evenly spaced in log(sigma / alpha), then clean: uniform in log SNR.
 
     DPM-Solver's (Lu et al., 2022) and k-diffusion's spacing. Arguments and errors as ``karras``.
     """
     low, high = _range(schedule, sigma_min, sigma_max)
-    ramp = np.geomspace(high, low, _check(steps))
-    return from_sigmas(schedule, np.append(_pin(ramp, low, high), 0.0))
+    ramp = np.geomspace(high, low, _levels(steps, clean))
+    return from_sigmas(schedule, _pin(ramp, low, high, clean))
 
 
 def from_times(schedule: Schedule, times: Sequence[float] | np.ndarray) -> NoiseLevel:
@@ -148,6 +212,23 @@ def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> Noi
     return schedule.at_ratio(ratio)
 
 
+def partial(grid: NoiseLevel, strength: float) -> NoiseLevel:
+    """The last int(strength N) steps of a grid of N: image to image (SDEdit, Meng et al., 2021).
+
+    Counted as diffusers counts them. strength = 1 is the whole grid, from its noisiest node.
+
+    Raises:
+      ValueError: for a strength outside (0, 1], or so small that no step is left.
+    """
+    count = len(grid.sigma) - 1
+    if not 0 < strength <= 1 or int(count * strength) < 1:
+        raise ValueError(
+            f"strength must lie in [1/{count}, 1], so that one of the grid's {count} steps is "
+            f"left, got {strength}"
+        )
+    return NoiseLevel(*(leaf[count - int(count * strength) :] for leaf in grid))
+
+
 def _range(
     schedule: Schedule, sigma_min: float | None, sigma_max: float | None
 ) -> tuple[float, float]:
@@ -162,12 +243,17 @@ def _range(
     return sigma_min, sigma_max
 
 
-def _pin(ramp: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Ends free of the powers' rounding, so that a grid cannot pass the schedule's own."""
+def _levels(steps: int, clean: bool) -> int:
+    """How many levels with noise N steps have."""
+    return _check(steps) + (not clean)
+
+
+def _pin(ramp: np.ndarray, low: float, high: float, clean: bool) -> np.ndarray:
+    """Ends free of the powers' rounding, so that a grid cannot pass the schedule's own; and 0."""
     if len(ramp) > 1:
         ramp[-1] = low
     ramp[0] = high
-    return ramp
+    return np.append(ramp, 0.0) if clean else ramp
 
 
 def _check(steps: int) -> int:

@@ -13,12 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from diffusion.conditioning import Conditioning
-from diffusion.denoiser import ConditionalDenoise, Denoise, as_estimate
-from diffusion.levels import Array
+from diffusion.denoiser import ConditionalDenoise, Denoise, Stateful, as_estimate
+from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling.guidance import conditional
+from diffusion.sampling.langevin import Corrector
 from diffusion.sampling.tables import Solver
 
-Guide = Callable[..., Denoise]  # (ConditionalDenoise, Conditioning, *arguments) -> Denoise
+Guide = Callable[..., Denoise | Stateful]  # (ConditionalDenoise, Conditioning, *arguments)
 Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments, x_init) -> images
 Callback = Callable[[np.ndarray, np.ndarray], None]  # (evaluation (), x_0_hat [B, ...])
 
@@ -45,8 +46,17 @@ def _image_keys(seed: Array, indices: Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
+def image_noise(keys: jax.Array, shape: tuple[int, ...], fold: Array | int = 0) -> jax.Array:
+    """Standard normal numbers [B, *shape], image i's from ``keys[i]``; fold 0 is initial noise."""
+    folded = jax.vmap(lambda key: jax.random.fold_in(key, fold))(keys)
+    # Flat: the same numbers as in the image's shape, but XLA's CPU compiler is much faster.
+    size, dtype = math.prod(shape), jnp.result_type(float)
+    flat = jax.vmap(lambda key: jax.random.normal(key, (size,), dtype))(folded)
+    return flat.reshape(len(keys), *shape)
+
+
 def sample(
-    denoise: Denoise,
+    denoise: Denoise | Stateful,
     solver: Solver,
     keys: jax.Array,
     shape: tuple[int, ...],
@@ -54,6 +64,7 @@ def sample(
     x_init: Array | None = None,
     noises: Array | None = None,
     carry: Any = None,
+    corrector: Corrector | None = None,
     callback: Callback | None = None,
     trajectory: bool = False,
 ) -> Array | tuple[Array, Trajectory]:
@@ -64,7 +75,8 @@ def sample(
     evaluations, unless the trajectory is asked for or gradients are taken.
 
     Args:
-      denoise: (x [B, *shape], level with leaves ()) -> x_0_hat or an ``Estimate``.
+      denoise: (x [B, *shape], level with leaves ()) -> x_0_hat or an ``Estimate``; or a
+        ``Stateful`` one, whose memory goes from evaluation to evaluation.
       solver: the table.
       keys: [B] typed keys (``image_keys``).
       shape: one image's.
@@ -72,7 +84,10 @@ def sample(
       noises: [R + 1, B, *shape] standard normal numbers to use instead of drawing: the initial
         noise and each row's.
       carry: what a denoiser with a memory (momentum, cached features) starts with, a pytree. Then
-        ``denoise(x, level, carry) -> (estimate, carry)``.
+        ``denoise(x, level, carry) -> (estimate, carry)``. A ``Stateful`` denoiser brings its own.
+      corrector: applied to x after each row but the last, at the next row's level: predictor-
+        corrector sampling, with a solver of one evaluation per step (``langevin``). Row r's keys
+        are fold r of each image's fold 2^31.
       callback: called on the host after each evaluation with its number and x_0_hat, for progress
         bars and previews. Without it, nothing is sent.
       trajectory: whether to return every evaluation too.
@@ -82,8 +97,11 @@ def sample(
       ``trajectory`` the pair (x, Trajectory).
 
     Raises:
-      ValueError: for keys that are not typed keys [B], or x_init of another shape.
+      ValueError: for keys that are not typed keys [B], x_init of another shape, or a corrector
+        together with a carry.
     """
+    if corrector is not None and (carry is not None or isinstance(denoise, Stateful)):
+        raise ValueError("a corrector does not know what to do with a denoiser that has a memory")
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
         raise ValueError(
             f"keys must be typed keys [B] (jax.random.key), got {keys.dtype} of shape {keys.shape}"
@@ -98,10 +116,12 @@ def sample(
     def draw_noise(fold: Array | int) -> Array:
         if noises is not None:
             return jnp.asarray(noises, dtype)[fold]
-        folded = jax.vmap(lambda key: jax.random.fold_in(key, fold))(keys)
-        # Flat: the same numbers as in the image's shape, but XLA's CPU compiler is much faster.
-        flat = jax.vmap(lambda key: jax.random.normal(key, (math.prod(shape),), dtype))(folded)
-        return flat.reshape(size)
+        return image_noise(keys, shape, fold)
+
+    def correct(registers: Array, r: Array) -> Array:
+        folded = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, 2**31), r))(keys)
+        level = NoiseLevel(*(a[r + 1] for a in solver.level))
+        return registers.at[0].set(corrector(denoise, registers[0], level, folded))
 
     def evaluate(state: tuple[Array, Any], row: tuple) -> tuple[tuple, Trajectory | None]:
         registers, memory = state
@@ -124,9 +144,13 @@ def sample(
             lambda y: y,
             new,
         )
+        if corrector is not None:
+            new = jax.lax.cond(r < solver.evaluations - 1, correct, lambda y, _: y, new, r)
         return (new, memory), Trajectory(x, x0) if trajectory else None
 
     x = solver.init * draw_noise(0) if x_init is None else jnp.asarray(x_init, dtype)
+    if isinstance(denoise, Stateful):
+        denoise, carry = denoise.step, denoise.init(x)
     m = solver.b.shape[-1]
     registers = jnp.zeros((m, *size), dtype).at[0].set(x)
     rows = (jnp.arange(solver.evaluations), *solver[:-1])
@@ -162,6 +186,7 @@ def make_sampler(
     shape: tuple[int, ...],
     guide: Guide = conditional,
     devices: Sequence[jax.Device] | None = None,
+    corrector: Corrector | None = None,
     callback: Callback | None = None,
 ) -> Draw:
     """Compiles ``sample`` with everything an argument: weights, solver, keys, conditioning.
@@ -171,11 +196,13 @@ def make_sampler(
 
     Args:
       denoiser: params -> conditional denoiser: an objective's ``denoiser``. ``params`` is any
-        pytree; to give frozen parameters too, ``lambda both: objective.denoiser(*both)``.
+        pytree; to give frozen parameters too, ``lambda both: objective.denoiser(*both)``. What it
+        returns is for ``guide`` alone, so it may be several denoisers (autoguidance).
       shape: one image's.
       guide: (denoise, cond, *arguments) -> Denoise. For classifier-free guidance:
         ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
       devices: by default all local ones.
+      corrector: as ``sample``'s.
       callback: as ``sample``'s; it sees each device's share of the batch apart.
 
     Returns:
@@ -189,7 +216,8 @@ def make_sampler(
 
     def local(params, solver, keys, cond, arguments, x_init):
         denoise = guide(denoiser(params), cond, *arguments)
-        return sample(denoise, solver, keys, shape, x_init=x_init, callback=callback)
+        options = dict(x_init=x_init, corrector=corrector, callback=callback)
+        return sample(denoise, solver, keys, shape, **options)
 
     @jax.jit
     def draw(params, solver, keys, cond, arguments, x_init):

@@ -113,8 +113,8 @@ def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
     """The grid's N + 1 levels, one by one; ``rising``: from less to more noise, for inversion.
 
     Raises:
-      ValueError: for a grid that does not go, node by node, from more to less noise (or
-        the reverse).
+      ValueError: for a grid that does not go, node by node, from more to less noise (rising: from
+        less to more).
     """
     grid = NoiseLevel(*(np.asarray(a, np.float64) for a in grid))
     _, alpha, sigma = grid
@@ -129,7 +129,7 @@ def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
         order = (
             "increase strictly along a rising grid"
             if rising
-            else ("decrease strictly along a grid, noisiest first")
+            else "decrease strictly along a grid, noisiest first"
         )
         raise ValueError(
             f"sigma / alpha must {order}; node {i} has "
@@ -142,3 +142,12 @@ def log_ratio(level: NoiseLevel) -> float:
     """lambda = log(alpha / sigma), half the log SNR; -inf at alpha = 0, inf at sigma = 0."""
     with np.errstate(divide="ignore"):
         return np.log(level.alpha) - np.log(level.sigma)
+
+
+def far(level: NoiseLevel) -> bool:
+    """Whether sigma/alpha > 1000, or infinite: too far for steps in x/alpha over sigma/alpha.
+
+    That space stretches without end there. What a method takes back of a long step's first guess
+    would be as much larger than x, and float32 would lose x in it.
+    """
+    return bool(level.sigma > 1e3 * level.alpha)

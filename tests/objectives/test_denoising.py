@@ -182,6 +182,6 @@ def test_denoiser_splits_learned_variances():
     params = objective.init(jax.random.key(0), batch_of(3))
     denoise = objective.denoiser(params)
     level = objective.schedule(jnp.full(3, 0.5))
-    x0_hat, nu = denoise(jnp.ones((3, 2)), level, Conditioning())
+    x0_hat, nu, _ = denoise(jnp.ones((3, 2)), level, Conditioning())
     assert x0_hat.shape == nu.shape == (3, 2)
     assert nu.min() >= 0 and nu.max() <= 1

@@ -47,6 +47,7 @@ CASES = {
         ({**NO_CLIP, **X0, **TRAILING}, 13, {}),
         ({**NO_CLIP, **LEADING, **SD}, 10, {}),
         ({**NO_CLIP, **LEADING, "variance_type": "fixed_large"}, 10, {}),
+        ({**NO_CLIP, "variance_type": "fixed_large"}, 10, {}),
         ({**NO_CLIP, "variance_type": "fixed_small_log"}, 10, {}),
         ({"variance_type": "learned_range", **LEADING}, 10, {}),
         ({"variance_type": "learned_range", **NO_CLIP, **COSINE, **V}, 10, {}),

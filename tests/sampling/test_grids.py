@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 from cases import SCHEDULES
+from scipy import stats
 
 from diffusion import schedules
 from diffusion.sampling import grids
 
-EVERY = [grids.uniform, grids.linspace, grids.karras, grids.exponential]
+EVERY = [grids.uniform, grids.linspace, grids.karras, grids.exponential, grids.beta]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -77,6 +78,42 @@ def test_partial_grid():
     np.testing.assert_allclose(level.alpha, [0.4, 0.6, 0.9])
 
 
+@pytest.mark.parametrize("grid", [grids.linspace, grids.karras, grids.exponential])
+def test_ends_at_the_smallest_noise(grid):
+    """N steps to the level before clean data are the first N of N + 1 steps."""
+    for schedule in SCHEDULES.values():
+        for steps in [1, 5]:
+            ends, clean = grid(schedule, steps, clean=False), grid(schedule, steps + 1)
+            assert len(ends.t) == steps + 1 and ends.sigma[-1] > 0
+            for a, b in zip(ends, clean):
+                np.testing.assert_array_equal(a, b[:-1])
+
+
+def test_beta_spacing():
+    flow = schedules.RectifiedFlow()
+    np.testing.assert_allclose(grids.beta(flow, 5, a=1.0, b=1.0).t, np.linspace(1, 0, 6))
+    t = grids.beta(schedules.EDM(), 40).t / 80
+    np.testing.assert_allclose(stats.beta(0.6, 0.6).cdf(t), np.linspace(1, 0, 41), atol=1e-12)
+    assert t[0] - t[1] < 0.01 < 0.02 < t[19] - t[20]  # crowded at the ends
+
+
+def test_flow_shift_is_sd3s():
+    t = np.linspace(1, 0, 8)
+    level = grids.flow_shift(schedules.RectifiedFlow(), 7, shift=3.0)
+    np.testing.assert_allclose(level.t, 3 * t / (1 + 2 * t), rtol=1e-12)
+    np.testing.assert_allclose(level.sigma, level.t)
+    trigonometric = grids.flow_shift(schedules.TrigonometricFlow(), 7, shift=2.0)
+    ratio = schedules.TrigonometricFlow()(t).ratio
+    np.testing.assert_allclose(trigonometric.ratio[1:], 2 * ratio[1:], rtol=1e-9)
+
+
+@pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (1024, 0.63)])
+def test_flow_shift_for_tokens_is_fluxs(tokens, mu):
+    t = np.linspace(1, 0, 5)[:-1]
+    level = grids.flow_shift_for(schedules.RectifiedFlow(), 4, tokens=tokens)
+    np.testing.assert_allclose(level.t[:-1], np.exp(mu) / (np.exp(mu) + 1 / t - 1), rtol=1e-12)
+
+
 TABLE, FLOW = schedules.linear(steps=10), schedules.RectifiedFlow()
 
 
@@ -94,6 +131,10 @@ TABLE, FLOW = schedules.linear(steps=10), schedules.RectifiedFlow()
         (lambda: grids.karras(FLOW, 3, rho=0), "rho must be positive"),
         (lambda: grids.karras(FLOW, 3, sigma_min=2, sigma_max=1), "sigma_min < sigma_max"),
         (lambda: grids.karras(schedules.EDM(), 3, sigma_max=90), "90.0 lies beyond"),
+        (lambda: grids.beta(FLOW, 3, a=0.0), "positive, got a=0.0"),
+        (lambda: grids.flow_shift(TABLE, 3), "use schedule.shifted"),
+        (lambda: grids.flow_shift(FLOW, 3, shift=-1.0), "positive, got -1.0"),
+        (lambda: grids.flow_shift_for(FLOW, 3, tokens=0), "at least 1, got 0"),
         (lambda: grids.from_times(FLOW, [0.5]), "at least two"),
         (lambda: grids.from_times(FLOW, [1.5, 0.5]), r"in \[0, 1.0\]"),
         (lambda: grids.from_times(FLOW, [0.5, 0.7, 0.1]), "strictly, got 0.5 then 0.7"),
@@ -103,3 +144,19 @@ TABLE, FLOW = schedules.linear(steps=10), schedules.RectifiedFlow()
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 50), (0.6, 30), (0.29, 14), (0.02, 1)])
+def test_strength_is_counted_as_in_diffusers(strength, steps):
+    """t_start = N - min(int(N s), N): what is left are the grid's last nodes."""
+    grid = grids.uniform(schedules.cosine(), 50)
+    part = grids.partial(grid, strength)
+    for leaf, whole in zip(part, grid):
+        np.testing.assert_array_equal(leaf, whole[50 - steps :])
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.5, 1.5, 0.05])
+def test_bad_strengths(strength):
+    grid = grids.uniform(schedules.cosine(), 10)
+    with pytest.raises(ValueError, match=r"strength must lie in \[1/10, 1\].*got"):
+        grids.partial(grid, strength)

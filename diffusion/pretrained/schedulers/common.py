@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from diffusion import predictions
-from diffusion.denoiser import Denoise, Estimate, as_estimate
+from diffusion.denoiser import Denoise, Estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction
-from diffusion.sampling.guidance import clip
+from diffusion.sampling.guidance import clip, dynamic_threshold
+from diffusion.sampling.guidance.lifting import Step, lift
 from diffusion.sampling.tables import Solver
 from diffusion.schedules import Schedule, Table
 
@@ -215,16 +216,25 @@ def unchanged(denoise: Denoise) -> Denoise:
 
 
 def threshold(denoise: Denoise, quantile: float, largest: float) -> Denoise:
-    """``guidance.dynamic_threshold`` with s <= largest, which wins where it is below 1."""
+    """``guidance.dynamic_threshold``, in which ``largest`` wins where it is below 1, as in
+    diffusers: x_0_hat is then clipped to [-largest, largest] and divided by it."""
+    if largest >= 1:
+        return dynamic_threshold(denoise, quantile, largest)
+    return on_estimate(denoise, lambda x, level, x0: jnp.clip(x0, -largest, largest) / largest)
 
-    def changed(x: Array, level: NoiseLevel) -> Estimate:
-        estimate = as_estimate(denoise(x, level))
-        axes = tuple(range(1, x.ndim))
-        s = jnp.quantile(jnp.abs(estimate.x0), quantile, axes, keepdims=True)
-        s = jnp.minimum(jnp.maximum(s, 1.0), largest)
-        return Estimate(jnp.clip(estimate.x0, -s, s) / s, estimate.nu, estimate.x0)
 
-    return changed
+def on_estimate(denoise: Denoise, change: Callable[[Array, NoiseLevel, Array], Array]) -> Denoise:
+    """x_0_hat := change(x, level, x_0_hat); ``unclipped`` is what it was."""
+
+    def wrap(step: Step) -> Step:
+        def changed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+            estimate, memory = step(x, level, memory)
+            new = change(x, level.expand(x.ndim), estimate.x0)
+            return Estimate(new, estimate.nu, estimate.x0), memory
+
+        return changed
+
+    return lift(denoise, wrap)
 
 
 def transform_of(c: SimpleNamespace) -> Callable[[Denoise], Denoise]:

@@ -280,9 +280,9 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
         raise ValueError(f"_class_name: {name!r} is not supported; nearest: {near[0]}")
     fields = dict(DEFAULTS[name])
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    if name == "DDIMInverseScheduler" and given.get("set_alpha_to_zero") is not None:
-        given["set_alpha_to_one"] = given["set_alpha_to_zero"]  # its former name
-    given.pop("set_alpha_to_zero", None)
+    former = given.pop("set_alpha_to_zero", None) if name == "DDIMInverseScheduler" else None
+    if former is not None:
+        given["set_alpha_to_one"] = former
     for key, value in given.items():
         if key in fields:
             replaced = REPLACED.get(SYNONYMS.get(name, ""), {}).get(key, {})

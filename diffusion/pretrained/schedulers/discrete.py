@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.denoiser import Denoise, Estimate, as_estimate, ddpm_index
+from diffusion.denoiser import ddpm_index
 from diffusion.levels import Array, NoiseLevel, posterior
 from diffusion.pretrained.schedulers.common import (
     PREDICTIONS,
@@ -16,6 +16,7 @@ from diffusion.pretrained.schedulers.common import (
     Request,
     Sampler,
     alphas_cumprod,
+    on_estimate,
     stack,
     table_of,
     transform_of,
@@ -115,19 +116,14 @@ def ddim_inverse(c: SimpleNamespace, r: Request) -> Sampler:
         return sampler
     first = 0.0 if c.set_alpha_to_one else 1 / schedule.steps
 
-    def transform(denoise: Denoise) -> Denoise:
-        """Clips what x_0 is where x is, one stride below the level that the network is told."""
+    def clipped(x: Array, level: NoiseLevel, raw: Array) -> Array:
+        """What x_0 is where x is, one stride below the level that the network is told."""
+        now = schedule(jnp.maximum(level.t - stride / schedule.steps, first))
+        output = _output(level, c.prediction_type, raw, x)
+        x0, _ = _estimates(x, output, now, c.prediction_type)
+        return jnp.clip(x0, -c.clip_sample_range, c.clip_sample_range)
 
-        def clipped(x: Array, level: NoiseLevel) -> Estimate:
-            raw = as_estimate(denoise(x, level)).x0
-            now = schedule(jnp.maximum(level.t - stride / schedule.steps, first))
-            output = _output(level, c.prediction_type, raw, x)
-            x0, _ = _estimates(x, output, now, c.prediction_type)
-            return Estimate(jnp.clip(x0, -c.clip_sample_range, c.clip_sample_range), None, raw)
-
-        return clipped
-
-    return sampler._replace(transform=transform)
+    return sampler._replace(transform=partial(on_estimate, change=clipped))
 
 
 def pndm(c: SimpleNamespace, r: Request) -> Sampler:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from diffusion.levels import NoiseLevel
 from diffusion.pretrained.schedulers.common import (
     Request,
     Sampler,
@@ -31,6 +32,7 @@ from diffusion.pretrained.schedulers.spacing import (
 from diffusion.sampling.solvers.adams import deis as deis_solver
 from diffusion.sampling.solvers.predictor_corrector import stochastic_adams
 from diffusion.sampling.solvers.predictor_corrector import unipc as unipc_solver
+from diffusion.sampling.tables import far
 
 
 def unipc(c: SimpleNamespace, r: Request) -> Sampler:
@@ -96,6 +98,7 @@ def unipc(c: SimpleNamespace, r: Request) -> Sampler:
         orders[-1] = 1
     corrected = [i not in c.disable_corrector for i in range(steps)]
     start = r.start(steps)
+    _check_near(grid, start, "predict_x0: False", not c.predict_x0)
     solver = unipc_solver(
         part(grid, start),
         c.solver_order,
@@ -138,6 +141,7 @@ def sa_solver(c: SimpleNamespace, r: Request) -> Sampler:
         corrector = [min(c.corrector_order, steps - i + 1) for i in range(steps)]
     room = max(c.predictor_order, c.corrector_order - 1)
     known = [min(i, room) for i in range(steps - start)]  # evaluations before this step's
+    _check_near(grid, start, "algorithm_type: 'noise_prediction'", not data)
     solver = stochastic_adams(
         part(grid, start),
         [float(200 <= k <= 800) for k in index[start:]],
@@ -146,3 +150,13 @@ def sa_solver(c: SimpleNamespace, r: Request) -> Sampler:
         prediction="x0" if data else "eps",
     )
     return lambda_sampler(c, schedule, part(grid, start), solver)
+
+
+def _check_near(grid: NoiseLevel, start: int, field: str, noise: bool) -> None:
+    """Our correctors leave out steps from beyond sigma = 1000 in noise prediction, where diffusers'
+    corrections are float32's rounding."""
+    if noise and far(NoiseLevel(*(leaf[start] for leaf in grid))):
+        raise ValueError(
+            f"{field} is not supported from sigma = {grid.ratio[start]:.6g} > 1000; use data "
+            "prediction, or a schedule that starts lower"
+        )

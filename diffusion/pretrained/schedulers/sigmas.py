@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion import predictions
-from diffusion.denoiser import Denoise, Estimate, as_estimate, ddpm_index, log_sigma
+from diffusion.denoiser import ddpm_index, log_sigma
 from diffusion.levels import Array, NoiseLevel
 from diffusion.pretrained.schedulers.common import (
     PREDICTIONS,
@@ -25,6 +25,7 @@ from diffusion.pretrained.schedulers.common import (
     alphas_cumprod,
     log_sigma_1000,
     negative_edm,
+    on_estimate,
     part,
     table_of,
     transform_of,
@@ -234,19 +235,12 @@ def consistency(c: SimpleNamespace, r: Request) -> Sampler:
         rows.append(Row(NoiseLevel(sigma, 1.0, sigma), [D + std * Z]))
     solver = table(rows)
 
-    def transform(denoise: Denoise) -> Denoise:
+    def boundary(x: Array, level: NoiseLevel, x0: Array) -> Array:
         """f = c_skip x + c_out F with f = x at sigma_min (Song et al., 2023, appendix C)."""
-
-        def boundary(x: Array, level: NoiseLevel) -> Estimate:
-            estimate = as_estimate(denoise(x, level))
-            level = level.expand(x.ndim)
-            share = (level.sigma - c.sigma_min) / level.sigma
-            skip = c.sigma_data**2 / ((level.sigma - c.sigma_min) ** 2 + c.sigma_data**2)
-            edm_skip = c.sigma_data**2 / (level.sigma**2 + c.sigma_data**2)
-            f = skip * x + share * (estimate.x0 - edm_skip * x)
-            return Estimate(jnp.clip(f, -1, 1) if c.clip_denoised else f, None, f)
-
-        return boundary
+        above, square = level.sigma - c.sigma_min, c.sigma_data**2
+        edm_skip = square / (level.sigma**2 + square)
+        f = square / (above**2 + square) * x + above / level.sigma * (x0 - edm_skip * x)
+        return jnp.clip(f, -1, 1) if c.clip_denoised else f
 
     return Sampler(
         EDM(c.sigma_max),
@@ -255,5 +249,5 @@ def consistency(c: SimpleNamespace, r: Request) -> Sampler:
         grid,
         solver._replace(init=np.float64(c.sigma_max)),
         250 * np.log(solver.level.sigma),
-        transform,
+        partial(on_estimate, change=boundary),
     )

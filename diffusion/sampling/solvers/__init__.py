@@ -22,6 +22,13 @@ from diffusion.sampling.solvers.dpm_solver import (
     dpmpp_3s,
     dpmpp_sde,
 )
+from diffusion.sampling.solvers.given import (
+    given,
+)
+from diffusion.sampling.solvers.jumps import (
+    repaint,
+    restart,
+)
 from diffusion.sampling.solvers.one_step import (
     consistency,
     ddim,
@@ -67,6 +74,7 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "flow_heun",
+    "given",
     "heun",
     "ipndm",
     "lcm",
@@ -74,6 +82,8 @@ __all__ = [
     "midpoint",
     "plms",
     "pndm",
+    "repaint",
+    "restart",
     "sa_solver",
     "tcd",
     "unipc",

@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 
 from diffusion.levels import NoiseLevel
-from diffusion.sampling.tables import Combination, D, Row, Solver, X, Y, nodes, step, table
+from diffusion.sampling.tables import Combination, D, Row, Solver, X, Y, far, nodes, step, table
 from diffusion.schedules import Schedule
 
 BASHFORTH = [
@@ -70,7 +70,7 @@ def deis(grid: NoiseLevel, order: int = 3, orders: Sequence[int] | None = None) 
 def ipndm(grid: NoiseLevel, order: int = 4) -> Solver:
     """iPNDM: Adams-Bashforth with the weights of even steps, in sigma/alpha (Zhang & Chen, 2022).
 
-    Its order is that of the weights where sigma/alpha is evenly spaced, else 2 on smooth grids.
+    Order 2 on smooth grids; orders above help only where sigma/alpha is nearly evenly spaced.
 
     Raises:
       ValueError: for an order outside 1..4.
@@ -86,13 +86,13 @@ def plms(grid: NoiseLevel) -> Solver:
     """PNDM without Runge-Kutta start, Stable Diffusion's PLMS (Liu et al., 2022).
 
     As ``ipndm`` with order 4, but the first step is taken twice, the second time with the mean of
-    the derivatives at both of its ends: N + 1 evaluations, or N if the grid has only one step or
-    starts at alpha = 0. Order 2.
+    the derivatives at both of its ends: N + 1 evaluations, or N if the grid has only one step.
+    Steps from sigma/alpha > 1000 are Euler's, and the method starts after them. Order 2.
     """
     path = nodes(grid)
     rows, k = [], 0
     for i, (now, after) in enumerate(pairwise(path)):
-        if now.alpha == 0:
+        if far(now):
             rows.append(Row(now, [step(X, D, now, after)]))
             continue
         eps, k = _eps(now), min(k + 1, 4)
@@ -109,12 +109,13 @@ def pndm(grid: NoiseLevel, schedule: Schedule) -> Solver:
     """PNDM with its Runge-Kutta start (Liu et al., 2022, alg. 2): the F-PNDM of the paper.
 
     The first three steps are the classical Runge-Kutta method's, whose stages lie halfway in time;
-    then as ``ipndm``. N + 9 evaluations for N >= 3. Order 2 where sigma/alpha is uneven.
+    then as ``ipndm``. N + 9 evaluations for N >= 3 (with its last step
+    going to clean data, N >= 4). Order 4 where sigma/alpha is evenly spaced, else 2.
     """
     path = nodes(grid)
     rows, k = [], 0
     for now, after in pairwise(path):
-        if now.alpha == 0 or (after.sigma == 0 and k < 3):  # nothing is evaluated at clean data
+        if far(now) or (after.sigma == 0 and k < 3):  # nothing is evaluated at clean data
             rows.append(Row(now, [step(X, D, now, after)]))
             continue
         if k == 3:
@@ -141,14 +142,16 @@ def lagrange_integrals(
 
     By Gauss-Legendre quadrature, to rounding for |rate (end - start)| up to about 50.
     """
-    u, w = np.polynomial.legendre.leggauss(64)
-    u = start + (u + 1) / 2 * (end - start)
+    z, w = _GAUSS
+    u = start + (z + 1) / 2 * (end - start)
     basis = np.ones((len(points), len(u)))
     for j, point in enumerate(points):
         for other in np.delete(points, j):
             basis[j] *= (u - other) / (point - other)
     return basis @ (w * np.exp(rate * (u - end))) * (end - start) / 2
 
+
+_GAUSS = np.polynomial.legendre.leggauss(64)
 
 Weights = Callable[[list[NoiseLevel], int, int], np.ndarray]
 

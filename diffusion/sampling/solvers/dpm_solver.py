@@ -37,6 +37,7 @@ from diffusion.sampling.tables import (
     X,
     Y,
     Z,
+    far,
     log_ratio,
     nodes,
     step,
@@ -172,7 +173,8 @@ def singlestep(
 
     N evaluations for N steps: the j-th step of a block starts again from the block's first node,
     with order j. What remains at the end, and a step at alpha = 0 or to sigma = 0, has a lower
-    order. As in DPM-Solver's "fast" variant and in diffusers.
+    order; in noise prediction also one from sigma/alpha > 1000. As in DPM-Solver's "fast" variant
+    and in diffusers.
 
     Args:
       grid: N + 1 levels. Where lambda is evenly spaced, stages lie at 1/2, or 1/3 and 2/3.
@@ -189,7 +191,9 @@ def singlestep(
     if orders is None:
         orders = []
         for i in range(len(path) - 1):
-            infinite = not np.isfinite(lam[i + 1] - lam[i - (orders[-1] if orders else 0)])
+            first = i - (orders[-1] if orders else 0)
+            infinite = not np.isfinite(lam[i + 1] - lam[first])
+            infinite |= prediction == "eps" and far(path[first])
             again = not orders or orders[-1] == order or infinite
             orders.append(1 if again else orders[-1] + 1)
     rows = []

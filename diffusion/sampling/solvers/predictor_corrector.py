@@ -4,7 +4,8 @@ A row evaluates at the predicted x, corrects x with what it finds, and predicts 
 one evaluation a step. All of the correction but its last term is known before that evaluation, and
 waits in the register Y[1]; Y[2:] are the earlier estimates, newest first.
 
-A step that starts at alpha = 0 or ends at sigma = 0 has order 1 and is not corrected.
+A step that starts at alpha = 0 or ends at sigma = 0 has order 1 and is not corrected; in noise
+prediction, neither is one from sigma/alpha > 1000.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diffusion.sampling.tables import (
     X,
     Y,
     Z,
+    far,
     log_ratio,
     nodes,
     step,
@@ -215,6 +217,8 @@ def _predict_correct(path: list[NoiseLevel], advance: Advance, prediction: str) 
             new, correction = step(X, D, now, path[i + 1]), None
         else:
             new, correction = advance(i, x, past)
+        if prediction == "eps" and far(now):
+            correction = None
         partial, weight = (np.zeros_like(X), None) if correction is None else correction
         rows.append(Row(now, [new, partial, *past[:HISTORY]]))
     return table(rows)

@@ -17,23 +17,19 @@ import numpy as np
 
 from diffusion.levels import NoiseLevel
 from diffusion.sampling.solvers.one_step import ancestral
-from diffusion.sampling.tables import D, Row, Solver, X, Y, Z, nodes, step, table
+from diffusion.sampling.tables import D, Row, Solver, X, Y, Z, far, nodes, step, table
 from diffusion.schedules import Schedule
-
-FAR = 1e3
-"""Steps from a sigma/alpha beyond this are taken in the flow's space: the other stretches without
-end there, and has no point for alpha = 0."""
 
 
 def heun(grid: NoiseLevel) -> Solver:
     """Heun's method on d(x/alpha) / d(sigma/alpha) = eps (EDM, Karras et al., 2022, alg. 1).
 
     Order 2, two evaluations a step; the last step is Euler's if it goes to clean data: 2N - 1.
-    Steps from sigma / alpha > 1000 are taken in ``flow_heun``'s space.
+    Steps from sigma/alpha > 1000 are taken in ``flow_heun``'s space.
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
-        rows += heun_rows(now, after, kappa=1.0 if now.sigma > FAR * now.alpha else 0.0)
+        rows += heun_rows(now, after, kappa=1.0 if far(now) else 0.0)
     return table(rows)
 
 
@@ -157,7 +153,9 @@ def edm(
     rows = []
     start, _ = raised(path[0])  # the initial noise brings x there
     for after in path[1:]:
-        rows += heun_rows(start, after, kappa=1.0 if start.sigma > FAR * start.alpha else 0.0)
+        rows += heun_rows(start, after, kappa=1.0 if far(start) else 0.0)
+        if after is path[-1]:
+            break
         start, std = raised(after)
         if std > 0:
             scale = start.alpha / after.alpha

@@ -1,0 +1,96 @@
+"""The classification objective: tell the label of a noised example, at every noise level.
+
+    loss = E_{x_0, y, eps, t} [ -log p(y | x_t, t) ],    x_t = alpha x_0 + sigma eps
+
+What guides a denoiser by its gradient (Dhariwal & Nichol, 2021; Song et al., 2021).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion.conditioning import Conditioning
+from diffusion.levels import Array, NoiseLevel, diffuse
+from diffusion.objectives import times
+from diffusion.predictions import Prediction
+from diffusion.schedules import Schedule
+
+Params = Any
+Classify = Callable[[Array, NoiseLevel], Array]  # (x_t [B, ...], level) -> logits [B, K]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Trains ``network`` as a classifier of noised examples.
+
+    Attributes:
+      network: linen module ``(c_in x, c_noise, cond, train) -> logits [B, K]``.
+      schedule, c_noise: see those modules.
+      prediction: only its c_in is used, so that input is scaled as the denoiser's is.
+      times: time distribution.
+      stratify: the global batch size, to spread times evenly over it; None draws independently.
+      t_min: smallest time trained on.
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    prediction: Prediction
+    c_noise: Callable[[NoiseLevel], Array]
+    times: times.TimeDistribution = times.uniform
+    stratify: int | None = None
+    t_min: float = 1e-5
+
+    def init(self, key: Array, batch: Mapping[str, Array]) -> Params:
+        """Initial parameters {"network": ...}."""
+        x = jnp.asarray(batch["x"])
+        level = self.schedule(jnp.full(len(x), 0.5 * self.schedule.t_max))
+        variables = self.network.init(key, x, self.c_noise(level), Conditioning())
+        return {"network": variables["params"]}
+
+    def loss(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Mapping[str, Array],
+        key: Array,
+        train: bool = True,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The mean cross-entropy over a batch with "x" and "label", and the accuracy.
+
+        What is drawn for an example depends on ``key`` and ``batch["index"]``, as for denoising.
+        """
+        del frozen  # nothing here is held fixed
+        x0, label = batch["x"], batch["label"]
+        index = batch.get("index", jnp.arange(len(x0)))
+        key_time, key_noise, key_network = jax.random.split(key, 3)
+        if self.stratify is None:
+            u = times.independent_uniforms(key_time, index)
+        else:
+            u = times.stratified_uniforms(key_time, index, self.stratify)
+        level = self.schedule(
+            jnp.clip(self.times(u, self.schedule), self.t_min, self.schedule.t_max)
+        )
+        noise = jax.vmap(
+            lambda i: jax.random.normal(jax.random.fold_in(key_noise, i), (x0[0].size,), x0.dtype)
+        )(index).reshape(x0.shape)
+        rngs = {"dropout": jax.random.fold_in(key_network, index[0])}
+        logits = self._apply(params, diffuse(x0, noise, level), level, train=train, rngs=rngs)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
+        hit = logits.argmax(-1) == label
+        return -chosen.mean(), {"accuracy": hit.mean(dtype=jnp.float32)}
+
+    def classifier(self, params: Params) -> Classify:
+        """(x_t [B, ...], level with leaves () or [B]) -> logits [B, K]."""
+        return lambda x, level: self._apply(params, x, level)
+
+    def _apply(self, params: Params, x: Array, level: NoiseLevel, **options: Any) -> Array:
+        c_in = self.prediction(level.expand(x.ndim)).c_in
+        noise = jnp.broadcast_to(self.c_noise(level), x.shape[:1])
+        variables = {"params": params["network"]}
+        return self.network.apply(variables, c_in * x, noise, Conditioning(), **options)

@@ -1,0 +1,155 @@
+"""Editing pictures with any model: image to image, inpainting, interpolation.
+
+Inpainting transforms a denoiser, so that every solver, guidance and schedule can be used with it.
+Where D is the known picture, x_t is drawn from the forward process of that picture: solvers
+reproduce points exactly, stochastic ones with new noise at each step, deterministic ones with the
+noise they began with. See also ``solvers.repaint`` for resampling, ``measurements`` for
+super-resolution and deblurring, and ``inversion``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.denoiser import Denoise, Estimate, Stateful
+from diffusion.levels import Array, NoiseLevel, diffuse
+from diffusion.sampling.guidance.lifting import Step, lift
+from diffusion.sampling.measurements import Measure
+from diffusion.sampling.sample import image_noise, sample
+from diffusion.sampling.tables import Solver
+
+
+def noised(x0: Array, solver: Solver, keys: jax.Array) -> Array:
+    """alpha x_0 + sigma eps at ``solver.level[0]``: where to start from a picture, ``x_init``.
+
+    The noise is that which ``sample`` begins with for these keys, so that with a solver that starts
+    at alpha = 0, sigma = 1 it is the same as to start from noise. Where pixels are to be
+    made from nothing, let x0 be 0 there.
+
+    Args:
+      x0: [B, ...] pictures.
+      solver: of a grid that begins where wanted: ``grids.partial(grid, strength)``.
+      keys: [B] typed keys.
+    """
+    first = NoiseLevel(*(jnp.asarray(leaf[0], x0.dtype) for leaf in solver.level))
+    return diffuse(x0, image_noise(keys, x0.shape[1:]).astype(x0.dtype), first)
+
+
+def image_to_image(
+    denoise: Denoise | Stateful, solver: Solver, keys: jax.Array, x0: Array
+) -> Array:
+    """Noises pictures x0 [B, ...] to where the solver begins and samples from there.
+
+    SDEdit (Meng et al., 2021): ``solver(grids.partial(grid, strength))``; at a low strength the
+    picture's layout stays, at strength 1 next to nothing does. For ``sample``'s other options, give
+    it ``x_init=noised(x0, solver, keys)``.
+    """
+    return sample(denoise, solver, keys, x0.shape[1:], x_init=noised(x0, solver, keys))
+
+
+def inpaint(denoise: Denoise | Stateful, known: Array, mask: Array) -> Denoise | Stateful:
+    """D := mask known + (1 - mask) D, which keeps what is known and paints the rest.
+
+    For one step of DDPM this is RePaint's (Lugmayr et al., 2022, eq. 8), with the known part of x_s
+    drawn given x_t. Start from ``noised(mask * known, solver, keys)``. Of learned variances, those
+    of known pixels are set to the posterior's.
+
+    Args:
+      denoise: the model's.
+      known: [B, ...] or broadcastable; whatever it holds where mask = 0 has no effect.
+      mask: broadcastable to x, 1 where known, 0 where to paint; between them, the two are mixed.
+    """
+
+    def mix(m: Array, x0: Array) -> Array:
+        return m * jnp.where(m > 0, known, 0).astype(x0.dtype) + (1 - m) * x0
+
+    def change(estimate: Estimate) -> Estimate:
+        m = jnp.asarray(mask, estimate.x0.dtype)
+        nu = None if estimate.nu is None else (1 - m) * estimate.nu
+        unclipped = None if estimate.unclipped is None else mix(m, estimate.unclipped)
+        return Estimate(mix(m, estimate.x0), nu, unclipped)
+
+    return _on_estimate(denoise, change)
+
+
+def consistent(
+    denoise: Denoise | Stateful, y: Array, measure: Measure, inverse: Measure
+) -> Denoise | Stateful:
+    """D := D + A^+ (y - A D): what a noiseless measurement y = A x_0 says of x_0 is put in.
+
+    DDNM (Wang et al., 2022, eq. 13), the linear measurement's null space left to the model. No
+    gradient is taken. ``inpaint`` is the case of a mask.
+
+    Args:
+      denoise: the model's.
+      y: [B, ...] the measurement.
+      measure: A, linear, such as ``measurements.average_pool``.
+      inverse: A^+ with A A^+ y = y, such as ``measurements.repeat_pixels``.
+    """
+
+    def project(x0: Array) -> Array:
+        return x0 + inverse(y - measure(x0))
+
+    def change(estimate: Estimate) -> Estimate:
+        unclipped = None if estimate.unclipped is None else project(estimate.unclipped)
+        return estimate._replace(x0=project(estimate.x0), unclipped=unclipped)
+
+    return _on_estimate(denoise, change)
+
+
+def _on_estimate(
+    denoise: Denoise | Stateful, change: Callable[[Estimate], Estimate]
+) -> Denoise | Stateful:
+    def wrap(step: Step) -> Step:
+        def changed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+            estimate, memory = step(x, level, memory)
+            return change(estimate), memory
+
+        return changed
+
+    return lift(denoise, wrap)
+
+
+def slerp(a: Array, b: Array, weight: Array | float) -> Array:
+    """Along the great circle from a (weight 0) to b (weight 1), each image by itself.
+
+    sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, with theta the angle between a
+    and b (Shoemake, 1985; for x_T, DDIM, Song et al., 2020, section 5.3). Unlike a straight line it
+    keeps the norm of noise. Where a and b are parallel it is a straight line, and also where they
+    are opposite, when there is no one great circle.
+
+    Args:
+      a, b: [B, ...] of one shape, not 0.
+      weight: () or [B].
+    """
+    axes, keep = tuple(range(1, a.ndim)), (-1,) + (1,) * (a.ndim - 1)
+    u, v = (c / jnp.sqrt(jnp.sum(c**2, axes, keepdims=True)) for c in (a, b))
+
+    def norm(c: Array) -> Array:
+        square = jnp.sum(c**2, axes)
+        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+    theta = 2 * jnp.arctan2(norm(u - v), norm(u + v))  # accurate near 0 and pi, as arccos is not
+    straight = theta > jnp.pi - 1e-3
+    theta = jnp.where(straight, 0, theta)
+    w = jnp.broadcast_to(jnp.asarray(weight, a.dtype), theta.shape)
+
+    def share(w: Array) -> Array:  # sin(w theta) / sin(theta), w at theta = 0
+        return (w * jnp.sinc(w * theta / jnp.pi) / jnp.sinc(theta / jnp.pi)).reshape(keep)
+
+    return share(1 - w) * a + share(w) * b
+
+
+def between(a: Array, b: Array, count: int) -> Array:
+    """[count, B, ...]: evenly spaced along ``slerp`` from a to b, for x_T or latents.
+
+    Raises:
+      ValueError: for count < 2.
+    """
+    if count < 2:
+        raise ValueError(f"count must be at least 2, the two ends, got {count}")
+    return jnp.stack([slerp(a, b, w) for w in jnp.linspace(0, 1, count)])

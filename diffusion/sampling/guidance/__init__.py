@@ -1,0 +1,47 @@
+"""Guidance: transforms of a denoiser that give a denoiser.
+
+x_t is the same in all terms, so guiding x_0_hat is the same as guiding eps or v. Where a method
+remembers earlier evaluations the result is a ``Stateful`` denoiser, which ``sample`` takes too.
+All work on levels with leaves () and [B], and on each image by itself.
+"""
+
+from diffusion.sampling.guidance.classifier import classifier_guidance
+from diffusion.sampling.guidance.extrapolation import (
+    Rule,
+    adaptive_projected,
+    autoguidance,
+    classifier_free,
+    conditional,
+    interval,
+    linear,
+    perturbed_attention,
+    rescaled,
+)
+from diffusion.sampling.guidance.reconstruction import (
+    dps,
+    moment_matched,
+    pigdm,
+    reconstruction,
+    video,
+)
+from diffusion.sampling.guidance.thresholding import clip, dynamic_threshold
+
+__all__ = [
+    "Rule",
+    "adaptive_projected",
+    "autoguidance",
+    "classifier_free",
+    "classifier_guidance",
+    "clip",
+    "conditional",
+    "dps",
+    "dynamic_threshold",
+    "interval",
+    "linear",
+    "moment_matched",
+    "perturbed_attention",
+    "pigdm",
+    "reconstruction",
+    "rescaled",
+    "video",
+]

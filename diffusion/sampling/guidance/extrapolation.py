@@ -1,0 +1,252 @@
+"""Guidance by two estimates: through a good one, away from a worse one.
+
+    D = D_good + (w - 1) (D_good - D_bad)
+
+Which two they are makes the method: with and without the condition (classifier-free guidance),
+with it and with what is not wanted (negative prompts), a strong and a weak network
+(autoguidance), the network and the same with its attention disturbed. How they are combined is a
+``Rule``, chosen apart: ``linear`` as above, ``rescaled`` or ``adaptive_projected``. w = 1 is
+D_good, w = 0 is D_bad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffusion import predictions
+from diffusion.conditioning import Conditioning, concatenate
+from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate, Stateful, as_estimate
+from diffusion.levels import Array, NoiseLevel
+from diffusion.predictions import Prediction
+from diffusion.sampling.guidance.lifting import Step, dot, lift, move, per_image
+
+Scale = Array | float | Callable[[NoiseLevel], Array]  # (), [B], or a function of the level
+Pair = Callable[[Array, NoiseLevel], tuple[Estimate, Estimate]]  # good, bad
+
+
+class Rule(NamedTuple):
+    """How two estimates become one.
+
+    Attributes:
+      combine: (x, level, good, good - bad, w) -> x_0_hat, all [B, ...] (w broadcasts).
+      momentum: beta; the difference is replaced by its running sum d <- good - bad + beta d.
+      away: further pairs (denoiser, s), each of which adds s (good - denoiser(x, level)).
+    """
+
+    combine: Callable[[Array, NoiseLevel, Array, Array, Array], Array]
+    momentum: float = 0.0
+    away: tuple[tuple[Denoise, Scale], ...] = ()
+
+
+def linear() -> Rule:
+    """good + (w - 1) (good - bad) (Ho & Salimans, 2022, eq. 6, whose w is one less)."""
+    return Rule(lambda x, level, good, difference, w: good + (w - 1) * difference)
+
+
+def rescaled(phi: float = 0.7, space: Prediction = predictions.x0) -> Rule:
+    """``linear``, then brought back to the good estimate's standard deviation, per image.
+
+    F <- phi F std(F_good) / std(F) + (1 - phi) F (Lin et al., 2023, "Common diffusion noise
+    schedules", section 3.4), so that large scales do not overexpose. F is the network's output
+    as ``space`` has it: the paper and diffusers take whatever the network predicts (so eps for
+    Stable Diffusion 1, v for 2), x0 rescales the image itself, whatever the network.
+
+    Args:
+      phi: in [0, 1]; 0 is ``linear``.
+      space: a prediction. eps can not be inverted at alpha = 0.
+    """
+    if not 0 <= phi <= 1:
+        raise ValueError(f"phi must lie in [0, 1], got {phi}")
+
+    def combine(x: Array, level: NoiseLevel, good: Array, difference: Array, w: Array) -> Array:
+        a, b, _ = space(level.expand(x.ndim))
+        wide = level.expand(x.ndim)
+
+        def output(x0: Array) -> Array:
+            return a * x0 + b * (x - wide.alpha * x0) / wide.sigma
+
+        guided = output(good + (w - 1) * difference)
+        axes = tuple(range(1, x.ndim))
+        before, after = (f.std(axes, keepdims=True) for f in (output(good), guided))
+        factor = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
+        mixed = (phi * factor + 1 - phi) * guided
+        return predictions.to_x0(space, level, x, mixed).astype(x.dtype)
+
+    return Rule(combine)
+
+
+def adaptive_projected(
+    eta: float = 0.0, norm_threshold: float = jnp.inf, momentum: float = -0.5
+) -> Rule:
+    """Adaptive projected guidance (Sadat et al., 2024, alg. 1), for large scales.
+
+    The difference is (1) summed up with (negative) momentum, (2) shortened to the norm
+    ``norm_threshold``, (3) split into its part along the good estimate, which oversaturates and is
+    multiplied by eta, and the rest.
+
+    Args:
+      eta: 1 keeps all of the parallel part; with no threshold and momentum that is ``linear``.
+      norm_threshold: r > 0, the largest Euclidean norm per image; the paper's are 2.5 to 15.
+      momentum: beta in (-1, 1); 0 needs no memory.
+    """
+    if not norm_threshold > 0:
+        raise ValueError(f"norm_threshold must be positive (inf for none), got {norm_threshold}")
+    if not -1 < momentum < 1:
+        raise ValueError(f"momentum must lie in (-1, 1), got {momentum}")
+
+    def combine(x: Array, level: NoiseLevel, good: Array, difference: Array, w: Array) -> Array:
+        square = dot(difference, difference)
+        norm = jnp.sqrt(jnp.where(square > 0, square, 1))
+        update = per_image(jnp.minimum(1, norm_threshold / norm), x) * difference
+        along = dot(good, good)
+        share = dot(update, good) / jnp.where(along > 0, along, 1)
+        update = update - (1 - eta) * per_image(share, x) * good
+        return good + (w - 1) * update
+
+    return Rule(combine, momentum)
+
+
+def perturbed_attention(perturbed: Denoise, scale: Scale, rule: Rule | None = None) -> Rule:
+    """``rule``, plus scale (good - perturbed) (Ahn et al., 2024).
+
+    ``perturbed`` is the good denoiser with the self-attention maps of some blocks replaced by the
+    identity: ``models.attention.with_identity_maps``. Alone, without classifier-free guidance:
+    ``classifier_free(denoise, cond, cond, 1, rule=perturbed_attention(perturbed, 3.0))``, two
+    evaluations.
+    """
+    rule = linear() if rule is None else rule
+    return rule._replace(away=(*rule.away, (perturbed, scale)))
+
+
+def conditional(denoise: ConditionalDenoise, cond: Conditioning) -> Denoise:
+    """The denoiser with its conditioning filled in."""
+    return lambda x, level: denoise(x, level, cond)
+
+
+def classifier_free(
+    denoise: ConditionalDenoise,
+    cond: Conditioning,
+    null: Conditioning,
+    scale: Scale,
+    *,
+    rule: Rule | None = None,
+    split: bool = False,
+) -> Denoise | Stateful:
+    """D = D_null + scale (D_cond - D_null) (Ho & Salimans, 2022), in one call on twice the batch.
+
+    Args:
+      denoise: the conditional denoiser. Of learned variances, those of ``cond`` are kept.
+      cond: the conditioning, batch [B].
+      null: what to steer away from, with the same fields: ``conditioning.null_like(cond, ...)``,
+        or a negative prompt or label.
+      scale: () or [B], or a function of the level. 1 is purely conditional, and if it is the
+        Python number 1, ``null`` is not evaluated; 0 is ``null`` alone.
+      rule: by default ``linear()``. With momentum the result is ``Stateful``.
+      split: two calls instead, which need half the memory.
+    """
+    if _is_one(scale):
+        return _alone(conditional(denoise, cond), rule)
+    if split:
+        return autoguidance(conditional(denoise, cond), conditional(denoise, null), scale, rule)
+    both = concatenate(cond, null)
+
+    def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
+        twice = NoiseLevel(*(jnp.concatenate([a, a]) if jnp.ndim(a) else a for a in level))
+        estimate = as_estimate(denoise(jnp.concatenate([x, x]), twice, both))
+        halves = [None if leaf is None else jnp.split(leaf, 2) for leaf in estimate]
+        good, bad = (Estimate(*(h if h is None else h[i] for h in halves)) for i in (0, 1))
+        return good, bad
+
+    return _guide(pair, scale, rule)
+
+
+def autoguidance(
+    strong: Denoise, weak: Denoise, scale: Scale, rule: Rule | None = None
+) -> Denoise | Stateful:
+    """D = D_weak + scale (D_strong - D_weak) (Karras et al., 2024, "a bad version"), in two calls.
+
+    ``weak`` is worse in the same way, only more so: smaller or trained for less time. Both get the
+    same conditioning, so that the images do not lose variety as with classifier-free guidance. Its
+    parameters should be arguments of what is jitted, as ``strong``'s are.
+    """
+    if _is_one(scale):
+        return _alone(strong, rule)
+
+    def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
+        return as_estimate(strong(x, level)), as_estimate(weak(x, level))
+
+    return _guide(pair, scale, rule)
+
+
+def interval(
+    guided: Denoise | Stateful, plain: Denoise, low: float = 0.0, high: float = jnp.inf
+) -> Denoise | Stateful:
+    """``guided`` where low <= sigma / alpha <= high; elsewhere ``plain``.
+
+    Kynkäänniemi et al., 2024. For levels with leaves (), as samplers give, only one of the two is
+    evaluated. Outside, a memory stays as it is.
+    """
+    if not 0 <= low < high:
+        raise ValueError(f"expected 0 <= low < high, got low={low} and high={high}")
+
+    def wrap(step: Step) -> Step:
+        def within(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+            # low alpha <= sigma, which holds at alpha = 0 too.
+            inside = low * level.alpha <= level.sigma
+            if high != jnp.inf:
+                inside &= level.sigma <= high * level.alpha
+
+            def otherwise(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+                return as_estimate(plain(x, level)), memory
+
+            if jnp.ndim(inside) == 0:
+                return jax.lax.cond(inside, step, otherwise, x, level, memory)
+            mask = inside.reshape((-1,) + (1,) * (x.ndim - 1))
+            both = step(x, level, memory), otherwise(x, level, memory)
+            return jax.tree.map(lambda a, b: jnp.where(mask, a, b), *both)
+
+        return within
+
+    return lift(guided, wrap)
+
+
+def _is_one(scale: Scale) -> bool:
+    return isinstance(scale, int | float) and scale == 1
+
+
+def _alone(good: Denoise, rule: Rule | None) -> Denoise:
+    """What is left at w = 1: the good estimate and what else the rule steers away from."""
+    if rule is None or not rule.away:
+        return good
+
+    def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
+        estimate = as_estimate(good(x, level))
+        return estimate, estimate
+
+    return _guide(pair, 1.0, linear()._replace(away=rule.away))
+
+
+def _guide(pair: Pair, scale: Scale, rule: Rule | None) -> Denoise | Stateful:
+    combine, momentum, away = linear() if rule is None else rule
+
+    def evaluate(x: Array, level: NoiseLevel, memory: Array | None) -> tuple[Estimate, Any]:
+        good, bad = pair(x, level)
+        difference = good.x0 - bad.x0
+        if momentum:
+            difference = difference + momentum * memory
+        x0 = combine(x, level, good.x0, difference, _weight(scale, level, x))
+        for other, s in away:
+            x0 = x0 + _weight(s, level, x) * (good.x0 - as_estimate(other(x, level)).x0)
+        return move(good, x0 - good.x0), difference
+
+    if momentum:
+        return Stateful(jnp.zeros_like, evaluate)
+    return lambda x, level: evaluate(x, level, None)[0]
+
+
+def _weight(scale: Scale, level: NoiseLevel, x: Array) -> Array:
+    return per_image(scale(level) if callable(scale) else scale, x)

@@ -1,0 +1,88 @@
+"""Learned solvers: members of the family, exactness, and that learning helps on unseen noise."""
+
+import jax
+import numpy as np
+import pytest
+from cases import SCHEDULES
+from mixture import MIXTURE
+
+from diffusion import schedules
+from diffusion.conditioning import Conditioning
+from diffusion.sampling import grids, learned, solvers
+from diffusion.sampling.analytic import gaussian_mixture
+
+START = [solvers.ddim, solvers.dpmpp_2m, solvers.dpmpp_3m]
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "vp_sde", "edm", "rectified_flow"])
+@pytest.mark.parametrize("start", START)
+def test_starts_where_the_solver_is(start, name):
+    schedule = SCHEDULES[name]
+    solver = start(grids.uniform(schedule, 6))
+    with jax.enable_x64(True):
+        same = learned.build(learned.coefficients(solver), schedule, schedule.t_max)
+    np.testing.assert_allclose(same.level.t, solver.level.t, rtol=1e-12)
+    np.testing.assert_allclose(same.A[:, 0], solver.A[:, 0], atol=1e-9)
+    np.testing.assert_allclose(same.b[:, 0], (solver.b + solver.b_raw)[:, 0], atol=1e-9)
+
+
+def test_points_are_exact_whatever_was_learned():
+    schedule = schedules.RectifiedFlow()
+    rng = np.random.default_rng(0)
+    random = learned.Coefficients(rng.normal(size=5), rng.normal(size=(5, 3)))
+    point = gaussian_mixture([[0.7]])
+    with jax.enable_x64(True):
+        solver = learned.build(random, schedule, 1.0)
+        keys = jax.random.split(jax.random.key(0), 4)
+        end = learned.sample(point, solver, keys, (1,))
+    np.testing.assert_allclose(end, 0.7, rtol=1e-12)
+
+
+def test_learning_helps_on_noise_not_seen():
+    schedule = schedules.cosine()
+    grid = grids.karras(schedule, 4)
+    teacher = solvers.dpmpp_2m(grids.karras(schedule, 60))
+    result = learned.learn(
+        lambda weights, cond: MIXTURE,
+        None,
+        schedule,
+        solvers.dpmpp_2m(grid),
+        teacher,
+        Conditioning(),
+        (1,),
+        count=256,
+        held_out=128,
+        batch_size=128,
+        iterations=150,
+        progress=False,
+    )
+    assert result.error < 0.5 * result.start, (result.start, result.error)
+    assert result.history[0] == (0, result.start) and result.history[-1][0] == 150
+    assert result.solver.evaluations == 4 and np.all(np.diff(result.solver.level.t) < 0)
+    assert np.isclose(result.solver.level.t[0], grid.t[0])
+
+
+def test_a_table_can_be_kept(tmp_path):
+    grid = grids.uniform(schedules.cosine(), 4)
+    table = solvers.dpmpp_3m(grid)
+    learned.save(tmp_path / "table.npz", table)
+    again = solvers.given(grid, path=str(tmp_path / "table.npz"))
+    jax.tree.map(np.testing.assert_array_equal, again, table)
+    with pytest.raises(ValueError, match=r"has 4 evaluations.*set steps=4"):
+        solvers.given(grids.uniform(schedules.cosine(), 5), path=str(tmp_path / "table.npz"))
+    np.savez(tmp_path / "other.npz", x=1)
+    with pytest.raises(ValueError, match="not a solver's table: it has no level_t"):
+        learned.load(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        (solvers.ddpm, "deterministic"),
+        (solvers.heun, "one evaluation a step"),
+        (solvers.lms, "combines estimates of x_0"),
+    ],
+)
+def test_what_cannot_be_learned_from(solver, message):
+    with pytest.raises(ValueError, match=message):
+        learned.coefficients(solver(grids.uniform(schedules.cosine(), 5)))
