@@ -10,12 +10,13 @@ from diffusers_run import BATCH, NOISES, PHASES, SIZE, compare, network, theirs
 
 from diffusion import predictions
 from diffusion.conditioning import Conditioning
-from diffusion.denoiser import denoiser
+from diffusion.denoiser import Stateful, denoiser
 from diffusion.levels import NoiseLevel
 from diffusion.pretrained.schedulers import CLASSES, dynamic_mu, from_diffusers
 from diffusion.pretrained.schedulers.config import DEFAULTS
 from diffusion.sampling.guidance import conditional
 from diffusion.sampling.sample import image_keys, sample
+from diffusion.sampling.solvers.dpm_solver import multistep
 
 # Fields as the published files have them, those of other classes included.
 SD = {
@@ -116,7 +117,9 @@ MODELS = {
         "variance_type": "fixed_large",
     },
 }
-TOKENS = 4096
+EULER, DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+SINGLE, UNIPC = "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"
+FLOW, INVERSE = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepInverseScheduler"
 
 
 def flux_sigmas(steps):
@@ -233,6 +236,64 @@ def test_scales():
     assert from_diffusers(MODELS["sd15"], 10).scales == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("name", [EULER, "EulerAncestralDiscreteScheduler", DPM, UNIPC])
+def test_zero_terminal_snr_is_2_to_the_minus_24(name):
+    """Where diffusers puts alpha-bar so that sigma is finite; DDIM keeps the exact 0."""
+    fields = {
+        **{key: value for key, value in SD.items() if "beta" in key},
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+    }
+    sampler = from_diffusers({"_class_name": name, **fields}, 4)
+    assert sampler.grid.ratio[0] == pytest.approx(4096, rel=1e-6)
+    exact = from_diffusers({"_class_name": "DDIMScheduler", **fields}, 4)
+    assert exact.grid.alpha[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("DDIMScheduler", {}),
+        ("DDIMScheduler", {"thresholding": True, "sample_max_value": 0.5}),
+        ("DDIMInverseScheduler", {}),
+        ("CMStochasticIterativeScheduler", {}),
+    ],
+)
+def test_transforms_keep_memory(name, fields):
+    """Clipping a denoiser with a memory (momentum, cached features) leaves it one."""
+    sampler = from_diffusers({"_class_name": name, **fields}, 4)
+    plain = lambda x, level: 3 * x + level.alpha  # noqa: E731
+    counting = Stateful(lambda x: 0, lambda x, level, n: (plain(x, level), n + 1))
+    level = NoiseLevel(*(jnp.float32(leaf[1]) for leaf in sampler.solver.level))
+    expected = sampler.transform(plain)(NOISES[0], level)
+    result, count = sampler.transform(counting).step(NOISES[0], level, 4)
+    assert count == 5
+    assert np.array_equal(result.x0, expected.x0) and np.abs(result.x0).max() <= 1
+    assert np.array_equal(result.unclipped, plain(NOISES[0], level))
+
+
+def test_multistep_along_a_rising_grid():
+    """Up and down again between two levels is where it began, to the method's order."""
+    grid = from_diffusers({"_class_name": DPM}, 40).grid
+    inner = NoiseLevel(*(leaf[10:30] for leaf in grid))
+    reverse = NoiseLevel(*(leaf[::-1] for leaf in inner))
+
+    def denoise(x, level):
+        return jnp.tanh(level.alpha * x / (level.alpha**2 + level.sigma**2))
+
+    x = jnp.asarray(NOISES[0])
+    keys = image_keys(0, range(BATCH))
+    up = sample(denoise, multistep(reverse, 2, rising=True), keys, (SIZE,), x_init=x)
+    down = sample(denoise, multistep(inner, 2), keys, (SIZE,), x_init=up)
+    assert np.abs(np.asarray(up - x)).max() > 0.1
+    np.testing.assert_allclose(down, x, atol=0.01)
+    with pytest.raises(ValueError, match="without noise, got eta=1"):
+        multistep(reverse, 2, rising=True, eta=1.0)
+    with pytest.raises(ValueError, match="increase strictly along a rising grid; node 0"):
+        multistep(inner, 2, rising=True)
+
+
 def test_learned_variances_of_dpm():
     """DPM-Solver's variance_type only says that there are more channels, which go unused."""
     config = {"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned_range"}
@@ -241,10 +302,8 @@ def test_learned_variances_of_dpm():
     assert sampler.prediction is predictions.eps
 
 
-EULER, DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
-SINGLE, UNIPC = "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"
-FLOW, INVERSE = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepInverseScheduler"
 SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 FEW, ANY = {"steps": 10}, {"steps": 4}
 
 
@@ -265,6 +324,7 @@ FEW, ANY = {"steps": 10}, {"steps": 4}
         # Values
         (EULER, {"beta_schedule": "sigmoid"}, FEW, "beta_schedule: .*squaredcos_cap_v2.*'sigmoid'"),
         (EULER, {"beta_schedule": "exp"}, FEW, "beta_schedule"),
+        (EULER, {"rescale_betas_zero_snr": True}, FEW, "rescale_betas_zero_snr: .*below 2\\^-24"),
         (EULER, {"prediction_type": "v"}, FEW, "prediction_type: .*v_prediction.*'v'"),
         (EULER, {"timestep_spacing": "even"}, FEW, "timestep_spacing"),
         (EULER, {"interpolation_type": "cubic"}, FEW, "interpolation_type"),
@@ -319,6 +379,18 @@ FEW, ANY = {"steps": 10}, {"steps": 4}
         (UNIPC, {"predict_x0": False}, FEW, "predict_x0: False is NaN"),
         (UNIPC, {"lower_order_final": False}, FEW, "lower_order_final: False is NaN"),
         (UNIPC, {"solver_p": {"a": 1}}, FEW, "solver_p"),
+        (
+            UNIPC,
+            {**COSINE, "predict_x0": False, "final_sigmas_type": "sigma_min"},
+            FEW,
+            "predict_x0: False is not supported from sigma = 2.* > 1000",
+        ),
+        (
+            "SASolverScheduler",
+            {**COSINE, "algorithm_type": "noise_prediction"},
+            FEW,
+            "algorithm_type: 'noise_prediction' is not supported from sigma",
+        ),
         (UNIPC, {"solver_order": 5}, FEW, "solver_order"),
         (UNIPC, {"shift_terminal": 0.1}, FEW, "shift_terminal"),
         (UNIPC, {"use_dynamic_shifting": True}, FEW, "use_dynamic_shifting: True needs mu"),

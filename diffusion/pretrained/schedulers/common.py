@@ -83,6 +83,9 @@ def alphas_cumprod(c: SimpleNamespace, floor: bool = False) -> np.ndarray:
     """[T] the products of 1 - beta, rounded as diffusers' float32 tables are.
 
     ``floor``: with zero terminal SNR the last is 2^-24 instead of 0, so that sigma is finite.
+
+    Raises:
+      ValueError: for trained_betas of another length, or betas for which 2^-24 would not be least.
     """
     one, steps = np.float32(1), c.num_train_timesteps
     if c.trained_betas is not None:
@@ -110,6 +113,12 @@ def alphas_cumprod(c: SimpleNamespace, floor: bool = False) -> np.ndarray:
     products = _cumprod32(one - betas)
     if floor and getattr(c, "rescale_betas_zero_snr", False):
         products[-1] = 2.0**-24
+        if products[-2] <= products[-1]:
+            raise ValueError(
+                "rescale_betas_zero_snr: with these betas the second last product, "
+                f"{products[-2]:.3g}, is below 2^-24, which diffusers gives the last; use "
+                "DDIMScheduler or other betas"
+            )
     return products
 
 
