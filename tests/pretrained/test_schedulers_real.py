@@ -252,6 +252,27 @@ def test_zero_terminal_snr_is_2_to_the_minus_24(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "fields", "arguments"),
+    [
+        (
+            "DDIMScheduler",
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False},
+            {"eta": 1.0},
+        ),
+        ("KDPM2AncestralDiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}, {}),
+    ],
+)
+def test_finite_where_diffusers_is_not(name, fields, arguments):
+    """Where its float32 takes the root of a difference below 0; else this would be an error."""
+    config = {"_class_name": name, **fields, "prediction_type": "v_prediction"}
+    _, x = theirs(config, 10, NOISES[0], 0.02, SIZE, **arguments)
+    assert np.isnan(x).all()
+    solver = from_diffusers(config, 10, **arguments).solver
+    x = sample(lambda x, level: 0.5 * x, solver, image_keys(0, range(BATCH)), (SIZE,))
+    assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize(
     ("name", "fields"),
     [
         ("DDIMScheduler", {}),

@@ -5,8 +5,16 @@
     images = sample(sampler.transform(denoise), sampler.solver, keys, shape)
 
 gives what diffusers 0.42 computes with the same network and noise, to float32's rounding, for the
-classes in ``CLASSES`` and every field that changes their numbers. Their options that give NaN, or
-do not do what they say, are errors that name the field.
+classes in ``CLASSES`` and every field that changes their numbers. Each class's function says which
+of its peculiarities are kept. Where it gives NaN or does not do what a field says, the field is
+refused, but for these, which here are finite:
+
+- DDIM with eta=1 from zero terminal SNR; KDPM2 ancestral where sigma falls more than a
+  thousandfold in a step (the first of squaredcos_cap_v2 with "linspace");
+- lists that begin with the same timestep twice, where diffusers begins at the second.
+
+Not fields of a config and not here: ``step``'s s_churn, s_tmin, s_tmax and s_noise
+(``solvers.edm``), LMS's order and SA-Solver's tau_func.
 """
 
 from __future__ import annotations
