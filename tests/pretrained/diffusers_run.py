@@ -57,7 +57,8 @@ def theirs(config, steps, x_init, freq, channels, strength=None, double=False, *
         arguments["sigmas"] = np.asarray(arguments["sigmas"])
     scheduler.set_timesteps(**arguments)
     timesteps = scheduler.timesteps
-    if len(timesteps) > 1 and timesteps[0] == timesteps[1] and "DPM" in cls.__name__:
+    twice = len(timesteps) > 1 and timesteps[0] == timesteps[1]
+    if twice and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # or it would begin at the second
     if strength is not None:
         count = steps or len(timesteps)

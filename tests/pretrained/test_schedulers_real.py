@@ -324,6 +324,7 @@ def test_learned_variances_of_dpm():
 
 
 SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+EDM_DPM = "EDMDPMSolverMultistepScheduler"
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 FEW, ANY = {"steps": 10}, {"steps": 4}
 
@@ -375,14 +376,34 @@ FEW, ANY = {"steps": 10}, {"steps": 4}
         # DPM-Solver
         (DPM, SDE, FEW, "solver_order: 3 .*wrong sign"),
         (SINGLE, {**SDE, "solver_type": "heun"}, FEW, "solver_order: 3 .*wrong sign"),
-        ("EDMDPMSolverMultistepScheduler", SDE, FEW, "solver_order: 3"),
+        (EDM_DPM, SDE, FEW, "solver_order: 3"),
+        *(
+            (
+                EDM_DPM,
+                {"final_sigmas_type": "sigma_min", **more},
+                {"steps": 20},
+                "final_sigmas_type",
+            )
+            for more in ({"solver_type": "heun"}, {"algorithm_type": "sde-dpmsolver++"})
+        ),
         (DPM, {"solver_order": 4}, FEW, "solver_order: .*1, 2, 3, got 4"),
         (DPM, {"algorithm_type": "dpmsolver"}, FEW, "final_sigmas_type: 'zero'"),
         (DPM, {"algorithm_type": "unipc"}, FEW, "algorithm_type"),
         (SINGLE, {"algorithm_type": "sde-dpmsolver"}, FEW, "algorithm_type"),
         (INVERSE, {"algorithm_type": "sde-dpmsolver++"}, FEW, "algorithm_type"),
         (INVERSE, {"use_flow_sigmas": True}, FEW, "use_flow_sigmas"),
-        (INVERSE, {"use_beta_sigmas": True, "solver_type": "heun"}, {"steps": 20}, "solver_type"),
+        (
+            INVERSE,
+            {"use_beta_sigmas": True, "solver_type": "heun"},
+            {"steps": 20},
+            "final_sigmas_type",
+        ),
+        (
+            DPM,
+            {"use_karras_sigmas": True, "solver_order": 3, "final_sigmas_type": "sigma_min"},
+            {"steps": 20},
+            "final_sigmas_type: .*divides by zero",
+        ),
         (DPM, {"solver_type": "euler"}, FEW, "solver_type"),
         (DPM, {"prediction_type": "flow_prediction"}, FEW, "use_flow_sigmas=True"),
         (DPM, {"prediction_type": "v_prediction", "use_flow_sigmas": True}, FEW, "v_prediction"),

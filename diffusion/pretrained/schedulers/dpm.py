@@ -18,6 +18,7 @@ from diffusion.pretrained.schedulers.lambdas import (
     falling_orders,
     lambda_grid,
     lambda_sampler,
+    refuse_still,
 )
 from diffusion.pretrained.schedulers.spacing import (
     last_timestep,
@@ -36,7 +37,7 @@ def multistep_class(c: SimpleNamespace, r: Request) -> Sampler:
 
     Raises:
       ValueError: for final_sigmas_type "zero" with noise prediction, and "sde-dpmsolver++" of
-        order 3, whose formula in diffusers has a wrong sign.
+        order 3, whose formula in diffusers has a wrong sign; and where it divides by zero.
     """
     _check_dpm(c)
     if c.solver_order == 3 and c.algorithm_type.startswith("sde"):
@@ -46,6 +47,7 @@ def multistep_class(c: SimpleNamespace, r: Request) -> Sampler:
         )
     grid, index, schedule = lambda_grid(c, r, rounded="but cosine")
     start, orders = r.start(len(index)), falling_orders(c, len(index))
+    refuse_still(c, grid, orders)
     solver = multistep(
         part(grid, start),
         c.solver_order,
@@ -120,14 +122,8 @@ def inverse(c: SimpleNamespace, r: Request) -> Sampler:
     index = np.unique(index).astype(np.int64)  # ascending
     orders = falling_orders(c, len(index), zero=False)
     sigmas = sigmas[: len(index) + 1].astype(np.float32)
-    if sigmas[-1] == sigmas[-2] and orders[-1] > 1:
-        if c.solver_type == "heun" or c.solver_order == 3:
-            raise ValueError(
-                f"solver_type: {c.solver_type!r} of order {c.solver_order} divides by zero in the "
-                "last step; use euler_at_final=True"
-            )
-        orders[-1] = 1
     grid = table_grid(schedule, index, sigmas)
+    refuse_still(c, grid, orders)
     solver = multistep(
         grid,
         c.solver_order,

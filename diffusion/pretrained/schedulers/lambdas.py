@@ -42,6 +42,9 @@ def lambda_grid(
 ) -> tuple[NoiseLevel, np.ndarray, LogTable | RectifiedFlow]:
     """(grid, timesteps [N], schedule) of DPM, DEIS and SA.
 
+    Exponential and beta sigmas go with timesteps that are cut off: whether the first is T - 1 or
+    T - 2 hangs on the last bit of float32's logarithm and root, in diffusers as here.
+
     Args:
       c, r: the config and the arguments.
       rounded: which spreads have rounded timesteps (others are cut off): "karras", or
@@ -97,6 +100,19 @@ def falling_orders(c: SimpleNamespace, steps: int, zero: bool = True) -> list[in
     if few or to_clean or getattr(c, "euler_at_final", False):
         orders[-1] = 1
     return orders
+
+
+def refuse_still(c: SimpleNamespace, grid: NoiseLevel, orders: list[int]) -> None:
+    """Where the last sigma is repeated, diffusers' formulas but for order 1 and "midpoint" are
+    0 / 0."""
+    steep = orders[-1] > 2 or (orders[-1] == 2 and c.solver_type == "heun")
+    here, last = grid.ratio[-2:]
+    if steep and abs(last - here) < 1e-6 * here:
+        raise ValueError(
+            f"final_sigmas_type: the last sigma is repeated, where solver_type={c.solver_type!r} "
+            f"of order {orders[-1]} divides by zero; use 'zero', euler_at_final=True or fewer "
+            "than 15 steps"
+        )
 
 
 def check_flow_prediction(c: SimpleNamespace, data: bool) -> None:

@@ -30,7 +30,7 @@ from diffusion.pretrained.schedulers.common import (
     table_of,
     transform_of,
 )
-from diffusion.pretrained.schedulers.lambdas import falling_orders
+from diffusion.pretrained.schedulers.lambdas import falling_orders, refuse_still
 from diffusion.pretrained.schedulers.spacing import (
     in_table,
     k_timesteps,
@@ -57,10 +57,11 @@ def euler(c: SimpleNamespace, r: Request) -> Sampler:
 
     With timestep_type "continuous" and v_prediction the network is told log(sigma)/4 (Stable Video
     Diffusion). With interpolation_type "log_linear" there are N + 1 sigmas, of which the last,
-    the table's first, is where it ends. Zero terminal SNR is diffusers' sigma = 4096.
+    the table's first, is where it ends (and N + 1 steps where both are so). Zero terminal SNR is
+    diffusers' sigma = 4096.
     """
     sampler = _discrete(c, r, lambda grid, _: euler_solver(grid))
-    if c.timestep_type == "continuous" and c.prediction_type == "v_prediction":
+    if _continuous(c):
         if r.timesteps is not None:
             raise ValueError("timesteps: not with timestep_type='continuous' and v_prediction")
         level = sampler.solver.level
@@ -112,7 +113,7 @@ def _discrete(c: SimpleNamespace, r: Request, build: Build, rounded: bool = Fals
     schedule = table_of(products)
     index, sigmas = _sigmas(c, r, products, rounded)
     grid = table_grid(schedule, index, sigmas)
-    start = r.start(len(index))
+    start = r.start(r.count)
     solver = build(part(grid, start), schedule)
     if start == 0 and c.timestep_spacing in ("linspace", "trailing"):
         solver = solver._replace(init=grid.sigma[0])  # sigma_max, in our scale
@@ -127,6 +128,12 @@ def _discrete(c: SimpleNamespace, r: Request, build: Build, rounded: bool = Fals
         transform_of(c),
         (float(level.alpha[0]), float(grid.alpha[-1])),
     )
+
+
+def _continuous(c: SimpleNamespace) -> bool:
+    """Whether the network is told log(sigma)/4."""
+    continuous = getattr(c, "timestep_type", None) == "continuous"
+    return continuous and c.prediction_type == "v_prediction"
 
 
 def _sigmas(
@@ -151,8 +158,10 @@ def _sigmas(
         index = log_times(sigmas, products)
         if c.use_karras_sigmas and rounded:
             index = index.round()
-    elif logarithmic:
+    elif logarithmic and not _continuous(c):
         return index, sigmas
+    elif logarithmic:  # one step more, to the end that final_sigmas_type says
+        index = log_times(sigmas, products)
     last = sigma[0] if fields.get("final_sigmas_type") == "sigma_min" else 0.0
     return np.asarray(index, np.float32), np.append(sigmas, last)
 
@@ -169,7 +178,8 @@ def edm_dpm(c: SimpleNamespace, r: Request) -> Sampler:
     """DPM-Solver++ on EDM's own sigmas (``solvers.multistep`` with curvature 1).
 
     Raises:
-      ValueError: for sde-dpmsolver++ of order 3, which diffusers lacks.
+      ValueError: for sde-dpmsolver++ of order 3, which diffusers lacks, and for final_sigmas_type
+        "sigma_min" where its last step, of length zero, can be NaN.
     """
     if c.algorithm_type == "sde-dpmsolver++" and c.solver_order == 3:
         raise ValueError("solver_order: 3 is not supported with 'sde-dpmsolver++'; use 2")
@@ -178,6 +188,12 @@ def edm_dpm(c: SimpleNamespace, r: Request) -> Sampler:
     grid = _edm_grid(np.append(sigmas, last))
     eta = float(c.algorithm_type == "sde-dpmsolver++")
     orders = falling_orders(c, r.steps)
+    if eta and c.final_sigmas_type == "sigma_min":
+        raise ValueError(
+            "final_sigmas_type: 'sigma_min' repeats the last sigma, which can be NaN in diffusers "
+            "with 'sde-dpmsolver++'; use 'zero'"
+        )
+    refuse_still(c, grid, orders)
     return _edm(
         c,
         grid,
