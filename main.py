@@ -3,6 +3,8 @@
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
 
 Any field of the config can be overridden: --config.objective.prediction=eps
 """
@@ -20,7 +22,8 @@ from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+_MODES = ["train", "sample", "evaluate", "sweep", "learn"]
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +40,7 @@ def main(argv: list[str]) -> None:
         "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
     )
 
-    run = {"train": runs.train, "sample": runs.sample, "evaluate": runs.evaluate}[_MODE.value]
+    run = getattr(runs, _MODE.value)
     try:
         run(_CONFIG.value, _WORKDIR.value)
     except (ValueError, FileNotFoundError, ArithmeticError) as error:

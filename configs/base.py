@@ -104,10 +104,12 @@ def get_config() -> ConfigDict:
     c.sampler.threshold = ""  # instead of clip: dynamic_threshold(quantile=0.995, largest=1.5)
     c.sampler.batch_size = 100
     c.sampler.seed = 0
+    c.sampler.preview_every = 0  # evaluations between pictures of x_0_hat in --mode=sample; 0: none
 
     c.samples = ConfigDict()
     c.samples.count = 100  # drawn by --mode=sample
     c.samples.columns = 10  # of the grids
+    c.samples.gif = False  # --mode=sample: an animation of the trajectories too
 
     c.evaluation = ConfigDict()
     c.evaluation.classifier = ""  # digits_svc, lenet5; empty: none
@@ -115,6 +117,29 @@ def get_config() -> ConfigDict:
     c.evaluation.count = 1000  # samples judged
     c.evaluation.likelihood = ""  # ode or bound: bits per dimension of data; empty: none
     c.evaluation.likelihood_count = 500  # examples of the held-out and of the training data
+
+    c.sweep = ConfigDict()  # --mode=sweep: evaluation.count samples of each solver and budget
+    c.sweep.solvers = ("ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")
+    c.sweep.evaluations = (4, 6, 8, 10, 15, 20, 30, 50)  # at most, of the denoiser
+    c.sweep.reference = "heun"  # the solver that the exact flow is approximated with
+    c.sweep.reference_steps = 100
+
+    c.learn = ConfigDict()  # --mode=learn: few-step solvers for this model
+    c.learn.evaluations = (4, 6, 8, 10)
+    c.learn.teacher = "heun"  # the deterministic solver that they learn from
+    c.learn.teacher_steps = 50
+    c.learn.count = 512  # samples to learn from
+    c.learn.held_out = 128  # to choose by
+    c.learn.test = 256  # to report
+    c.learn.batch_size = 64
+    c.learn.iterations = 300
+    c.learn.learning_rate = 0.02
+    # What is compared with, each on each grid; one of ddim, dpmpp_2m and dpmpp_3m is the start.
+    c.learn.against = (
+        *("ddim", "dpmpp_2m", "dpmpp_3m", "dpm_solver", "dpmpp_2s", "heun", "dpm2", "lms", "deis"),
+        *("plms", "ipndm", "unipc", "unipc(order=3)"),
+    )
+    c.learn.grids = ("uniform", "karras", "exponential", "beta")
     return c
 
 

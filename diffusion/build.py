@@ -55,13 +55,18 @@ WEIGHTINGS = specs.choices(
 )
 DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
 EMAS = specs.choices(ema, "constant power_function")
-GRIDS = specs.choices(grids, "uniform leading linspace karras exponential")
+GRIDS = specs.choices(
+    grids,
+    "uniform leading linspace karras exponential beta flow_shift flow_shift_for from_times "
+    "from_sigmas",
+)
 SOLVERS = specs.choices(solvers, " ".join(solvers.__all__))
 CORRECTORS = specs.choices(langevin, "langevin annealed_langevin")
 LIKELIHOODS = specs.choices(bits, "ode bound")
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 JUDGES = ("digits_svc", "lenet5")
 OBJECTIVES = ("denoising", "classification")
+FAINT = 3.0  # a sigma / alpha at which there is still much of the image
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -110,9 +115,10 @@ def build(config: ConfigDict) -> Experiment:
     optimizer = _optimizer(config)
     with _field("config.ema"):
         profile = specs.function(config.ema, EMAS, "config.ema")()
-    solver, guide, notes = None, None, _notes(config)
+    solver, guide, notes = None, None, _notes(config, None)
     if isinstance(objective, Denoising):
         solver = make_solver(config, objective)
+        notes = _notes(config, make_grid(config, objective))
         guide = guiding.make(config, objective, num_classes, train.shape, solver.level, _other_run)
         notes += guiding.notes(config, num_classes)
     _check_shapes(objective, train, config.train.batch_size)
@@ -132,16 +138,25 @@ def build(config: ConfigDict) -> Experiment:
     )
 
 
-def make_solver(config: ConfigDict, objective: Denoising) -> Any:
-    """The sampler's table for config.sampler, checked against what the network predicts."""
+def make_solver(
+    config: ConfigDict, objective: Denoising, field: str = "config.sampler.solver"
+) -> Any:
+    """The sampler's table for config.sampler, checked against what the network predicts.
+
+    ``field`` is what errors call the solver's.
+    """
     c = config.sampler
-    grid_function = specs.function(c.grid, GRIDS, "config.sampler.grid")
-    context = {"schedule": objective.schedule}
-    solver_function = specs.function(c.solver, SOLVERS, "config.sampler.solver", context)
-    with _field(f"config.sampler.grid={c.grid!r}, steps={c.steps}"):
-        grid = grid_function(objective.schedule, c.steps)
-    with _field(f"config.sampler.solver={c.solver!r}"):
+    schedule = {"schedule": objective.schedule}
+    solver_function = specs.function(c.solver, SOLVERS, field, schedule, ("grid", "schedule"))
+    grid = make_grid(config, objective)
+    steps = len(grid.t) - 1
+    with _field(f"{field}={c.solver!r}"), _wrong_types():
+        options = getattr(solver_function, "keywords", {})
+        if isinstance(order := options.get("order"), int) and order > steps:
+            raise ValueError(f"order={order} needs as many steps, but config.sampler.steps={steps}")
         solver = solver_function(grid)
+        if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(solver)):
+            raise ValueError(f"its coefficients are not finite on config.sampler.grid={c.grid!r}")
     levels = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in solver.level))
     with np.errstate(all="ignore"):
         coefficients = predictions.precondition(objective.prediction, levels)
@@ -158,6 +173,21 @@ def make_solver(config: ConfigDict, objective: Denoising) -> Any:
             f"starts (alpha = 0); choose ddpm_index or thousand_t"
         )
     return solver
+
+
+def make_grid(config: ConfigDict, objective: Denoising) -> NoiseLevel:
+    """The noise levels of config.sampler.grid and steps; given times or sigmas are as many."""
+    c = config.sampler
+    filled = {"schedule": objective.schedule, "steps": c.steps}
+    grid_function = specs.function(c.grid, GRIDS, "config.sampler.grid", filled, filled)
+    name = f"config.sampler.grid={c.grid!r}"
+    with _field(name if gives_levels(c) else f"{name}, steps={c.steps}"), _wrong_types():
+        return grid_function()
+
+
+def gives_levels(c: ConfigDict) -> bool:
+    """Whether config.sampler.grid is given level by level, whatever the number of steps."""
+    return c.grid.strip().startswith("from_")
 
 
 def _model(config: ConfigDict, train: Source) -> tuple[Denoising | Classification, int]:
@@ -189,8 +219,7 @@ def _corrector(config: ConfigDict, objective: Denoising, solver: Any) -> langevi
         return None
     corrector = specs.function(c.corrector, CORRECTORS, "config.sampler.corrector")
     with _field(f"config.sampler.corrector={c.corrector!r}, solver={c.solver!r}"):
-        grid = specs.function(c.grid, GRIDS, "config.sampler.grid")(objective.schedule, c.steps)
-        langevin.check_predictor(solver, grid)
+        langevin.check_predictor(solver, make_grid(config, objective))
         level = NoiseLevel(*(jnp.float32(leaf[-1]) for leaf in solver.level))
         example, key = jnp.zeros((1, 1)), jax.random.split(jax.random.key(0), 1)
         jax.eval_shape(partial(corrector, lambda x, _: x), example, level, key)  # its own checks
@@ -379,6 +408,10 @@ def _check_numbers(config: ConfigDict) -> None:
         section, field = name.split(".")
         if not config[section][field] > 0:
             raise ValueError(f"config.{name} must be positive, got {config[section][field]}")
+    if not config.sampler.preview_every >= 0:
+        raise ValueError(
+            f"config.sampler.preview_every must be >= 0, got {config.sampler.preview_every}"
+        )
     if not 0 <= config.objective.label_dropout <= 1:
         raise ValueError(
             f"config.objective.label_dropout must lie in [0, 1], got "
@@ -404,10 +437,38 @@ def _check_shapes(objective: Denoising, train: Source, batch_size: int) -> None:
         jax.eval_shape(lambda p: objective.loss(p, {}, batch, jax.random.key(0)), params)
 
 
-def _notes(config: ConfigDict) -> list[str]:
+def _notes(config: ConfigDict, grid: NoiseLevel | None) -> list[str]:
+    notes = []
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
-        return ["samples are not judged: config.evaluation.weights names no LeNet-5 file"]
-    return []
+        notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
+    if grid is None:
+        return notes
+    if gives_levels(config.sampler):
+        notes.append(
+            f"config.sampler.grid gives the levels of {len(grid.t) - 1} steps; "
+            "config.sampler.steps is not used"
+        )
+    if grid.sigma[0] < FAINT * grid.alpha[0]:
+        notes.append(
+            f"sampling starts at sigma / alpha = {grid.ratio[0]:.3g} (config.sampler.grid): noise "
+            "alone is not what images look like there"
+        )
+    if grid.sigma[-1] > 0:
+        notes.append(
+            f"samples keep noise of sigma / alpha = {grid.ratio[-1]:.3g}, where config.sampler.grid"
+            " ends; end it with 0 for clean ones"
+        )
+    return notes
+
+
+@contextlib.contextmanager
+def _wrong_types() -> Iterator[None]:
+    """Options whose types or sizes numbers cannot have are a user's mistake too."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"an option has a wrong type or size: {error}") from error
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ class Guidance:
         networks = {"model": self.objective.denoiser(params["model"])}
         for name, run in self._runs().items():
             make = run.objective.denoiser if name == "weak" else run.objective.classifier
-            networks[name] = _at_its_levels(make(params[name]), run)
+            networks[name] = at_its_levels(make(params[name]), run)
         return networks
 
     def guide(
@@ -306,7 +306,7 @@ def _run(
     return Run(directory, objective, classes, its_shape, same)
 
 
-def _at_its_levels(network: Callable, run: Run) -> Callable:
+def at_its_levels(network: Callable, run: Run) -> Callable:
     """``network``, called with the sampler's x and level, sees those of its own schedule."""
     if run.same_schedule:
         return network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion import learning, sweeping
 from diffusion.build import Experiment, build
 from diffusion.data import densities, pipeline
 from diffusion.drawing import Drawer
 from diffusion.evaluation import bits, classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
+from diffusion.sampling.progress import Preview
 from diffusion.training import checkpoints
 from diffusion.training.logging import Logger
 from diffusion.training.loop import fit
@@ -24,7 +27,7 @@ from diffusion.training.state import TrainState
 
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
-DRAWING = ("sampler.*", "samples.*", "evaluation.*")
+DRAWING = ("sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
 TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep")
 
 
@@ -87,11 +90,19 @@ def sample(config: ConfigDict, workdir: str) -> None:
     """Draws ``config.samples.count`` samples from the run's averaged parameters.
 
     Leaves in ``workdir/samples``: grid.png, one PNG per image with its label and seed in the
-    metadata, and samples.npz with x [N, ...] in [-1, 1] and label [N].
+    metadata, and samples.npz with x [N, ...] in [-1, 1] and label [N]; with samples.gif
+    trajectory.gif. With sampler.preview_every, preview_<batch>_<evaluation>.png appear meanwhile.
     """
-    drawer, params, folder = _restore(config, workdir)
-    folder = folder / "samples"
+    folder = Path(workdir) / "samples"
+    drawer, params, _ = _restore(config, workdir, partial(_preview, config, folder))
+    if len(drawer.experiment.train.shape) != 3:
+        for field in ("samples.gif", "sampler.preview_every"):
+            section, name = field.split(".")
+            if value := config[section][name]:
+                raise ValueError(f"config.{field}={value} shows images, and the data are points")
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("preview_*.png"):
+        old.unlink()
     x, label = drawer.draw(params, config.samples.count)
     np.savez(folder / "samples.npz", x=x, **({} if label is None else {"label": label}))
     if x.ndim == 2:
@@ -104,18 +115,39 @@ def sample(config: ConfigDict, workdir: str) -> None:
             if label is not None:
                 about["label"] = str(label[i])
             figures.save_png(folder / f"{i:06d}.png", figures.to_uint8(image), about)
+    if config.samples.gif:
+        columns = config.samples.columns
+        path, _ = drawer.trajectory(params, min(len(x), columns**2))
+        figures.trajectory_gif(folder / "trajectory.gif", _visible(path), columns=columns)
     print(f"{len(x)} samples in {folder}")
 
 
 def evaluate(config: ConfigDict, workdir: str) -> None:
     """Judges samples from the run's averaged parameters; writes ``workdir/evaluation.json``."""
-    drawer, params, folder = _restore(config, workdir)
-    if not _evaluate(drawer, params, folder):
+    drawer, params, _ = _restore(config, workdir)
+    if not _evaluate(drawer, params, Path(workdir)):
         raise ValueError(
             "nothing to judge samples with: set config.evaluation.classifier to digits_svc "
             "or lenet5 (with config.evaluation.weights), for a class-conditional model, or "
             "config.evaluation.likelihood to ode or bound, for any"
         )
+
+
+def sweep(config: ConfigDict, workdir: str) -> None:
+    """Judges ``config.sweep.solvers`` at ``config.sweep.evaluations``, all else being the config's.
+
+    Leaves in ``workdir`` sweep.png, sweep.md and sweep.json. Points measured already are not
+    measured again.
+    """
+    drawer, params, step = _restore(config, workdir)
+    judge = _judge(drawer.experiment) if drawer.experiment.num_classes else None
+    sweeping.sweep(drawer, params, step, Path(workdir), judge)
+
+
+def learn(config: ConfigDict, workdir: str) -> None:
+    """Learns few-step solvers for the run's model, as ``config.learn`` says."""
+    drawer, params, _ = _restore(config, workdir)
+    learning.learn(drawer, params, Path(workdir))
 
 
 def _build(config: ConfigDict) -> Experiment:
@@ -125,8 +157,10 @@ def _build(config: ConfigDict) -> Experiment:
     return experiment
 
 
-def _restore(config: ConfigDict, workdir: str) -> tuple[Drawer, Any, Path]:
-    """The drawer and averaged parameters of a run that this config describes."""
+def _restore(
+    config: ConfigDict, workdir: str, preview: Preview | None = None
+) -> tuple[Drawer, Any, int]:
+    """The drawer, averaged parameters and training step of a run that this config describes."""
     checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
     experiment = _build(config)
     params, step = checkpoints.restore_ema(workdir, "ema")
@@ -136,7 +170,7 @@ def _restore(config: ConfigDict, workdir: str) -> tuple[Drawer, Any, Path]:
             f"classifies is in {workdir}/evaluation.json"
         )
     print(f"{workdir}: averaged parameters after step {step}")
-    return Drawer(experiment), params, Path(workdir)
+    return Drawer(experiment, preview), params, step
 
 
 def _finished(folder: Path, config: ConfigDict) -> bool:
@@ -185,6 +219,14 @@ def _grid(drawer: Drawer, drawn: tuple[np.ndarray, np.ndarray | None]) -> np.nda
             known = drawer.experiment.train.class_names
             names = [known[row] if known else str(row) for row in rows]
     return figures.image_grid(_visible(x), columns, row_names=names)
+
+
+def _preview(config: ConfigDict, folder: Path, batch: int, evaluation: int, x0: np.ndarray) -> None:
+    """x_0_hat of a batch's first samples, after so many evaluations."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"preview_{batch:03d}_{evaluation:04d}.png"
+    columns = config.samples.columns
+    figures.save_png(path, figures.image_grid(_visible(x0[: columns**2]), columns))
 
 
 def _pictures(drawer: Drawer, params: Any, folder: Path) -> None:

@@ -10,7 +10,7 @@ import ast
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -33,6 +33,7 @@ def function(
     functions: Mapping[str, Callable],
     field: str,
     context: Mapping[str, Any] = MappingProxyType({}),
+    filled: Collection[str] = (),
 ) -> Callable:
     """The function that ``text`` names, with its options (keyword arguments) filled in.
 
@@ -41,16 +42,25 @@ def function(
       functions: what may be named.
       field: the config field's name, for errors.
       context: values for parameters of these names, where the function has them and text doesn't.
+      filled: parameters that are no options, because they are the caller's to fill in. Where it is
+        given, whatever else has no default must be in the text.
 
     Raises:
-      ValueError: for malformed text, an unknown name or option, or a value of the wrong type.
+      ValueError: for malformed text, an unknown name or option, a value of the wrong type, or a
+        missing one.
     """
     name, positional, options = _parse(text, functions, field)
     if positional:
         raise ValueError(f"{field}={text!r}: options need names, as in {name}(option=value)")
     target = functions[name]
     parameters = inspect.signature(target).parameters
-    _check_options(name, options, parameters, field)
+    own = {n: p for n, p in parameters.items() if n not in filled}
+    _check_options(name, options, own, field, with_required=bool(filled))
+    missing = [n for n, p in own.items() if filled and p.default is p.empty and n not in options]
+    if missing:
+        raise ValueError(
+            f"{field}={text!r}: {name} needs {', '.join(missing)}, as in {name}({missing[0]}=...)"
+        )
     given = {k: v for k, v in context.items() if k in parameters and k not in options}
     return functools.partial(target, **given, **options) if given or options else target
 
@@ -95,10 +105,12 @@ def _argument(node: ast.expr, functions: Mapping[str, Callable], field: str) -> 
         return value(ast.unparse(node), functions, field)
 
 
-def _check_options(name: str, options: Mapping, parameters: Mapping, field: str) -> None:
+def _check_options(
+    name: str, options: Mapping, parameters: Mapping, field: str, with_required: bool = False
+) -> None:
     for option, given in options.items():
         if option not in parameters:
-            valid = [n for n, p in parameters.items() if p.default is not p.empty]
+            valid = [n for n, p in parameters.items() if with_required or p.default is not p.empty]
             listed = ", ".join(valid) or "none"
             raise ValueError(f"{field}: {name} has no option {option!r}; its options: {listed}")
         default = parameters[option].default

@@ -1,5 +1,8 @@
 """Every mistake in a config stops before compilation, naming the field and what would be valid."""
 
+import itertools
+import re
+
 import jax
 import pytest
 
@@ -13,7 +16,7 @@ from configs import (
     toy2d,
 )
 from diffusion import build as builder
-from diffusion.build import build
+from diffusion.build import GRIDS, SOLVERS, build, make_solver
 from diffusion.data import sources
 
 
@@ -84,6 +87,44 @@ MISTAKES = [
         dict(sampler__grid="leading", sampler__steps=2000),
         r"config\.sampler\.grid='leading', steps=2000: .*more than the 1000",
     ),
+    (dict(sampler__steps=0), r"config\.sampler\.steps must be positive, got 0"),
+    (
+        dict(sampler__grid="uniform(steps=5)"),
+        r"config\.sampler\.grid: uniform has no option 'steps'; its options: none",
+    ),
+    (
+        dict(sampler__grid="from_times"),
+        r"config\.sampler\.grid='from_times': from_times needs times, as in from_times\(times=",
+    ),
+    (dict(sampler__grid="from_sigmas(sigma=[9, 0])"), r"no option 'sigma'; its options: sigmas"),
+    (
+        dict(sampler__grid="from_times(times=[0.5, 0.7, 0])"),
+        r"config\.sampler\.grid='from_times.*': times must decrease strictly, got 0\.5 then 0\.7",
+    ),
+    (
+        dict(sampler__grid="from_sigmas(sigmas=[1e9, 1, 0])"),
+        r"config\.sampler\.grid='from_sigmas.*lies beyond the schedule's sigma_max = 20291",
+    ),
+    (
+        dict(sampler__grid="karras(sigma_min='a')"),
+        r"config\.sampler\.grid=.*an option has a wrong type or size: '<' not supported",
+    ),
+    (
+        dict(sampler__grid="karras(rho=0.001)"),
+        r"config\.sampler\.grid='karras\(rho=0.001\)'.*out of range",
+    ),
+    (
+        dict(sampler__solver="midpoint(schedule=3)"),
+        r"config\.sampler\.solver: midpoint has no option 'schedule'; its options: none",
+    ),
+    (
+        dict(sampler__solver="dpm_solver(order=3)", sampler__steps=2),
+        r"config\.sampler\.solver='dpm_solver\(order=3\)': order=3 needs.*sampler\.steps=2",
+    ),
+    (
+        dict(sampler__solver="edm(s_noise=1e999)"),
+        r"config\.sampler\.solver='edm\(s_noise=1e999\)': its coefficients are not finite",
+    ),
 ]
 
 
@@ -117,6 +158,59 @@ def test_unconditional_runs_without_guidance():
     experiment = build(config)
     assert experiment.num_classes == 0
     assert "no effect" in experiment.notes[0]
+
+
+@pytest.fixture(scope="module")
+def objective():
+    return build(digits.get_config()).objective
+
+
+# Those that jump back want more steps, a given table its own number of them.
+ANY_STEPS = sorted(set(SOLVERS) - {"given", "repaint", "restart"})
+
+
+@pytest.mark.parametrize("name", ANY_STEPS)
+def test_every_solver_takes_every_grid_from_one_step_on(objective, name):
+    given = ["from_times(times=[1, 0.6, 0.3, 0])", "from_sigmas(sigmas=[80, 5, 0.5, 0])"]
+    named = [grid for grid in GRIDS if not grid.startswith(("from_", "flow_"))]
+    for grid, steps in [*itertools.product(named, (1, 2, 5)), *itertools.product(given, [7])]:
+        fields = dict(sampler__solver=name, sampler__grid=grid, sampler__steps=steps)
+        solver = make_solver(with_fields(digits.get_config(), **fields), objective)
+        steps = 3 if grid in given else steps
+        assert solver.evaluations >= steps
+
+
+@pytest.mark.parametrize("name", ["restart", "repaint(jump_length=2, resamples=3)"])
+def test_solvers_that_jump_back(objective, name):
+    fields = dict(sampler__solver=name, sampler__grid="karras", sampler__steps=20)
+    solver = make_solver(with_fields(digits.get_config(), **fields), objective)
+    assert solver.evaluations > 20
+
+
+@pytest.mark.parametrize("grid", ["flow_shift(shift=2.0)", "flow_shift_for(tokens=1024)"])
+def test_grids_of_flows(grid):
+    fields = dict(sampler__grid=grid, objective__schedule="rectified_flow")
+    times = build(with_fields(digits.get_config(), **fields)).solver.level.t
+    assert times[0] == 1 and 1 > times[10] > 0.5
+    with pytest.raises(ValueError, match="needs no signal at t_max"):
+        build(with_fields(digits.get_config(), sampler__grid=grid))
+
+
+@pytest.mark.parametrize(
+    "grid, notes",
+    [
+        ("from_sigmas(sigmas=[80, 5, 0])", ["the levels of 2 steps"]),
+        (
+            "from_times(times=[0.5, 0.3, 0.1])",
+            ["the levels of 2 steps", "starts at sigma / alpha = 1.01", "keep noise of .* = 0.169"],
+        ),
+    ],
+)
+def test_what_is_odd_about_given_levels_is_noted(grid, notes):
+    said = build(with_fields(digits.get_config(), sampler__grid=grid)).notes
+    assert len(said) == len(notes)
+    for note, pattern in zip(said, notes):
+        assert re.search(pattern, note)
 
 
 def test_toy2d_builds():

@@ -1,19 +1,22 @@
 """Guidance as config.sampler says it: every method draws, every impossible one is refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import digits, digits_classifier, toy2d
 from diffusion import guiding
 from diffusion.build import build
+from diffusion.conditioning import Conditioning
 from diffusion.drawing import Drawer
+from diffusion.levels import NoiseLevel
 from diffusion.training import checkpoints
 
 
 def small(module, **overrides):
     c = module.get_config()
-    c.model.unet.update(widths=(8, 8), norm_groups=4, num_heads=2, attention=0)
+    c.model.unet.update(widths=(4, 4), norm_groups=2, num_heads=2, attention=0)
     c.model.dit.update(width=16, depth=2, heads=2)
     c.sampler.steps, c.sampler.batch_size, c.sampler.guidance = 3, 4, 2.0
     for name, value in overrides.items():
@@ -58,56 +61,90 @@ def setting(runs, text):
     return fields
 
 
+X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 1)), jnp.float32)
+COND = Conditioning(label=jnp.array([1, 6]))
+LEVEL = NoiseLevel(*map(jnp.float32, (0.5, 0.8, 0.6)))
+GOOD, NULL, EIGHT = (0.1 * X + 0.02 * k for k in (COND.label.reshape(2, 1, 1, 1), 10, 8))
+WEAK = -0.1 * X
+
+
+def model(x, level, cond):
+    return 0.1 * x + 0.02 * cond.label.reshape(-1, 1, 1, 1)
+
+
+NETWORKS = {
+    "model": model,
+    "weak": lambda x, level, cond: -0.1 * x,
+    "classifier": lambda x, level: x.reshape(len(x), -1)[:, :10],
+}
+
+
+def score():
+    """grad log softmax(x_0..x_9)[label]."""
+    flat = np.asarray(X.reshape(2, -1))[:, :10]
+    p = np.exp(flat) / np.exp(flat).sum(1, keepdims=True)
+    gradient = np.zeros((2, 64))
+    gradient[:, :10] = np.eye(10)[[1, 6]] - p
+    return gradient.reshape(X.shape)
+
+
 METHODS = [
-    "guidance=2",
-    "guidance=1",
-    "guidance_split=True",
-    "negative=8",
-    "guidance_low=0.2 guidance_high=3",
-    "guidance_method=rescaled(phi=0.7)",
-    "guidance_method=adaptive_projected(norm_threshold=2.5,momentum=-0.5)",
-    "guidance=1 perturbed_attention=2",
-    "autoguidance=@weak",
-    "autoguidance=@other",
-    "classifier=@classifier classifier_scale=2",
-    "classifier=@edm_classifier guidance=1",
-    "threshold=dynamic_threshold(quantile=0.9,largest=1.5)",
-    "autoguidance=@weak classifier=@classifier perturbed_attention=1 guidance_high=5 "
-    "guidance_method=adaptive_projected(eta=0.5)",
+    ("guidance=2", 2 * GOOD - NULL),
+    ("guidance=1", GOOD),
+    ("guidance_split=True", 2 * GOOD - NULL),
+    ("negative=8", 2 * GOOD - EIGHT),
+    ("guidance_low=0.2 guidance_high=0.7", GOOD),
+    ("guidance_low=0.2 guidance_high=0.8", 2 * GOOD - NULL),
+    ("guidance_method=rescaled(phi=0.0)", 2 * GOOD - NULL),
+    ("guidance_method=adaptive_projected(eta=1.0,momentum=0.0)", 2 * GOOD - NULL),
+    ("autoguidance=@weak", 2 * GOOD - WEAK),
+    ("classifier=@classifier guidance=1 classifier_scale=2", GOOD + 2 * 0.36 / 0.8 * score()),
+    ("guidance=1 perturbed_attention=2", GOOD),  # these networks have no attention
+    ("guidance=200 clip=False", NULL + 200 * (GOOD - NULL)),
+    ("guidance=200", jnp.clip(NULL + 200 * (GOOD - NULL), -1, 1)),
+    ("guidance=200 threshold=dynamic_threshold(largest=1.0)", None),
 ]
 
 
-def test_every_method_draws(runs, monkeypatch):
-    """Finite, in range, and (but for where the calls are made) all different."""
+@pytest.mark.parametrize("text, expected", METHODS, ids=lambda value: str(value)[:40])
+def test_settings_mean_their_equations(runs, text, expected):
+    guide = build(small(digits, **setting(runs, text))).guidance
+    x0 = guide.guide(NETWORKS, COND, guide.sampler.guidance)(X, LEVEL).x0
+    if expected is None:
+        expected = jnp.clip(NULL + 200 * (GOOD - NULL), -1, 1)
+    np.testing.assert_allclose(x0, expected, atol=1e-4)
 
+
+def test_other_schedules_are_translated(runs):
+    """The classifier is asked about the same example on its own schedule."""
+    asked = []
+
+    def classify(x, level):
+        asked.append((x, level))
+        return x.reshape(len(x), -1)[:, :10]
+
+    guide = build(small(digits, **setting(runs, "classifier=@edm_classifier"))).guidance
+    run = guide.classifier
+    assert not run.same_schedule
+    guiding.at_its_levels(classify, run)(X, LEVEL)
+    x, level = asked[0]
+    np.testing.assert_allclose([level.alpha, level.sigma], [1.0, 0.75], rtol=1e-5)
+    np.testing.assert_allclose(x, X / 0.8, rtol=1e-5)
+
+
+def test_draws_with_everything_at_once(runs, monkeypatch):
+    """An unconditional model told what to draw by a classifier; memory, PAG, two networks."""
     monkeypatch.setattr(guiding.Run, "params", lambda run: parameters(run.objective, 0.2))
-    params, drawn = None, {}
-    for text in METHODS:
-        experiment = build(small(digits, **setting(runs, text)))
-        params = parameters(experiment.objective, 0.3) if params is None else params
-        x, label = Drawer(experiment).draw(params, 4)
-        assert np.isfinite(x).all() and np.abs(x).max() <= 1, text
-        np.testing.assert_array_equal(label, range(4))
-        drawn[text] = x
-    same = {"guidance=2", "guidance_split=True"}
-    np.testing.assert_allclose(*(drawn.pop(text) for text in same), atol=1e-4)
-    images = list(drawn.values())
-    for i, image in enumerate(images):
-        for other in images[:i]:
-            assert np.abs(image - other).max() > 1e-4
-
-
-def test_a_classifier_makes_an_unconditional_model_conditional(runs, monkeypatch):
-    monkeypatch.setattr(guiding.Run, "params", lambda run: parameters(run.objective, 0.2))
-    classifier = str(runs["classifier"])
-    config = small(digits, objective__conditional=False, sampler__classifier=classifier)
-    config.sampler.guidance = 1.0
-    experiment = build(config)
+    text = "autoguidance=@unconditional classifier=@classifier perturbed_attention=1 "
+    text += "guidance_high=5 guidance_method=adaptive_projected(eta=0.5)"
+    fields = setting(runs, text) | {"objective__conditional": False}
+    experiment = build(small(digits, **fields))
     assert experiment.num_classes == 0 and experiment.guidance.num_classes == 10
     drawer, params = Drawer(experiment), parameters(experiment.objective, 0.3)
-    _, label = drawer.draw(params, 4)
+    x, label = drawer.draw(params, 4)
     np.testing.assert_array_equal(label, range(4))
-    assert np.isfinite(drawer.trajectory(params, 2)[0]).all()
+    assert np.isfinite(x).all() and np.abs(x).max() <= 1
+    assert np.abs(x[0] - x[1]).max() > 1e-3
 
 
 MISTAKES = [

@@ -76,6 +76,22 @@ def test_train_resume_done_sample_evaluate(tmp_path):
     assert image.size == (8, 8) and image.text["label"] == "3" and image.text["guidance"] == "3.0"
     assert (workdir / "samples" / "grid.png").exists()
 
+    shown = ["--config.sampler.preview_every=2", "--config.samples.gif=True"]
+    succeed(*command, "--mode=sample", *shown, "--config.sampler.batch_size=10")
+    names = [f"preview_{batch:03d}_{evaluation:04d}" for batch in (0, 1) for evaluation in (2, 4)]
+    assert sorted(p.stem for p in (workdir / "samples").glob("preview*")) == names
+    assert Image.open(workdir / "samples" / "trajectory.gif").n_frames > 1
+
+    swept = ["--mode=sweep", "--config.sweep.reference_steps=4", "--config.evaluation.count=50"]
+    asked = ["--config.sweep.solvers=('ddim', 'heun')", "--config.sweep.evaluations=(2, 4)"]
+    assert "ddim: 4 evaluations (4 steps): frechet" in succeed(*command, *swept, *asked)
+    rows = json.loads((workdir / "sweep.json").read_text())["rows"]
+    assert [(r["solver"], r["steps"]) for r in rows] == [
+        *(("ddim", 2), ("ddim", 4), ("heun", 1), ("heun", 2)),
+    ]
+    assert "| heun | 1 (1) | 2 (3) |" in (workdir / "sweep.md").read_text()
+    assert (workdir / "sweep.png").stat().st_size > 0
+
     assert "recognises" in succeed(*command, "--mode=evaluate", "--config.evaluation.count=50")
     assert json.loads((workdir / "evaluation.json").read_text())["num_samples"] == 50
 
@@ -98,7 +114,7 @@ def test_points(tmp_path):
         (["--config.train.stepz=3"], "Did you mean config.train.steps?"),
         (["--config.foo=3"], "unknown field config.foo; config has data, ema"),
         (["--config.train.steps=many"], "--config.train.steps=many: invalid literal for int"),
-        (["--mode=trian"], "train|sample|evaluate"),
+        (["--mode=trian"], "train|sample|evaluate|sweep"),
         (["--config.objective.schedule=cosin"], "Did you mean 'cosine'?"),
         (["--mode=sample"], "no checkpoint"),
     ],

@@ -58,6 +58,14 @@ def test_mistakes_are_named(text, message):
         specs.function(text, FUNCTIONS, "field")
 
 
+def test_what_the_caller_fills_in_is_no_option():
+    assert specs.function("double(factor=3)", FUNCTIONS, "f", filled=["base"])(base=2) == 6
+    with pytest.raises(ValueError, match="double has no option 'base'; its options: factor"):
+        specs.function("double(base=3)", FUNCTIONS, "f", filled=["base"])
+    with pytest.raises(ValueError, match=r"double needs factor, as in double\(factor=...\)"):
+        specs.function("double", FUNCTIONS, "f", filled=["base"])
+
+
 def test_missing_argument_is_named():
     with pytest.raises(ValueError, match="missing a required argument: 'factor'"):
         specs.value("double(seven)", FUNCTIONS, "field")

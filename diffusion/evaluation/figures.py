@@ -136,7 +136,7 @@ def loss_curve(
     """
     steps, values = read_metrics(metrics, key)
     finite = values[np.isfinite(values)]
-    with _figure(path, 7.0, 4.0) as figure:
+    with new_figure(path, 7.0, 4.0) as figure:
         axes = figure.subplots()
         axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
         if len(finite) == len(values) and len(values) >= 8:
@@ -225,7 +225,7 @@ def density_figure(
     data, samples = np.asarray(data), np.asarray(samples)
     limit = 1.15 * float(np.abs(data).max())
     panels = 2 if trajectories is None else 3
-    with _figure(path, 3.7 * panels, 4.0) as figure:
+    with new_figure(path, 3.7 * panels, 4.0) as figure:
         axes = figure.subplots(1, panels)
         for ax, points, name in zip(axes, (data, samples), ("data", "samples")):
             box = (-limit, limit, -limit, limit)
@@ -264,7 +264,7 @@ def _check_trajectory(xs: np.ndarray, ndim: int) -> np.ndarray:
 
 
 @contextmanager
-def _figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+def new_figure(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """A figure in the common style, written to ``path``; free of pyplot's global state."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=PAPER)

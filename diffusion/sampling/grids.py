@@ -102,7 +102,7 @@ def flow_shift(schedule: Schedule, steps: int, shift: float = 3.0) -> NoiseLevel
     """
     if schedule(schedule.t_max).alpha > 0:
         raise ValueError(
-            f"flow_shift needs a schedule without signal at t_max (a flow), got {schedule}; "
+            f"flow_shift needs no signal at t_max (a flow), got {type(schedule).__name__}; "
             "use schedule.shifted"
         )
     if not shift > 0:

@@ -1,4 +1,4 @@
-"""Learned few-step solvers: times and weights found by gradient against a many-step teacher.
+"""Learned few-step solvers: tables of which times and weights are free (``teaching`` finds them).
 
 A sampler's table is an argument of ``sample``, so the distance of its samples to a teacher's, from
 the same initial noise, can be differentiated in every number of it. What is learned here are the
@@ -13,20 +13,13 @@ et al., 2024), to S4S (Frankel et al., 2025) and, for the times alone, LD3 (Tong
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
 
-from diffusion.conditioning import Conditioning
-from diffusion.denoiser import Denoise
 from diffusion.levels import Array, NoiseLevel
-from diffusion.sampling.sample import image_keys, sample
 from diffusion.sampling.tables import REGISTERS, Solver
 from diffusion.schedules import Schedule
 
@@ -42,23 +35,6 @@ class Coefficients(NamedTuple):
 
     log_steps: Array
     earlier: Array
-
-
-class Learned(NamedTuple):
-    """A learned solver and how far it is from its teacher.
-
-    Attributes:
-      solver: the table, float64 NumPy.
-      start: root mean square distance to the teacher of the solver that learning began with, on
-        initial noise not learned from.
-      error: the same of the learned one.
-      history: [(iteration, that distance), ...].
-    """
-
-    solver: Solver
-    start: float
-    error: float
-    history: list[tuple[int, float]]
 
 
 def coefficients(solver: Solver, t_end: float = 0.0, memory: int = 4) -> Coefficients:
@@ -109,112 +85,6 @@ def build(learned: Coefficients, schedule: Schedule, t_start: float, t_end: floa
     nothing = jnp.zeros_like(b)
     init = jnp.hypot(now.alpha[0], now.sigma[0])
     return Solver(now, A, b, nothing, nothing, nothing, init)
-
-
-def learn(
-    denoise: Callable[[Any, Conditioning], Denoise],
-    weights: Any,
-    schedule: Schedule,
-    start: Solver,
-    teacher: Solver,
-    cond: Conditioning,
-    shape: tuple[int, ...],
-    *,
-    t_end: float = 0.0,
-    count: int = 512,
-    held_out: int = 128,
-    batch_size: int = 64,
-    iterations: int = 300,
-    learning_rate: float = 0.02,
-    memory: int = 4,
-    seed: int = 0,
-    progress: bool = True,
-) -> Learned:
-    """Minimises the mean squared distance to the teacher's samples, by Adam.
-
-    Args:
-      denoise: (weights, cond) -> Denoise, guidance included.
-      weights: of the network; not changed.
-      schedule: gives the levels at the learned times.
-      start: the solver to begin with, deterministic and of one evaluation a step.
-      teacher: a many-step solver that starts at the same level, deterministic.
-      cond: conditioning of the samples learned from and held out, leaves [count + held_out, ...].
-      shape: one sample's.
-      t_end: where both grids end.
-      count, held_out: samples of the teacher to learn from, and to choose the result by.
-      batch_size: of each iteration; divides count and held_out.
-      iterations, learning_rate: of Adam; the rate falls along a cosine.
-      memory: K, how many estimates each step combines.
-      seed: of the initial noise.
-      progress: whether to show a bar.
-
-    Returns:
-      The coefficients that were best on the held-out samples, as a table.
-
-    Raises:
-      ValueError: for a start that cannot be learned from, or levels that do not agree.
-    """
-    if count % batch_size or held_out % batch_size:
-        raise ValueError(f"count={count} and held_out={held_out} must be multiples of {batch_size}")
-    if not np.isclose(start.level.t[0], teacher.level.t[0]):
-        raise ValueError(
-            f"teacher and start must begin at the same time, got {teacher.level.t[0]:.6g} and "
-            f"{start.level.t[0]:.6g}"
-        )
-    table = partial(build, schedule=schedule, t_start=float(start.level.t[0]), t_end=t_end)
-
-    def draw(solver: Solver, weights: Any, batch: tuple) -> Array:
-        index, cond = batch
-        keys = image_keys(seed, index)
-        return sample(denoise(weights, cond), solver, keys, shape)
-
-    def loss(learned: Coefficients, weights: Any, batch: tuple, target: Array) -> Array:
-        return jnp.mean((draw(table(learned), weights, batch) - target) ** 2)
-
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
-
-    @jax.jit
-    def update(learned, state, weights, batch, target):
-        gradient = jax.grad(loss)(learned, weights, batch, target)
-        # One bad image must not throw the coefficients away: its gradient's size is not trusted.
-        norm = optax.global_norm(gradient)
-        gradient = jax.tree.map(
-            lambda g: jnp.where(jnp.isfinite(norm), g / (norm + 1e-12), 0), gradient
-        )
-        change, state = optimizer.update(gradient, state)
-        return optax.apply_updates(learned, change), state
-
-    batches = [
-        (index, jax.tree.map(lambda a, index=index: a[index], cond))
-        for index in np.arange(count + held_out).reshape(-1, batch_size)
-    ]
-    teach, measure = jax.jit(draw), jax.jit(loss)
-    targets = [teach(teacher, weights, batch) for batch in batches]
-    first = count // batch_size
-
-    def error(learned: Coefficients) -> float:
-        squares = [
-            float(measure(learned, weights, *pair))
-            for pair in zip(batches[first:], targets[first:])
-        ]
-        return float(np.sqrt(np.mean(squares)))
-
-    learned = jax.tree.map(jnp.float32, coefficients(start, t_end, memory))
-    state = optimizer.init(learned)
-    history = [(0, error(learned))]
-    best = learned
-    with tqdm(total=iterations, desc="learning", disable=not progress) as bar:
-        for i in range(iterations):
-            j = i % first
-            learned, state = update(learned, state, weights, batches[j], targets[j])
-            bar.update()
-            if (i + 1) % 20 == 0 or i + 1 == iterations:
-                history.append((i + 1, error(learned)))
-                bar.set_postfix_str(f"error {history[-1][1]:.4g}, at first {history[0][1]:.4g}")
-                if history[-1][1] <= min(e for _, e in history):
-                    best = learned
-    solver = jax.tree.map(lambda a: np.asarray(a, np.float64), table(best))
-    return Learned(solver, history[0][1], min(e for _, e in history), history)
 
 
 def save(path: str, solver: Solver) -> None:

@@ -21,7 +21,7 @@ from diffusion.sampling.tables import Solver
 
 Guide = Callable[..., Denoise | Stateful]  # (ConditionalDenoise, Conditioning, *arguments)
 Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments, x_init) -> images
-Callback = Callable[[np.ndarray, np.ndarray], None]  # (evaluation (), x_0_hat [B, ...])
+Callback = Callable[..., None]  # (evaluation (), x_0_hat [B, ...], *about)
 
 
 class Trajectory(NamedTuple):
@@ -66,6 +66,7 @@ def sample(
     carry: Any = None,
     corrector: Corrector | None = None,
     callback: Callback | None = None,
+    about: tuple[Array, ...] = (),
     trajectory: bool = False,
 ) -> Array | tuple[Array, Trajectory]:
     """Draws images; traceable, differentiable in everything, and ``vmap`` over tables works.
@@ -90,6 +91,7 @@ def sample(
         are fold r of each image's fold 2^31.
       callback: called on the host after each evaluation with its number and x_0_hat, for progress
         bars and previews. Without it, nothing is sent.
+      about: more that the callback is told.
       trajectory: whether to return every evaluation too.
 
     Returns:
@@ -133,7 +135,7 @@ def sample(
         x0, nu, unclipped = as_estimate(result)
         x0 = x0.astype(dtype)
         if callback is not None:
-            jax.debug.callback(callback, r, x0)
+            jax.debug.callback(callback, r, x0, *about)
         if unclipped is None:  # one product: b and b_raw are of the same thing
             new = _combine(A, registers) + _outer(b + b_raw, x0)
         else:
@@ -203,7 +205,8 @@ def make_sampler(
         ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
       devices: by default all local ones.
       corrector: as ``sample``'s.
-      callback: as ``sample``'s; it sees each device's share of the batch apart.
+      callback: as ``sample``'s. It sees each device's share of the batch apart, in any order; its
+        third argument is the share's number ().
 
     Returns:
       (params, solver, keys [B], cond, *arguments, x_init=None) -> images [B, *shape], jitted.
@@ -216,7 +219,8 @@ def make_sampler(
 
     def local(params, solver, keys, cond, arguments, x_init):
         denoise = guide(denoiser(params), cond, *arguments)
-        options = dict(x_init=x_init, corrector=corrector, callback=callback)
+        about = () if callback is None else (jax.lax.axis_index("batch"),)
+        options = dict(x_init=x_init, corrector=corrector, callback=callback, about=about)
         return sample(denoise, solver, keys, shape, **options)
 
     @jax.jit

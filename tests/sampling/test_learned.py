@@ -10,6 +10,8 @@ from diffusion import schedules
 from diffusion.conditioning import Conditioning
 from diffusion.sampling import grids, learned, solvers
 from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.sample import sample
+from diffusion.sampling.teaching import Student
 
 START = [solvers.ddim, solvers.dpmpp_2m, solvers.dpmpp_3m]
 
@@ -34,28 +36,23 @@ def test_points_are_exact_whatever_was_learned():
     with jax.enable_x64(True):
         solver = learned.build(random, schedule, 1.0)
         keys = jax.random.split(jax.random.key(0), 4)
-        end = learned.sample(point, solver, keys, (1,))
+        end = sample(point, solver, keys, (1,))
     np.testing.assert_allclose(end, 0.7, rtol=1e-12)
 
 
 def test_learning_helps_on_noise_not_seen():
     schedule = schedules.cosine()
     grid = grids.karras(schedule, 4)
+    student = Student(lambda weights, cond: MIXTURE, None)
     teacher = solvers.dpmpp_2m(grids.karras(schedule, 60))
-    result = learned.learn(
-        lambda weights, cond: MIXTURE,
-        None,
-        schedule,
-        solvers.dpmpp_2m(grid),
-        teacher,
-        Conditioning(),
-        (1,),
-        count=256,
-        held_out=128,
-        batch_size=128,
-        iterations=150,
-        progress=False,
-    )
+    options = dict(batch_size=128, progress=False)
+    lessons, held_out = student.lessons(teacher, Conditioning(), 384, (1,), **options).split(256)
+    start = solvers.dpmpp_2m(grid)
+    result = student.learn(schedule, start, lessons, held_out, iterations=150, **options)
+    assert np.isclose(student.error(start, held_out), result.start, rtol=1e-4)
+    assert np.isclose(student.error(result.solver, held_out), result.error, rtol=1e-4)
+    fresh = student.lessons(teacher, Conditioning(), 128, (1,), seed=1, **options)
+    assert student.error(result.solver, fresh) < 0.6 * student.error(start, fresh)
     assert result.error < 0.5 * result.start, (result.start, result.error)
     assert result.history[0] == (0, result.start) and result.history[-1][0] == 150
     assert result.solver.evaluations == 4 and np.all(np.diff(result.solver.level.t) < 0)

@@ -1,0 +1,348 @@
+"""Quality against the number of evaluations, solver by solver: the figure of every sampler paper.
+
+Budgets are evaluations of the denoiser, which are what sampling costs; a solver of two stages takes
+half as many steps. Every solver takes the most steps that its budget allows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from diffusion.evaluation.figures import GRAY, new_figure
+from diffusion.sampling.tables import Solver
+
+COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626")
+COLORS += ("#0891b2", "#a16207", "#db2777", "#4b5563", "#65a30d")
+MARKERS = "osD^vP*Xph"
+
+Make = Callable[[str, int], Solver]  # (solver as in a config, steps) -> table
+Row = dict[str, Any]
+
+
+class Entry(NamedTuple):
+    """One point to measure.
+
+    Attributes:
+      solver: as in a config.
+      steps: of the grid.
+      table: of at most ``budget`` evaluations.
+      budget: the evaluations allowed.
+    """
+
+    solver: str
+    steps: int
+    table: Solver
+    budget: int
+
+
+class Measure(NamedTuple):
+    """A figure of merit: its key in a row, its name, its axis, and a real data's value if any."""
+
+    key: str
+    name: str
+    log: bool
+    real: float | None = None
+    real_name: str = "real data"
+
+
+def plan(
+    make: Make, solvers: Sequence[str], budgets: Sequence[int]
+) -> tuple[list[Entry], list[str]]:
+    """Each solver at each budget, with the most steps that it allows.
+
+    Budgets at which a solver comes to the table of a smaller one are left out.
+
+    Returns:
+      The entries, and a line for each budget that is too small for a solver.
+
+    Raises:
+      ValueError: for a solver that cannot be made, or if nothing is left.
+    """
+    entries, notes = [], []
+    for solver in dict.fromkeys(solvers):
+        make(solver, max(budgets))  # a mistake in its name or options is not one of the budget
+        known = set()
+        for budget in sorted(set(budgets)):
+            try:
+                steps, table = most_steps(make, solver, budget)
+            except ValueError as error:
+                notes.append(f"{solver} is left out at {budget} evaluations: {error}")
+                continue
+            if steps not in known:
+                entries.append(Entry(solver, steps, table, budget))
+            known.add(steps)
+    if not entries:
+        raise ValueError("no solver is possible with these evaluations:\n" + "\n".join(notes))
+    return entries, notes
+
+
+def most_steps(make: Make, solver: str, budget: int) -> tuple[int, Solver]:
+    """The largest number of steps with at most ``budget`` evaluations, and its table.
+
+    Raises:
+      ValueError: if a single step takes more, or the solver refuses so few.
+    """
+    steps, table = budget, make(solver, budget)
+    while table.evaluations > budget:
+        if steps == 1:
+            raise ValueError(f"one step takes {table.evaluations}")
+        steps = max(1, min(steps - 1, steps * budget // table.evaluations))
+        table = make(solver, steps)
+    while steps < budget and (longer := make(solver, steps + 1)).evaluations <= budget:
+        steps, table = steps + 1, longer
+    return steps, table
+
+
+def fill(table: Solver, evaluations: int) -> Solver:
+    """The same sampler with idle rows at its end, which change nothing: tables of one size share
+    one compilation."""
+    more = evaluations - table.evaluations
+    if more < 0:
+        raise ValueError(f"the table has {table.evaluations} evaluations, more than {evaluations}")
+    idle = jax.tree.map(lambda a: np.repeat(a[-1:], more, axis=0), table._replace(init=np.zeros(1)))
+    idle = idle._replace(
+        A=np.broadcast_to(np.eye(table.A.shape[-1]), idle.A.shape),
+        **{name: np.zeros_like(idle.b) for name in ("b", "b_raw", "noise", "noise_upper")},
+    )
+    longer = jax.tree.map(lambda a, b: np.concatenate([np.atleast_1d(a), b]), table, idle)
+    return longer._replace(init=table.init)
+
+
+def deterministic(table: Solver) -> bool:
+    """Whether the end is a function of the initial noise alone."""
+    return not (np.any(table.noise) or np.any(table.noise_upper))
+
+
+def rmse(x: np.ndarray, y: np.ndarray) -> float:
+    """Root mean squared difference over everything."""
+    return float(np.sqrt(np.mean((np.asarray(x, np.float64) - y) ** 2)))
+
+
+def run(
+    path: Path,
+    settings: Mapping[str, Any],
+    entries: Sequence[Entry],
+    draw: Callable[[Solver], np.ndarray],
+    judge: Callable[[np.ndarray], Mapping[str, float]],
+    reference: Callable[[], tuple[np.ndarray, float]],
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measures every entry that ``path`` has no result of yet, and keeps all results there.
+
+    Args:
+      path: sweep.json, rewritten after every point; one of other ``settings`` is started anew.
+      settings: whatever else the results depend on; JSON.
+      entries: of ``plan``.
+      draw: table -> samples [N, ...], image i from the i-th noise.
+      judge: samples -> figures of merit, and those of real data under names ending in "_real".
+      reference: -> the first M samples of the exact flow from the same noises, and their own error;
+        called if it is needed.
+      report: takes a line per point.
+
+    Returns:
+      settings, reference_error, real (by measure) and rows: per entry solver, budget, steps,
+      evaluations, deterministic, finite, rmse (None for stochastic solvers) and the judge's.
+    """
+    settings = json.loads(json.dumps(settings))
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result.get("settings") != settings:
+        result = {"settings": settings, "reference_error": None, "real": {}, "rows": []}
+    known = {(row["solver"], row["steps"]): row for row in result["rows"]}
+    target, rows = None, []
+    for entry in entries:
+        row = known.get((entry.solver, entry.steps))
+        if row is None:
+            if target is None and deterministic(entry.table):
+                target, result["reference_error"] = reference()
+            row = _measure(entry, draw, judge, target)
+            result["real"] |= row.pop("real")
+            result["rows"].append(row)
+            partial = path.with_suffix(".json.partial")
+            partial.write_text(json.dumps(result, indent=2) + "\n")
+            partial.replace(path)
+        rows.append(row | {"budget": entry.budget})
+        report(_line(row))
+    return result | {"rows": rows}
+
+
+def _measure(entry: Entry, draw: Callable, judge: Callable, target: np.ndarray | None) -> Row:
+    began = time.perf_counter()
+    x = draw(fill(entry.table, entry.budget))
+    row = {
+        "solver": entry.solver,
+        "budget": entry.budget,
+        "steps": entry.steps,
+        "evaluations": entry.table.evaluations,
+        "deterministic": deterministic(entry.table),
+        "finite": bool(np.isfinite(x).all()),
+        "rmse": None,
+        "seconds": round(time.perf_counter() - began, 2),
+        "real": {},
+    }
+    if row["finite"]:
+        if row["deterministic"]:
+            row["rmse"] = rmse(x[: len(target)], target)
+        judged = judge(x)
+        row["real"] = {k: v for k, v in judged.items() if k.endswith("_real")}
+        row |= {k: v for k, v in judged.items() if k not in row["real"]}
+    return row
+
+
+def _line(row: Row) -> str:
+    values = [
+        f"{key} {_number(row[key])}" for key in LABELS if isinstance(row.get(key), int | float)
+    ]
+    text = f"{row['solver']}: {row['evaluations']} evaluations ({row['steps']} steps): "
+    return text + (", ".join(values) if row["finite"] else "not finite")
+
+
+LABELS = {
+    "frechet": ("Fréchet distance", True),
+    "recognised": ("recognised [%]", False),
+    "sliced_wasserstein": ("sliced Wasserstein distance", True),
+    "rmse": ("distance to the exact flow (RMSE)", True),
+}
+"""Measures by key: name, and whether the axis is logarithmic."""
+
+
+def measures(result: Mapping[str, Any]) -> list[Measure]:
+    """The measures that some row has."""
+    real = {key: result["real"].get(f"{key}_real") for key in LABELS}
+    real["rmse"] = result["reference_error"]
+    names = {"rmse": "the reference's own error"}
+    return [
+        Measure(key, name, log, real[key], names.get(key, "real data"))
+        for key, (name, log) in LABELS.items()
+        if any(row.get(key) is not None for row in result["rows"])
+    ]
+
+
+def figure(path: str | Path, result: Mapping[str, Any], title: str, cost: str = "") -> None:
+    """One panel per measure, one line per solver; dashed: stochastic. Writes a PNG."""
+    shown, rows = measures(result), result["rows"]
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    with new_figure(path, max(4.2 * len(shown), 7.5), 4.6) as canvas:
+        axes = canvas.subplots(1, len(shown), squeeze=False)[0]
+        for ax, measure in zip(axes, shown):
+            for i, solver in enumerate(solvers):
+                own = [r for r in rows if r["solver"] == solver and r.get(measure.key) is not None]
+                own.sort(key=lambda row: row["evaluations"])
+                if own:
+                    _draw_line(ax, own, measure.key, i)
+            _finish(ax, measure, [row["evaluations"] for row in rows], cost)
+        handles = {}
+        for ax in axes:
+            handles |= {name: line for line, name in zip(*ax.get_legend_handles_labels())}
+        names = [solver for solver in solvers if solver in handles]
+        lines = [handles[name] for name in names]
+        canvas.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6))
+        canvas.suptitle(title)
+
+
+def _draw_line(ax: Axes, rows: Sequence[Row], key: str, i: int) -> None:
+    ax.plot(
+        [row["evaluations"] for row in rows],
+        [row[key] for row in rows],
+        color=COLORS[i % len(COLORS)],
+        marker=MARKERS[i % len(MARKERS)],
+        linestyle="-" if rows[0]["deterministic"] else "--",
+        markersize=4,
+        linewidth=1.5,
+        alpha=0.9,
+        label=rows[0]["solver"],
+    )
+
+
+def _finish(ax: Axes, measure: Measure, evaluations: Sequence[int], cost: str) -> None:
+    ax.set_xscale("log")
+    ticks = [t for t in sorted(set(evaluations)) if t in _round_numbers(max(evaluations))]
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    if measure.log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    if measure.key == "recognised":
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    if measure.real is not None:
+        ax.axhline(measure.real, color=GRAY, linewidth=1, linestyle=":", zorder=1)
+        ax.annotate(
+            f"{measure.real_name}: {_shown(measure.key, measure.real)}",
+            (0, measure.real),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 2),
+            textcoords="offset points",
+            ha="left",
+            va="bottom",
+            fontsize=8,
+            color="#6b7280",
+        )
+    ax.set(xlabel=f"evaluations{cost}", title=measure.name)
+    ax.grid(True)
+    ax.set_axisbelow(True)
+
+
+def _round_numbers(largest: int) -> set[int]:
+    return {int(m * 10**e) for m in (1, 2, 3, 4, 5, 6, 8, 10, 15) for e in range(len(str(largest)))}
+
+
+def markdown(result: Mapping[str, Any], title: str, notes: Sequence[str] = ()) -> str:
+    """A table per measure: a row per solver, a column per budget."""
+    rows = result["rows"]
+    budgets = sorted({row["budget"] for row in rows})
+    by = {(row["solver"], row["budget"]): row for row in rows}
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    lines = [f"# {title}", "", *(f"- {note}" for note in notes), ""]
+    for measure in measures(result):
+        beside = (
+            ""
+            if measure.real is None
+            else f" ({measure.real_name}: {_shown(measure.key, measure.real)})"
+        )
+        lines += [f"## {measure.name}{beside}", ""]
+        lines += _table(solvers, budgets, lambda s, b, key=measure.key: _cell(by.get((s, b)), key))
+    lines += ["## Steps (evaluations)", ""]
+    lines += _table(
+        solvers,
+        budgets,
+        lambda s, b: "{steps} ({evaluations})".format(**by[s, b]) if (s, b) in by else "",
+    )
+    return "\n".join(lines)
+
+
+def _table(solvers: Sequence[str], budgets: Sequence[int], cell: Callable) -> list[str]:
+    head = ["evaluations ≤", *map(str, budgets)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for solver in solvers:
+        lines.append("| " + " | ".join([solver, *(cell(solver, b) for b in budgets)]) + " |")
+    return [*lines, ""]
+
+
+def _cell(row: Row | None, key: str) -> str:
+    if row is None:
+        return ""
+    if not row["finite"]:
+        return "not finite"
+    value = row.get(key)
+    if value is None:
+        return "–"
+    return _shown(key, value)
+
+
+def _shown(key: str, value: float) -> str:
+    return f"{100 * value:.1f}" if key == "recognised" else _number(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
