@@ -109,11 +109,12 @@ def step(x: Combination, d: Combination, now: NoiseLevel, after: NoiseLevel) -> 
     return keep * x + (after.alpha - now.alpha * keep) * d
 
 
-def nodes(grid: NoiseLevel) -> list[NoiseLevel]:
-    """The grid's N + 1 levels, one by one.
+def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
+    """The grid's N + 1 levels, one by one; ``rising``: from less to more noise, for inversion.
 
     Raises:
-      ValueError: for a grid that does not go, node by node, from more to less noise.
+      ValueError: for a grid that does not go, node by node, from more to less noise (rising: from
+        less to more).
     """
     grid = NoiseLevel(*(np.asarray(a, np.float64) for a in grid))
     _, alpha, sigma = grid
@@ -121,11 +122,17 @@ def nodes(grid: NoiseLevel) -> list[NoiseLevel]:
         raise ValueError(f"a grid has leaves [N + 1], N >= 1, got {[a.shape for a in grid]}")
     if not all(np.isfinite(a).all() for a in grid) or np.any(alpha < 0) or np.any(sigma < 0):
         raise ValueError("a grid's t, alpha and sigma must be finite, alpha and sigma >= 0")
-    rises = sigma[:-1] * alpha[1:] <= sigma[1:] * alpha[:-1]
+    here, there = sigma[:-1] * alpha[1:], sigma[1:] * alpha[:-1]
+    rises = here >= there if rising else here <= there
     if rises.any():
         i = int(np.argmax(rises))
+        order = (
+            "increase strictly along a rising grid"
+            if rising
+            else "decrease strictly along a grid, noisiest first"
+        )
         raise ValueError(
-            f"sigma / alpha must decrease strictly along a grid, noisiest first; node {i} has "
+            f"sigma / alpha must {order}; node {i} has "
             f"{sigma[i]:.6g} / {alpha[i]:.6g}, the next {sigma[i + 1]:.6g} / {alpha[i + 1]:.6g}"
         )
     return [NoiseLevel(*leaves) for leaves in zip(*grid)]

@@ -13,7 +13,7 @@ short.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -47,10 +47,11 @@ def lms(grid: NoiseLevel, order: int = 4) -> Solver:
     return _adams(grid, order, weights)
 
 
-def deis(grid: NoiseLevel, order: int = 3) -> Solver:
+def deis(grid: NoiseLevel, order: int = 3, orders: Sequence[int] | None = None) -> Solver:
     """DEIS with eps a polynomial in log(sigma/alpha) (Zhang & Chen, 2022; diffusers' "logrho").
 
-    Orders 1 to 4; the last step has order 1 if it goes to clean data.
+    Orders 1 to 4; the last step has order 1 if it goes to clean data. ``orders`` [N]: the order of
+    each step, if not as high as ``order`` and the history allow.
 
     Raises:
       ValueError: for an order outside 1..4.
@@ -63,7 +64,7 @@ def deis(grid: NoiseLevel, order: int = 3) -> Solver:
         u = np.log(ratio)
         return ratio[-1] * lagrange_integrals(u[-2::-1], u[-2], u[-1], rate=1.0)
 
-    return _adams(grid, order, weights)
+    return _adams(grid, order, weights, orders)
 
 
 def ipndm(grid: NoiseLevel, order: int = 4) -> Solver:
@@ -155,7 +156,9 @@ _GAUSS = np.polynomial.legendre.leggauss(64)
 Weights = Callable[[list[NoiseLevel], int, int], np.ndarray]
 
 
-def _adams(grid: NoiseLevel, order: int, weights: Weights) -> Solver:
+def _adams(
+    grid: NoiseLevel, order: int, weights: Weights, orders: Sequence[int] | None = None
+) -> Solver:
     """x'/alpha' = x/alpha + sum_j weights_j eps_j, newest first; weights(path, i, k) -> [k]."""
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order!r}")
@@ -168,7 +171,8 @@ def _adams(grid: NoiseLevel, order: int, weights: Weights) -> Solver:
         known = min(known + 1, order)
         past = [_eps(now), *Y[1:4]]
         new = after.alpha / now.alpha * X
-        for weight, eps in zip(weights(path, i, known), past):
+        k = known if orders is None else min(known, orders[i])
+        for weight, eps in zip(weights(path, i, k), past):
             new = new + after.alpha * weight * eps
         rows.append(Row(now, [new, *past[:3]]))
     return table(rows)

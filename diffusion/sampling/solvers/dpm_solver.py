@@ -116,6 +116,7 @@ def multistep(
     eta: float = 0.0,
     orders: Sequence[int] | None = None,
     curvature: float = 2.0,
+    rising: bool = False,
 ) -> Solver:
     """The multistep family: N evaluations, each step from what the last ``order`` evaluations gave.
 
@@ -128,13 +129,16 @@ def multistep(
       orders: [N] the order of each step, if not as high as ``order`` and the history allow.
       curvature: factor of the second difference in third-order steps. 2 makes it the second
         derivative; the published code, as diffusers and k-diffusion, has 1, and so order 2.
+      rising: the grid goes from less to more noise (inversion); then eta must be 0.
 
     Raises:
       ValueError: for an unknown order, kind or prediction, or noise prediction with eta and order 3
         or a start at alpha = 0.
     """
     _check(order, prediction, kind, eta)
-    path = nodes(grid)
+    if rising and eta:
+        raise ValueError(f"a rising grid is stepped along without noise, got eta={eta}")
+    path = nodes(grid, rising)
     lam = [log_ratio(level) for level in path]
     orders = [order] * (len(path) - 1) if orders is None else orders
     rows = []

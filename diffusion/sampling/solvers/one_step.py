@@ -22,10 +22,11 @@ def ddim(grid: NoiseLevel, eta: float = 0.0) -> Solver:
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    return table([_ddim(*pair, eta) for pair in pairwise(nodes(grid))])
+    return table([ddim_row(*pair, eta) for pair in pairwise(nodes(grid))])
 
 
-def _ddim(now: NoiseLevel, after: NoiseLevel, eta: float) -> Row:
+def ddim_row(now: NoiseLevel, after: NoiseLevel, eta: float) -> Row:
+    """The step of ``ddim`` between two levels."""
     std = eta * np.sqrt(posterior(now, after)[1])
     keep = np.sqrt(after.sigma**2 - std**2) / now.sigma
     return Row(now, [keep * X + after.alpha * D - now.alpha * keep * RAW + std * Z])

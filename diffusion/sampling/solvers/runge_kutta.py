@@ -29,7 +29,7 @@ def heun(grid: NoiseLevel) -> Solver:
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
-        rows += _heun(now, after, kappa=1.0 if far(now) else 0.0)
+        rows += heun_rows(now, after, kappa=1.0 if far(now) else 0.0)
     return table(rows)
 
 
@@ -41,11 +41,12 @@ def flow_heun(grid: NoiseLevel) -> Solver:
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
-        rows += _heun(now, after, kappa=1.0)
+        rows += heun_rows(now, after, kappa=1.0)
     return table(rows)
 
 
-def _heun(now: NoiseLevel, after: NoiseLevel, kappa: float) -> list[Row]:
+def heun_rows(now: NoiseLevel, after: NoiseLevel, kappa: float) -> list[Row]:
+    """One step of Heun's method in the scaling of x that kappa gives; Euler's to clean data."""
     euler = step(X, D, now, after)
     if after.sigma == 0:
         return [Row(now, [euler])]
@@ -152,7 +153,7 @@ def edm(
     rows = []
     start, _ = raised(path[0])  # the initial noise brings x there
     for after in path[1:]:
-        rows += _heun(start, after, kappa=1.0 if far(start) else 0.0)
+        rows += heun_rows(start, after, kappa=1.0 if far(start) else 0.0)
         if after is path[-1]:
             break
         start, std = raised(after)

@@ -1,0 +1,1 @@
+"""The pretrained world: what other libraries' files mean here."""

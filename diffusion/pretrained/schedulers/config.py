@@ -1,0 +1,313 @@
+"""The fields of diffusers' ``scheduler_config.json``: names, defaults and legal values, by class.
+
+As of diffusers 0.42. A file often holds fields of the class that it was converted from, which
+diffusers drops: here they pass only if dropping them changes nothing one could have meant
+(``_harmless``). Everything else that is unknown or unsupported is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+STEPS = {"num_train_timesteps": 1000}
+BETAS = {
+    **STEPS,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+}
+LATENT = {**BETAS, "beta_start": 0.00085, "beta_end": 0.012}
+OUTPUT = {"prediction_type": "epsilon"}
+ZERO_SNR = {"rescale_betas_zero_snr": False}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
+LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
+CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
+NO_CLIP = {"clip_sample": False, "clip_sample_range": 1.0}
+THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+SPREAD = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+RANGE = {"sigma_min": None, "sigma_max": None}
+FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0}
+DYNAMIC = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
+CLIPPED_LAMBDA = {"lambda_min_clipped": -float("inf"), "variance_type": None}
+DPM = {
+    **BETAS,
+    **OUTPUT,
+    **THRESHOLD,
+    **SPREAD,
+    **FLOW,
+    **CLIPPED_LAMBDA,
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+}
+K_DIFFUSION = {**LATENT, **OUTPUT, **LINSPACE, **SPREAD}
+EDM = {
+    **STEPS,
+    **OUTPUT,
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_schedule": "karras",
+    "rho": 7.0,
+    "final_sigmas_type": "zero",
+}
+DISTILLED = {
+    **LATENT,
+    **OUTPUT,
+    **NO_CLIP,
+    **THRESHOLD,
+    **LEADING,
+    **ZERO_SNR,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": True,
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": {
+        **{**BETAS, **OUTPUT, **CLIP, **THRESHOLD, **LEADING, **ZERO_SNR},
+        "variance_type": "fixed_small",
+    },
+    "DDIMScheduler": {
+        **{**BETAS, **OUTPUT, **CLIP, **THRESHOLD, **LEADING, **ZERO_SNR},
+        "set_alpha_to_one": True,
+    },
+    "DDIMInverseScheduler": {
+        **{**BETAS, **OUTPUT, **CLIP, **LEADING, **ZERO_SNR},
+        "set_alpha_to_one": True,
+    },
+    "PNDMScheduler": {
+        **{**BETAS, **OUTPUT, **LEADING},
+        "skip_prk_steps": False,
+        "set_alpha_to_one": False,
+    },
+    "LMSDiscreteScheduler": {**BETAS, **OUTPUT, **LINSPACE, **SPREAD},
+    "EulerDiscreteScheduler": {
+        **{**BETAS, **OUTPUT, **LINSPACE, **SPREAD, **RANGE, **ZERO_SNR},
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+        "final_sigmas_type": "zero",
+    },
+    "EulerAncestralDiscreteScheduler": {**BETAS, **OUTPUT, **LINSPACE, **ZERO_SNR},
+    "HeunDiscreteScheduler": {**K_DIFFUSION, **NO_CLIP},
+    "KDPM2DiscreteScheduler": K_DIFFUSION,
+    "KDPM2AncestralDiscreteScheduler": K_DIFFUSION,
+    "DPMSolverMultistepScheduler": {
+        **{**DPM, **LINSPACE, **ZERO_SNR, **DYNAMIC},
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "final_sigmas_type": "zero",
+    },
+    "DPMSolverMultistepInverseScheduler": {
+        **{**DPM, **LINSPACE},
+        "lower_order_final": True,
+        "euler_at_final": False,
+    },
+    "DPMSolverSinglestepScheduler": {
+        **{**DPM, **DYNAMIC},
+        "lower_order_final": False,
+        "final_sigmas_type": "zero",
+    },
+    "UniPCMultistepScheduler": {
+        **{**BETAS, **OUTPUT, **THRESHOLD, **SPREAD, **FLOW, **LINSPACE, **ZERO_SNR, **DYNAMIC},
+        **RANGE,
+        "solver_order": 2,
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "solver_p": None,
+        "final_sigmas_type": "zero",
+        "shift_terminal": None,
+    },
+    "DEISMultistepScheduler": {
+        **{**BETAS, **OUTPUT, **THRESHOLD, **SPREAD, **FLOW, **LINSPACE, **DYNAMIC},
+        "solver_order": 2,
+        "algorithm_type": "deis",
+        "solver_type": "logrho",
+        "lower_order_final": True,
+    },
+    "SASolverScheduler": {
+        **{**BETAS, **OUTPUT, **THRESHOLD, **SPREAD, **FLOW, **CLIPPED_LAMBDA, **LINSPACE},
+        "predictor_order": 2,
+        "corrector_order": 2,
+        "tau_func": None,
+        "algorithm_type": "data_prediction",
+        "lower_order_final": True,
+    },
+    "LCMScheduler": DISTILLED,
+    "TCDScheduler": DISTILLED,
+    "FlowMatchEulerDiscreteScheduler": {
+        **{**STEPS, **SPREAD, **DYNAMIC},
+        "shift": 1.0,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "invert_sigmas": False,
+        "shift_terminal": None,
+        "stochastic_sampling": False,
+    },
+    "FlowMatchHeunDiscreteScheduler": {**STEPS, "shift": 1.0},
+    "EDMEulerScheduler": EDM,
+    "EDMDPMSolverMultistepScheduler": {
+        **{**EDM, **THRESHOLD},
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+    },
+    "CMStochasticIterativeScheduler": {
+        "num_train_timesteps": 40,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "sigma_data": 0.5,
+        "s_noise": 1.0,
+        "rho": 7.0,
+        "clip_denoised": True,
+    },
+}
+"""Of each class, its fields and their defaults."""
+
+COMMON_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+THREE = ("epsilon", "sample", "v_prediction")
+FOUR = (*THREE, "flow_prediction")
+CHOICES: dict[str, dict[str, tuple]] = {
+    "*": {
+        "beta_schedule": COMMON_BETAS,
+        "prediction_type": THREE,
+        "timestep_spacing": ("linspace", "leading", "trailing"),
+        "final_sigmas_type": ("zero", "sigma_min"),
+        "time_shift_type": ("exponential", "linear"),
+        "sigma_schedule": ("karras", "exponential"),
+        "interpolation_type": ("linear", "log_linear"),
+        "timestep_type": ("discrete", "continuous"),
+        "solver_type": ("midpoint", "heun"),
+        "solver_order": (1, 2, 3),
+        "solver_p": (None,),
+        "tau_func": (None,),
+    },
+    "DDPMScheduler": {
+        "beta_schedule": (*COMMON_BETAS, "laplace", "sigmoid"),
+        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
+    },
+    "DDIMInverseScheduler": {"timestep_spacing": ("leading", "trailing")},
+    "PNDMScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "EulerDiscreteScheduler": {"prediction_type": (*THREE, "original_sample")},
+    "EulerAncestralDiscreteScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "HeunDiscreteScheduler": {"beta_schedule": (*COMMON_BETAS, "exp")},
+    "KDPM2DiscreteScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "KDPM2AncestralDiscreteScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "DPMSolverMultistepScheduler": {
+        "prediction_type": FOUR,
+        "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
+    },
+    "DPMSolverMultistepInverseScheduler": {"algorithm_type": ("dpmsolver", "dpmsolver++")},
+    "DPMSolverSinglestepScheduler": {
+        "prediction_type": FOUR,
+        "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),
+    },
+    "UniPCMultistepScheduler": {
+        "prediction_type": FOUR,
+        "solver_type": ("bh1", "bh2"),
+        "solver_order": (1, 2, 3, 4),
+    },
+    "DEISMultistepScheduler": {
+        "prediction_type": FOUR,
+        "solver_type": ("logrho",),
+        "algorithm_type": ("deis",),
+    },
+    "SASolverScheduler": {
+        "prediction_type": FOUR,
+        "algorithm_type": ("data_prediction", "noise_prediction"),
+        "predictor_order": (1, 2, 3, 4),
+        "corrector_order": (1, 2, 3, 4),
+    },
+    # diffusers reads these two nowhere in TCD, so that True would not do what it says.
+    "TCDScheduler": {"clip_sample": (False,), "thresholding": (False,)},
+    "EDMEulerScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "EDMDPMSolverMultistepScheduler": {
+        "prediction_type": ("epsilon", "v_prediction"),
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    },
+}
+"""Legal values; a class's own before those of "*"."""
+
+SYNONYMS = {
+    "DPMSolverMultistepScheduler": "dpm",
+    "DPMSolverMultistepInverseScheduler": "dpm",
+    "DPMSolverSinglestepScheduler": "dpm",
+    "EDMDPMSolverMultistepScheduler": "dpm",
+    "UniPCMultistepScheduler": "unipc",
+    "DEISMultistepScheduler": "deis",
+}
+REPLACED: dict[str, dict[str, dict[str, str]]] = {
+    "dpm": {
+        "algorithm_type": {"deis": "dpmsolver++"},
+        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+    },
+    "unipc": {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}},
+    "deis": {
+        "algorithm_type": {"dpmsolver": "deis", "dpmsolver++": "deis"},
+        "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
+    },
+}
+"""Values of related classes that diffusers replaces."""
+
+
+def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
+    """(class name, all of its fields) of a config, its file, or the folder that holds it.
+
+    Raises:
+      ValueError: for an unknown class, a field or a value that is not supported.
+    """
+    if not isinstance(config, Mapping):
+        path = Path(config)
+        path = path / "scheduler_config.json" if path.is_dir() else path
+        config = json.loads(path.read_text())
+    name = config.get("_class_name")
+    if name not in DEFAULTS:
+        near = get_close_matches(str(name), DEFAULTS, 1) or ["/".join(DEFAULTS)]
+        raise ValueError(f"_class_name: {name!r} is not supported; nearest: {near[0]}")
+    fields = dict(DEFAULTS[name])
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    former = given.pop("set_alpha_to_zero", None) if name == "DDIMInverseScheduler" else None
+    if former is not None:
+        given["set_alpha_to_one"] = former
+    for key, value in given.items():
+        if key in fields:
+            replaced = REPLACED.get(SYNONYMS.get(name, ""), {}).get(key, {})
+            fields[key] = replaced.get(value, value) if isinstance(value, str) else value
+        elif not _harmless(key, value):
+            known = any(key in others for others in DEFAULTS.values())
+            near = [] if known else get_close_matches(key, fields, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; diffusers would ignore it"
+            raise ValueError(f"{key}: {name} has no such field (value {value!r}){hint}")
+    for key, value in fields.items():
+        legal = CHOICES.get(name, {}).get(key, CHOICES["*"].get(key))
+        if legal is not None and value not in legal:
+            raise ValueError(f"{key}: {name} supports {', '.join(map(str, legal))}, got {value!r}")
+    chosen = [key for key in (*SPREAD, "use_lu_lambdas") if fields.get(key)]
+    if len(chosen) > 1:
+        raise ValueError(f"{chosen[1]}: {name} takes only one of {chosen}")
+    return name, SimpleNamespace(**fields)
+
+
+def _harmless(key: str, value: Any) -> bool:
+    """Whether another class's field means nothing here: it is off, a default, or a mere parameter
+    (of a switch that this class does not have)."""
+    owners = [fields for fields in DEFAULTS.values() if key in fields]
+    switchless = ("set_alpha_to_one", "skip_prk_steps", "steps_offset", "clip_sample_range")
+    parameters = (*switchless, "dynamic_thresholding_ratio", "sample_max_value", "flow_shift")
+    if not owners:
+        return False
+    return key in parameters or not value or any(value == fields[key] for fields in owners)
