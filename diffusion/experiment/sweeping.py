@@ -135,9 +135,4 @@ def _facts(config: ConfigDict, step: int, count: int, twice: bool) -> list[str]:
         f"{c.reference_steps} steps from the same noise, over the first {count} samples, for "
         "deterministic solvers. The reference's own error is its distance from half as many steps.",
     ]
-    if s.clip:
-        facts.append(
-            "Where x_0 is clipped, ddim keeps the network's own noise estimate and others follow "
-            "the clipped x_0: two equations, so that ddim's distance need not vanish."
-        )
     return facts

@@ -113,8 +113,17 @@ def test_ddim_with_eta_1_is_ddpm_and_ancestral(name):
     ddim, ddpm = solvers.ddim(grid, eta=1.0), solvers.ddpm(grid)
     for other in [ddpm, solvers.euler_ancestral(grid)]:
         np.testing.assert_allclose(other.A, ddim.A, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(other.b, ddim.b + ddim.b_raw, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(other.b, ddim.b, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(other.noise, ddim.noise, rtol=1e-9, atol=1e-12)
+
+
+def test_clipped_ddim_follows_the_clipped_estimate_unless_told_otherwise():
+    """As Euler does; with keep_eps, eps is the network's own."""
+    grid = grids.uniform(schedules.cosine(), 5)
+    for keep_eps in [False, True]:
+        table = solvers.ddim(grid, keep_eps=keep_eps)
+        assert np.any(table.b_raw[:-1]) == keep_eps
+        np.testing.assert_allclose(table.b + table.b_raw, solvers.euler(grid).b, atol=1e-12)
 
 
 def test_ddpm_variances_are_the_papers():

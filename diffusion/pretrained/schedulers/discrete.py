@@ -69,20 +69,8 @@ def ddim(c: SimpleNamespace, r: Request) -> Sampler:
     rows = []
     for k, now in zip(index, levels):
         after = _previous(schedule, k - stride, c.set_alpha_to_one)
-        row = ddim_row(now, after, eta)
-        if r.use_clipped_model_output:  # eps from the clipped x_0
-            row = row._replace(registers=[clipped_eps(row.registers[0])])
-        rows.append(row)
+        rows.append(ddim_row(now, after, eta, D if r.use_clipped_model_output else RAW))
     return _sampler(c, schedule, index, [*levels, after], table(rows))
-
-
-def clipped_eps(new: Combination) -> Combination:
-    """The same step with D in the place of RAW."""
-    new = new.copy()
-    raw = D.argmax() + 1
-    new[D.argmax()] += new[raw]
-    new[raw] = 0
-    return new
 
 
 def ddim_inverse(c: SimpleNamespace, r: Request) -> Sampler:

@@ -7,29 +7,36 @@ from itertools import pairwise
 import numpy as np
 
 from diffusion.levels import NoiseLevel, posterior
-from diffusion.sampling.tables import RAW, D, Row, Solver, X, Z, nodes, step, table
+from diffusion.sampling.tables import RAW, Combination, D, Row, Solver, X, Z, nodes, step, table
 from diffusion.schedules import Schedule
 
 
-def ddim(grid: NoiseLevel, eta: float = 0.0) -> Solver:
+def ddim(grid: NoiseLevel, eta: float = 0.0, keep_eps: bool = False) -> Solver:
     """x' = alpha' D + sqrt(sigma'^2 - s^2) eps + s z, with s = eta times the posterior's deviation.
 
     Song et al., 2020, eq. 12 and 16, on any schedule; N evaluations. eta = 0 is deterministic,
-    eta = 1 is ``ddpm``. Where D is clipped, eps is the network's own.
+    eta = 1 is ``ddpm``.
+
+    Where D is clipped, eps = (x - alpha D) / sigma follows it, as in ADM's code. With ``keep_eps``
+    it stays the network's own, as by default in diffusers: then x' is off the line through x by
+    alpha (clipped - unclipped D) in every step, so that many steps do not converge.
 
     Raises:
       ValueError: for eta outside [0, 1], or a grid that does not go from more to less noise.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    return table([ddim_row(*pair, eta) for pair in pairwise(nodes(grid))])
+    estimate = RAW if keep_eps else D
+    return table([ddim_row(*pair, eta, estimate) for pair in pairwise(nodes(grid))])
 
 
-def ddim_row(now: NoiseLevel, after: NoiseLevel, eta: float) -> Row:
-    """The step of ``ddim`` between two levels."""
+def ddim_row(
+    now: NoiseLevel, after: NoiseLevel, eta: float = 0.0, estimate: Combination = D
+) -> Row:
+    """The step of ``ddim`` between two levels; eps is that of ``estimate``, D or RAW."""
     std = eta * np.sqrt(posterior(now, after)[1])
     keep = np.sqrt(after.sigma**2 - std**2) / now.sigma
-    return Row(now, [keep * X + after.alpha * D - now.alpha * keep * RAW + std * Z])
+    return Row(now, [keep * X + after.alpha * D - now.alpha * keep * estimate + std * Z])
 
 
 def euler(grid: NoiseLevel) -> Solver:
@@ -38,8 +45,7 @@ def euler(grid: NoiseLevel) -> Solver:
     In k-diffusion's space, d(x/alpha)/d(sigma/alpha) = eps; in a flow's, x / (alpha + sigma) over
     sigma / (alpha + sigma), the derivative is the velocity eps - D. Along both, the path with D and
     eps held fixed is a straight line, so that Euler's step is DDIM's in either: EDM's and
-    k-diffusion's Euler and a flow's Euler are this one formula, of order 1. Where D is clipped,
-    eps = (x - alpha D) / sigma follows it, in which this differs from ``ddim``.
+    k-diffusion's Euler and a flow's Euler are this one formula, of order 1.
     """
     return table([Row(now, [step(X, D, now, after)]) for now, after in pairwise(nodes(grid))])
 
@@ -130,8 +136,7 @@ def tcd_row(now: NoiseLevel, below: NoiseLevel, after: NoiseLevel) -> Row:
     """From ``now`` to ``below`` along the ODE, then up to ``after`` with noise."""
     scale = after.alpha / below.alpha
     std = np.sqrt(np.maximum(after.sigma**2 - (scale * below.sigma) ** 2, 0))
-    keep = below.sigma / now.sigma
-    return Row(now, [scale * (keep * X + below.alpha * D - now.alpha * keep * RAW) + std * Z])
+    return Row(now, [scale * step(X, D, now, below) + std * Z])
 
 
 def consistency(grid: NoiseLevel, sigma_min: float = 0.002) -> Solver:
