@@ -37,7 +37,7 @@ def slope(make, schedule, times, short):
         for n in STEPS:
             grid = grids.from_times(schedule, times(places(n, short)))
             end = run(make(grid, schedule), quantile(P, at(grid, 0)))
-            errors.append(np.abs(end - quantile(P, at(grid, -1))).max())
+            errors.append(np.sqrt(np.mean((end - quantile(P, at(grid, -1))) ** 2)))
     return -np.polyfit(np.log(STEPS), np.log(errors), 1)[0], errors
 
 
