@@ -100,7 +100,7 @@ def test_evaluate(trained):
         "--config.evaluation.likelihood=bound(draws=3)",
         "--config.evaluation.likelihood_count=20",
         "--config.sampler.corrector=langevin(snr=0.1)",
-        "--config.sampler.guidance_method=adaptive_projected",
+        "--config.sampler.guidance_method=adaptive_projected(momentum=0.0)",
         "--config.sampler.guidance_high=3",
     )
     assert "recognises" in text and "held-out: " in text and "bits/dim (20 examples" in text

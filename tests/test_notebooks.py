@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, with few training steps."""
 
+import os
 from pathlib import Path
 
 import nbclient
@@ -18,7 +19,9 @@ def test_notebook_runs(path):
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": COLABS}}
     )
-    client.execute()
+    # Notebooks differentiate through networks, which code compiled in haste does very slowly.
+    flags = "--xla_force_host_platform_device_count=1"
+    client.execute(env=os.environ | {"XLA_FLAGS": flags})
     pictures = [
         output
         for cell in notebook.cells

@@ -88,6 +88,12 @@ def build(config: ConfigDict) -> Experiment:
             "corrector": sampler.make_corrector(config, objective, solver),
             "likelihood": sampler.make_likelihood(config, objective),
         }
+        if drawing["corrector"] is not None and drawing["guidance"].rule.momentum:
+            raise ValueError(
+                f"config.sampler.corrector={config.sampler.corrector!r} cannot correct with "
+                f"guidance_method={config.sampler.guidance_method!r}, whose momentum is a memory "
+                "from step to step; set its momentum=0.0, or choose one of the two"
+            )
         notes += sampler.notes(config, sampler.make_grid(config, objective))
         notes += guiding.notes(config, num_classes)
     _check_shapes(objective, train, config.train.batch_size)

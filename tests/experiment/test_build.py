@@ -88,6 +88,14 @@ MISTAKES = [
         dict(sampler__corrector="langevin", sampler__solver="heun"),
         r"config\.sampler\.corrector='langevin', solver='heun': .*one evaluation per step",
     ),
+    (
+        dict(
+            sampler__corrector="langevin",
+            sampler__solver="ddpm",
+            sampler__guidance_method="adaptive_projected",
+        ),
+        r"config\.sampler\.corrector='langevin' cannot correct with guidance_method=",
+    ),
     (dict(sampler__corrector="langevin(steps=0)"), r"config\.sampler\.corrector=.*steps >= 1"),
     (dict(evaluation__likelihood="odes"), r"config\.evaluation\.likelihood: unknown.*mean 'ode'"),
     (

@@ -128,5 +128,5 @@ def test_errors():
         langevin(GAUSSIAN, x, LEVEL, keys, steps=0)
     with pytest.raises(ValueError, match="snr > 0"):
         annealed_langevin(GAUSSIAN, x, LEVEL, keys, snr=0.0)
-    with pytest.raises(ValueError, match="carry"):
+    with pytest.raises(ValueError, match="has a memory"):
         sample(MIXTURE, SOLVER, keys, (1,), carry=0, corrector=CORRECTOR)
