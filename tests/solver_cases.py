@@ -56,6 +56,7 @@ DETERMINISTIC = {
         Case(use(_S.dpm_solver_singlestep, order=3, kind="heun"), 3),
         *(Case(use(_S.lms, order=k), k, short=True) for k in (1, 2, 3, 4)),
         *(Case(use(_S.deis, order=k), k, short=True) for k in (2, 3, 4)),
+        Case(use(_S.gradient_estimation), 1),
         *(Case(use(f), 2) for f in (_S.ipndm, _S.plms, _S.pndm)),
         *(Case(use(_S.unipc, order=k), k + 1, short=k > 2) for k in (1, 2, 3)),
         *(Case(use(_S.unipc, order=k, kind="bh1"), k + 1, short=k > 2) for k in (2, 3)),

@@ -5,6 +5,7 @@ Those that evaluate between the grid's nodes take the schedule too.
 
 from diffusion.sampling.solvers.adams import (
     deis,
+    gradient_estimation,
     ipndm,
     lms,
     plms,
@@ -75,6 +76,7 @@ __all__ = [
     "euler_ancestral",
     "flow_heun",
     "given",
+    "gradient_estimation",
     "heun",
     "ipndm",
     "lcm",

@@ -82,6 +82,24 @@ def ipndm(grid: NoiseLevel, order: int = 4) -> Solver:
     return _adams(grid, order, weights)
 
 
+def gradient_estimation(grid: NoiseLevel, gamma: float = 2.0) -> Solver:
+    """Euler's step along gamma eps + (1 - gamma) eps_previous (Permenter & Yuan, 2024, alg. 2).
+
+    With gamma = 2, what the last evaluation got wrong is taken back; 1 is Euler's method, 3/2
+    Adams-Bashforth's of order 2 on even steps. Order 1.
+    """
+    rows, known = [], False
+    for now, after in pairwise(nodes(grid)):
+        if now.alpha == 0:
+            rows.append(Row(now, [step(X, D, now, after)]))
+            continue
+        eps = _eps(now)
+        mix = gamma * eps + (1 - gamma) * Y[1] if known else eps
+        rows.append(Row(now, [_transfer(X, mix, now, after), eps]))
+        known = True
+    return table(rows)
+
+
 def plms(grid: NoiseLevel) -> Solver:
     """PNDM without Runge-Kutta start, Stable Diffusion's PLMS (Liu et al., 2022).
 
