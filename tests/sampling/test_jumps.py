@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from cases import SCHEDULES
-from mixture import MIXTURE, at
+from mixture import MIXTURE, moments
 
 from diffusion import schedules, specs
 from diffusion.experiment.sampler import SOLVERS
@@ -15,21 +15,6 @@ from diffusion.sampling.sample import image_keys, sample
 from diffusion.sampling.solvers.jumps import jumps
 
 FLOW, EDM = schedules.RectifiedFlow(), schedules.EDM()
-
-
-def moments(solver, m, s):
-    """Mean and variance after the table for x_0 ~ N(m, s^2), whose denoiser is affine."""
-    first = at(solver.level, 0)
-    mean, cov = np.zeros(solver.A.shape[1]), np.zeros(solver.A.shape[1:])
-    mean[0], cov[0, 0] = first.alpha * m, (first.alpha * s) ** 2 + first.sigma**2
-    for r in range(solver.evaluations):
-        _, alpha, sigma = at(solver.level, r)
-        gain = alpha * s**2 / ((alpha * s) ** 2 + sigma**2)
-        A, b = solver.A[r].copy(), solver.b[r] + solver.b_raw[r]
-        A[:, 0] += b * gain
-        mean = A @ mean + b * (1 - gain * alpha) * m
-        cov = A @ cov @ A.T + np.outer(solver.noise[r], solver.noise[r])
-    return mean[0], cov[0, 0]
 
 
 BASES = ["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_2m_sde", "edm(s_noise=1.0)", "ddim(eta=0.5)"]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from cases import SCHEDULES
-from mixture import MIXTURE, P, at, quantile, run
+from mixture import MIXTURE, P, at, moments, quantile, run
 from solver_cases import ALL, DETERMINISTIC, SPECIAL, STOCHASTIC
 
 from diffusion import schedules
@@ -23,24 +23,6 @@ def run_gaussian(solver, keys, x):
 
 
 exact_denoise = jax.jit(MIXTURE)
-
-
-def moments(solver, m, s):
-    """Mean and variance of x after the table, for x_0 ~ N(m, s^2) in one dimension, exactly.
-
-    The denoiser is linear there, so each row is an affine map of the registers.
-    """
-    mean, cov = np.zeros(solver.A.shape[1]), np.zeros(solver.A.shape[1:])
-    first = at(solver.level, 0)
-    mean[0], cov[0, 0] = first.alpha * m, (first.alpha * s) ** 2 + first.sigma**2
-    for r in range(solver.evaluations):
-        _, alpha, sigma = at(solver.level, r)
-        gain = alpha * s**2 / ((alpha * s) ** 2 + sigma**2)
-        A, b = solver.A[r].copy(), solver.b[r] + solver.b_raw[r]
-        A[:, 0] += b * gain
-        mean = A @ mean + b * (1 - gain * alpha) * m
-        cov = A @ cov @ A.T + np.outer(solver.noise[r], solver.noise[r])
-    return mean[0], cov[0, 0]
 
 
 NOISE_PREDICTION_SDES = [
