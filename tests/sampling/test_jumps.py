@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from cases import SCHEDULES
-from mixture import MIXTURE, moments
+from mixture import MIXTURE, at, moments
 
 from diffusion import schedules, specs
 from diffusion.experiment.sampler import SOLVERS
