@@ -15,3 +15,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of few, long tests come first, so that no process is left alone with one at the end."""
+    first = ("test_notebooks.py", "test_main.py")
+    items.sort(key=lambda item: item.path.name not in first)
