@@ -209,7 +209,7 @@ def test_exact_data(name):
     data = jnp.asarray(PHASES[None].repeat(BATCH, 0) / 6)  # within [-1, 1]
     # The truth is that already which a consistency model's boundary condition would make of it.
     consistency = name == "CMStochasticIterativeScheduler"
-    told = lambda x, level: data  # noqa: E731
+    told = lambda x, level: data
     denoise = told if consistency else sampler.transform(told)
     x = sample(denoise, sampler.solver, image_keys(0, range(BATCH)), (SIZE,), noises=NOISES)
     last = NoiseLevel(*(leaf[-1] for leaf in sampler.grid))
@@ -283,7 +283,7 @@ def test_finite_where_diffusers_is_not(name, fields, arguments):
 def test_transforms_keep_memory(name, fields):
     """Clipping a denoiser with a memory (momentum, cached features) leaves it one."""
     sampler = from_diffusers({"_class_name": name, **fields}, 4)
-    plain = lambda x, level: 3 * x + level.alpha  # noqa: E731
+    plain = lambda x, level: 3 * x + level.alpha
     counting = Stateful(lambda x: 0, lambda x, level, n: (plain(x, level), n + 1))
     level = NoiseLevel(*(jnp.float32(leaf[1]) for leaf in sampler.solver.level))
     expected = sampler.transform(plain)(NOISES[0], level)

@@ -18,7 +18,7 @@ def test_average_pool_and_its_inverse():
     np.testing.assert_allclose(m.average_pool(m.repeat_pixels(y, 4), 4), y, rtol=1e-5)
     # The pseudo-inverse: A A^+ A = A, and A^+ A is symmetric.
     u, v = jnp.asarray(X), jnp.asarray(X[::-1])
-    project = lambda x: m.repeat_pixels(m.average_pool(x, 4), 4)  # noqa: E731
+    project = lambda x: m.repeat_pixels(m.average_pool(x, 4), 4)
     np.testing.assert_allclose((u * project(v)).sum(), (v * project(u)).sum(), rtol=1e-4)
 
 
