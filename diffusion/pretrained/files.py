@@ -66,6 +66,9 @@ class Tensor:
         """Bytes of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.read() if dtype is None else self.read().astype(dtype, copy=False)
+
 
 Tensors = Mapping[str, Tensor]
 
