@@ -27,13 +27,20 @@ def get_config() -> ConfigDict:
     c.seed = 0
 
     c.data = ConfigDict()
-    c.data.name = "digits"  # digits, mnist, cifar10, latents, points, or any TFDS name
+    # digits, mnist, cifar10, latents, points, any TFDS name; with captions: captioned (any .npz of
+    # images and captions), emoji, tiles, emoji_and_tiles
+    c.data.name = "digits"
     c.data.dir = ""  # where the files are, if not in TFDS's own directory
     c.data.padding = 0  # zeros around each image (mnist)
     c.data.density = "two_moons"  # points: which density
     c.data.scale = 1.0  # latents: multiplied with this
     c.data.num_classes = 0  # latents: 0 counts the labels
     c.data.flip = False  # mirror images at random
+    c.data.size = 32  # captioned images: resized to
+    c.data.background = (255, 255, 255)  # and laid on, where they have an opacity
+    c.data.held_out = 0.05  # share of the captions that is not trained on
+    c.data.tokenizer = ""  # CLIP's bpe_simple_vocab_16e6.txt.gz, or a tokenizer's folder
+    c.data.tokens = 20  # longest caption, with start and end
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
 
     c.model = ConfigDict()

@@ -13,6 +13,7 @@ from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
+from diffusion.experiment import captions
 from diffusion.experiment.fields import field
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
@@ -84,6 +85,8 @@ def make_source(c: ConfigDict, split: str) -> Source:
             return sources.latents(directory, scale=c.scale, num_classes=c.num_classes or None)
         if c.name == "points":
             return sources.points(c.density, seed=0 if split == "train" else 1)
+        if c.name in captions.NAMES:
+            return captions.make_source(c, split)
         return sources.tfds(c.name, split, directory)
 
 
