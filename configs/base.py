@@ -41,6 +41,9 @@ def get_config() -> ConfigDict:
     c.data.held_out = 0.05  # share of the captions that is not trained on
     c.data.tokenizer = ""  # CLIP's bpe_simple_vocab_16e6.txt.gz, or a tokenizer's folder
     c.data.tokens = 20  # longest caption, with start and end
+    c.data.autoencoder = ""  # folder of one: train on its latents of the images
+    c.data.text_encoder = ""  # folder of a frozen one: train on its embeddings of the captions
+    c.data.cache = ""  # folder for latents and embeddings, computed once
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
 
     c.model = ConfigDict()
@@ -60,8 +63,11 @@ def get_config() -> ConfigDict:
     c.objective.weighting = "simple"
     c.objective.distance = "l2"
     c.objective.t_min = 1e-5  # smallest time trained on
-    c.objective.conditional = True  # use labels, where the data have them
-    c.objective.label_dropout = 0.1  # share trained without label, for classifier-free guidance
+    c.objective.conditional = True  # use labels or captions, where the data have them
+    # Share trained without label or caption, for classifier-free guidance.
+    c.objective.label_dropout = 0.1
+    c.objective.noise_offset = 0.0  # strength of noise that is the same in all of a channel
+    c.objective.input_perturbation = 0.0  # strength of noise that the target does not know of
     c.objective.uncertainty = False  # weight each noise level by its learned uncertainty (EDM2)
     c.objective.learned_variance = False  # improved DDPM's hybrid loss; needs discrete times
     c.objective.vlb_weight = 1e-3
@@ -101,6 +107,7 @@ def get_config() -> ConfigDict:
     c.sampler.guidance_high = float("inf")
     c.sampler.guidance_split = False  # two calls of half the batch, to save memory
     c.sampler.negative = -1  # label to steer away from; -1: the null class
+    c.sampler.negative_caption = ""  # caption to steer away from; empty: no caption
     c.sampler.autoguidance = ""  # workdir of a weaker model to steer away from
     c.sampler.perturbed_attention = 0.0  # scale of perturbed-attention guidance; 0: none
     c.sampler.perturbed_blocks = "auto"  # regular expression for the attentions' paths
@@ -116,6 +123,7 @@ def get_config() -> ConfigDict:
     c.samples = ConfigDict()
     c.samples.count = 100  # drawn by --mode=sample
     c.samples.columns = 10  # of the grids
+    c.samples.captions = ()  # of the samples; empty: held-out ones
     c.samples.gif = False  # --mode=sample: an animation of the trajectories too
 
     c.evaluation = ConfigDict()

@@ -33,9 +33,13 @@ def make_source(c: ConfigDict, split: str) -> Source:
         sum((p.captions for p in parts), ()),
     )
     chosen = captioned.split(pairs, split, c.held_out)
+    if c.text_encoder and not c.tokenizer:
+        raise ValueError("config.data.text_encoder needs config.data.tokenizer")
     if not c.tokenizer:
         return captioned.source(c.name, chosen)
     tokenize = tokens.tokenizer(tokens.clip_encoder(c.tokenizer), c.tokens)
+    if c.text_encoder:  # it knows every token
+        return captioned.source(c.name, chosen, tokenize)
     return captioned.source(
         c.name,
         chosen,
