@@ -49,7 +49,7 @@ def function(
       ValueError: for malformed text, an unknown name or option, a value of the wrong type, or a
         missing one.
     """
-    name, positional, options = _parse(text, functions, field)
+    name, positional, options = parse(text, functions, field)
     if positional:
         raise ValueError(f"{field}={text!r}: options need names, as in {name}(option=value)")
     target = functions[name]
@@ -70,7 +70,7 @@ def value(text: str, functions: Mapping[str, Callable], field: str) -> Any:
 
     Arguments may be positional and may themselves name functions: ``shifted(cosine, 2)``.
     """
-    name, positional, options = _parse(text, functions, field)
+    name, positional, options = parse(text, functions, field)
     target = functions[name]
     _check_options(name, options, inspect.signature(target).parameters, field)
     try:
@@ -80,7 +80,7 @@ def value(text: str, functions: Mapping[str, Callable], field: str) -> Any:
     return target(*positional, **options)
 
 
-def _parse(text: str, functions: Mapping[str, Callable], field: str):
+def parse(text: str, functions: Mapping[str, Callable], field: str):
     try:
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])

@@ -15,6 +15,7 @@ from diffusion.evaluation import bits
 from diffusion.experiment.fields import field, wrong_types
 from diffusion.levels import NoiseLevel
 from diffusion.objectives.denoising import Denoising
+from diffusion.pretrained.schedulers import Sampler
 from diffusion.sampling import grids, langevin, solvers
 
 GRIDS = specs.choices(
@@ -29,16 +30,19 @@ FAINT = 3.0  # a sigma / alpha at which there is still much of the image
 
 
 def make_solver(
-    config: ConfigDict, objective: Denoising, called: str = "config.sampler.solver"
+    config: ConfigDict,
+    objective: Denoising | Sampler,
+    called: str = "config.sampler.solver",
+    grid: NoiseLevel | None = None,
 ) -> Any:
     """The sampler's table for config.sampler, checked against what the network predicts.
 
-    ``called`` is what errors call the solver's.
+    ``called`` is what errors call the solver's; ``grid`` is by default the config's.
     """
     c = config.sampler
     schedule = {"schedule": objective.schedule}
     solver_function = specs.function(c.solver, SOLVERS, called, schedule, ("grid", "schedule"))
-    grid = make_grid(config, objective)
+    grid = make_grid(config, objective) if grid is None else grid
     steps = len(grid.t) - 1
     with field(f"{called}={c.solver!r}"), wrong_types():
         options = getattr(solver_function, "keywords", {})
@@ -47,25 +51,30 @@ def make_solver(
         solver = solver_function(grid)
         if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(solver)):
             raise ValueError(f"its coefficients are not finite on config.sampler.grid={c.grid!r}")
+
+    def told(name: str) -> str:
+        given = config.get("objective")  # a pretrained model's are not config fields
+        return f"config.objective.{name}={given[name]!r}" if given else f"the model's {name}"
+
     levels = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in solver.level))
     with np.errstate(all="ignore"):
         coefficients = predictions.precondition(objective.prediction, levels)
         seen = objective.c_noise(levels)
     if not all(np.all(np.isfinite(leaf)) for leaf in coefficients):
         raise ValueError(
-            f"config.objective.prediction={config.objective.prediction!r} says nothing about x_0 "
-            f"at alpha = 0, where sampling starts with schedule={config.objective.schedule!r} and "
-            f"grid={c.grid!r}; choose x0, v, flow or edm, or a grid that starts below t_max"
+            f"{told('prediction')} says nothing about x_0 at alpha = 0, where sampling starts with "
+            f"{told('schedule')} and grid={c.grid!r}; choose x0, v, flow or edm, or a grid that "
+            "starts below t_max"
         )
     if not np.all(np.isfinite(seen)):
         raise ValueError(
-            f"config.objective.c_noise={config.objective.c_noise!r} is infinite where sampling "
-            f"starts (alpha = 0); choose ddpm_index or thousand_t"
+            f"{told('c_noise')} is infinite where sampling starts (alpha = 0); choose ddpm_index or "
+            "thousand_t"
         )
     return solver
 
 
-def make_grid(config: ConfigDict, objective: Denoising) -> NoiseLevel:
+def make_grid(config: ConfigDict, objective: Denoising | Sampler) -> NoiseLevel:
     """The noise levels of config.sampler.grid and steps; given times or sigmas are as many."""
     c = config.sampler
     filled = {"schedule": objective.schedule, "steps": c.steps}

@@ -1,0 +1,297 @@
+"""Whose parameter is whose: one table per model, read and written through the same rows.
+
+A ``Names`` says what our parameters are called elsewhere and how they lie there. Bound to a model's
+parameters it is a list of ``Match``es, each a few tensors of ours and the tensors elsewhere that
+hold the same numbers, nearly always one and one. ``from_tensors`` reads a checkpoint through them,
+``to_tensors`` writes one.
+
+    names = Names(dotted("linear_1", "linear_2"))
+    params = from_tensors(names, shapes, state_dict)
+    state_dict = dict(to_tensors(names, params))
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import flax
+import numpy as np
+
+Arrays = Sequence[np.ndarray]
+
+
+class Layout(NamedTuple):
+    """How the numbers of a match lie on both sides; both functions only move them.
+
+    Attributes:
+      join: arrays as they lie elsewhere -> ours.
+      split: ours -> as they lie elsewhere.
+    """
+
+    join: Callable[[Arrays], Arrays]
+    split: Callable[[Arrays], Arrays]
+
+
+def _each(read: Callable[[np.ndarray], np.ndarray], write: Callable[[np.ndarray], np.ndarray]):
+    return Layout(
+        lambda arrays: [read(a) for a in arrays], lambda arrays: [write(a) for a in arrays]
+    )
+
+
+def _channels_last(a: np.ndarray) -> np.ndarray:
+    """PyTorch's [out, in, ...] -> [..., in, out]."""
+    return np.moveaxis(a, (1, 0), (-2, -1))
+
+
+def _channels_first(a: np.ndarray) -> np.ndarray:
+    return np.moveaxis(a, (-2, -1), (1, 0))
+
+
+PLAIN = _each(lambda a: a, lambda a: a)
+KERNEL = _each(_channels_last, _channels_first)
+"""Kernels of matrices and convolutions."""
+POINTWISE = _each(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
+"""A 1 x 1 convolution there, a matrix here."""
+
+
+def fused(parts: int) -> Layout:
+    """Matrices [out, in] (or biases [out]) there, one kernel [in, parts * out] here."""
+    return Layout(
+        lambda arrays: [np.concatenate(arrays).T],
+        lambda arrays: np.split(arrays[0].T, parts),
+    )
+
+
+def unfused(parts: int) -> Layout:
+    """One matrix [parts * out, in] (or bias) there, as many kernels [in, out] here."""
+    return Layout(
+        lambda arrays: [a.T for a in np.split(arrays[0], parts)],
+        lambda arrays: [np.concatenate([a.T for a in arrays])],
+    )
+
+
+def copies(count: int, layout: Layout) -> Layout:
+    """The same tensor ``count`` times there, once here; those there must agree."""
+
+    def join(arrays: Arrays) -> Arrays:
+        if any(not np.array_equal(arrays[0], a) for a in arrays[1:]):
+            raise ValueError(f"{count} tensors that should be copies of each other are not equal")
+        return layout.join(arrays[:1])
+
+    return Layout(join, lambda arrays: list(layout.split(arrays)) * count)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters for which the general rule does not hold.
+
+    Attributes:
+      ours: a regular expression that matches the whole path of one parameter
+        ("blocks_(\\d+)/attn/qkv/kernel"), then templates for the other ones ("blocks_\\1/...").
+      theirs: templates of the keys.
+      layout: how they lie.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Names:
+    """A name table.
+
+    Attributes:
+      rename: our module path "a_0/b" -> their prefix "a.0.b", for every parameter that is in no
+        row. The parameter's own name follows: kernel, scale and embedding are "weight" there.
+      rows: all others; the first that matches counts.
+      aliases: (regular expression, replacement) pairs that make of other spellings, in older
+        files, the keys that the table has; applied in order to every key that is read.
+      ignored: regular expression for keys that hold no parameter.
+    """
+
+    rename: Callable[[str], str]
+    rows: tuple[Row, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    ignored: str = r"(?!)"
+
+
+class Match(NamedTuple):
+    """Parameters of ours and the tensors that hold the same numbers elsewhere.
+
+    Attributes:
+      ours: paths "a/b/kernel".
+      theirs: keys "a.b.weight".
+      shapes: of the tensors under these keys.
+      layout: how one becomes the other.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    layout: Layout
+
+
+def dotted(*keep: str) -> Callable[[str], str]:
+    """The rule "layers_0/fc" -> "layers.0.fc", but for the path parts to ``keep`` ("linear_1")."""
+
+    def rename(path: str) -> str:
+        parts = path.split("/")
+        return ".".join(p if p in keep else re.sub(r"_(\d+)$", r".\1", p) for p in parts)
+
+    return rename
+
+
+def substituted(*pairs: tuple[str, str]) -> Callable[[str], str]:
+    """The rule that applies (regular expression, replacement) in order."""
+
+    def rename(path: str) -> str:
+        for pattern, replacement in pairs:
+            path = re.sub(pattern, replacement, path)
+        return path
+
+    return rename
+
+
+def bind(names: Names, params: Any) -> list[Match]:
+    """The table for these parameters (arrays or ``jax.ShapeDtypeStruct``s, nested dicts).
+
+    Raises:
+      ValueError: two parameters would have one key, or a row names a parameter there is not.
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    matched: dict[str, tuple[tuple[str, ...], tuple[str, ...], Layout]] = {}
+    for path in flat:
+        found = next(filter(None, (_by_row(row, path) for row in names.rows)), None)
+        if found is not None:
+            absent = [p for p in found[0] if p not in flat]
+            if absent:
+                raise ValueError(f"the name table joins {path} with {absent}, which are not there")
+            matched |= dict.fromkeys(found[0], found)
+    for path in flat.keys() - matched.keys():
+        matched[path] = _by_rule(names, path)
+    # In the parameters' order, which is the same in every run, a match once.
+    ordered = dict.fromkeys(matched[path][:2] for path in flat)
+    matches = []
+    for ours, theirs in ordered:
+        layout = matched[ours[0]][2]
+        # Broadcast numbers take no memory, and layouts mostly make views of them.
+        split = layout.split([np.broadcast_to(np.int8(0), flat[p].shape) for p in ours])
+        matches.append(Match(ours, theirs, tuple(a.shape for a in split), layout))
+    counts = Counter(key for match in matches for key in match.theirs)
+    twice = [key for key, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"the name table gives several parameters the keys {twice}")
+    return matches
+
+
+def _by_row(row: Row, path: str) -> tuple[tuple[str, ...], tuple[str, ...], Layout] | None:
+    found = re.fullmatch(row.ours[0], path)
+    if found is None:
+        return None
+    others = tuple(found.expand(template) for template in row.ours[1:])
+    return (path, *others), tuple(found.expand(template) for template in row.theirs), row.layout
+
+
+def _by_rule(names: Names, path: str) -> tuple[tuple[str, ...], tuple[str, ...], Layout]:
+    module, _, leaf = path.rpartition("/")
+    key = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(leaf, leaf)
+    prefix = names.rename(module)
+    layout = KERNEL if leaf == "kernel" else PLAIN
+    return (path,), (f"{prefix}.{key}" if prefix else key,), layout
+
+
+def canonical(names: Names, keys: Iterable[str]) -> dict[str, str]:
+    """The table's key -> the key as it is stored, without those that hold no parameter."""
+    found = {}
+    for stored in keys:
+        key = stored
+        for pattern, replacement in names.aliases:
+            key = re.sub(pattern, replacement, key)
+        if not re.fullmatch(names.ignored, key):
+            found[key] = stored
+    return found
+
+
+def check(
+    matches: Sequence[Match], shapes: Mapping[str, tuple[int, ...]], what: str = "checkpoint"
+) -> None:
+    """Accounts for every tensor.
+
+    Args:
+      matches: what is expected.
+      shapes: what there is, by the table's keys.
+      what: is said to be wrong.
+
+    Raises:
+      ValueError: tensors are missing, left over or misshapen; names them all, at most ten a kind.
+    """
+    expected = {key: shape for match in matches for key, shape in zip(match.theirs, match.shapes)}
+    missing = [key for key in expected if key not in shapes]
+    unexpected = [key for key in shapes if key not in expected]
+    misshapen = [
+        f"{key} {tuple(shapes[key])}, expected {shape}"
+        for key, shape in expected.items()
+        if key in shapes and tuple(shapes[key]) != shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    lines = [
+        f"  {len(found)} {kind}: " + ", ".join(found[:10]) + (", ..." if len(found) > 10 else "")
+        for kind, found in kinds.items()
+        if found
+    ]
+    if missing and unexpected:
+        near = get_close_matches(missing[0], unexpected, 1, 0.8)
+        lines += [f"  (is {near[0]} what should be {missing[0]}?)"] if near else []
+    if lines:
+        raise ValueError(
+            f"{what} does not hold this model: of {len(expected)} tensors,\n" + "\n".join(lines)
+        )
+
+
+def from_tensors(
+    names: Names,
+    params: Any,
+    tensors: Mapping[str, Any],
+    put: Callable[[np.ndarray], Any] = np.ascontiguousarray,
+    what: str = "checkpoint",
+) -> dict:
+    """The parameters that a checkpoint holds.
+
+    Args:
+      names: the table.
+      params: the model's, for their shapes: arrays or ``jax.ShapeDtypeStruct``s, nested dicts.
+      tensors: whatever has a ``shape`` and ``numpy.asarray`` reads, by key; each is read once, and
+        none is kept.
+      put: called with each parameter, a NumPy array in the dtype that was read.
+      what: names the checkpoint in errors.
+
+    Returns:
+      Nested dicts of what ``put`` gave.
+
+    Raises:
+      ValueError: see ``check``; nothing is read then.
+    """
+    matches, stored = bind(names, params), canonical(names, tensors)
+    check(matches, {key: tuple(tensors[name].shape) for key, name in stored.items()}, what)
+    flat = {}
+    for match in matches:
+        try:
+            arrays = match.layout.join([np.asarray(tensors[stored[key]]) for key in match.theirs])
+        except ValueError as error:
+            raise ValueError(f"{what}: {match.theirs[0]}, ...: {error}") from None
+        flat |= {path: put(array) for path, array in zip(match.ours, arrays)}
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def to_tensors(names: Names, params: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, contiguous array) of every tensor that a checkpoint of these parameters has."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    for match in bind(names, params):
+        arrays = match.layout.split([np.asarray(flat[path]) for path in match.ours])
+        yield from zip(match.theirs, map(np.ascontiguousarray, arrays))

@@ -1,0 +1,125 @@
+"""Small random pipelines, built and run by diffusers."""
+
+import logging
+import sys
+import warnings
+from contextlib import contextmanager
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+logging.getLogger("diffusers").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="diffusers")
+torch.set_num_threads(1)
+
+SIZE = 16  # pixels; latents are 8 x 8
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    ),
+    "pndm": diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
+    "dpm": diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True),
+    "euler": diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
+    "ancestral": diffusers.EulerAncestralDiscreteScheduler(**BETAS, steps_offset=1),
+    "lcm": diffusers.LCMScheduler(**BETAS),
+}
+
+
+def randomised(model, seed=0, scale=0.1):
+    """All parameters random, norms too, so that activations stay of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            z = torch.randn(p.shape, generator=generator)
+            if p.ndim == 1:
+                p.copy_(scale * z + ("norm" in name and name.endswith("weight")))
+            else:
+                p.copy_(z / (p[0].numel() ** 0.5))
+    return model.eval()
+
+
+def unet(seed=1, **fields):
+    config = dict(
+        sample_size=SIZE // 2,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return randomised(diffusers.UNet2DConditionModel(**(config | fields)), seed)
+
+
+def vae(seed=2, **fields):
+    config = dict(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=0.5,
+    )
+    return randomised(diffusers.AutoencoderKL(**(config | fields)), seed)
+
+
+def text_encoder(seed=3, projection=False, vocabulary=1000, **fields):
+    config = transformers.CLIPTextConfig(
+        **dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            vocab_size=vocabulary,
+            max_position_embeddings=77,
+            projection_dim=24,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+        )
+        | fields
+    )
+    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return randomised(cls(config), seed)
+
+
+@contextmanager
+def noises(*modules, given):
+    """diffusers draws ``given``'s arrays [B, h, w, C], one after another, instead of noise."""
+    queue = [torch.from_numpy(np.array(a, np.float32)).permute(0, 3, 1, 2) for a in given]
+
+    def randn_tensor(shape, *_, dtype=None, **__):
+        z = queue.pop(0)
+        assert tuple(shape) == tuple(z.shape), (shape, z.shape)
+        return z
+
+    places = [
+        m
+        for m in list(sys.modules.values())
+        if getattr(m, "__name__", "").startswith("diffusers.") and "randn_tensor" in vars(m)
+    ]
+    before = [m.randn_tensor for m in places]
+    for m in places:
+        m.randn_tensor = randn_tensor
+    try:
+        yield
+        assert not queue, f"{len(queue)} noises were not drawn"
+    finally:
+        for m, function in zip(places, before):
+            m.randn_tensor = function
+
+
+def torch_image(images):
+    """[B, H, W, C] in [-1, 1] -> torch [B, C, H, W]."""
+    return torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2)
+
+
+def numpy_image(images):
+    """What a pipeline gives with output_type="np", [0, 1] -> [-1, 1]."""
+    return np.asarray(images) * 2 - 1
