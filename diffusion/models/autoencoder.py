@@ -1,0 +1,335 @@
+"""The KL autoencoder of latent diffusion (Rombach et al., 2022): images to latents and back.
+
+Stable Diffusion's 1, 2, XL, 3 and x4 upscaler's differ in widths, channels and in what their
+latents are shifted and scaled by. Submodules are named after diffusers' keys, with ``_`` for the
+dots before numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion.levels import Array
+from diffusion.models.attention import SpatialAttention
+from diffusion.models.layers import GroupNorm, Pointwise
+from diffusion.models.unet_blocks import (
+    Constructor,
+    DownBlock,
+    Downsample,
+    MidBlock,
+    ResnetBlock,
+    Upsample,
+)
+
+EPS = 1e-6  # of the group norms; U-Nets have 1e-5
+LOG_VARIANCE = (-30.0, 20.0)
+
+
+class Gaussian(NamedTuple):
+    """Independent normal distributions of latents: mean and log variance, each [B, h, w, C]."""
+
+    mean: Array
+    log_variance: Array
+
+    def mode(self) -> Array:
+        """The most probable latents, which are the mean."""
+        return self.mean
+
+    def sample(self, key: Array) -> Array:
+        """mean + std * z."""
+        z = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(0.5 * self.log_variance) * z
+
+    def kl(self) -> Array:
+        """[B]: divergence from the standard normal, in nats, summed over an example's latents."""
+        variance = jnp.exp(self.log_variance)
+        terms = self.mean**2 + variance - 1 - self.log_variance
+        return 0.5 * terms.sum((1, 2, 3))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder of images [B, H, W, in_channels] in [-1, 1] to latents, and decoder of these.
+
+    Levels go from the finest resolution to the coarsest, each half the size of the one before, so
+    that latents are smaller by ``factor`` = 2^(levels - 1).
+
+    Attributes:
+      widths: channels of each level.
+      blocks: ResNet blocks per level of the encoder; the decoder has one more.
+      in_channels, out_channels: of images.
+      latent_channels: of latents.
+      attention: whether every ResNet block of a level is followed by self-attention: one value or
+        one per level.
+      mid_attention: self-attention at the lowest resolution, in encoder and decoder.
+      quant_conv, post_quant_conv: pointwise layer after the encoder, and before the decoder.
+      norm_groups: of the group norms.
+      scaling_factor, shift_factor, latents_mean, latents_std: what ``to_latents`` does; mean and
+        std are None or have one number per latent channel.
+      sample_size: size of the images it was made for, which tiling takes for its tiles.
+      force_upcast: compute in float32 where dtype is float16, in which SDXL's overflows.
+      dropout: rate within ResNet blocks, when training.
+      remat: recompute each ResNet and attention block in the backward pass.
+      attention_implementation: see ``attention.attend``.
+      dtype: of the computation; parameters, norm statistics and softmax are float32.
+
+    Raises:
+      ValueError: at construction, naming the field that does not fit.
+    """
+
+    widths: Sequence[int] = (128, 256, 512, 512)
+    blocks: int = 2
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    attention: bool | Sequence[bool] = False
+    mid_attention: bool = True
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    norm_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    latents_mean: Sequence[float] | None = None
+    latents_std: Sequence[float] | None = None
+    sample_size: int = 512
+    force_upcast: bool = True
+    dropout: float = 0.0
+    remat: bool = False
+    attention_implementation: str | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        _validate(self)
+        super().__post_init__()
+
+    @property
+    def factor(self) -> int:
+        """Size of images over size of latents."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def computation(self) -> jnp.dtype:
+        """The dtype of the computation, after ``force_upcast``."""
+        upcast = self.force_upcast and jnp.dtype(self.dtype) == jnp.float16
+        return jnp.float32 if upcast else self.dtype
+
+    def check(self, image_size: int | Sequence[int]) -> None:
+        """Raises ValueError unless ``image_size`` is a multiple of ``factor``."""
+        for size in (image_size,) if isinstance(image_size, int) else image_size:
+            if size < self.factor or size % self.factor:
+                nearest = max(round(size / self.factor), 1) * self.factor
+                raise ValueError(
+                    f"image size {size} is not divisible by {self.factor} = 2^(levels - 1) with "
+                    f"{len(self.widths)} levels (widths={tuple(self.widths)}); nearest: {nearest}"
+                )
+
+    def setup(self) -> None:
+        dtype = self.computation
+        halves = dict(
+            widths=self.widths,
+            blocks=self.blocks,
+            resnet=partial(
+                nn.remat(ResnetBlock, static_argnums=(3,)) if self.remat else ResnetBlock,
+                groups=self.norm_groups,
+                eps=EPS,
+                dropout=self.dropout,
+                dtype=dtype,
+            ),
+            attention=partial(
+                nn.remat(SpatialAttention) if self.remat else SpatialAttention,
+                groups=self.norm_groups,
+                eps=EPS,
+                implementation=self.attention_implementation,
+                dtype=dtype,
+            ),
+            attends=_per_level(self.attention, len(self.widths)),
+            mid_attention=self.mid_attention,
+            groups=self.norm_groups,
+            dtype=dtype,
+        )
+        self.encoder = Encoder(2 * self.latent_channels, **halves)
+        self.decoder = Decoder(self.out_channels, **halves)
+        if self.quant_conv:
+            self.quant = Pointwise(2 * self.latent_channels, dtype, name="quant_conv")
+        if self.post_quant_conv:
+            self.post_quant = Pointwise(self.latent_channels, dtype, name="post_quant_conv")
+
+    def encode(self, x: Array, train: bool = False) -> Gaussian:
+        """Distribution, in float32, of the unscaled latents [B, H/f, W/f, latent_channels].
+
+        Args:
+          x: images [B, H, W, in_channels] in [-1, 1]; H and W are multiples of f = ``factor``.
+          train: whether to drop out; wants a ``dropout`` key.
+        """
+        self.check(x.shape[1:3])
+        h = self.encoder(x, train)
+        if self.quant_conv:
+            h = self.quant(h)
+        mean, log_variance = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+        return Gaussian(mean, jnp.clip(log_variance, *LOG_VARIANCE))
+
+    def decode(self, z: Array, train: bool = False) -> Array:
+        """Images [B, H, W, out_channels], about in [-1, 1], of unscaled latents."""
+        if self.post_quant_conv:
+            z = self.post_quant(z)
+        return self.decoder(z, train)
+
+    def __call__(
+        self, x: Array, key: Array | None = None, train: bool = False
+    ) -> tuple[Array, Gaussian]:
+        """Reconstruction of x from a sample of its latents, or their mode without key; Gaussian."""
+        latents = self.encode(x, train)
+        z = latents.mode() if key is None else latents.sample(key)
+        return self.decode(z, train), latents
+
+    def to_latents(self, z: Array) -> Array:
+        """(z - shift) / scale: what a diffusion model sees, about of unit variance."""
+        shift, scale = _shift_and_scale(self)
+        return (z - shift) / scale
+
+    def from_latents(self, latents: Array) -> Array:
+        """z = latents * scale + shift: what ``decode`` takes; inverse of ``to_latents``.
+
+        scale is 1 / scaling_factor, times latents_std where that is given; shift is shift_factor,
+        or latents_mean where that is given.
+        """
+        shift, scale = _shift_and_scale(self)
+        return latents * scale + shift
+
+
+class Encoder(nn.Module):
+    """Down blocks, mid block, norm and convolution to ``features`` channels."""
+
+    features: int
+    widths: Sequence[int]
+    blocks: int
+    resnet: Constructor
+    attention: Constructor
+    attends: Sequence[bool]
+    mid_attention: bool
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        last = len(self.widths) - 1
+        x = _conv(self.widths[0], self.dtype, "conv_in")(x)
+        for level, width in enumerate(self.widths):
+            down = DownBlock(
+                self.blocks,
+                partial(self.resnet, width=width),
+                self.attention if self.attends[level] else None,
+                partial(Downsample, asymmetric=True, dtype=self.dtype) if level < last else None,
+                name=f"down_blocks_{level}",
+            )
+            x, _ = down(x, None, None, None, train)
+        x = _mid(self)(x, None, None, None, train)
+        x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
+        return _conv(self.features, self.dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Mid block, up blocks from the coarsest level, norm and convolution to ``features``."""
+
+    features: int
+    widths: Sequence[int]
+    blocks: int
+    resnet: Constructor
+    attention: Constructor
+    attends: Sequence[bool]
+    mid_attention: bool
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, z: Array, train: bool = False) -> Array:
+        x = _conv(self.widths[-1], self.dtype, "conv_in")(z)
+        x = _mid(self)(x, None, None, None, train)
+        for k, level in enumerate(reversed(range(len(self.widths)))):
+            up = UpBlock(
+                self.blocks + 1,
+                partial(self.resnet, width=self.widths[level]),
+                self.attention if self.attends[level] else None,
+                partial(Upsample, dtype=self.dtype) if level > 0 else None,
+                name=f"up_blocks_{k}",
+            )
+            x = up(x, train)
+        x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
+        return _conv(self.features, self.dtype, "conv_out")(x)
+
+
+class UpBlock(nn.Module):
+    """One level of the decoder; unlike a U-Net's it reads no skip connections."""
+
+    blocks: int
+    resnet: Constructor
+    attention: Constructor | None
+    upsample: Constructor | None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        for j in range(self.blocks):
+            x = self.resnet(name=f"resnets_{j}")(x, None, train)
+            if self.attention is not None:
+                x = self.attention(name=f"attentions_{j}")(x)
+        if self.upsample is not None:
+            x = self.upsample(name="upsamplers_0")(x)
+        return x
+
+
+def _conv(features: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+    return nn.Conv(features, (3, 3), dtype=dtype, name=name)
+
+
+def _mid(half: Encoder | Decoder) -> MidBlock:
+    return MidBlock(
+        partial(half.resnet, width=half.widths[-1]),
+        half.attention if half.mid_attention else None,
+        name="mid_block",
+    )
+
+
+def _per_level(value: Any, levels: int) -> tuple:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * levels
+
+
+def _shift_and_scale(net: AutoencoderKL) -> tuple[Array, Array]:
+    """Both () or [latent_channels]."""
+    mean = net.shift_factor if net.latents_mean is None else net.latents_mean
+    std = 1.0 if net.latents_std is None else net.latents_std
+    return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32) / net.scaling_factor
+
+
+def _validate(net: AutoencoderKL) -> None:
+    """Raises ValueError for fields that do not fit together."""
+    if not net.widths or min(net.widths) < 1:
+        raise ValueError(f"widths={net.widths}; expected at least one level, of widths >= 1")
+    for field in ("blocks", "in_channels", "out_channels", "latent_channels", "norm_groups"):
+        if getattr(net, field) < 1:
+            raise ValueError(f"{field}={getattr(net, field)}; expected at least 1")
+    common = math.gcd(*net.widths)
+    if common % net.norm_groups:
+        divisors = [d for d in range(1, common + 1) if common % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - net.norm_groups))
+        raise ValueError(
+            f"norm_groups={net.norm_groups} does not divide every one of widths={net.widths}; "
+            f"nearest: {nearest}"
+        )
+    for field, expected in (
+        ("attention", len(net.widths)),
+        ("latents_mean", net.latent_channels),
+        ("latents_std", net.latent_channels),
+    ):
+        value = getattr(net, field)
+        if isinstance(value, (tuple, list)) and len(value) != expected:
+            raise ValueError(f"{field}={value} has {len(value)} entries; expected {expected}")
+    if net.scaling_factor <= 0:
+        raise ValueError(f"scaling_factor={net.scaling_factor}; expected a positive number")
+    if not 0 <= net.dropout < 1:
+        raise ValueError(f"dropout={net.dropout}; expected a rate in [0, 1)")
