@@ -52,6 +52,10 @@ def get_config() -> ConfigDict:
     c.model.unet = fields(UNet)
     c.model.dit = fields(DiT, width=384, depth=12, heads=6, patch=2)
     c.model.mlp = fields(MLP)
+    c.model.text = ConfigDict()  # encoder of captions, trained with the unet or dit
+    c.model.text.width = 192
+    c.model.text.depth = 3
+    c.model.text.heads = 3
 
     c.objective = ConfigDict()
     c.objective.name = "denoising"  # or classification, of noised examples

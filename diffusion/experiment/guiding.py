@@ -166,7 +166,9 @@ def make(
             f"config.sampler.negative_caption={c.negative_caption!r}: this model knows no captions"
         )
     unused = {"negative": c.negative >= 0, "negative_caption": c.negative_caption}
-    unused = [name for name, given in (unused | {"guidance_split": c.guidance_split}).items() if given]
+    unused = [
+        name for name, given in (unused | {"guidance_split": c.guidance_split}).items() if given
+    ]
     if weak is not None and unused:
         field = unused[0]
         raise ValueError(
@@ -178,9 +180,9 @@ def make(
     if needs_null and not config.objective.label_dropout:
         raise ValueError(
             f"config.sampler.guidance={c.guidance} needs a model that was also trained without "
-            "labels or captions; set config.objective.label_dropout (0.1, say), guidance=1, a label "
-            "to steer away from (config.sampler.negative) or another network "
-            "(config.sampler.autoguidance)"
+            "labels or captions; set config.objective.label_dropout (0.1, say), guidance=1, a "
+            "label or caption to steer away from (config.sampler.negative, negative_caption) or "
+            "another network (config.sampler.autoguidance)"
         )
     return Guidance(
         sampler=c,

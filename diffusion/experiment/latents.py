@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -140,22 +141,16 @@ def compute(c: ConfigDict, images: Callable[[str], Source]) -> None:
       ValueError: the cache holds what was computed from something else.
     """
     check(c)
-    about = _about(c)
+    about, folder = _about(c), Path(c.cache)
+    options = {"batch_size": BATCH, "progress": sys.stderr.isatty()}
+    net, encoder = autoencoder(c), TextEncoder(c.text_encoder)
     for split in SPLITS:
-        source, folder = images(split), Path(c.cache)
-        encode = Autoencoder(c.autoencoder).encode if c.autoencoder else None
-
-        def rows(index: np.ndarray, source: Source = source, encode: Callable = encode) -> Batch:
-            batch = source.read(index)
-            return batch | (encode(batch["x"]) if encode else {})
-
-        cache.compute(folder / split, len(source), rows, about, batch_size=BATCH)
+        data = images(split)
+        cache.compute(folder / split, len(data), partial(_rows, data, net), about, **options)
         if c.text_encoder:
-            captions = unique(source)
-            embed = partial(_embed, TextEncoder(c.text_encoder), source.encode, captions)
-            cache.compute(
-                folder / f"{split}_captions", len(captions), embed, about, batch_size=BATCH
-            )
+            captions = unique(data)
+            rows = partial(_embed, encoder, data.encode, captions)
+            cache.compute(folder / f"{split}_captions", len(captions), rows, about, **options)
 
 
 def source(c: ConfigDict, split: str, images: Source) -> Source:
@@ -201,6 +196,11 @@ def source(c: ConfigDict, split: str, images: Source) -> Source:
 def unique(source: Source) -> list[str]:
     """The empty caption, which stands for none, and the source's different captions."""
     return list(dict.fromkeys(("", *source.captions)))
+
+
+def _rows(images: Source, net: Autoencoder | None, index: np.ndarray) -> Batch:
+    batch = images.read(index)
+    return batch if net is None else batch | net.encode(batch["x"])
 
 
 def _read(rows: cache.Table, index: np.ndarray) -> Batch:

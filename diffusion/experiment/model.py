@@ -18,7 +18,7 @@ from diffusion.experiment.fields import field
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.noisy_classifier import NoisyClassifier
-from diffusion.models.text_to_image import TextToImage
+from diffusion.models.text_to_image import TextEncoder, TextToImage
 from diffusion.models.unet import UNet
 from diffusion.objectives import distances, times, weightings
 from diffusion.objectives.classification import Classification
@@ -134,6 +134,12 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
         if learned:
             raise ValueError("config.objective.learned_variance=True needs a unet or dit")
         return MLP(**options, num_classes=num_classes or None)
+
+
+def _text_encoder(config: ConfigDict, vocabulary: int) -> nn.Module:
+    c = config.model.text
+    with field("config.model.text"):
+        return TextEncoder(vocabulary, c.width, c.depth, c.heads)
 
 
 def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:

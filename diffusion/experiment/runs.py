@@ -107,8 +107,9 @@ def sample(config: ConfigDict, workdir: str) -> None:
     """Draws ``config.samples.count`` samples from the run's averaged parameters.
 
     Leaves in ``workdir/samples``: grid.png, one PNG per image with its label and seed in the
-    metadata, and samples.npz with x [N, ...], as the model has it, and label [N]; of latents also
-    image [N, H, W, 3], of captions also caption [N]; with samples.gif trajectory.gif. With sampler.preview_every, preview_<batch>_<evaluation>.png appear meanwhile.
+    metadata, and samples.npz with x [N, ...] as the model has it and label [N], of latents also
+    image [N, H, W, 3], of captions caption [N]; with samples.gif trajectory.gif. With
+    sampler.preview_every, preview_<batch>_<evaluation>.png appear meanwhile.
     """
     folder = Path(workdir) / "samples"
     drawer, params, _ = _restore(config, workdir, partial(_preview, config, folder))

@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
+from diffusion.models.attention import Attention
+
+
+class TextEncoder(nn.Module):
+    """Small bidirectional transformer over tokens."""
+
+    vocabulary: int
+    width: int
+    depth: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, tokens: Array, mask: Array) -> tuple[Array, Array]:
+        x = nn.Embed(self.vocabulary, self.width, embedding_init=nn.initializers.normal(0.5))(
+            tokens
+        )
+        x = x + self.param("position", nn.initializers.normal(0.2), (tokens.shape[1], self.width))
+        for i in range(self.depth):
+            h = Attention(self.heads, name=f"attn_{i}")(nn.LayerNorm()(x), None, mask)
+            x = x + h
+            h = nn.Dense(4 * self.width)(nn.LayerNorm()(x))
+            x = x + nn.Dense(self.width)(nn.gelu(h))
+        x = nn.LayerNorm()(x)
+        last = mask.sum(-1) - 1
+        return x, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
 class TextToImage(nn.Module):
@@ -22,9 +48,7 @@ class TextToImage(nn.Module):
     text: nn.Module
     image: nn.Module
 
-    def __call__(
-        self, x: Array, time: Array, cond: Conditioning, *, train: bool = False
-    ) -> Array:
+    def __call__(self, x: Array, time: Array, cond: Conditioning, *, train: bool = False) -> Array:
         """``image``'s output; ``cond.context_mask`` [B, L] is True where there is text."""
         if cond.tokens is None:
             raise ValueError("this network reads captions: cond.tokens [B, L] is missing")
