@@ -68,8 +68,8 @@ def make_solver(
         )
     if not np.all(np.isfinite(seen)):
         raise ValueError(
-            f"{told('c_noise')} is infinite where sampling starts (alpha = 0); choose ddpm_index or "
-            "thousand_t"
+            f"{told('c_noise')} is infinite where sampling starts (alpha = 0); choose ddpm_index "
+            "or thousand_t"
         )
     return solver
 
