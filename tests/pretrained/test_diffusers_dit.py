@@ -14,14 +14,27 @@ from diffusion.pretrained.names import bind, from_tensors, to_tensors
 
 torch.set_num_threads(1)
 
-XL2 = {"out_channels": 8, "sample_size": 32}
+NAME = {"_class_name": "DiTTransformer2DModel"}
+XL2 = {**NAME, "out_channels": 8, "sample_size": 32}
 SMALL = {
     "learned variances": {
-        **{"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8},
+        **{
+            **NAME,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "sample_size": 8,
+        },
         **{"in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 5, "dropout": 0.1},
     },
     "large patches": {
-        **{"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 1, "sample_size": 16},
+        **{
+            **NAME,
+            "num_attention_heads": 3,
+            "attention_head_dim": 8,
+            "num_layers": 1,
+            "sample_size": 16,
+        },
         **{"in_channels": 3, "patch_size": 4, "num_embeds_ada_norm": 5, "norm_eps": 1e-2},
     },
 }
@@ -29,7 +42,7 @@ SMALL = {
 
 def theirs(config):
     """Every parameter random, embedders of all blocks equal."""
-    model = diffusers.DiTTransformer2DModel(**config).eval()
+    model = diffusers.DiTTransformer2DModel.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -47,7 +60,7 @@ def shapes(net: DiT):
 @pytest.mark.parametrize("name", SMALL)
 def test_outputs_are_those_of_diffusers(name):
     model = theirs(SMALL[name])
-    net = dit.from_config(model.config)
+    net = dit.from_config(SMALL[name])
     params = from_tensors(dit.names(net), shapes(net), model.state_dict())
     apply, rng = jax.jit(net.apply), np.random.default_rng(0)
     # Positions are stretched when the image is not of the size that the network was made for.
@@ -63,7 +76,7 @@ def test_outputs_are_those_of_diffusers(name):
         assert 0.3 < out.sample.std() < 10
         np.testing.assert_allclose(ours, out.sample.permute(0, 2, 3, 1), atol=1e-4)
     again = diffusers.DiTTransformer2DModel.from_config(dit.to_config(net)).eval()
-    assert dit.from_config(again.config) == net
+    assert dit.from_config({**NAME, **again.config}) == net
     back = dict(to_tensors(dit.names(net), params))
     assert back.keys() == again.state_dict().keys()
     for key, tensor in model.state_dict().items():
@@ -72,8 +85,7 @@ def test_outputs_are_those_of_diffusers(name):
 
 def test_embedders_of_the_blocks_must_be_equal():
     config = SMALL["learned variances"]
-    net, tensors = dit.from_config({"_class_name": "DiTTransformer2DModel", **config}), {}
-    tensors |= theirs(config).state_dict()
+    net, tensors = dit.from_config(config), dict(theirs(config).state_dict())
     key = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
     tensors[key] = tensors[key] + 1
     with pytest.raises(ValueError, match="2 tensors that should be copies of each other"):
@@ -82,8 +94,8 @@ def test_embedders_of_the_blocks_must_be_equal():
 
 def test_names_and_shapes_of_the_published():
     with torch.device("meta"):
-        model = diffusers.DiTTransformer2DModel(**XL2)
-    net = dit.from_config(model.config)
+        model = diffusers.DiTTransformer2DModel.from_config(XL2)
+    net = dit.from_config(XL2)
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     matches = bind(dit.names(net), shapes(net))
     assert {key: s for m in matches for key, s in zip(m.theirs, m.shapes)} == expected
@@ -98,8 +110,7 @@ def test_former_class_name():
         **{"norm_elementwise_affine": False, "norm_type": "ada_norm_zero", "num_layers": 28},
         **{"num_embeds_ada_norm": 1000, "out_channels": 8, "patch_size": 2, "sample_size": 32},
     }
-    named = {"_class_name": "DiTTransformer2DModel", **XL2}
-    assert dit.from_config(config) == dit.from_config(named)
+    assert dit.from_config(config) == dit.from_config(XL2)
     with pytest.raises(ValueError, match="norm_type='layer_norm'"):
         dit.from_config({k: v for k, v in config.items() if k != "norm_type"})
 
@@ -117,7 +128,7 @@ def test_former_class_name():
 )
 def test_what_is_not_supported_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        dit.from_config({"_class_name": "DiTTransformer2DModel", **XL2, **change})
+        dit.from_config({**XL2, **change})
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_what_is_not_supported_is_refused(change, message):
     ],
 )
 def test_networks_that_diffusers_does_not_have(fields, message):
-    net = dit.from_config({"_class_name": "DiTTransformer2DModel", **XL2})
+    net = dit.from_config(XL2)
     with pytest.raises(ValueError, match=message):
         dit.to_config(net.clone(**fields))
     with pytest.raises(ValueError, match="unstack_blocks"):
