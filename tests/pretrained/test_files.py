@@ -21,10 +21,10 @@ def arrays(seed=0):
     rng = np.random.default_rng(seed)
     return {
         "conv.weight": rng.normal(size=(3, 2, 3, 3)).astype(np.float32),
-        "half.weight": rng.normal(size=(5, 3)).astype(np.float16),
+        "half.weight": rng.normal(size=(4, 3)).astype(np.float16),
         "brain.weight": rng.normal(size=(7,)).astype(jnp.bfloat16),
         "position_ids": np.arange(4)[None],
-        "scalar": np.float32(3.0).reshape(()),
+        "scalar": np.array(3.0, np.float32),
         "empty": np.zeros((0, 3), np.float32),
         "flag": np.array([True, False]),
     }
