@@ -5,6 +5,7 @@
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
+    python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji --mode=cache
 
 Any field of the config can be overridden: --config.objective.prediction=eps
 """
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
-_MODES = ["train", "sample", "evaluate", "sweep", "learn"]
+_MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 

@@ -28,13 +28,23 @@ def get_config() -> ConfigDict:
     c.seed = 0
 
     c.data = ConfigDict()
-    c.data.name = "digits"  # digits, mnist, cifar10, latents, points, or any TFDS name
+    # digits, mnist, cifar10, latents, points, any TFDS name; with captions: captioned (any .npz of
+    # images and captions), emoji, tiles, emoji_and_tiles
+    c.data.name = "digits"
     c.data.dir = ""  # where the files are, if not in TFDS's own directory
     c.data.padding = 0  # zeros around each image (mnist)
     c.data.density = "two_moons"  # points: which density
     c.data.scale = 1.0  # latents: multiplied with this
     c.data.num_classes = 0  # latents: 0 counts the labels
     c.data.flip = False  # mirror images at random
+    c.data.size = 32  # captioned images: resized to
+    c.data.background = (255, 255, 255)  # and laid on, where they have an opacity
+    c.data.held_out = 0.05  # share of the captions that is not trained on
+    c.data.tokenizer = ""  # CLIP's bpe_simple_vocab_16e6.txt.gz, or a tokenizer's folder
+    c.data.tokens = 20  # longest caption, with start and end
+    c.data.autoencoder = ""  # folder of one: train on its latents of the images
+    c.data.text_encoder = ""  # folder of a frozen one: train on its embeddings of the captions
+    c.data.cache = ""  # folder for latents and embeddings, computed once
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
 
     c.model = ConfigDict()
@@ -43,6 +53,10 @@ def get_config() -> ConfigDict:
     c.model.unet = fields(UNet)
     c.model.dit = fields(DiT, width=384, depth=12, heads=6, patch=2)
     c.model.mlp = fields(MLP)
+    c.model.text = ConfigDict()  # encoder of captions, trained with the unet or dit
+    c.model.text.width = 192
+    c.model.text.depth = 3
+    c.model.text.heads = 3
 
     c.objective = ConfigDict()
     c.objective.name = "denoising"  # or classification, of noised examples
@@ -54,8 +68,11 @@ def get_config() -> ConfigDict:
     c.objective.weighting = "simple"
     c.objective.distance = "l2"
     c.objective.t_min = 1e-5  # smallest time trained on
-    c.objective.conditional = True  # use labels, where the data have them
-    c.objective.label_dropout = 0.1  # share trained without label, for classifier-free guidance
+    c.objective.conditional = True  # use labels or captions, where the data have them
+    # Share trained without label or caption, for classifier-free guidance.
+    c.objective.label_dropout = 0.1
+    c.objective.noise_offset = 0.0  # strength of noise that is the same in all of a channel
+    c.objective.input_perturbation = 0.0  # strength of noise that the target does not know of
     c.objective.uncertainty = False  # weight each noise level by its learned uncertainty (EDM2)
     c.objective.learned_variance = False  # improved DDPM's hybrid loss; needs discrete times
     c.objective.vlb_weight = 1e-3
@@ -95,6 +112,7 @@ def get_config() -> ConfigDict:
     c.sampler.guidance_high = float("inf")
     c.sampler.guidance_split = False  # two calls of half the batch, to save memory
     c.sampler.negative = -1  # label to steer away from; -1: the null class
+    c.sampler.negative_caption = ""  # caption to steer away from; empty: no caption
     c.sampler.autoguidance = ""  # workdir of a weaker model to steer away from
     c.sampler.perturbed_attention = 0.0  # scale of perturbed-attention guidance; 0: none
     c.sampler.perturbed_blocks = "auto"  # regular expression for the attentions' paths
@@ -110,6 +128,7 @@ def get_config() -> ConfigDict:
     c.samples = ConfigDict()
     c.samples.count = 100  # drawn by --mode=sample
     c.samples.columns = 10  # of the grids
+    c.samples.captions = ()  # of the samples; empty: held-out ones
     c.samples.gif = False  # --mode=sample: an animation of the trajectories too
 
     c.evaluation = ConfigDict()

@@ -18,6 +18,7 @@ class Conditioning:
 
     Attributes:
       label: [B] int class index; the network's null class is ``num_classes``.
+      tokens: [B, L] int, a caption, for networks with a text encoder of their own.
       context: [B, L, C] tokens for cross-attention (text or image embeddings).
       context_mask: [B, L] bool, True where a token is attended to.
       pooled: [B, P] vector added to the time embedding (SDXL's pooled text, CLIP image).
@@ -27,6 +28,7 @@ class Conditioning:
     """
 
     label: Array | None = None
+    tokens: Array | None = None
     context: Array | None = None
     context_mask: Array | None = None
     pooled: Array | None = None

@@ -59,6 +59,10 @@ def batch_function(
         ]
         order, flipped = (np.concatenate(part) for part in zip(*parts))
         batch = source.read(order)
+        if "x_std" in batch:  # of the whole global batch: processes must not share noise
+            rng = np.random.default_rng((seed, 1, step))
+            noise = rng.standard_normal((batch_size, *source.shape), np.float32)[index]
+            batch["x"] = batch["x"] + batch.pop("x_std") * noise
         if flip:
             batch["x"][flipped] = batch["x"][flipped][:, :, ::-1]
         return batch | {"index": index.astype(np.int32)}

@@ -11,7 +11,7 @@ import gzip
 import importlib.util
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ class Source:
       class_names: [num_classes] names, for pictures.
       levels: number of grey levels, evenly spaced in [-1, 1], of which x is made; 0: continuous.
       note: what must be said beside every result obtained with the data.
+      captions: one per example, where there are any.
+      encode: captions [B] -> what a batch holds of them, {'tokens': [B, L] int32, ...}; the empty
+        caption stands for none.
+      vocabulary: number of different tokens; 0 without.
     """
 
     name: str
@@ -48,6 +52,9 @@ class Source:
     class_names: tuple[str, ...] = ()
     levels: int = 0
     note: str = ""
+    captions: tuple[str, ...] = ()
+    encode: Callable[[Sequence[str]], Batch] | None = None
+    vocabulary: int = 0
 
     def __len__(self) -> int:
         return self.size
@@ -112,7 +119,7 @@ def digits(split: str) -> Source:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    _check_split(split, "digits")
+    check_split(split, "digits")
     x, label = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(x)), test_size=500, random_state=0, stratify=label)
     index = np.sort(parts[0] if split == "train" else parts[1])
@@ -130,7 +137,7 @@ def mnist(split: str, data_dir: str | Path | None = None, *, padding: int = 0) -
         MNIST comes from TFDS, with ``data_dir`` as TFDS's folder.
       padding: black pixels added on each side.
     """
-    _check_split(split, "mnist")
+    check_split(split, "mnist")
     prefix = "train" if split == "train" else "t10k"
     folder = Path(data_dir) if data_dir else None
     if folder and (folder / f"{prefix}-images-idx3-ubyte.gz").exists():
@@ -152,7 +159,7 @@ def cifar10(split: str, data_dir: str | Path | None = None) -> Source:
         is lossy, about 30 dB; the source's ``note`` says so. Otherwise the original set comes
         from TFDS, with ``data_dir`` as TFDS's folder.
     """
-    _check_split(split, "cifar10")
+    check_split(split, "cifar10")
     path = Path(data_dir) / "cifar10_jpegq75.npz" if data_dir else None
     names = ("airplane", "automobile", "bird", "cat", "deer")
     names += ("dog", "frog", "horse", "ship", "truck")
@@ -213,7 +220,7 @@ def points(name: str, n: int = 100_000, seed: int = 0) -> Source:
     return from_arrays(name, densities.sample(name, n, np.random.default_rng(seed)))
 
 
-def _check_split(split: str, name: str) -> None:
+def check_split(split: str, name: str) -> None:
     if split not in ("train", "test"):
         raise ValueError(f"{name} has the splits 'train' and 'test', got {split!r}")
 

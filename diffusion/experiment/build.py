@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
-from diffusion.experiment import guiding, sampler
+from diffusion.experiment import guiding, latents, sampler
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import make_model, make_source, other_run
@@ -45,6 +45,7 @@ class Experiment:
       guidance: of sampling; None for a classifier.
       corrector: what follows each of the solver's steps, or None.
       likelihood: how bits per dimension are measured, or None.
+      autoencoder: of the images whose latents the data are, or None.
       notes: what a user should know about this combination.
     """
 
@@ -59,6 +60,7 @@ class Experiment:
     guidance: Guidance | None = None
     corrector: langevin.Corrector | None = None
     likelihood: bits.Estimator | None = None
+    autoencoder: latents.Autoencoder | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -79,11 +81,12 @@ def build(config: ConfigDict) -> Experiment:
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
         notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
     if isinstance(objective, Denoising):
+        encode = train.encode if config.objective.conditional else None
         solver = sampler.make_solver(config, objective)
         drawing = {
             "solver": solver,
             "guidance": guiding.make(
-                config, objective, num_classes, train.shape, solver.level, other_run
+                config, objective, num_classes, train.shape, solver.level, other_run, encode
             ),
             "corrector": sampler.make_corrector(config, objective, solver),
             "likelihood": sampler.make_likelihood(config, objective),
@@ -95,7 +98,7 @@ def build(config: ConfigDict) -> Experiment:
                 "from step to step; set its momentum=0.0, or choose one of the two"
             )
         notes += sampler.notes(config, sampler.make_grid(config, objective))
-        notes += guiding.notes(config, num_classes)
+        notes += guiding.notes(config, bool(num_classes or encode))
     _check_shapes(objective, train, config.train.batch_size)
     return Experiment(
         config=config,
@@ -105,6 +108,7 @@ def build(config: ConfigDict) -> Experiment:
         optimizer=optimizer,
         emas={"ema": profile},
         num_classes=num_classes,
+        autoencoder=latents.autoencoder(config.data),
         notes=tuple(notes),
         **drawing,
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.conditioning import Conditioning
+from diffusion.conditioning import Conditioning, from_batch
 from diffusion.experiment.build import Experiment
+from diffusion.experiment.latents import Autoencoder
 from diffusion.sampling.progress import Monitor, Preview
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
 from diffusion.sampling.tables import Solver
@@ -19,9 +21,15 @@ from diffusion.sampling.tables import Solver
 LONG = 100
 """Evaluations from which a bar shows each; a sampler with a callback is compiled in every run."""
 
+SHOWN = 10
+"""Held-out captions drawn where none are asked for."""
+
 
 class Drawer:
-    """Compiled once, draws often; image i, of class i mod K, is the same however many are drawn."""
+    """Compiled once, draws often; image i is the same however many are drawn.
+
+    It is of class i mod K, or has caption i mod K.
+    """
 
     def __init__(self, experiment: Experiment, preview: Preview | None = None):
         """``preview`` is given x_0_hat every ``config.sampler.preview_every`` evaluations."""
@@ -64,7 +72,7 @@ class Drawer:
                 seed=c.seed,
                 progress=bar and self._monitor is None,
             )
-        return x, cond.label
+        return x, self.labels(count)
 
     def trajectory(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
         """x [R + 1, count, ...] before each evaluation and at the end, and labels.
@@ -85,9 +93,42 @@ class Drawer:
         x, path = run({"model": params, **self._others}, solver)
         scale = np.hypot(solver.level.alpha, solver.level.sigma)
         path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
-        return np.concatenate([path, np.asarray(x)[None]]), cond.label
+        return np.concatenate([path, np.asarray(x)[None]]), self.labels(count)
+
+    @cached_property
+    def captions(self) -> tuple[str, ...]:
+        """Asked for, by default ``SHOWN`` held-out ones; none of a model that knows no captions."""
+        experiment = self.experiment
+        if experiment.guidance.encode is None:
+            return ()
+        if given := tuple(experiment.config.samples.captions):
+            return given
+        held_out = list(dict.fromkeys(experiment.held_out.captions))
+        chosen = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int)
+        return tuple(held_out[i] for i in chosen)
+
+    def visible(self, x: np.ndarray) -> np.ndarray:
+        """What the model draws, [..., h, w, C], as images [..., H, W, 1 or 3] in [-1, 1]."""
+        return visible(x, self.experiment.autoencoder)
+
+    def labels(self, count: int) -> np.ndarray | None:
+        """Of the first ``count`` images: class or number of the caption, i mod K; or None."""
+        classes = self.experiment.guidance.num_classes or len(self.captions)
+        return np.arange(count, dtype=np.int32) % classes if classes else None
 
     def conditioning(self, count: int) -> Conditioning:
-        """Of the first ``count`` images: class i mod K, or none."""
-        classes = self.experiment.guidance.num_classes
-        return Conditioning(label=np.arange(count, dtype=np.int32) % classes if classes else None)
+        """Of the first ``count`` images."""
+        labels = self.labels(count)
+        if not self.captions:
+            return Conditioning(label=labels)
+        rows = self.experiment.guidance.encode(self.captions)
+        return from_batch({name: value[labels] for name, value in rows.items()})
+
+
+def visible(x: np.ndarray, autoencoder: Autoencoder | None) -> np.ndarray:
+    """Images as they can be shown: latents decoded, or by their first three channels, scaled."""
+    if autoencoder is not None:
+        return autoencoder.decode(x).clip(-1, 1)
+    if x.shape[-1] in (1, 3):
+        return x
+    return (x[..., :3] / np.abs(x).max()).clip(-1, 1)

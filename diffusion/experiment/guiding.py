@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import predictions, specs
-from diffusion.conditioning import Conditioning
+from diffusion.conditioning import Conditioning, from_batch, null_like
 from diffusion.denoiser import Denoise, Stateful, on_schedule
 from diffusion.levels import Array, NoiseLevel
 from diffusion.models.attention import self_attention_paths, with_identity_maps
@@ -56,6 +56,7 @@ class Guidance:
       weak: the run of autoguidance, if any.
       classifier: that of classifier guidance, if any.
       num_classes: of the labels asked for, by the model or the classifier; 0 for none.
+      encode: captions -> what the model is given of them; None without captions.
     """
 
     sampler: ConfigDict
@@ -66,6 +67,7 @@ class Guidance:
     weak: Run | None
     classifier: Run | None
     num_classes: int
+    encode: Callable[[Sequence[str]], dict[str, np.ndarray]] | None = None
 
     def params(self) -> dict[str, Any]:
         """The other networks' parameters, by name."""
@@ -91,7 +93,7 @@ class Guidance:
         if self.weak is not None:
             weak = guidance.conditional(networks["weak"], cond)
             guided = guidance.autoguidance(plain, weak, scale, rule)
-        elif self.num_classes and c.guidance != 1 and cond.label is not None:
+        elif c.guidance != 1 and (self.encode or (self.num_classes and cond.label is not None)):
             guided = guidance.classifier_free(
                 denoise, cond, self._bad(cond), scale, rule=rule, split=c.guidance_split
             )
@@ -110,6 +112,9 @@ class Guidance:
         return guided if self.threshold is None else self.threshold(guided)
 
     def _bad(self, cond: Conditioning) -> Conditioning:
+        if self.sampler.negative_caption:
+            rows = self.encode([self.sampler.negative_caption])
+            return null_like(cond, **{name: value[0] for name, value in rows.items()})
         if self.sampler.negative < 0:
             return self.objective.null(cond)
         return cond.replace(label=jnp.full_like(cond.label, self.sampler.negative))
@@ -126,6 +131,7 @@ def make(
     shape: tuple[int, ...],
     levels: NoiseLevel,
     load: Callable[[ConfigDict], tuple[Any, int, tuple[int, ...]]],
+    encode: Callable[[Sequence[str]], dict[str, np.ndarray]] | None = None,
 ) -> Guidance:
     """The guidance of a config.
 
@@ -136,6 +142,7 @@ def make(
       shape: of the data.
       levels: where the solver evaluates.
       load: another run's config -> its objective, num_classes and data shape.
+      encode: captions -> what the model is given of them; None without captions.
 
     Raises:
       ValueError: for impossible combinations; the message names the field.
@@ -154,40 +161,52 @@ def make(
             + (f"choose 0..{num_classes - 1}, or " if num_classes else "this model has none: ")
             + "-1 for the null class"
         )
-    if weak is not None and (c.negative >= 0 or c.guidance_split):
-        field = "negative" if c.negative >= 0 else "guidance_split"
+    if c.negative_caption and encode is None:
+        raise ValueError(
+            f"config.sampler.negative_caption={c.negative_caption!r}: this model knows no captions"
+        )
+    unused = {"negative": c.negative >= 0, "negative_caption": c.negative_caption}
+    unused = [
+        name for name, given in (unused | {"guidance_split": c.guidance_split}).items() if given
+    ]
+    if weak is not None and unused:
+        field = unused[0]
         raise ValueError(
             f"config.sampler.autoguidance steers away from another network, not from a label: "
             f"config.sampler.{field} has no place there"
         )
-    needs_null = num_classes and c.guidance != 1 and weak is None and c.negative < 0
+    away = c.negative >= 0 or c.negative_caption
+    needs_null = (num_classes or encode) and c.guidance != 1 and weak is None and not away
     if needs_null and not config.objective.label_dropout:
         raise ValueError(
             f"config.sampler.guidance={c.guidance} needs a model that was also trained without "
-            "labels; set config.objective.label_dropout (0.1, say), guidance=1, a label to steer "
-            "away from (config.sampler.negative) or another network (config.sampler.autoguidance)"
+            "labels or captions; set config.objective.label_dropout (0.1, say), guidance=1, a "
+            "label or caption to steer away from (config.sampler.negative, negative_caption) or "
+            "another network (config.sampler.autoguidance)"
         )
     return Guidance(
         sampler=c,
         objective=objective,
         rule=_rule(config, objective, levels),
         threshold=_threshold(c.threshold, c.clip),
-        blocks=_blocks(config, objective, num_classes, shape),
+        blocks=_blocks(config, objective, num_classes, shape, encode),
         weak=weak,
         classifier=judge,
         num_classes=num_classes or (judge.num_classes if judge else 0),
+        encode=encode,
     )
 
 
-def notes(config: ConfigDict, num_classes: int) -> list[str]:
+def notes(config: ConfigDict, conditional: bool) -> list[str]:
     """What a user should know: which settings have no effect."""
     c, found = config.sampler, []
-    pairs = (num_classes or c.autoguidance) and c.guidance != 1
+    pairs = (conditional or c.autoguidance) and c.guidance != 1
     if c.guidance != 1 and not pairs:
         found.append(
             f"config.sampler.guidance={c.guidance} has no effect: the model is unconditional"
         )
-    if c.guidance == 1 and (c.autoguidance or c.negative >= 0 or c.guidance_method != "linear"):
+    without = (c.autoguidance, c.negative >= 0, c.negative_caption, c.guidance_method != "linear")
+    if c.guidance == 1 and any(without):
         found.append(
             "config.sampler.guidance=1 is the model alone: autoguidance, negative and "
             "guidance_method have no effect"
@@ -238,7 +257,11 @@ def _threshold(text: str, clipped: bool) -> Callable[[Denoise], Denoise] | None:
 
 
 def _blocks(
-    config: ConfigDict, objective: Denoising, num_classes: int, shape: tuple[int, ...]
+    config: ConfigDict,
+    objective: Denoising,
+    num_classes: int,
+    shape: tuple[int, ...],
+    encode: Callable[[Sequence[str]], dict[str, np.ndarray]] | None,
 ) -> str:
     """The pattern of ``perturbed_blocks``: by default the mid block, or the middle one of a DiT."""
     c = config.sampler
@@ -246,7 +269,7 @@ def _blocks(
         return ""
 
     def evaluate(x: Array, time: Array, label: Array) -> Array:
-        cond = Conditioning(label=label if num_classes else None)
+        cond = from_batch(encode([""]) if encode else {"label": label} if num_classes else {})
         variables = objective.network.init(jax.random.key(0), x, time, cond)
         return objective.network.apply(variables, x, time, cond)
 

@@ -13,10 +13,12 @@ from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
+from diffusion.experiment import captions, latents
 from diffusion.experiment.fields import field
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.noisy_classifier import NoisyClassifier
+from diffusion.models.text_to_image import TextEncoder, TextToImage
 from diffusion.models.unet import UNet
 from diffusion.objectives import distances, times, weightings
 from diffusion.objectives.classification import Classification
@@ -51,9 +53,15 @@ def make_model(config: ConfigDict, train: Source) -> tuple[Denoising | Classific
     if name not in OBJECTIVES:
         raise specs.unknown("config.objective.name", name, OBJECTIVES)
     if name == "denoising":
-        classes = classes if config.objective.conditional else 0
+        conditional = config.objective.conditional
+        classes = classes if conditional else 0
         network = _network(config, classes, train.shape)
-        return _objective(config, network, classes, train.levels), classes
+        nulls = {"label": classes} if classes else {}
+        if conditional and train.encode is not None:
+            nulls |= {name: value[0] for name, value in train.encode([""]).items()}
+        if conditional and train.vocabulary:
+            network = TextToImage(text=_text_encoder(config, train.vocabulary), image=network)
+        return _objective(config, network, nulls, train), classes
     if not classes:
         raise ValueError(
             f"config.objective.name='classification' needs labels, which config.data.name="
@@ -69,7 +77,16 @@ def other_run(config: ConfigDict) -> tuple[Denoising | Classification, int, tupl
 
 
 def make_source(c: ConfigDict, split: str) -> Source:
-    """The data of config.data: "train" or "test"."""
+    """The data of config.data, "train" or "test": images, points, or cached latents of images."""
+    images = make_images(c, split)
+    if not latents.wanted(c):
+        return images
+    with field(f"config.data.cache={c.cache!r}"):
+        return latents.source(c, split, images)
+
+
+def make_images(c: ConfigDict, split: str) -> Source:
+    """The data of config.data before an autoencoder or text encoder has seen them."""
     directory = c.dir or None
     with field(f"config.data.name={c.name!r}"):
         if c.name == "digits":
@@ -84,6 +101,8 @@ def make_source(c: ConfigDict, split: str) -> Source:
             return sources.latents(directory, scale=c.scale, num_classes=c.num_classes or None)
         if c.name == "points":
             return sources.points(c.density, seed=0 if split == "train" else 1)
+        if c.name in captions.NAMES:
+            return captions.make_source(c, split)
         return sources.tfds(c.name, split, directory)
 
 
@@ -115,6 +134,12 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
         if learned:
             raise ValueError("config.objective.learned_variance=True needs a unet or dit")
         return MLP(**options, num_classes=num_classes or None)
+
+
+def _text_encoder(config: ConfigDict, vocabulary: int) -> nn.Module:
+    c = config.model.text
+    with field("config.model.text"):
+        return TextEncoder(vocabulary, c.width, c.depth, c.heads)
 
 
 def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -156,7 +181,9 @@ def _classification(config: ConfigDict, network: nn.Module) -> Classification:
     return Classification(network=network, **_shared(config, _schedule(config.objective.schedule)))
 
 
-def _objective(config: ConfigDict, network: nn.Module, num_classes: int, levels: int) -> Denoising:
+def _objective(
+    config: ConfigDict, network: nn.Module, nulls: dict[str, Any], train: Source
+) -> Denoising:
     c, at = config.objective, "config.objective"
     schedule = _schedule(c.schedule)
     context = {"sigma_data": config.data.std, "schedule": schedule}
@@ -168,14 +195,16 @@ def _objective(config: ConfigDict, network: nn.Module, num_classes: int, levels:
                 f"schedule (linear, scaled_linear, cosine, sigmoid) and times='discrete', got "
                 f"schedule={c.schedule!r}, times={c.times!r}"
             )
-        bound = VariationalBound(schedule.steps, c.vlb_weight, levels or 256)
+        bound = VariationalBound(schedule.steps, c.vlb_weight, train.levels or 256)
     return Denoising(
         network=network,
         **_shared(config, schedule),
         weighting=specs.function(c.weighting, WEIGHTINGS, f"{at}.weighting", context),
         distance=specs.function(c.distance, DISTANCES, f"{at}.distance"),
-        null=partial(null_like, label=num_classes),
-        dropout=c.label_dropout if num_classes else 0.0,
+        null=partial(null_like, **nulls),
+        dropout=c.label_dropout if nulls else 0.0,
+        noise_offset=c.noise_offset,
+        input_perturbation=c.input_perturbation,
         bound=bound,
         uncertainty=Uncertainty() if c.uncertainty else None,
     )

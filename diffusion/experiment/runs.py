@@ -16,9 +16,10 @@ from diffusion.data import densities, pipeline
 from diffusion.evaluation import bits, classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
-from diffusion.experiment import learning, sweeping
+from diffusion.experiment import latents, learning, sweeping
 from diffusion.experiment.build import Experiment, build
-from diffusion.experiment.drawing import Drawer
+from diffusion.experiment.drawing import Drawer, visible
+from diffusion.experiment.model import make_images
 from diffusion.sampling.progress import Preview
 from diffusion.training import checkpoints
 from diffusion.training.logging import Logger
@@ -39,6 +40,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     where samples can be judged, evaluation.json. For points: density.png instead of grids.
     """
     began = time.perf_counter()
+    if latents.wanted(config.data):
+        latents.compute(config.data, partial(make_images, config.data))
     experiment, folder = _build(config), Path(workdir)
     checkpoints.check_config(workdir, config.to_dict(), changeable=TRAINING)
     checkpoints.save_config(workdir, config.to_dict())
@@ -53,7 +56,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     logger = Logger(workdir)
 
     def grid(state: TrainState, step: int) -> None:
-        picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(experiment)))
+        picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(drawer)))
         (folder / "samples").mkdir(exist_ok=True)
         figures.save_png(folder / "samples" / f"step_{step:07d}.png", picture)
         logger.image("samples", picture, step)
@@ -86,12 +89,27 @@ def train(config: ConfigDict, workdir: str) -> None:
     print(f"{time.perf_counter() - began:.0f} s in all; results in {folder}")
 
 
+def cache(config: ConfigDict, workdir: str) -> None:
+    """Computes latents and text embeddings into ``config.data.cache``, as training does at first.
+
+    What was interrupted goes on; what is there already stays. ``workdir`` is not touched.
+    """
+    del workdir
+    if not latents.wanted(config.data):
+        raise ValueError(
+            "nothing to cache: config.data.autoencoder and config.data.text_encoder are empty"
+        )
+    latents.compute(config.data, partial(make_images, config.data))
+    print(f"cached in {config.data.cache}")
+
+
 def sample(config: ConfigDict, workdir: str) -> None:
     """Draws ``config.samples.count`` samples from the run's averaged parameters.
 
     Leaves in ``workdir/samples``: grid.png, one PNG per image with its label and seed in the
-    metadata, and samples.npz with x [N, ...] in [-1, 1] and label [N]; with samples.gif
-    trajectory.gif. With sampler.preview_every, preview_<batch>_<evaluation>.png appear meanwhile.
+    metadata, and samples.npz with x [N, ...] as the model has it and label [N], of latents also
+    image [N, H, W, 3], of captions caption [N]; with samples.gif trajectory.gif. With
+    sampler.preview_every, preview_<batch>_<evaluation>.png appear meanwhile.
     """
     folder = Path(workdir) / "samples"
     drawer, params, _ = _restore(config, workdir, partial(_preview, config, folder))
@@ -104,21 +122,27 @@ def sample(config: ConfigDict, workdir: str) -> None:
     for old in folder.glob("preview_*.png"):
         old.unlink()
     x, label = drawer.draw(params, config.samples.count)
-    np.savez(folder / "samples.npz", x=x, **({} if label is None else {"label": label}))
+    arrays = {"x": x, "label": label}
+    if drawer.captions:
+        arrays["caption"] = np.array([drawer.captions[k] for k in label])
+    images = drawer.visible(x) if x.ndim == 4 else None
+    if drawer.experiment.autoencoder is not None:
+        arrays["image"] = images
+    np.savez(folder / "samples.npz", **{k: v for k, v in arrays.items() if v is not None})
     if x.ndim == 2:
         figures.density_figure(folder / "density.png", drawer.experiment.held_out.all()["x"], x)
     else:
         figures.save_png(folder / "grid.png", _grid(drawer, (x, label)))
         settings = {k: str(v) for k, v in config.sampler.to_dict().items()}
-        for i, image in enumerate(_visible(x)):
+        for i, image in enumerate(images):
             about = settings | {"index": str(i)}
             if label is not None:
-                about["label"] = str(label[i])
+                about["caption" if drawer.captions else "label"] = str(_name(drawer, label[i]))
             figures.save_png(folder / f"{i:06d}.png", figures.to_uint8(image), about)
     if config.samples.gif:
         columns = config.samples.columns
         path, _ = drawer.trajectory(params, min(len(x), columns**2))
-        figures.trajectory_gif(folder / "trajectory.gif", _visible(path), columns=columns)
+        figures.trajectory_gif(folder / "trajectory.gif", drawer.visible(path), columns=columns)
     print(f"{len(x)} samples in {folder}")
 
 
@@ -193,17 +217,11 @@ def _describe(experiment: Experiment) -> None:
     )
 
 
-def _grid_size(experiment: Experiment) -> int:
-    """A row per class, if they are few."""
-    columns = experiment.config.samples.columns
-    return columns * (experiment.num_classes if 0 < experiment.num_classes <= 20 else columns)
-
-
-def _visible(x: np.ndarray) -> np.ndarray:
-    """Images as they can be shown: latents by their first three channels, scaled."""
-    if x.shape[-1] in (1, 3):
-        return x
-    return (x[..., :3] / np.abs(x).max()).clip(-1, 1)
+def _grid_size(drawer: Drawer) -> int:
+    """A row per class or caption, if they are few."""
+    columns = drawer.experiment.config.samples.columns
+    rows = drawer.experiment.num_classes or len(drawer.captions)
+    return columns * (rows if 0 < rows <= 20 else columns)
 
 
 def _grid(drawer: Drawer, drawn: tuple[np.ndarray, np.ndarray | None]) -> np.ndarray:
@@ -216,9 +234,14 @@ def _grid(drawer: Drawer, drawn: tuple[np.ndarray, np.ndarray | None]) -> np.nda
         x, label = x[order], label[order]
         rows = label[::columns]
         if len(x) % columns == 0 and np.all(label.reshape(-1, columns) == rows[:, None]):
-            known = drawer.experiment.train.class_names
-            names = [known[row] if known else str(row) for row in rows]
-    return figures.image_grid(_visible(x), columns, row_names=names)
+            names = [_name(drawer, row) for row in rows]
+    return figures.image_grid(drawer.visible(x), columns, row_names=names)
+
+
+def _name(drawer: Drawer, label: int) -> str:
+    """The caption or the class of that number."""
+    names = drawer.captions or drawer.experiment.train.class_names
+    return names[label] if names else str(label)
 
 
 def _preview(config: ConfigDict, folder: Path, batch: int, evaluation: int, x0: np.ndarray) -> None:
@@ -226,7 +249,9 @@ def _preview(config: ConfigDict, folder: Path, batch: int, evaluation: int, x0: 
     folder.mkdir(exist_ok=True)
     path = folder / f"preview_{batch:03d}_{evaluation:04d}.png"
     columns = config.samples.columns
-    figures.save_png(path, figures.image_grid(_visible(x0[: columns**2]), columns))
+    autoencoder = latents.autoencoder(config.data)
+    shown = visible(x0[: columns**2], autoencoder)
+    figures.save_png(path, figures.image_grid(shown, columns))
 
 
 def _pictures(drawer: Drawer, params: Any, folder: Path) -> None:
@@ -240,12 +265,13 @@ def _pictures(drawer: Drawer, params: Any, folder: Path) -> None:
         real = experiment.held_out.all()["x"][: len(x)]
         figures.density_figure(folder / "density.png", real, x, path)
         return
-    drawn = drawer.draw(params, _grid_size(experiment))
+    drawn = drawer.draw(params, _grid_size(drawer))
     figures.save_png(folder / "samples.png", _grid(drawer, drawn))
-    path, label = drawer.trajectory(params, min(10, experiment.num_classes or 10))
-    names = [] if label is None else [str(k) for k in label]
-    figures.trajectory_strip(folder / "trajectory.png", _visible(path), row_names=names)
-    figures.trajectory_gif(folder / "trajectory.gif", _visible(path), columns=path.shape[1])
+    rows = min(10, experiment.num_classes or len(drawer.captions) or 10)
+    path, label = drawer.trajectory(params, rows)
+    names = [] if label is None else [_name(drawer, k) for k in label]
+    figures.trajectory_strip(folder / "trajectory.png", drawer.visible(path), row_names=names)
+    figures.trajectory_gif(folder / "trajectory.gif", drawer.visible(path), columns=path.shape[1])
 
 
 def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:

@@ -1,0 +1,185 @@
+"""Images with captions, for text to image.
+
+An ``.npz`` holds ``images`` [N, H, W, 1, 3 or 4] uint8 and ``caption`` [N]. Images with an opacity
+lie on one background, all have one size, and a fixed share of the captions is held out: captions
+that training never sees, made of words that it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffusion.data import sources
+from diffusion.data.sources import Batch, Source
+from diffusion.data.tokens import Tokenize
+
+WORD = re.compile(r"\w+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Images [N, H, W, C] uint8, as they are stored, and captions, N."""
+
+    images: np.ndarray
+    captions: tuple[str, ...]
+
+
+def read(path: str | Path, keep: Callable[[dict[str, str]], bool] | None = None) -> Pairs:
+    """The pairs in an ``.npz``.
+
+    Args:
+      path: of the file, or of a folder with several, which must hold images of one size.
+      keep: whether to keep an example, given the file's text arrays (``caption`` and others).
+
+    Raises:
+      FileNotFoundError: there is no such file, or no ``.npz`` in the folder.
+      ValueError: an array is missing or has another shape.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(
+            f"no captioned images at {path}: expected an .npz with 'images' [N, H, W, C] uint8 and "
+            "'caption' [N], or a folder with such files"
+        )
+    parts = [_read_file(file, keep) for file in files]
+    sizes = {part.images.shape[1:] for part in parts}
+    if len(sizes) > 1:
+        raise ValueError(f"{path} holds images of several shapes: {sorted(sizes)}")
+    captions = tuple(caption for part in parts for caption in part.captions)
+    return Pairs(np.concatenate([part.images for part in parts]), captions)
+
+
+def _read_file(path: Path, keep: Callable[[dict[str, str]], bool] | None) -> Pairs:
+    with np.load(path) as file:
+        names = [name for name in ("images", "image") if name in file.files]
+        if not names or "caption" not in file.files:
+            raise ValueError(f"{path} needs 'images' and 'caption', it has {sorted(file.files)}")
+        images = file[names[0]]
+        texts = {n: file[n] for n in file.files if file[n].dtype.kind == "U" and file[n].ndim == 1}
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{path}: 'images' must be uint8 [N, H, W, 1, 3 or 4], got {images.dtype} "
+            f"{images.shape}"
+        )
+    wrong = [name for name, values in texts.items() if len(values) != len(images)]
+    if "caption" not in texts or "caption" in wrong:
+        raise ValueError(f"{path}: 'caption' must be {len(images)} strings, one per image")
+    captions = [str(caption) for caption in texts["caption"]]
+    if keep is not None:
+        rows = ({name: str(v[i]) for name, v in texts.items()} for i in range(len(images)))
+        index = [i for i, row in enumerate(rows) if keep(row)]
+        images, captions = images[index], [captions[i] for i in index]
+    return Pairs(images, tuple(captions))
+
+
+def emoji(path: str | Path) -> Pairs:
+    """Every ``.npz`` in a folder of emoji and flags (Noto Emoji)."""
+    return read(path)
+
+
+def tiles(path: str | Path) -> Pairs:
+    """The tiles of Dungeon Crawl Stone Soup that show something by themselves.
+
+    Left out are parts of the player's figure, laid over each other in the game, and unused tiles.
+    """
+    return read(
+        path,
+        lambda row: (
+            row.get("category") not in ("player", "UNUSED")
+            and "unused" not in row["caption"].lower()
+        ),
+    )
+
+
+def resize(images: np.ndarray, size: int, background: Sequence[int]) -> np.ndarray:
+    """RGB [N, size, size, 3] uint8 of images [N, H, W, 1, 3 or 4], laid on a background colour.
+
+    Whole factors are means of blocks, or repeated pixels; other sizes are bicubic.
+    """
+    if images.shape[-1] == 4:
+        opacity = images[..., 3:].astype(np.float32) / 255
+        below = np.asarray(background, np.float32)
+        images = np.round(opacity * images[..., :3] + (1 - opacity) * below).astype(np.uint8)
+    images = np.broadcast_to(images, (*images.shape[:3], 3))
+    height, width = images.shape[1:3]
+    if height == width == size:
+        return np.ascontiguousarray(images)
+    method = Image.Resampling.BICUBIC
+    if height % size == 0 and width % size == 0:
+        method = Image.Resampling.BOX
+    elif size % height == 0 and size % width == 0:
+        method = Image.Resampling.NEAREST
+    return np.stack([np.asarray(Image.fromarray(x).resize((size, size), method)) for x in images])
+
+
+def held_out_captions(captions: Sequence[str], share: float, seen: int = 3) -> frozenset[str]:
+    """About ``share`` of the different captions, in lower case: the same ones in every run.
+
+    Every word of a held-out caption occurs in at least ``seen`` captions that are not held out.
+    They are chosen by their hash; where there are not enough such captions, fewer are held out, but
+    at least one.
+
+    Raises:
+      ValueError: share outside (0, 1), or fewer than two different captions.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share of captions held out must lie in (0, 1), got {share}")
+    unique = sorted(
+        {c.lower() for c in captions}, key=lambda c: hashlib.sha256(c.encode()).digest()
+    )
+    if len(unique) < 2:
+        raise ValueError(f"expected at least two different captions, got {len(unique)}")
+    words = {caption: set(WORD.findall(caption)) for caption in unique}
+    count = Counter(word for used in words.values() for word in used)
+    chosen = []
+    for caption in unique:
+        if len(chosen) >= share * len(unique):
+            break
+        if words[caption] and all(count[word] > seen for word in words[caption]):
+            chosen.append(caption)
+            count.subtract(words[caption])
+    return frozenset(chosen or unique[:1])
+
+
+def split(pairs: Pairs, name: str, share: float) -> Pairs:
+    """The pairs of ``train`` or ``test``: no caption is in both, whatever its case."""
+    sources.check_split(name, "captioned images")
+    held_out = held_out_captions(pairs.captions, share)
+    index = [i for i, c in enumerate(pairs.captions) if (c.lower() in held_out) == (name == "test")]
+    return Pairs(pairs.images[index], tuple(pairs.captions[i] for i in index))
+
+
+def source(
+    name: str, pairs: Pairs, tokenize: Tokenize | None = None, vocabulary: int = 0
+) -> Source:
+    """A source of ``x`` and, with ``tokenize``, of ``tokens`` and ``context_mask``, made once.
+
+    Args:
+      name: what the data is called.
+      pairs: images of the size wanted, and captions.
+      tokenize: captions -> tokens and mask.
+      vocabulary: number of different tokens.
+    """
+    plain = sources.from_arrays(name, pairs.images)
+    text = tokenize(pairs.captions) if tokenize else {}
+    return dataclasses.replace(
+        plain,
+        read=partial(_read_pairs, plain.read, text),
+        captions=pairs.captions,
+        encode=tokenize,
+        vocabulary=vocabulary,
+    )
+
+
+def _read_pairs(read: Callable, text: dict[str, np.ndarray], index: np.ndarray) -> Batch:
+    return read(index) | {name: values[index] for name, values in text.items()}
