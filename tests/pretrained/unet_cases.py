@@ -92,7 +92,8 @@ PUBLISHED = {
 }
 """Config, number of parameters and, where known, of tensors."""
 
-TWO = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+# Few different shapes, which all cases share.
+TWO = {"block_out_channels": (16, 16), "layers_per_block": 1, "norm_num_groups": 8}
 SMALL = {
     "Stable Diffusion 1": {
         **{**SD1, **TWO, **blocks(CROSS, PLAIN), "sample_size": (8, 8)},
@@ -137,6 +138,7 @@ SMALL = {
     },
     "ADM": {
         **{"_class_name": "UNet2DModel", **TWO, "attention_head_dim": 8, "out_channels": 6},
+        "block_out_channels": (16, 32),
         "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
         **{"downsample_type": "resnet", "upsample_type": "resnet", "num_class_embeds": 5},
