@@ -222,9 +222,8 @@ class Encoder(nn.Module):
         x = _conv(self.widths[0], self.dtype, "conv_in")(x)
         for level, width in enumerate(self.widths):
             down = DownBlock(
-                self.blocks,
                 partial(self.resnet, width=width),
-                self.attention if self.attends[level] else None,
+                [self.attention if self.attends[level] else None] * self.blocks,
                 partial(Downsample, asymmetric=True, dtype=self.dtype) if level < last else None,
                 name=f"down_blocks_{level}",
             )
