@@ -19,6 +19,7 @@ from diffusion.models.unet import UNet
 # Set by the builder, from the data and the other fields.
 _DERIVED = {"parent", "name", "dtype", "num_classes", "null_class", "out_channels"}
 _DERIVED |= {"learned_variance", "out_features"}
+_DERIVED |= {"in_channels", "context_width", "added_width", "image_size"}
 
 
 def get_config() -> ConfigDict:

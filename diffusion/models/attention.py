@@ -119,6 +119,7 @@ def _project_and_attend(
     zero_output: bool,
     implementation: str | None,
     dtype: jnp.dtype,
+    upcast: bool = False,
 ) -> Array:
     """to_q, to_k, to_v, attention, to_out_0, made in the calling module's own scope.
 
@@ -129,7 +130,8 @@ def _project_and_attend(
 
     def project(tokens: Array, name: str) -> Array:
         tokens = nn.Dense(width, use_bias=bias, dtype=dtype, name=name)(tokens)
-        return tokens.reshape(*tokens.shape[:-1], heads, width // heads)
+        tokens = tokens.reshape(*tokens.shape[:-1], heads, width // heads)
+        return tokens.astype(jnp.float32) if upcast else tokens
 
     q, k, v = project(x, "to_q"), project(source, "to_k"), project(source, "to_v")
     out = Attend(context is None, implementation, name="attend")(q, k, v, mask).reshape(x.shape)
@@ -138,11 +140,15 @@ def _project_and_attend(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, L, C] to context [B, Lk, Cc], or to x itself without one."""
+    """Multi-head attention of x [B, L, C] to context [B, Lk, Cc], or to x itself without one.
+
+    With ``upcast`` queries, keys and values are float32 whatever dtype is.
+    """
 
     heads: int
     implementation: str | None = None
     dtype: jnp.dtype = jnp.float32
+    upcast: bool = False
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
@@ -155,6 +161,7 @@ class Attention(nn.Module):
             zero_output=False,
             implementation=self.implementation,
             dtype=self.dtype,
+            upcast=self.upcast,
         )
 
 
@@ -217,12 +224,14 @@ class TransformerBlock(nn.Module):
     """Pre-norm self-attention, cross-attention and GEGLU on x [B, L, C] (latent diffusion).
 
     With ``only_cross_attention`` the first attention, too, is to the context (x4 upscaler).
+    ``upcast``: see ``Attention``.
     """
 
     heads: int
     only_cross_attention: bool = False
     implementation: str | None = None
     dtype: jnp.dtype = jnp.float32
+    upcast: bool = False
 
     @nn.compact
     def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
@@ -230,7 +239,7 @@ class TransformerBlock(nn.Module):
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
         def attention(name: str) -> Attention:
-            return Attention(self.heads, self.implementation, self.dtype, name=name)
+            return Attention(self.heads, self.implementation, self.dtype, self.upcast, name=name)
 
         if self.only_cross_attention:
             x = x + attention("attn1")(norm("norm1")(x), context, mask)
@@ -244,7 +253,8 @@ class SpatialTransformer(nn.Module):
     """x + transformer over the pixels of x [B, H, W, C], attending to context [B, L, Cc].
 
     The last projection starts at zero. ``linear_projection`` only says whether the checkpoints'
-    projections are matrices (SD 2, SDXL) or 1 x 1 convolutions (SD 1).
+    projections are matrices (SD 2, SDXL) or 1 x 1 convolutions (SD 1). ``upcast``: see
+    ``Attention``.
     """
 
     heads: int
@@ -255,6 +265,7 @@ class SpatialTransformer(nn.Module):
     remat: bool = False
     implementation: str | None = None
     dtype: jnp.dtype = jnp.float32
+    upcast: bool = False
 
     @nn.compact
     def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
@@ -271,6 +282,7 @@ class SpatialTransformer(nn.Module):
                 self.only_cross_attention,
                 self.implementation,
                 self.dtype,
+                self.upcast,
                 name=f"transformer_blocks_{k}",
             )(h, context, mask)
         h = projection(width, dtype=self.dtype, kernel_init=zeros, name="proj_out")(h)

@@ -25,6 +25,8 @@ from diffusion.models.transformer_layers import (
     CrossAttention,
     SelfAttention,
     modulate,
+    patchify,
+    unpatchify,
 )
 
 SIZES = {
@@ -52,30 +54,18 @@ def preset(name: str) -> dict[str, int]:
     return {**SIZES[size], "patch": int(patch)}
 
 
-def patchify(x: Array, patch: int) -> Array:
-    """[B, H, W, C] -> tokens [B, H/patch * W/patch, patch * patch * C], in row-major order."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
-    return x.reshape(b, -1, patch * patch * c)
-
-
-def unpatchify(tokens: Array, patch: int, height: int, width: int) -> Array:
-    """Inverse of `patchify` for an image of height x width pixels."""
-    b = tokens.shape[0]
-    x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1).swapaxes(2, 3)
-    return x.reshape(b, height, width, -1)
-
-
 class TimeEmbedder(nn.Module):
     """256 sinusoids of c_noise [B], then Dense, SiLU, Dense -> [B, features], float32."""
 
     features: int
     kernel_init: nn.initializers.Initializer = normal
+    freq_shift: float = 0.0
 
     @nn.compact
     def __call__(self, time: Array) -> Array:
         dense = partial(nn.Dense, self.features, kernel_init=self.kernel_init)
-        return dense(name="linear_2")(nn.silu(dense(name="linear_1")(sinusoidal(time, 256))))
+        sinusoids = sinusoidal(time, 256, freq_shift=self.freq_shift)
+        return dense(name="linear_2")(nn.silu(dense(name="linear_1")(sinusoids)))
 
 
 class Block(nn.Module):
@@ -92,6 +82,7 @@ class Block(nn.Module):
     dropout: float
     dtype: jnp.dtype
     attention_implementation: str | None
+    mlp_norm_eps: float
     train: bool
 
     @nn.compact
@@ -118,7 +109,7 @@ class Block(nn.Module):
         if context is not None:
             h = CrossAttention(*attention, name="cross_attn")(x, context, context_mask)
             x = residual(x, h, 1.0)
-        h = modulate(norm(x), shift_m, scale_m).astype(self.dtype)
+        h = modulate(norm(x, self.mlp_norm_eps), shift_m, scale_m).astype(self.dtype)
         mlp = MLPS[self.mlp](int(self.mlp_ratio * width), self.dtype, name="mlp")
         return residual(x, mlp(h), gate_m[:, None])
 
@@ -163,6 +154,11 @@ class DiT(nn.Module):
       remat: recomputes blocks in the backward pass rather than storing their activations.
       scan: one compiled block looped over layers: compiles faster, parameters are stacked.
       attention_implementation: as for `attend`.
+      time_freq_shift: see `layers.sinusoidal`; 0 in the original code, 1 in diffusers.
+      mlp_norm_eps: eps of the norms before the MLPs; 1e-6 in the original code, 1e-5 in diffusers.
+      in_channels: channels of x and cond.image together, where known; others are refused.
+      image_size: 'sincos' positions are those of images of this size, stretched to others'; None:
+        positions count the patches.
 
     Raises ValueError, when made, for fields that do not fit together and, when called, for images
     that the patch does not divide, missing conditioning or features out of range.
@@ -187,6 +183,10 @@ class DiT(nn.Module):
     remat: bool = False
     scan: bool = False
     attention_implementation: str | None = None
+    time_freq_shift: float = 0.0
+    mlp_norm_eps: float = 1e-6
+    in_channels: int | None = None
+    image_size: int | None = None
 
     def __post_init__(self):
         for name in ("depth", "patch"):
@@ -243,7 +243,8 @@ class DiT(nn.Module):
         x = nn.Dense(self.width, kernel_init=xavier, name="x_embedder")(x)
         rotary = None
         if self.positions == "sincos":
-            x = x + pos.sincos_2d(*grid, self.width)[None]
+            base = self.image_size and self.image_size // self.patch
+            x = x + pos.sincos_2d(*grid, self.width, base=base)[None]
         else:
             rotary = pos.rotary_2d(*grid, self.width // self.heads)
         c = nn.silu(self._embed(time, cond))
@@ -265,7 +266,7 @@ class DiT(nn.Module):
         """Sum [B, width] of the embeddings of time, class and pooled vector."""
         unit = self.unit_embeddings
         kernel_init = nn.initializers.lecun_normal() if unit else normal
-        c = TimeEmbedder(self.width, kernel_init, name="t_embedder")(time)
+        c = TimeEmbedder(self.width, kernel_init, self.time_freq_shift, name="t_embedder")(time)
         if self.num_classes:
             table = nn.Embed(
                 self.num_classes + 1,
@@ -292,6 +293,7 @@ class DiT(nn.Module):
             "dropout": self.dropout,
             "dtype": self.dtype,
             "attention_implementation": self.attention_implementation,
+            "mlp_norm_eps": self.mlp_norm_eps,
             "train": train,
         }
         if self.scan:
@@ -317,6 +319,12 @@ class DiT(nn.Module):
     def _check_call(self, x: Array, cond: Conditioning, features: Sequence[int]) -> None:
         if x.ndim != 4:
             raise ValueError(f"DiT takes images [B, H, W, C], got x of shape {x.shape}")
+        channels = x.shape[-1] + (0 if cond.image is None else cond.image.shape[-1])
+        if self.in_channels not in (None, channels):
+            raise ValueError(
+                f"x and cond.image have {channels} channels; expected in_channels="
+                f"{self.in_channels}"
+            )
         height, width = x.shape[1:3]
         if height % self.patch or width % self.patch:
             nearest = [

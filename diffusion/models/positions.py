@@ -20,19 +20,29 @@ def _angles(positions: np.ndarray, count: int, max_period: float) -> np.ndarray:
 
 
 def sincos_2d(
-    height: int, width: int, features: int, *, max_period: float = 10_000.0
+    height: int,
+    width: int,
+    features: int,
+    *,
+    max_period: float = 10_000.0,
+    base: int | None = None,
 ) -> np.ndarray:
     """Fixed sine-cosine embedding [height * width, features] (float32) of a grid of tokens.
 
     The four quarters of the channels are sin(column), cos(column), sin(row), cos(row), each over
-    features/4 frequencies, as in MAE and DiT. Raises ValueError unless 4 divides features.
+    features/4 frequencies, as in MAE and DiT. With ``base`` rows and columns run from 0 to base,
+    whatever height and width are (diffusers' way with images of other sizes). Raises ValueError
+    unless 4 divides features.
     """
     if features % 4:
         raise ValueError(
             f"2-D sine-cosine positions need a width that is a multiple of 4, got {features}; "
             f"nearest: {features - features % 4} or {features - features % 4 + 4}"
         )
-    rows, columns = (_angles(p, features // 4, max_period) for p in _grid(height, width))
+    rows, columns = _grid(height, width)
+    if base is not None:
+        rows, columns = rows * base / height, columns * base / width
+    rows, columns = (_angles(p, features // 4, max_period) for p in (rows, columns))
     parts = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 

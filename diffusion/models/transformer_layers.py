@@ -1,4 +1,4 @@
-"""Layers of diffusion transformers: norms without parameters, attention, MLPs."""
+"""Layers of diffusion transformers: patches, norms without parameters, attention, MLPs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,34 @@ xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros
 
 
-def layer_norm(x: Array) -> Array:
+def layer_norm(x: Array, eps: float = 1e-6) -> Array:
     """Zero mean, unit variance over the last axis; no parameters; float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
 
-def rms_norm(x: Array) -> Array:
+def rms_norm(x: Array, eps: float = 1e-6) -> Array:
     """Unit mean square over the last axis; no parameters; float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
 
 NORMS = {"layer": layer_norm, "rms": rms_norm}
+
+
+def patchify(x: Array, patch: int) -> Array:
+    """[B, H, W, C] -> tokens [B, H/patch * W/patch, patch * patch * C], in row-major order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
+    return x.reshape(b, -1, patch * patch * c)
+
+
+def unpatchify(tokens: Array, patch: int, height: int, width: int) -> Array:
+    """Inverse of `patchify` for an image of height x width pixels."""
+    b = tokens.shape[0]
+    x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1).swapaxes(2, 3)
+    return x.reshape(b, height, width, -1)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:

@@ -14,7 +14,8 @@ from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.layers import GroupNorm
 from diffusion.models.unet_blocks import UpBlock
-from diffusion.models.unet_encoder import Encoder, per_level
+from diffusion.models.unet_encoder import Encoder
+from diffusion.models.unet_fields import AttentionKind, level_kinds, per_level
 
 
 class UNet(Encoder):
@@ -22,9 +23,12 @@ class UNet(Encoder):
 
     Attributes:
       out_channels: of the output; by default as many as x has (twice that for learned variances).
+      up_attention: as ``attention``, for the up blocks, which have one more ResNet block each; by
+        default they have at each level what the down block has after its last one.
     """
 
     out_channels: int | None = None
+    up_attention: AttentionKind | Sequence[AttentionKind | Sequence[AttentionKind]] | None = None
 
     @nn.compact
     def __call__(
@@ -71,7 +75,7 @@ class UNet(Encoder):
             features, skips = features[:-count], features[-count:]
             block = UpBlock(
                 self.make_resnet(level),
-                self.make_attention(level),
+                self.make_attentions(self.up_kinds(level), level),
                 self.make_upsample(level) if level > 0 else None,
                 name=f"up_blocks_{i}",
             )
@@ -82,6 +86,12 @@ class UNet(Encoder):
             out_channels, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_out"
         )
         return conv_out(nn.silu(x)).astype(dtype)
+
+    def up_kinds(self, level: int) -> tuple[AttentionKind, ...]:
+        """What follows each ResNet block of the level's up block."""
+        if self.up_attention is not None:
+            return level_kinds(self, "up_attention", level)
+        return (level_kinds(self, "attention", level)[-1],) * (per_level(self.blocks, level) + 1)
 
 
 # Published networks; ``overrides`` are fields of UNet. The number of input channels is that of x

@@ -6,7 +6,7 @@ their ResNet, attention and resampling layers and only say how these are wired.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -112,9 +112,8 @@ class Upsample(nn.Module):
 class DownBlock(nn.Module):
     """One level of the encoder; returns its output and what it leaves for the skip connections."""
 
-    blocks: int
     resnet: Constructor
-    attention: Constructor | None
+    attentions: Sequence[Constructor | None]  # one after each ResNet block
     downsample: Constructor | None
 
     @nn.compact
@@ -122,10 +121,10 @@ class DownBlock(nn.Module):
         self, x: Array, emb: Array, context: Array | None, mask: Array | None, train: bool
     ) -> tuple[Array, list[Array]]:
         features = []
-        for j in range(self.blocks):
+        for j, attention in enumerate(self.attentions):
             x = self.resnet(name=f"resnets_{j}")(x, emb, train)
-            if self.attention is not None:
-                x = self.attention(name=f"attentions_{j}")(x, context, mask)
+            if attention is not None:
+                x = attention(name=f"attentions_{j}")(x, context, mask)
             features.append(x)
         if self.downsample is not None:
             x = self.downsample(name="downsamplers_0")(x, emb, train)
@@ -134,26 +133,28 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResNet block, attention where wanted, ResNet block, at the lowest resolution."""
+    """ResNet blocks, with attention in between where wanted, at the lowest resolution."""
 
     resnet: Constructor
     attention: Constructor | None
+    blocks: int = 2
 
     @nn.compact
     def __call__(
         self, x: Array, emb: Array, context: Array | None, mask: Array | None, train: bool
     ) -> Array:
-        x = self.resnet(name="resnets_0")(x, emb, train)
-        if self.attention is not None:
-            x = self.attention(name="attentions_0")(x, context, mask)
-        return self.resnet(name="resnets_1")(x, emb, train)
+        for j in range(self.blocks):
+            if j > 0 and self.attention is not None:
+                x = self.attention(name=f"attentions_{j - 1}")(x, context, mask)
+            x = self.resnet(name=f"resnets_{j}")(x, emb, train)
+        return x
 
 
 class UpBlock(nn.Module):
     """One level of the decoder; every ResNet block also reads one skip connection, last first."""
 
     resnet: Constructor
-    attention: Constructor | None
+    attentions: Sequence[Constructor | None]  # one after each ResNet block
     upsample: Constructor | None
 
     @nn.compact
@@ -166,11 +167,11 @@ class UpBlock(nn.Module):
         mask: Array | None,
         train: bool,
     ) -> Array:
-        for j, skip in enumerate(reversed(skips)):
+        for j, (skip, attention) in enumerate(zip(reversed(skips), self.attentions)):
             x = jnp.concatenate([x, skip], axis=-1)
             x = self.resnet(name=f"resnets_{j}")(x, emb, train)
-            if self.attention is not None:
-                x = self.attention(name=f"attentions_{j}")(x, context, mask)
+            if attention is not None:
+                x = attention(name=f"attentions_{j}")(x, context, mask)
         if self.upsample is not None:
             x = self.upsample(name="upsamplers_0")(x, emb, train)
         return x

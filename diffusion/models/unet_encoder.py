@@ -6,10 +6,8 @@ Names are diffusers' keys, with ``_`` for the dots before numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -28,8 +26,13 @@ from diffusion.models.unet_blocks import (
     average_pool,
     nearest_upsample,
 )
-
-AttentionKind = int | Literal["self"]
+from diffusion.models.unet_fields import (
+    AttentionKind,
+    all_kinds,
+    level_kinds,
+    per_level,
+    validate,
+)
 
 
 class Encoder(nn.Module):
@@ -42,14 +45,17 @@ class Encoder(nn.Module):
       widths: channels of each level; their number is the number of levels.
       blocks: ResNet blocks per level.
       attention: what follows each ResNet block, per level: 0 (nothing), 'self' (one self-attention
-        over the pixels), or n >= 1 (n transformer blocks with cross-attention to ``cond.context``).
-      mid_attention: the same for the block in the middle.
+        over the pixels), or n >= 1 (n transformer blocks with cross-attention to ``cond.context``);
+        a tuple in place of a level's entry has one for each ResNet block.
+      mid_attention: the same between the ResNet blocks in the middle.
+      mid_blocks: how many ResNet blocks are there; 0 leaves the middle out.
       num_heads: attention heads, per level. At most one of num_heads and head_width is given;
         with neither there is one head.
       head_width: channels per attention head, per level.
       only_cross_attention: per level (but not in the middle), whether transformer blocks attend to
         the context only.
       linear_projection: transformers' in and out projections are matrices, not 1 x 1 convolutions.
+      upcast_attention: transformers' queries, keys and values are float32 whatever dtype is.
       scale_shift: the embedding scales and shifts the second norm (ADM) instead of being added.
       resnet_resampling: ResNet blocks resample (ADM) instead of single convolutions.
       asymmetric_downsampling: pad strided convolutions (0, 1) instead of (1, 1) (DDPM).
@@ -68,6 +74,10 @@ class Encoder(nn.Module):
       remat: recompute each ResNet, attention and transformer block in the backward pass.
       attention_implementation: see ``attention.attend``.
       dtype: of the computation; parameters, norm statistics and softmax are float32.
+      in_channels, context_width, added_width, image_size: what the network is made for, where that
+        is known: channels of x and ``cond.image`` together, of ``cond.context``, of what is added
+        (pooled and sinusoids together), and the image size that suits it best. Other channels are
+        refused; else these fields change nothing.
 
     Raises:
       ValueError: at construction, naming the field that does not fit.
@@ -75,12 +85,14 @@ class Encoder(nn.Module):
 
     widths: Sequence[int] = (128, 256, 256, 256)
     blocks: int | Sequence[int] = 2
-    attention: AttentionKind | Sequence[AttentionKind] = 0
+    attention: AttentionKind | Sequence[AttentionKind | Sequence[AttentionKind]] = 0
     mid_attention: AttentionKind = "self"
+    mid_blocks: int = 2
     num_heads: int | Sequence[int] | None = None
     head_width: int | Sequence[int] | None = None
     only_cross_attention: bool | Sequence[bool] = False
     linear_projection: bool = False
+    upcast_attention: bool = False
     scale_shift: bool = False
     resnet_resampling: bool = False
     asymmetric_downsampling: bool = False
@@ -99,9 +111,13 @@ class Encoder(nn.Module):
     remat: bool = False
     attention_implementation: str | None = None
     dtype: jnp.dtype = jnp.float32
+    in_channels: int | None = None
+    context_width: int | None = None
+    added_width: int | None = None
+    image_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        _validate(self)
+        validate(self)
         super().__post_init__()
 
     def check(self, image_size: int | tuple[int, int]) -> None:
@@ -115,6 +131,11 @@ class Encoder(nn.Module):
                     f"image size {size} is not divisible by {factor} = 2^(levels - 1) with "
                     f"{len(self.widths)} levels (widths={tuple(self.widths)}); nearest: {nearest}"
                 )
+
+    @property
+    def attends_to_context(self) -> bool:
+        """Whether any layer needs ``cond.context``."""
+        return any(kind not in (0, "self") for kind, _ in all_kinds(self))
 
     def heads(self, level: int) -> int:
         """Attention heads at a level."""
@@ -136,9 +157,10 @@ class Encoder(nn.Module):
             dtype=self.dtype,
         )
 
-    def make_attention(self, level: int, mid: bool = False) -> Constructor | None:
-        """The attention layers of a level, or the mid block's."""
-        kind = self.mid_attention if mid else per_level(self.attention, level)
+    def make_attention(
+        self, kind: AttentionKind, level: int, only_cross_attention: bool = False
+    ) -> Constructor | None:
+        """Attention layers of that kind and of that level's heads, which still want a name."""
         if kind == 0:
             return None
         if kind == "self":
@@ -155,12 +177,20 @@ class Encoder(nn.Module):
             heads=self.heads(level),
             depth=kind,
             linear_projection=self.linear_projection,
-            only_cross_attention=not mid and per_level(self.only_cross_attention, level),
+            only_cross_attention=only_cross_attention,
             groups=self.norm_groups,
             remat=self.remat,
             implementation=self.attention_implementation,
             dtype=self.dtype,
+            upcast=self.upcast_attention,
         )
+
+    def make_attentions(
+        self, kinds: Sequence[AttentionKind], level: int
+    ) -> list[Constructor | None]:
+        """What follows each of a level's ResNet blocks."""
+        only_cross = per_level(self.only_cross_attention, level)
+        return [self.make_attention(kind, level, only_cross) for kind in kinds]
 
     def make_downsample(self, level: int) -> Constructor:
         """What halves a level's resolution."""
@@ -191,14 +221,15 @@ class Encoder(nn.Module):
 
         self.down_blocks = [
             DownBlock(
-                per_level(self.blocks, level),
                 self.make_resnet(level),
-                self.make_attention(level),
+                self.make_attentions(level_kinds(self, "attention", level), level),
                 self.make_downsample(level) if level < last else None,
             )
             for level in range(last + 1)
         ]
-        self.mid_block = MidBlock(self.make_resnet(last), self.make_attention(last, mid=True))
+        self.mid_block = MidBlock(
+            self.make_resnet(last), self.make_attention(self.mid_attention, last), self.mid_blocks
+        )
 
     def embed(self, time: Array, cond: Conditioning) -> Array:
         """[B, time_width]: the sum of the embeddings of time [B], label, added and guidance."""
@@ -217,6 +248,7 @@ class Encoder(nn.Module):
             if cond.time_ids is not None:
                 ids = sinusoids(cond.time_ids.reshape(-1), self.time_id_width)
                 added = jnp.concatenate([added, ids.reshape(len(added), -1)], axis=-1)
+            self._check_width("added_width", "cond.pooled and cond.time_ids", added)
             emb = emb + self.add_embedding(added)
         return emb
 
@@ -237,8 +269,10 @@ class Encoder(nn.Module):
                     f"cond.image has shape {cond.image.shape}; expected {x.shape[:3]} and channels"
                 )
             x = jnp.concatenate([x, cond.image.astype(x.dtype)], axis=-1)
-        if any(kind not in (0, "self") for kind in _kinds(self)):
-            _required(cond, "context", "attention")
+        self._check_width("in_channels", "x and cond.image", x)
+        if self.attends_to_context:
+            context = _required(cond, "context", "attention")
+            self._check_width("context_width", "cond.context", context)
         x = self.conv_in(x)
         if hint is not None:
             x = x + hint.astype(x.dtype)
@@ -248,15 +282,10 @@ class Encoder(nn.Module):
             features.extend(outputs)
         return features, self.mid_block(x, emb, cond.context, cond.context_mask, train)
 
-
-def per_level(value: Any, level: int) -> Any:
-    """The level's entry of a field that holds one value for all levels or a tuple."""
-    return value[level] if isinstance(value, (tuple, list)) else value
-
-
-def _kinds(net: Encoder) -> list[AttentionKind]:
-    levels = range(len(net.widths))
-    return [*(per_level(net.attention, level) for level in levels), net.mid_attention]
+    def _check_width(self, field: str, what: str, array: Array) -> None:
+        expected = getattr(self, field)
+        if expected not in (None, array.shape[-1]):
+            raise ValueError(f"{what} have {array.shape[-1]} channels; expected {field}={expected}")
 
 
 def _required(cond: Conditioning, field: str, because: str) -> Array:
@@ -264,57 +293,3 @@ def _required(cond: Conditioning, field: str, because: str) -> Array:
     if value is None:
         raise ValueError(f"cond.{field} is None, but the network needs it (see its {because})")
     return value
-
-
-def _validate(net: Encoder) -> None:
-    """Raises ValueError for fields that do not fit together."""
-    levels = len(net.widths)
-    if levels == 0 or any(width < 2 or width % 2 for width in net.widths):
-        raise ValueError(f"widths={net.widths}; expected at least one level, of even widths >= 2")
-    for field in ("blocks", "attention", "num_heads", "head_width", "only_cross_attention"):
-        value = getattr(net, field)
-        if isinstance(value, (tuple, list)) and len(value) != levels:
-            raise ValueError(
-                f"{field}={value} has {len(value)} entries; expected one value or {levels}, "
-                f"as many as widths={net.widths}"
-            )
-    for level in range(levels):
-        if per_level(net.blocks, level) < 1:
-            raise ValueError(f"blocks={net.blocks}; expected at least 1 ResNet block per level")
-    for kind in _kinds(net):
-        if kind != "self" and not (isinstance(kind, int) and kind >= 0):
-            raise ValueError(
-                f"attention={net.attention}, mid_attention={net.mid_attention!r}: {kind!r} is "
-                "neither 0 (none), 'self' nor a number of transformer blocks"
-            )
-    common = math.gcd(*net.widths)
-    if net.norm_groups < 1 or common % net.norm_groups:
-        raise ValueError(
-            f"norm_groups={net.norm_groups} does not divide every one of widths={net.widths}; "
-            f"nearest: {_nearest_divisor(common, net.norm_groups)}"
-        )
-    if net.num_heads is not None and net.head_width is not None:
-        raise ValueError(
-            f"num_heads={net.num_heads} and head_width={net.head_width}; give at most one"
-        )
-    for level, kind in [*enumerate(_kinds(net)[:-1]), (levels - 1, net.mid_attention)]:
-        for field in ("num_heads", "head_width"):
-            value, width = per_level(getattr(net, field), level), net.widths[level]
-            if kind != 0 and value is not None and (value < 1 or width % value):
-                raise ValueError(
-                    f"{field}={getattr(net, field)}: {value} does not divide width {width} of "
-                    f"level {level}; nearest: {_nearest_divisor(width, value)}"
-                )
-    if net.num_classes is not None and net.num_classes < 1:
-        raise ValueError(f"num_classes={net.num_classes}; expected None or at least 1")
-    for field in ("time_width", "time_id_width", "guidance_width"):
-        value = getattr(net, field)
-        if value is not None and (value < 2 or value % 2):
-            raise ValueError(f"{field}={value}; expected an even number")
-    if not 0 <= net.dropout < 1:
-        raise ValueError(f"dropout={net.dropout}; expected a rate in [0, 1)")
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(d - wanted))

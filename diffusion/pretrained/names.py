@@ -12,6 +12,7 @@ hold the same numbers, nearly always one and one. ``from_tensors`` reads a check
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -279,8 +280,9 @@ def from_tensors(
     """
     matches, stored = bind(names, params), canonical(names, tensors)
     check(matches, {key: tuple(tensors[name].shape) for key, name in stored.items()}, what)
-    flat = {}
-    for match in matches:
+    flat = dict.fromkeys(flax.traverse_util.flatten_dict(params, sep="/"))
+    # The largest first: what reading them takes besides comes while little else is there.
+    for match in sorted(matches, key=lambda match: -sum(map(math.prod, match.shapes))):
         try:
             arrays = match.layout.join([np.asarray(tensors[stored[key]]) for key in match.theirs])
         except ValueError as error:

@@ -1,0 +1,97 @@
+"""Where a model's files are: a folder on this machine, or an id on the Hugging Face hub.
+
+The hub's library keeps what it fetched in its own cache and looks there first; ``HF_HOME``,
+``HF_TOKEN``, ``HF_HUB_OFFLINE`` and its other environment variables mean what its documentation
+says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusion.pretrained import folders
+
+_ID = r"[\w.-]+(?:/[\w.-]+)?"
+_NO_WEIGHTS = ("*.json", "*.txt", "*.model")
+_UNUSED = ("safety_checker/*", "*flax*", "*openvino*", "*.onnx*")
+
+
+def locate(
+    path_or_id: str | Path,
+    subfolder: str | None = None,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    weights: bool = True,
+    components: Sequence[str] = (),
+) -> Path:
+    """The folder of a model or pipeline, fetched from the hub if it is not one of this machine.
+
+    Args:
+      path_or_id: a folder, or 'owner/name' on the hub. An existing folder wins.
+      subfolder: of it; only this one is fetched.
+      variant: fetch these weights only.
+      revision: a branch, tag or commit on the hub, 'main' by default.
+      weights: whether to fetch weights, or configurations and tokenizers only.
+      components: fetch only these subfolders of a pipeline (and its index); all by default.
+
+    Raises:
+      FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
+    """
+    path = Path(path_or_id).expanduser()
+    if not path.exists():
+        path = _fetch(str(path_or_id), patterns(subfolder, variant, weights, components), revision)
+    folder = path / (subfolder or "")
+    if not folder.is_dir():
+        what = f"{path} holds no subfolder {subfolder!r}" if subfolder else f"{path} is no folder"
+        raise FileNotFoundError(what)
+    return folder
+
+
+def patterns(
+    subfolder: str | None = None,
+    variant: str | None = None,
+    weights: bool = True,
+    components: Sequence[str] = (),
+) -> list[str]:
+    """What to fetch of a repository: shell patterns, whose ``*`` matches ``/`` as well.
+
+    Repositories hold the same weights several times over (variants, pickles, single files): of
+    each model only one set is asked for.
+    """
+    names = list(_NO_WEIGHTS)
+    for base in (folders.DIFFUSERS, folders.TRANSFORMERS) if weights else ():
+        shards = "-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]"
+        former = f".{variant}" if variant else ""
+        single = folders.single_name(base, variant)
+        stem = single.removesuffix(".safetensors")
+        names += [single, f"{stem}{shards}.safetensors", f"{base}{shards}{former}.safetensors"]
+    within = [subfolder] if subfolder else list(components)
+    if within:
+        top = [] if subfolder else ["model_index.json"]
+        return top + list(dict.fromkeys(f"{part}/{name}" for part in within for name in names))
+    everywhere = list(dict.fromkeys(names))
+    return everywhere + [f"*/{name}" for name in everywhere if name not in _NO_WEIGHTS]
+
+
+def _fetch(repo: str, allow: list[str], revision: str | None) -> Path:
+    if not re.fullmatch(_ID, repo):
+        raise FileNotFoundError(f"no such folder: {repo}")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    unused = [pattern for pattern in _UNUSED if not any(a.startswith(pattern[:-1]) for a in allow)]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=allow, ignore_patterns=unused
+        )
+    # Its errors of connection are of the library that it happens to use; all are OSErrors or these.
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"no such folder: {repo}; and as an id it could not be fetched from the Hugging Face"
+            f" hub: {type(error).__name__}: {reason}"
+        ) from error
+    return Path(folder)

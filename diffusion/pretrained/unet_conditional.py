@@ -1,0 +1,214 @@
+"""The fields that ``UNet2DConditionModel`` reads in its own way: transformers and conditioning.
+
+``attention_head_dim`` is the number of heads there, and ``transformer_layers_per_block`` holds, by
+level, one depth or a list with one for each ResNet block.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from diffusion.models.unet import UNet
+from diffusion.models.unet_fields import AttentionKind, level_kinds
+
+DEFAULTS = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "block_out_channels": (320, 640, 1280, 1280),
+    "only_cross_attention": False,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
+    "attention_head_dim": 8,
+    "use_linear_projection": False,
+    "upcast_attention": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+    "time_cond_proj_dim": None,
+}
+SUPPORTED = {
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    "addition_embed_type": (None, "text_time"),
+    # diffusers refuses this one, too: the number of heads is in attention_head_dim.
+    "num_attention_heads": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "dual_cross_attention": (False,),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "cross_attention_norm": (None,),
+}
+# Of blocks and embeddings that are not supported.
+HARMLESS = ("mid_block_only_cross_attention", "addition_embed_type_num_heads")
+DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP = ("UpBlock2D", "CrossAttnUpBlock2D")
+MID = {0: None, 1: "UNetMidBlock2D", 2: "UNetMidBlock2DCrossAttn"}
+
+
+def fields(c: SimpleNamespace) -> dict[str, Any]:
+    """``UNet``'s fields from those of the config.
+
+    Raises:
+      ValueError: for values that are not supported, or not together.
+    """
+    levels = len(c.block_out_channels)
+    depths = _per_level(c, "transformer_layers_per_block", levels)
+    attends = _attends(c, "down_block_types", DOWN)
+    up_attends = _attends(c, "up_block_types", UP)[::-1]
+    if c.reverse_transformer_layers_per_block is not None:
+        up_depths = _per_level(c, "reverse_transformer_layers_per_block", levels)[::-1]
+    elif any(isinstance(depth, tuple) for depth in depths):
+        raise ValueError(
+            f"transformer_layers_per_block={depths}: with depths of single blocks, "
+            "reverse_transformer_layers_per_block must give those of the up blocks"
+        )
+    else:
+        up_depths = depths
+    down = tuple(_kind(depths[i]) if attends[i] else 0 for i in range(levels))
+    up = tuple(_kind(up_depths[i]) if up_attends[i] else 0 for i in range(levels))
+    crosses_mid = c.mid_block_type == "UNetMidBlock2DCrossAttn"
+    if not (any(attends) or any(up_attends) or crosses_mid):
+        raise ValueError(
+            f"down_block_types={c.down_block_types}: UNet2DConditionModel is supported with at "
+            f"least one {DOWN[1]}; without, it is a UNet2DModel"
+        )
+    contexts = set(_per_level(c, "cross_attention_dim", levels))
+    if len(contexts) > 1:
+        raise ValueError(
+            f"cross_attention_dim={c.cross_attention_dim}: UNet2DConditionModel is supported with "
+            "one width of the context for all levels"
+        )
+    if c.addition_embed_type == "text_time":
+        for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if getattr(c, field) is None:
+                raise ValueError(f"{field}=None: addition_embed_type='text_time' needs it")
+        added = {
+            "added_embedding": True,
+            "time_id_width": c.addition_time_embed_dim,
+            "added_width": c.projection_class_embeddings_input_dim,
+        }
+    else:
+        added = {}
+    mid_depth = depths[-1][0] if isinstance(depths[-1], tuple) else depths[-1]
+    return {
+        "attention": down,
+        "up_attention": None if up == down else up,
+        "mid_attention": mid_depth if crosses_mid else 0,
+        "mid_blocks": next(count for count, name in MID.items() if name == c.mid_block_type),
+        "num_heads": c.attention_head_dim,
+        "only_cross_attention": c.only_cross_attention,
+        "linear_projection": c.use_linear_projection,
+        "upcast_attention": c.upcast_attention,
+        "context_width": contexts.pop(),
+        "guidance_width": c.time_cond_proj_dim,
+        **added,
+    }
+
+
+def config(net: UNet) -> dict[str, Any]:
+    """The config's fields from ``UNet``'s; inverse of ``fields``.
+
+    Raises:
+      ValueError: for a network that is no ``UNet2DConditionModel``.
+    """
+    levels = range(len(net.widths))
+    down = [_depth(net, level_kinds(net, "attention", level)) for level in levels]
+    up = [_depth(net, net.up_kinds(level)) for level in levels]
+    if net.mid_blocks not in MID or (net.mid_blocks == 2 and net.mid_attention in (0, "self")):
+        raise ValueError(
+            f"mid_blocks={net.mid_blocks}, mid_attention={net.mid_attention!r}: "
+            "UNet2DConditionModel has one ResNet block, two with transformers in between, or none"
+        )
+    if net.resnet_resampling:
+        raise ValueError("resnet_resampling=True: UNet2DConditionModel is supported with False")
+    # Levels without transformers have a depth, too; that of the coarsest is the middle's.
+    depths = [depth or 1 for depth in down]
+    if net.mid_blocks == 2:
+        last = depths[-1][0] if isinstance(depths[-1], list) else depths[-1]
+        if down[-1] != 0 and last != net.mid_attention:
+            raise ValueError(
+                f"mid_attention={net.mid_attention}: UNet2DConditionModel has there what follows "
+                f"the coarsest level's first block, {last}"
+            )
+        depths[-1] = depths[-1] if down[-1] else net.mid_attention
+    up_depths = [depth or depths[level] for level, depth in enumerate(up)]
+    reversed_depths = None
+    if up_depths != depths or any(isinstance(depth, list) for depth in depths):
+        reversed_depths = up_depths[::-1]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "down_block_types": [DOWN[depth != 0] for depth in down],
+        "mid_block_type": MID[net.mid_blocks],
+        "up_block_types": [UP[depth != 0] for depth in reversed(up)],
+        "layers_per_block": _plain(net.blocks),
+        "transformer_layers_per_block": depths,
+        "reverse_transformer_layers_per_block": reversed_depths,
+        "only_cross_attention": _plain(net.only_cross_attention),
+        "cross_attention_dim": _context_width(net),
+        "attention_head_dim": _heads(net),
+        "use_linear_projection": net.linear_projection,
+        "upcast_attention": net.upcast_attention,
+        "addition_embed_type": "text_time" if net.added_embedding else None,
+        "addition_time_embed_dim": net.time_id_width if net.added_embedding else None,
+        "projection_class_embeddings_input_dim": net.added_width,
+        "time_cond_proj_dim": net.guidance_width,
+    }
+
+
+def _attends(c: SimpleNamespace, field: str, types: tuple[str, str]) -> list[bool]:
+    for name in getattr(c, field):
+        if name not in types:
+            raise ValueError(
+                f"{field}: UNet2DConditionModel supports {', '.join(types)}, got {name!r}"
+            )
+    return [name == types[1] for name in getattr(c, field)]
+
+
+def _per_level(c: SimpleNamespace, field: str, levels: int) -> tuple:
+    value = getattr(c, field)
+    value = value if isinstance(value, tuple) else (value,) * levels
+    if len(value) != levels:
+        raise ValueError(
+            f"{field}={value}: expected {levels} entries, as many as "
+            f"block_out_channels={c.block_out_channels}"
+        )
+    return value
+
+
+def _kind(depth: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    return depth[0] if isinstance(depth, tuple) and len(set(depth)) == 1 else depth
+
+
+def _depth(net: UNet, kinds: tuple[AttentionKind, ...]) -> int | list[int]:
+    if "self" in kinds or (0 in kinds and len(set(kinds)) > 1):
+        raise ValueError(
+            f"attention={net.attention}, up_attention={net.up_attention}: UNet2DConditionModel has "
+            "transformers after all of a level's blocks or after none, and no other self-attention"
+        )
+    return kinds[0] if len(set(kinds)) == 1 else list(kinds)
+
+
+def _heads(net: UNet) -> int | list[int]:
+    heads = [net.heads(level) for level in range(len(net.widths))]
+    return heads[0] if isinstance(net.num_heads, int) else heads
+
+
+def _context_width(net: UNet) -> int:
+    if net.context_width is None:
+        raise ValueError("context_width=None: set it, as in network.clone(context_width=768)")
+    return net.context_width
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,102 @@
+"""Parameters from stored tensors and back, by a model's name table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+
+from diffusion.pretrained import names as tables
+from diffusion.pretrained.files import Tensor, aligned
+from diffusion.pretrained.names import Match, Names
+
+Place = jax.Device | Sharding
+
+
+def load_params(
+    names: Names,
+    shapes: Any,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: DTypeLike | None = jnp.float32,
+    device: Place | Callable[[tuple[int, ...]], Place] | None = None,
+    what: str = "checkpoint",
+) -> dict:
+    """The parameters that a checkpoint holds, on the device.
+
+    One parameter after the other goes from its file to the device, so that besides those that are
+    there already the host holds only the one being read (on the CPU, whose device is the host,
+    without a further copy of it).
+
+    Args:
+      names: the model's name table.
+      shapes: the model's parameters, arrays or ``jax.ShapeDtypeStruct``s.
+      tensors: key -> stored tensor.
+      dtype: of the parameters; None leaves them as stored.
+      device: a device, a sharding, or a function that gives one for a parameter's shape; the
+        default device by default.
+      what: names the checkpoint in errors.
+
+    Raises:
+      ValueError: tensors are missing, unexpected, misshapen, or not floating point (quantised);
+        nothing is read then.
+    """
+    stored = tables.canonical(names, tensors)
+    wrong = [key for key in stored.values() if not _floating(tensors[key].dtype)]
+    if wrong:
+        raise ValueError(
+            f"{what}: weights are floating point; {len(wrong)} are not, such as {wrong[0]}"
+            f" ({tensors[wrong[0]].dtype}): quantised weights are not supported"
+        )
+
+    def put(array: np.ndarray) -> jax.Array:
+        target = array.dtype if dtype is None else np.dtype(dtype)
+        if target != array.dtype or not array.flags.c_contiguous:
+            array, given = aligned(array.shape, target), array
+            np.copyto(array, given, casting="same_kind")
+        place = device(array.shape) if callable(device) else device
+        return jax.device_put(array, place).block_until_ready()
+
+    return tables.from_tensors(names, shapes, tensors, put, what)
+
+
+def save_params(names: Names, params: Any, *, dtype: DTypeLike | None = None) -> dict[str, Tensor]:
+    """Parameters as tensors to write, each brought to the host only when it is read.
+
+    Args:
+      names: the model's name table.
+      params: its parameters: arrays, or ``jax.ShapeDtypeStruct``s (whose tensors cannot be read).
+      dtype: of the tensors; None leaves them as they are.
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    tensors = {}
+    for match in tables.bind(names, params):
+        kind = np.dtype(dtype if dtype is not None else flat[match.ours[0]].dtype)
+        for i, (key, shape) in enumerate(zip(match.theirs, match.shapes)):
+            tensors[key] = Tensor(tuple(shape), kind, _reader(flat, match, i, kind))
+    return tensors
+
+
+def _reader(flat: Mapping[str, Any], match: Match, i: int, dtype: np.dtype) -> Callable:
+    def read() -> np.ndarray:
+        values = match.layout.split([np.asarray(flat[path]) for path in match.ours])[i]
+        return np.ascontiguousarray(values, dtype)
+
+    return read
+
+
+def nbytes(shapes: Any, dtype: DTypeLike | None = None) -> int:
+    """Bytes of parameters, or of what their shapes promise, in a dtype or their own."""
+    return sum(
+        leaf.size * np.dtype(dtype or leaf.dtype).itemsize for leaf in jax.tree.leaves(shapes)
+    )
+
+
+def _floating(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
