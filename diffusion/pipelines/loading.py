@@ -127,7 +127,12 @@ def open_pipeline(
         raise ValueError(f"{folder}: components that are not supported: {', '.join(strange)}")
     wanted = [name for name in (*NETWORKS, "vae", *ENCODERS) if name in present]
     models = {
-        name: pretrained.open_model(folder, name, variant=_variant(folder / name, variant))
+        name: pretrained.open_model(
+            folder,
+            name,
+            variant=_variant(folder / name, variant),
+            expected=index.components[name][1],
+        )
         for name in wanted
     }
     modules = {name: model.module.clone(dtype=dtype) for name, model in models.items()}
