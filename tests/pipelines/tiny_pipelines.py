@@ -21,6 +21,7 @@ SCHEDULERS = {
     "pndm": diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True),
     "dpm": diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True),
     "euler": diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
+    "lcm": diffusers.LCMScheduler(**BETAS),
     "ancestral": diffusers.EulerAncestralDiscreteScheduler(**BETAS),
 }
 STEPS = {"pndm": 3}
@@ -41,6 +42,27 @@ def unet(seed=1, **fields):
         norm_num_groups=8,
     )
     return randomise(diffusers.UNet2DConditionModel(**(config | fields)), seed)
+
+
+SDXL = dict(
+    use_linear_projection=True,
+    transformer_layers_per_block=[1, 1],
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+)
+
+
+def dit(seed=4):
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+        num_layers=2, sample_size=SIZE // 2, patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    first, second = (block.norm1.emb for block in randomise(model, seed).transformer_blocks)
+    # Sinusoids of hundreds differ by 1e-5 between libraries: nothing should blow that up.
+    first.timestep_embedder.linear_1.weight.data /= 4
+    second.load_state_dict(first.state_dict())  # as in published files
+    model.proj_out_2.weight.data /= 10  # estimates of noise are of order one
+    return model
 
 
 def vae(seed=2, **fields):
