@@ -21,6 +21,7 @@ from diffusion.experiment import guiding, latents, sampler
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import make_model, make_source, other_run
+from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
@@ -41,18 +42,19 @@ class Experiment:
       optimizer: the update.
       emas: averages of the parameters, by name.
       num_classes: of the labels that the network is given or tells; 0 if unconditional.
-      solver: the sampler's table; None for a classifier.
-      guidance: of sampling; None for a classifier.
+      solver: the sampler's table; None for a classifier or an autoencoder.
+      guidance: of sampling; None likewise.
       corrector: what follows each of the solver's steps, or None.
       likelihood: how bits per dimension are measured, or None.
       autoencoder: of the images whose latents the data are, or None.
+      frozen: parameters that the objective needs and that are not trained, or None.
       notes: what a user should know about this combination.
     """
 
     config: ConfigDict
     train: Source
     held_out: Source
-    objective: Denoising | Classification
+    objective: Denoising | Classification | Autoencoding
     optimizer: optimizers.Optimizer
     emas: dict[str, ema.Profile]
     num_classes: int
@@ -61,6 +63,7 @@ class Experiment:
     corrector: langevin.Corrector | None = None
     likelihood: bits.Estimator | None = None
     autoencoder: latents.Autoencoder | None = None
+    frozen: Any = None
     notes: tuple[str, ...] = ()
 
 
@@ -74,7 +77,11 @@ def build(config: ConfigDict) -> Experiment:
     _check_judge(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
     objective, num_classes = make_model(config, train)
-    optimizer = _optimizer(config)
+    optimizer = _optimizer(config, config.train.steps)
+    if isinstance(objective, Autoencoding) and objective.adversary is not None:
+        start = objective.adversary.start
+        late = _optimizer(config, config.train.steps - start)
+        optimizer = two_optimizers(optimizer, late, start)
     with field("config.ema"):
         profile = specs.function(config.ema, EMAS, "config.ema")()
     drawing, notes = {}, []
@@ -114,7 +121,7 @@ def build(config: ConfigDict) -> Experiment:
     )
 
 
-def _optimizer(config: ConfigDict) -> optimizers.Optimizer:
+def _optimizer(config: ConfigDict, steps: int) -> optimizers.Optimizer:
     c = config.optimizer
     with field("config.optimizer"):
         return optimizers.make(
@@ -123,7 +130,7 @@ def _optimizer(config: ConfigDict) -> optimizers.Optimizer:
             warmup=c.warmup,
             decay=c.decay,
             decay_start=c.decay_start,
-            steps=config.train.steps,
+            steps=steps,
             b1=c.b1,
             b2=c.b2,
             eps=c.eps,
