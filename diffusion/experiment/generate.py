@@ -191,7 +191,10 @@ def _task(config: ConfigDict, pipeline: Pipeline) -> str:
     task = KINDS.get(pipeline.kind)
     if task is None:
         task = "text_to_image" if not config.image else "image_to_image"
-        if config.mask or pipeline.in_channels == 2 * pipeline.autoencoder.latent_channels + 1:
+        if (
+            config.mask
+            or pipeline.network.in_channels == 2 * pipeline.autoencoder.latent_channels + 1
+        ):
             task = "inpaint"
     takes = {
         "image": task not in ("text_to_image", "class_to_image"),

@@ -26,8 +26,12 @@ def attend(
     v: Array,
     mask: Array | None = None,
     implementation: str | None = None,
+    *,
+    causal: bool = False,
+    bias: Array | None = None,
+    scale: float | None = None,
 ) -> Array:
-    """softmax(q k^T / sqrt(D)) v with the softmax in float32.
+    """softmax(scale q k^T + bias) v with the softmax in float32.
 
     Args:
       q: queries [B, L, H, D].
@@ -35,6 +39,9 @@ def attend(
       mask: [B, Lk] bool, True where a key is attended to; at least one per example.
       implementation: as in ``jax.nn.dot_product_attention``: 'xla', 'cudnn' (fp16 or bf16 only,
         D a multiple of 8), or None, which lets JAX choose.
+      causal: whether a token attends only to itself and to those before it.
+      bias: added to the logits, [1 or B, 1 or H, L, Lk].
+      scale: of the logits; 1 / sqrt(D) by default.
 
     Returns:
       [B, L, H, D] in q's dtype.
@@ -45,7 +52,9 @@ def attend(
                 f"mask has shape {mask.shape}; expected one bool per key, {k.shape[:2]}"
             )
         mask = mask.astype(jnp.bool_)[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    return jax.nn.dot_product_attention(
+        q, k, v, bias, mask, scale=scale, is_causal=causal, implementation=implementation
+    )
 
 
 class Attend(nn.Module):
@@ -55,8 +64,10 @@ class Attend(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-        return attend(q, k, v, mask, self.implementation)
+    def __call__(
+        self, q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
+    ) -> Array:
+        return attend(q, k, v, mask, self.implementation, **options)
 
 
 def with_identity_maps(function: Callable[..., Any], blocks: str) -> Callable[..., Any]:

@@ -166,16 +166,16 @@ def inpaint(
     small = mask[:, ::factor, ::factor]  # nearest neighbour
     picture = encode(pipeline, params, images, keys)
     kept = None
-    if pipeline.in_channels == 2 * channels + 1:
+    if pipeline.network.in_channels == 2 * channels + 1:
         masked = encode(pipeline, params, images * (1 - mask), _folded(keys, MASKED))
         extra = jnp.concatenate([small, masked], axis=-1)
         cond, null = _with_image(cond, extra), _with_image(null, extra)
-    elif pipeline.in_channels == channels:
+    elif pipeline.network.in_channels == channels:
         noise = image_noise(keys, picture.shape[1:]).astype(picture.dtype)
         kept = Kept(picture, 1 - small, noise)
     else:
         raise ValueError(
-            f"a network of {pipeline.in_channels} input channels cannot inpaint; expected "
+            f"a network of {pipeline.network.in_channels} input channels cannot inpaint; expected "
             f"{channels}, or {2 * channels + 1} for mask and masked picture"
         )
     cond, steering = _steer(pipeline, cond, null, scale)
