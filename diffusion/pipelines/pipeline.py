@@ -20,14 +20,14 @@ class Pipeline:
 
     Attributes:
       kind: diffusers' name of it: "StableDiffusionPipeline", ...
-      network: the U-Net or DiT.
+      network: the U-Net or DiT, which knows ``in_channels`` (latents and what is concatenated
+        to them) and ``image_size`` (of the latents that it was trained on).
       autoencoder: between images and latents.
       scheduler: the fields of its ``scheduler_config.json``.
-      in_channels: of the network: latents and what is concatenated to them.
-      sample_size: (h, w) of the latents that the network was trained on.
       encoders: of text, in the order of the published pipelines.
       tokenizers: one for each.
       low_res_scheduler: config of what noises an upscaler's small picture.
+      tile: pixels of the autoencoder's tiles, for large pictures; 0: they are not cut.
       options: other fields of ``model_index.json``, such as force_zeros_for_empty_prompt.
     """
 
@@ -35,11 +35,10 @@ class Pipeline:
     network: nn.Module
     autoencoder: AutoencoderKL
     scheduler: Mapping[str, Any]
-    in_channels: int
-    sample_size: tuple[int, int]
     encoders: tuple[nn.Module, ...] = ()
     tokenizers: tuple[Any, ...] = ()
     low_res_scheduler: Mapping[str, Any] | None = None
+    tile: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -50,7 +49,10 @@ class Pipeline:
         """
         channels, factor = self.autoencoder.latent_channels, self.autoencoder.factor
         if size is None:
-            return (*self.sample_size, channels)
+            trained = self.network.image_size
+            if trained is None:
+                raise ValueError("the network does not say what size it was trained on: give one")
+            return (*(trained if isinstance(trained, tuple) else (trained, trained)), channels)
         levels = len(getattr(self.network, "widths", (0,)))
         unit = factor * getattr(self.network, "patch", 2 ** (levels - 1))
         for side in size:

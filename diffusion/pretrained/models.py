@@ -99,8 +99,12 @@ class Model:
 
 def shapes(module: nn.Module) -> dict:
     """The parameters of a module, as ``jax.ShapeDtypeStruct``s; nothing is computed."""
-    example = _file(module).example(module)
-    return jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), *example(module))["params"]
+
+
+def example(module: nn.Module) -> tuple:
+    """Arguments of ``module.init``, by shape, with a batch of 1."""
+    return _file(module).example(module)
 
 
 def class_name(config: Mapping[str, Any], source: str = "config.json") -> str:

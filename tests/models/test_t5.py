@@ -24,18 +24,6 @@ def test_buckets_by_hand():
     np.testing.assert_array_equal(buckets(10, 8, 8)[0, 1:], np.add(expected, 4)[1:])
 
 
-@pytest.mark.parametrize("count, furthest", [(32, 128), (8, 12), (64, 1000)])
-def test_buckets_are_transformers(count, furthest):
-    torch = pytest.importorskip("torch")
-    from transformers.models.t5.modeling_t5 import T5Attention
-
-    positions = torch.arange(600)
-    theirs = T5Attention._relative_position_bucket(
-        positions[None] - positions[:, None], True, count, furthest
-    )
-    np.testing.assert_array_equal(buckets(600, count, furthest), theirs)
-
-
 def test_what_is_masked_has_no_influence():
     out = APPLY(PARAMS, IDS, MASK)
     assert out.shape == (2, 7, 16)

@@ -1,5 +1,6 @@
 """Every pipeline against diffusers': the same weights, prompts and noise give the same picture."""
 
+import inspect
 from functools import cache
 
 import diffusers
@@ -11,10 +12,10 @@ import tiny_pipelines as tiny
 import torch
 
 from diffusion.conditioning import Conditioning
-from diffusion.models.unet import UNet
 from diffusion.pipelines import tasks
+from diffusion.pipelines.coding import POSTERIOR, decode, folded
 from diffusion.pipelines.pipeline import Pipeline
-from diffusion.pretrained import autoencoder_kl, names
+from diffusion.pretrained import autoencoder_kl, dit, names, unet
 from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.sampling.sample import image_keys, image_noise
 
@@ -34,59 +35,64 @@ def params_of(table, module, example, model):
     return names.from_tensors(table, shapes, state)
 
 
-@cache
-def autoencoder(**fields):
-    theirs = tiny.vae(**fields)
-    ours = autoencoder_kl.from_config(theirs.config)
-    table = autoencoder_kl.names(ours)
-    return theirs, ours, params_of(table, ours, autoencoder_kl.example(ours), theirs)
+def converted(theirs, table):
+    """(theirs, our module, our parameters)."""
+    config = {**theirs.config, "_class_name": type(theirs).__name__}
+    ours = table.from_config(config)
+    shapes = jax.eval_shape(ours.init, jax.random.key(0), *table.example(ours))["params"]
+    state = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    return theirs, ours, names.from_tensors(table.names(ours), shapes, state)
 
 
 @cache
-def unet(in_channels=4, **fields):
-    theirs = tiny.unet(in_channels=in_channels, **fields)
-    ours = UNet(
-        widths=(16, 32), blocks=1, attention=(1, 0), mid_attention=1, num_heads=2, norm_groups=8,
-        out_channels=4,
-    )  # fmt: skip
-    image = jax.ShapeDtypeStruct((1, 8, 8, in_channels - 4), jnp.float32)
-    cond = Conditioning(
-        context=jax.ShapeDtypeStruct((1, 5, 32), jnp.float32),
-        image=image if in_channels > 4 else None,
-    )
-    x, t = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-    table = names.Names(names.dotted("linear_1", "linear_2"))
-    return theirs, ours, params_of(table, ours, (x, t, cond), theirs)
+def autoencoder(scaling_factor):
+    return converted(tiny.vae(scaling_factor=scaling_factor), autoencoder_kl)
 
 
-def both(kind, scheduler, in_channels=4, **components):
+@cache
+def network(channels=4, kind="sd"):
+    if kind == "dit":
+        return converted(tiny.dit(), dit)
+    added = {"sd": {}, "upscaler": {"num_class_embeds": 1000}, "lcm": {"time_cond_proj_dim": 16}}
+    added["sdxl"] = tiny.SDXL | {"projection_class_embeddings_input_dim": 24 + 6 * 8}
+    added["refiner"] = tiny.SDXL | {"projection_class_embeddings_input_dim": 24 + 5 * 8}
+    return converted(tiny.unet(in_channels=channels, **added[kind]), unet)
+
+
+def both(cls, scheduler, channels=4, kind="sd", **components):
     """(their pipeline, ours, our parameters)."""
-    their_unet, our_unet, unet_params = unet(in_channels)
-    their_vae, our_vae, vae_params = autoencoder()
+    their_net, our_net, net_params = network(channels, kind)
+    # The upscaler's pipeline writes its own factor into any other autoencoder.
+    their_vae, our_vae, vae_params = autoencoder(0.08333 if kind == "upscaler" else 0.5)
     scheduler = tiny.SCHEDULERS[scheduler]
-    theirs = getattr(diffusers, kind)(
-        vae=their_vae, unet=their_unet, scheduler=scheduler, text_encoder=None, tokenizer=None,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False, **components,
-    )  # fmt: skip
+    scheduler = type(scheduler).from_config(scheduler.config)  # pipelines change what they get
+    cls = getattr(diffusers, cls)
+    accepted = inspect.signature(cls.__init__).parameters
+    given = {"vae": their_vae, "unet": their_net, "transformer": their_net} | components
+    given |= {"scheduler": scheduler, "requires_safety_checker": False, "add_watermarker": False}
+    rest = {name: None for name, p in accepted.items() if p.default is p.empty and name != "self"}
+    theirs = cls(**rest | {name: value for name, value in given.items() if name in accepted})
     theirs.set_progress_bar_config(disable=True)
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
-    ours = Pipeline(kind, our_unet, our_vae, config, in_channels, (8, 8))
-    return theirs, ours, {"network": unet_params, "autoencoder": vae_params}
+    low_res = components.get("low_res_scheduler")
+    low_res = low_res and {**low_res.config, "_class_name": type(low_res).__name__}
+    ours = Pipeline(cls.__name__, our_net, our_vae, config, low_res_scheduler=low_res)
+    return theirs, ours, {"network": net_params, "autoencoder": vae_params}
 
 
 def prompts(guided=True):
     """(theirs, ours)."""
-    theirs = {"prompt_embeds": torch.from_numpy(CONTEXT), "output_type": "np"}
+    theirs = {"prompt_embeds": torch.tensor(CONTEXT), "output_type": "np"}
     cond, null = Conditioning(context=jnp.asarray(CONTEXT)), Conditioning(context=jnp.asarray(NULL))
     if guided:
-        theirs |= {"negative_prompt_embeds": torch.from_numpy(NULL), "guidance_scale": 3.0}
+        theirs |= {"negative_prompt_embeds": torch.tensor(NULL), "guidance_scale": 3.0}
         return theirs, (cond, null)
     return theirs | {"guidance_scale": 1.0}, (cond, None)
 
 
 def run(theirs, ours, scheduler, given, image_noises=(), strength=None):
     """(their pictures, our sampler)."""
-    steps = tiny.STEPS.get(scheduler, 4 if strength is None else 8)
+    steps = given.pop("steps", tiny.STEPS.get(scheduler, 4 if strength is None else 8))
     sampler = from_diffusers(ours.scheduler, steps, strength=strength)
     assert sampler.solver.evaluations == 4
     drawn = list(image_noises)
@@ -96,18 +102,18 @@ def run(theirs, ours, scheduler, given, image_noises=(), strength=None):
         return theirs(**given, num_inference_steps=steps).images, sampler
 
 
-def posterior_noise(fold=tasks.POSTERIOR):
-    return image_noise(tasks._folded(KEYS, fold), (8, 8, 4))
+def posterior_noise(fold=POSTERIOR):
+    return image_noise(folded(KEYS, fold), (8, 8, 4))
 
 
 def assert_same(pipeline, params, latents, theirs):
-    ours = np.asarray(tasks.decode(pipeline, params, latents))
+    ours = np.asarray(decode(pipeline, params, latents))
     theirs = tiny.numpy_image(theirs)
     assert ours.std() > 0.1 and np.mean(np.abs(ours) < 1) > 0.5, "the picture is saturated or flat"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("scheduler", tiny.SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler", "ancestral", "pndm"])
 def test_text_to_image(scheduler):
     theirs, ours, params = both("StableDiffusionPipeline", scheduler)
     given, prompt = prompts()
@@ -153,9 +159,7 @@ def test_inpaint(channels, scheduler, strength):
     given |= {"image": tiny.torch_image(IMAGES), "mask_image": tiny.torch_image(MASK)}
     given |= {"height": 16, "width": 16, "strength": strength or 1.0}
     drawn = [posterior_noise()] if channels == 4 or strength else []
-    masked = np.asarray(
-        image_noise(tasks._folded(tasks._folded(KEYS, tasks.MASKED), tasks.POSTERIOR), (8, 8, 4))
-    )
+    masked = np.asarray(image_noise(folded(folded(KEYS, tasks.MASKED), POSTERIOR), (8, 8, 4)))
     expected, sampler = run(
         theirs, ours, scheduler, given, [*drawn, NOISE, masked], strength=strength
     )
@@ -176,3 +180,97 @@ def test_instruct(scheduler):
         ours, params, sampler, KEYS, cond, null, IMAGES, scale=3.0, image_scale=1.5
     )
     assert_same(ours, params, latents, expected)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler", "ancestral"])
+def test_upscale(scheduler):
+    low_res = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001)
+    theirs, ours, params = both(
+        "StableDiffusionUpscalePipeline", scheduler, 7, "upscaler", low_res_scheduler=low_res,
+        max_noise_level=350,
+    )  # fmt: skip
+    given, prompt = prompts()
+    small = IMAGES[:, :8, :8]
+    given |= {"image": tiny.torch_image(small), "noise_level": 70}
+    given["latents"] = tiny.torch_image(NOISE)
+    drawn = [image_noise(folded(KEYS, tasks.LOW_RES), (8, 8, 3))]
+    expected, sampler = run(theirs, ours, scheduler, given, drawn)
+    latents = tasks.upscale(ours, params, sampler, KEYS, *prompt, small, noise_level=70, scale=3.0)
+    assert_same(ours, params, latents, expected)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "pndm"])  # others: noise is not scaled there
+def test_class_to_image(scheduler):
+    theirs, ours, params = both("DiTPipeline", scheduler, kind="dit")
+    given = {"class_labels": [3, 999], "guidance_scale": 3.0, "output_type": "np"}
+    expected, sampler = run(theirs, ours, scheduler, given, [NOISE])
+    latents = tasks.class_to_image(ours, params, sampler, KEYS, [3, 999], scale=3.0)
+    assert_same(ours, params, latents, expected)
+
+
+def test_distilled_guidance():
+    theirs, ours, params = both("LatentConsistencyModelPipeline", "lcm", kind="lcm")
+    given, (cond, null) = prompts(guided=False)
+    given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE), "guidance_scale": 1.5}
+    noises = [image_noise(KEYS, (8, 8, 4), r + 1) for r in range(3)]
+    expected, sampler = run(theirs, ours, "lcm", given, noises)
+    latents = tasks.text_to_image(ours, params, sampler, KEYS, cond, null, scale=1.5)
+    assert_same(ours, params, latents, expected)
+
+
+POOLED, NULL_POOLED = RNG.normal(size=(2, BATCH, 24)).astype(np.float32)
+
+
+def sdxl_prompts(size, aesthetics=(None, None), **sizes):
+    given, (cond, null) = prompts()
+    given |= {
+        "pooled_prompt_embeds": torch.tensor(POOLED),
+        "negative_pooled_prompt_embeds": torch.tensor(NULL_POOLED),
+    }
+    cond = cond.replace(pooled=jnp.asarray(POOLED))
+    null = null.replace(pooled=jnp.asarray(NULL_POOLED))
+    pair = zip((cond, null), aesthetics)
+    ours = [tasks.micro_conditioning(c, size, aesthetic=score, **sizes) for c, score in pair]
+    return given, ours
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler", "ancestral"])
+def test_sdxl(scheduler):
+    theirs, ours, params = both("StableDiffusionXLPipeline", scheduler, kind="sdxl")
+    given, prompt = sdxl_prompts((16, 16), original=(40, 24), crop=(2, 3))
+    given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
+    given |= {"original_size": (40, 24), "crops_coords_top_left": (2, 3)}
+    expected, sampler = run(theirs, ours, scheduler, given)
+    latents = tasks.text_to_image(ours, params, sampler, KEYS, *prompt, scale=3.0)
+    assert_same(ours, params, latents, expected)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler", "ancestral"])
+def test_sdxl_with_refiner(scheduler):
+    base, our_base, base_params = both("StableDiffusionXLPipeline", scheduler, kind="sdxl")
+    refiner, our_refiner, refiner_params = both(
+        "StableDiffusionXLImg2ImgPipeline",
+        scheduler,
+        kind="refiner",
+        requires_aesthetics_score=True,
+    )
+    steps, fraction = 8, 0.5
+    first, last = tasks.hand_over(our_base.scheduler, our_refiner.scheduler, steps, fraction)
+    assert (first.solver.evaluations, last.solver.evaluations) == (4, 4)
+    given, prompt = sdxl_prompts((16, 16))
+    given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
+    given |= {"denoising_end": fraction, "num_inference_steps": steps, "output_type": "latent"}
+    noises = [image_noise(KEYS, (8, 8, 4), r + 1) for r in range(4)]
+    again = [image_noise(folded(KEYS, tasks.REFINER), (8, 8, 4), r + 1) for r in range(4)]
+    stochastic = scheduler == "ancestral"
+    with torch.no_grad(), tiny.noises(*(noises if stochastic else [])):
+        between = base(**given).images
+    given, refined_prompt = sdxl_prompts((16, 16), (6.0, 2.5))
+    given |= {"denoising_start": fraction, "num_inference_steps": steps, "image": between}
+    with torch.no_grad(), tiny.noises(*(again if stochastic else [])):
+        expected = refiner(**given).images
+    latents = tasks.text_to_image(our_base, base_params, first, KEYS, *prompt, scale=3.0)
+    refined = tasks.refine(
+        our_refiner, refiner_params, last, KEYS, *refined_prompt, latents, scale=3.0
+    )
+    assert_same(our_refiner, refiner_params, refined, expected)

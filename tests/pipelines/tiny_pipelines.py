@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import diffusers
 import numpy as np
 import torch
-from tiny_encoders import randomise
+from tiny_encoders import clip_text, randomise
+from tiny_tokenizer import tiny_tokenizer
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="diffusers")
@@ -21,6 +22,7 @@ SCHEDULERS = {
     "pndm": diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True),
     "dpm": diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True),
     "euler": diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
+    "lcm": diffusers.LCMScheduler(**BETAS),
     "ancestral": diffusers.EulerAncestralDiscreteScheduler(**BETAS),
 }
 STEPS = {"pndm": 3}
@@ -43,6 +45,27 @@ def unet(seed=1, **fields):
     return randomise(diffusers.UNet2DConditionModel(**(config | fields)), seed)
 
 
+SDXL = dict(
+    use_linear_projection=True,
+    transformer_layers_per_block=[1, 1],
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+)
+
+
+def dit(seed=4):
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+        num_layers=2, sample_size=SIZE // 2, patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    first, second = (block.norm1.emb for block in randomise(model, seed).transformer_blocks)
+    # Sinusoids of hundreds differ by 1e-5 between libraries: nothing should blow that up.
+    first.timestep_embedder.linear_1.weight.data /= 4
+    second.load_state_dict(first.state_dict())  # as in published files
+    model.proj_out_2.weight.data /= 10  # estimates of noise are of order one
+    return model
+
+
 def vae(seed=2, **fields):
     config = dict(
         block_out_channels=(16, 32),
@@ -54,6 +77,26 @@ def vae(seed=2, **fields):
         scaling_factor=0.5,
     )
     return randomise(diffusers.AutoencoderKL(**(config | fields)), seed)
+
+
+def whole(kind="StableDiffusionPipeline", folder=None, scheduler="ddim"):
+    """A pipeline with text encoders and tokenizers, also saved where a folder is given."""
+    parts = {"vae": vae(), "scheduler": SCHEDULERS[scheduler]}
+    if kind == "StableDiffusionXLPipeline":
+        added = {"projection_class_embeddings_input_dim": 24 + 6 * 8, "cross_attention_dim": 64}
+        parts |= {"unet": unet(**SDXL | added)}
+        parts |= {"text_encoder": clip_text(3), "tokenizer": tiny_tokenizer()}
+        parts["text_encoder_2"] = clip_text(4, projection=True, hidden_act="gelu")
+        parts |= {"tokenizer_2": tiny_tokenizer(pad="!"), "add_watermarker": False}
+    else:
+        parts |= {"unet": unet(), "text_encoder": clip_text(3), "tokenizer": tiny_tokenizer()}
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        parts["requires_safety_checker"] = False
+    pipeline = getattr(diffusers, kind)(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    if folder is not None:
+        pipeline.save_pretrained(folder)
+    return pipeline
 
 
 @contextmanager

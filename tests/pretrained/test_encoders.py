@@ -10,6 +10,7 @@ import tiny_encoders
 import torch
 import transformers
 
+from diffusion.models.t5 import buckets
 from diffusion.pretrained import clip, t5
 from diffusion.pretrained.folders import TRANSFORMERS, open_folder, write_folder, write_json
 from diffusion.pretrained.names import from_tensors, to_tensors
@@ -286,3 +287,12 @@ def test_initial_values_are_like_theirs(model):
             # Five standard errors of the ratio of two deviations.
             assert abs(np.log(ours.std() / wanted.std())) < 5 / wanted.size**0.5, key
             assert abs(ours.mean()) < 5 * wanted.std() / wanted.size**0.5, key
+
+
+@pytest.mark.parametrize("count, furthest", [(32, 128), (8, 12), (64, 1000)])
+def test_position_buckets(count, furthest):
+    positions = torch.arange(600)
+    theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket(
+        positions[None] - positions[:, None], True, count, furthest
+    )
+    np.testing.assert_array_equal(buckets(600, count, furthest), theirs)
