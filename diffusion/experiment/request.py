@@ -82,7 +82,9 @@ def read(config: ConfigDict) -> Request:
     refiner = _open("refiner", config, dtype) if config.refiner else None
     sampler, last = _samplers(config, opened.pipeline, task, refiner)
     batch_size = min(config.sampler.batch_size, len(texts) or len(labels))
-    _check_memory(config, [o for o in (opened, refiner) if o], size, batch_size)
+    made = tuple(opened.pipeline.autoencoder.factor * side for side in size)
+    made = made if task == "upscale" else size
+    _check_memory(config, [o for o in (opened, refiner) if o], made, batch_size)
     given = _pictures(config, size)
     return Request(opened, task, size, texts, labels, sampler, refiner, last, given, batch_size)
 
