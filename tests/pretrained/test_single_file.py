@@ -83,6 +83,9 @@ CASES = {
 }
 
 
+shapes = cache(models.shapes)
+
+
 @cache
 def params(module):
     """All of them random."""
@@ -90,16 +93,11 @@ def params(module):
     return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes(module))
 
 
-@cache
-def shapes(module):
-    return models.shapes(module)
-
-
 @pytest.fixture(autouse=True)
 def known_shapes(monkeypatch):
     """Tracing takes most of the time here: once a module."""
     monkeypatch.setattr("diffusion.pretrained.single_file.shapes", shapes)
-    monkeypatch.setattr(models.Model, "shapes", property(lambda model: shapes(model.module)))
+    monkeypatch.setattr("diffusion.pretrained.models.shapes", shapes)
 
 
 @pytest.fixture(scope="module")
