@@ -29,7 +29,7 @@ from diffusion.pretrained import (
 )
 from diffusion.pretrained.families import FAMILIES
 from diffusion.pretrained.schedulers.config import read
-from diffusion.pretrained.single_file import open_single_file, write_single_file
+from diffusion.pretrained.single_file import open_autoencoder, open_single_file, write_single_file
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 OWN = {"unet": unet, "vae": autoencoder_kl, "text_encoder": clip, "text_encoder_2": clip}
@@ -250,6 +250,31 @@ def test_former_spellings(written, tmp_path):
     opened = open_single_file(path, modules=CASES["v1"])
     for part, module in CASES["v1"].items():
         jax.tree.map(np.testing.assert_array_equal, opened.components[part].load(), params(module))
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_autoencoders_alone(written, tmp_path, prefix):
+    def change(tensors):
+        for key in list(tensors):
+            tensor = tensors.pop(key)
+            if key.startswith("first_stage_model."):
+                tensors[key.replace("first_stage_model.", prefix)] = tensor
+        tensors[f"{prefix}loss.logvar"] = files.of_array(np.zeros(()))
+
+    path = rewritten(written("v1"), tmp_path / "vae.safetensors", change)
+    read = open_autoencoder(path, module=VAE).load()
+    jax.tree.map(np.testing.assert_array_equal, read, params(VAE))
+    got = theirs.convert_ldm_vae_checkpoint(load_file(path), models.to_config(VAE))
+    assert {key for key in got if "loss" not in key} == {
+        key for key in weights.save_params(autoencoder_kl.names(VAE), params(VAE))
+    }
+    with pytest.raises(ValueError, match=r"1 missing: .*conv_in\.bias"):
+        lost = rewritten(
+            path, tmp_path / "lost.safetensors", lambda t: t.pop(f"{prefix}encoder.conv_in.bias")
+        )
+        open_autoencoder(lost, module=VAE)
+    with pytest.raises(ValueError, match="kind='v9': expected one of v1"):
+        open_autoencoder(path, "v9")
 
 
 def test_moving_averages(written, tmp_path):

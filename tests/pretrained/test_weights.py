@@ -143,6 +143,8 @@ def test_dtypes_variants_and_devices(saved, tmp_path):
         narrow = pretrained.load(tmp_path, variant=variant, dtype=None).params
         assert_equal(narrow, jax.tree.map(lambda a, d=dtype: np.asarray(a).astype(d), params))
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {np.dtype("float16")}
+    from_brain = pretrained.load(tmp_path, variant="bf16", dtype=jnp.float16).params
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, 0.01), from_brain, narrow))
     wide = pretrained.load(tmp_path, variant="fp16", device=jax.devices()[1]).params
     assert {leaf.devices().pop() for leaf in jax.tree.leaves(wide)} == {jax.devices()[1]}
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype("float32")}
