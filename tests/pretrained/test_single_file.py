@@ -145,6 +145,40 @@ def test_ours_to_a_file_to_ours_and_to_diffusers(written, name):
             np.testing.assert_array_equal(got[key], tensor.read(), err_msg=key)
 
 
+KEYS = {  # of the published files
+    "v1": {
+        "down_blocks_0/downsamplers_0/conv": "input_blocks.3.0.op",
+        "down_blocks_3/resnets_1/norm1": "input_blocks.11.0.in_layers.0",
+        "up_blocks_0/upsamplers_0/conv": "output_blocks.2.1.conv",
+        "up_blocks_1/upsamplers_0/conv": "output_blocks.5.2.conv",
+        "up_blocks_3/attentions_2/proj_out": "output_blocks.11.1.proj_out",
+        "mid_block/resnets_1/time_emb_proj": "middle_block.2.emb_layers.1",
+    },
+    "xl_base": {
+        "add_embedding/linear_2": "label_emb.0.2",
+        "down_blocks_2/attentions_1/transformer_blocks_9/norm2": (
+            "input_blocks.8.1.transformer_blocks.9.norm2"
+        ),
+        "up_blocks_1/upsamplers_0/conv": "output_blocks.5.2.conv",
+        "up_blocks_2/resnets_2/conv_shortcut": "output_blocks.8.0.skip_connection",
+    },
+    "upscale": {
+        "class_embedding": "label_emb",
+        "up_blocks_2/upsamplers_0/conv": "output_blocks.8.2.conv",
+    },
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_of_the_published_files(name):
+    """Where diffusers' conversion takes several spellings, the original code takes one."""
+    prefix, build = FAMILIES[name].parts["unet"]
+    rename = ldm_names.unet(build()).rename
+    assert {path: rename(path) for path in KEYS[name]} == {
+        path: prefix + key for path, key in KEYS[name].items()
+    }
+
+
 def test_components_in_another_dtype(written, tmp_path):
     parts = {part: (module, params(module)) for part, module in CASES["v1"].items()}
     write_single_file(tmp_path / "half.safetensors", "v1", parts, dtype=jnp.float16)
