@@ -19,7 +19,7 @@ from typing import Any
 import flax.linen as nn
 from jax.typing import DTypeLike
 
-from diffusion.pretrained import files, folders, names, weights
+from diffusion.pretrained import files, folders, ldm_names, names, weights
 from diffusion.pretrained.families import (
     EMA,
     FAMILIES,
@@ -102,6 +102,35 @@ def open_single_file(
     )
 
 
+def open_autoencoder(
+    path: str | Path, kind: str = "v1", *, module: nn.Module | None = None
+) -> Model:
+    """An autoencoder alone in the original naming, as replacements of a checkpoint's are passed on
+    ("vae-ft-mse-840000-ema-pruned", "sdxl_vae").
+
+    Args:
+      path: a .safetensors file.
+      kind: the family that it is made for, which says how it scales latents.
+      module: a network to take instead of the published one.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    net = module or _known(kind).parts["vae"][1]()
+    tensors = files.open_file(path)
+    if "encoder.down_blocks.0.resnets.0.norm1.weight" in tensors:
+        raise ValueError(
+            f"{path} is in diffusers' naming: put it into a folder with its config.json"
+        )
+    prefix = next((p for p in (VAE, "vae.") if any(key.startswith(p) for key in tensors)), "")
+    beside = rf"{prefix}(?:loss\..*|model_ema\..*)|{NO_WEIGHTS}"
+    held = {k: _convolution(k, t) for k, t in tensors.items() if not re.fullmatch(beside, k)}
+    table = ldm_names.autoencoder(net, prefix)
+    model = Model(net, to_config(net), table, held, str(path))
+    model.check()
+    return model
+
+
 def write_single_file(
     path: str | Path,
     kind: str,
@@ -124,10 +153,7 @@ def write_single_file(
       ValueError: an unknown family, components that it does not have, or parameters that are not
         their module's.
     """
-    if kind not in FAMILIES:
-        near = folders.nearest(kind, FAMILIES)
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(FAMILIES)}{near}")
-    parts = FAMILIES[kind].parts
+    parts = _known(kind).parts
     tensors: dict[str, files.Tensor] = {}
     for name, (module, params) in components.items():
         if name not in parts:
@@ -142,6 +168,13 @@ def write_single_file(
         )
         tensors |= own
     files.write_file(path, tensors)
+
+
+def _known(kind: str) -> Family:
+    if kind not in FAMILIES:
+        near = folders.nearest(kind, FAMILIES)
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(FAMILIES)}{near}")
+    return FAMILIES[kind]
 
 
 def _averages(held: files.Tensors, tensors: files.Tensors, path: str | Path) -> files.Tensors:

@@ -29,7 +29,7 @@ from diffusion.pretrained import (
 )
 from diffusion.pretrained.families import FAMILIES
 from diffusion.pretrained.schedulers.config import read
-from diffusion.pretrained.single_file import open_single_file, write_single_file
+from diffusion.pretrained.single_file import open_autoencoder, open_single_file, write_single_file
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 OWN = {"unet": unet, "vae": autoencoder_kl, "text_encoder": clip, "text_encoder_2": clip}
@@ -83,6 +83,9 @@ CASES = {
 }
 
 
+shapes = cache(models.shapes)
+
+
 @cache
 def params(module):
     """All of them random."""
@@ -90,16 +93,11 @@ def params(module):
     return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes(module))
 
 
-@cache
-def shapes(module):
-    return models.shapes(module)
-
-
 @pytest.fixture(autouse=True)
 def known_shapes(monkeypatch):
     """Tracing takes most of the time here: once a module."""
     monkeypatch.setattr("diffusion.pretrained.single_file.shapes", shapes)
-    monkeypatch.setattr(models.Model, "shapes", property(lambda model: shapes(model.module)))
+    monkeypatch.setattr("diffusion.pretrained.models.shapes", shapes)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +143,40 @@ def test_ours_to_a_file_to_ours_and_to_diffusers(written, name):
         assert set(got) == set(wanted)
         for key, tensor in wanted.items():
             np.testing.assert_array_equal(got[key], tensor.read(), err_msg=key)
+
+
+KEYS = {  # of the published files
+    "v1": {
+        "down_blocks_0/downsamplers_0/conv": "input_blocks.3.0.op",
+        "down_blocks_3/resnets_1/norm1": "input_blocks.11.0.in_layers.0",
+        "up_blocks_0/upsamplers_0/conv": "output_blocks.2.1.conv",
+        "up_blocks_1/upsamplers_0/conv": "output_blocks.5.2.conv",
+        "up_blocks_3/attentions_2/proj_out": "output_blocks.11.1.proj_out",
+        "mid_block/resnets_1/time_emb_proj": "middle_block.2.emb_layers.1",
+    },
+    "xl_base": {
+        "add_embedding/linear_2": "label_emb.0.2",
+        "down_blocks_2/attentions_1/transformer_blocks_9/norm2": (
+            "input_blocks.8.1.transformer_blocks.9.norm2"
+        ),
+        "up_blocks_1/upsamplers_0/conv": "output_blocks.5.2.conv",
+        "up_blocks_2/resnets_2/conv_shortcut": "output_blocks.8.0.skip_connection",
+    },
+    "upscale": {
+        "class_embedding": "label_emb",
+        "up_blocks_2/upsamplers_0/conv": "output_blocks.8.2.conv",
+    },
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_of_the_published_files(name):
+    """Where diffusers' conversion takes several spellings, the original code takes one."""
+    prefix, build = FAMILIES[name].parts["unet"]
+    rename = ldm_names.unet(build()).rename
+    assert {path: rename(path) for path in KEYS[name]} == {
+        path: prefix + key for path, key in KEYS[name].items()
+    }
 
 
 def test_components_in_another_dtype(written, tmp_path):
@@ -252,6 +284,31 @@ def test_former_spellings(written, tmp_path):
     opened = open_single_file(path, modules=CASES["v1"])
     for part, module in CASES["v1"].items():
         jax.tree.map(np.testing.assert_array_equal, opened.components[part].load(), params(module))
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_autoencoders_alone(written, tmp_path, prefix):
+    def change(tensors):
+        for key in list(tensors):
+            tensor = tensors.pop(key)
+            if key.startswith("first_stage_model."):
+                tensors[key.replace("first_stage_model.", prefix)] = tensor
+        tensors[f"{prefix}loss.logvar"] = files.of_array(np.zeros(()))
+
+    path = rewritten(written("v1"), tmp_path / "vae.safetensors", change)
+    read = open_autoencoder(path, module=VAE).load()
+    jax.tree.map(np.testing.assert_array_equal, read, params(VAE))
+    got = theirs.convert_ldm_vae_checkpoint(load_file(path), models.to_config(VAE))
+    assert {key for key in got if "loss" not in key} == {
+        key for key in weights.save_params(autoencoder_kl.names(VAE), params(VAE))
+    }
+    with pytest.raises(ValueError, match=r"1 missing: .*conv_in\.bias"):
+        lost = rewritten(
+            path, tmp_path / "lost.safetensors", lambda t: t.pop(f"{prefix}encoder.conv_in.bias")
+        )
+        open_autoencoder(lost, module=VAE)
+    with pytest.raises(ValueError, match="kind='v9': expected one of v1"):
+        open_autoencoder(path, "v9")
 
 
 def test_moving_averages(written, tmp_path):
