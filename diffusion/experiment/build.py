@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
-from diffusion.experiment import autoencoding, guiding, latents, sampler
+from diffusion.experiment import autoencoding, finetuning, guiding, latents, sampler
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import Objective, make_model, make_source, other_run
@@ -87,6 +87,8 @@ def build(config: ConfigDict) -> Experiment:
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
         notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
     if isinstance(objective, Denoising):
+        if finetuning.wanted(config):
+            finetuning.check(config, objective)
         encode = train.encode if config.objective.conditional else None
         solver = sampler.make_solver(config, objective)
         drawing = {

@@ -41,10 +41,13 @@ def made(tokenizers, **options):
         shapes = jax.eval_shape(encoder.init, jax.random.key(0), *clip.example(encoder))
         encoders.append(encoder)
         params.append(from_tensors(clip.names(encoder), shapes["params"], model.state_dict()))
-    pipeline = Pipeline(
-        "of a test", None, None, {}, 4, (8, 8), tuple(encoders), tuple(tokenizers), options=options
+    return pipeline_of(encoders, tokenizers, options), {"encoders": params}, models
+
+
+def pipeline_of(encoders, tokenizers, options=None):
+    return Pipeline(
+        "DiTPipeline", None, None, {}, tuple(encoders), tuple(tokenizers), options=options or {}
     )
-    return pipeline, {"encoders": params}, models
 
 
 def theirs(pipeline, models, *prompts, **options):
@@ -211,7 +214,7 @@ def test_half_precision(sdxl):
     pipeline, params, _ = sdxl
     low = [encoder.clone(dtype=jnp.bfloat16) for encoder in pipeline.encoders]
     half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params)
-    changed = Pipeline("", None, None, {}, 4, (8, 8), tuple(low), pipeline.tokenizers)
+    changed = pipeline_of(low, pipeline.tokenizers)
     cond, null = jax.eval_shape(lambda p: encode_prompts(changed, p, SHORT), half)
     assert {a.dtype for a in jax.tree.leaves((cond, null))} == {jnp.dtype(jnp.bfloat16)}
 
@@ -228,10 +231,9 @@ def test_errors(sd):
     refused("clip_skip=3; expected 0 to 2 of 3", SHORT, clip_skip=3)
     refused("images_per_prompt=0; expected at least 1", SHORT, images_per_prompt=0)
     refused("max_chunks=0; expected at least 1", SHORT, max_chunks=0)
-    none = Pipeline("DiTPipeline", None, None, {}, 4, (8, 8))
-    refused("DiTPipeline has no text encoder", SHORT, pipeline=none)
-    small = tuple(e.clone(vocab_size=100) for e in pipeline.encoders)
-    wrong = Pipeline("", None, None, {}, 4, (8, 8), small, pipeline.tokenizers)
+    refused("DiTPipeline has no text encoder", SHORT, pipeline=pipeline_of([], []))
+    small = [encoder.clone(vocab_size=100) for encoder in pipeline.encoders]
+    wrong = pipeline_of(small, pipeline.tokenizers)
     refused("do not belong together", SHORT, pipeline=wrong)
 
 
