@@ -51,12 +51,14 @@ def get_config() -> ConfigDict:
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
 
     c.model = ConfigDict()
-    c.model.name = "unet"  # unet, dit, mlp or autoencoder: which of those below is used
+    c.model.name = "unet"  # unet, dit, mlp, autoencoder: which of those below; or pretrained
     c.model.dtype = "float32"  # of the computation: float32 or bfloat16
     c.model.unet = fields(UNet)
     c.model.dit = fields(DiT, width=384, depth=12, heads=6, patch=2)
     c.model.mlp = fields(MLP)
     c.model.autoencoder = fields(AutoencoderKL)
+    c.model.path = ""  # pretrained: a pipeline's folder or id on the hub
+    c.model.remat = False  # pretrained: recompute blocks in the backward pass, to save memory
     c.model.text = ConfigDict()  # encoder of captions, trained with the unet or dit
     c.model.text.width = 192
     c.model.text.depth = 3
@@ -85,6 +87,7 @@ def get_config() -> ConfigDict:
     c.autoencoding.distance = "l1"  # or l2
     c.autoencoding.kl_weight = 1e-6
     c.autoencoding.learned_variance = False  # of the reconstruction
+    c.autoencoding.perceptual = ""  # .safetensors of LPIPS (pretrained/lpips.py); empty: none
     c.autoencoding.perceptual_weight = 1.0
     c.autoencoding.adversary = ""  # hinge or vanilla; empty: none
     c.autoencoding.adversary_weight = 0.5  # times the adaptive weight

@@ -11,16 +11,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import specs
+from diffusion import pretrained, specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import figures
 from diffusion.experiment.fields import field
 from diffusion.models import discriminator
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.discriminator import PatchDiscriminator
+from diffusion.models.lpips import LPIPS
 from diffusion.objectives import distances
 from diffusion.objectives.autoencoding import Adversary, Autoencoding
-from diffusion.pretrained import autoencoder_kl, folders, weights
+from diffusion.pretrained import lpips
 
 if TYPE_CHECKING:
     from diffusion.experiment.build import Experiment  # which imports this module
@@ -57,6 +58,8 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
             **config.model.autoencoder, **channels, sample_size=shape[0], dtype=dtype
         )
         network.check(shape[:2])
+    if c.perceptual and shape[-1] != 3:
+        raise ValueError(f"{at}.perceptual compares RGB images, these have shape {shape}")
     adversary = None
     if c.adversary:
         if c.adversary not in ADVERSARIES:
@@ -76,9 +79,20 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
         network=network,
         distance=specs.function(c.distance, DISTANCES, f"{at}.distance"),
         kl_weight=c.kl_weight,
+        perceptual=LPIPS(dtype=dtype) if c.perceptual else None,
+        perceptual_weight=c.perceptual_weight,
         adversary=adversary,
         learned_variance=c.learned_variance,
     )
+
+
+def frozen(config: ConfigDict) -> Any:
+    """The weights of config.autoencoding.perceptual, where the objective has any."""
+    path = config.autoencoding.perceptual
+    if config.objective.get("name") != "autoencoding" or not path:
+        return None
+    with field("config.autoencoding.perceptual"):
+        return {"perceptual": lpips.load(path)}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -141,19 +155,11 @@ def finish(experiment: Experiment, params: Any, folder: Path) -> None:
     result = measure(objective, params, train, experiment.held_out)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     net = objective.network.clone(scaling_factor=result["scaling_factor"])
-    save(net, params["network"], folder / "autoencoder")
+    pretrained.save(folder / "autoencoder", net, params["network"])
     print(
         "{num_held_out} held-out images are reconstructed to {psnr:.2f} dB; latents {latent_shape} "
         "of standard deviation {latent_std:.3f}".format(**result)
     )
-
-
-def save(net: AutoencoderKL, params: Any, folder: Path) -> None:
-    """Writes the network as diffusers saves it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = weights.save_params(autoencoder_kl.names(net), params)
-    folders.write_folder(folder, folders.DIFFUSERS, tensors)
-    folders.write_json(folder / "config.json", autoencoder_kl.to_config(net))
 
 
 def _batches(source: Source, index: np.ndarray) -> Any:

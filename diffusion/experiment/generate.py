@@ -121,9 +121,12 @@ def _encoded(
     )
     if not pipeline.network.added_embedding:
         return cond, null
-    scores = (6.0, 2.5) if pipeline.options.get("requires_aesthetics_score") else (None, None)
-    pairs = zip((cond, null), scores)
-    return tuple(tasks.micro_conditioning(c, request.size, aesthetic=score) for c, score in pairs)
+    scored = pipeline.options.get("requires_aesthetics_score")
+    sizes = {"original": config.original or None, "crop": config.crop}
+    return tuple(
+        tasks.micro_conditioning(c, request.size, aesthetic=score, **sizes)
+        for c, score in zip((cond, null), config.aesthetic if scored else (None, None))
+    )
 
 
 def _next_number(folder: Path) -> int:

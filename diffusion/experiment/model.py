@@ -13,12 +13,13 @@ from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
-from diffusion.experiment import autoencoding, captions, latents
+from diffusion.experiment import autoencoding, captions, finetuning, latents
 from diffusion.experiment.fields import field
+from diffusion.models.clip import ClipText
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.noisy_classifier import NoisyClassifier
-from diffusion.models.text_to_image import TextEncoder, TextToImage
+from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
 from diffusion.objectives import distances, times, weightings
 from diffusion.objectives.autoencoding import Autoencoding
@@ -114,8 +115,10 @@ def make_images(c: ConfigDict, split: str) -> Source:
 
 def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
     c = config.model
+    if finetuning.wanted(config):
+        return finetuning.network(config, _dtype(config))
     if c.name not in MODELS:
-        raise specs.unknown("config.model.name", c.name, MODELS)
+        raise specs.unknown("config.model.name", c.name, (*MODELS, finetuning.NAME))
     if (c.name == "mlp") != (len(shape) == 1):
         kind = "points" if len(shape) == 1 else "images"
         raise ValueError(
@@ -143,7 +146,15 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
 def _text_encoder(config: ConfigDict, vocabulary: int) -> nn.Module:
     c = config.model.text
     with field("config.model.text"):
-        return TextEncoder(vocabulary, c.width, c.depth, c.heads)
+        return ClipText(
+            vocab_size=vocabulary,
+            width=c.width,
+            depth=c.depth,
+            heads=c.heads,
+            hidden=4 * c.width,
+            length=config.data.tokens,
+            dtype=_dtype(config),
+        )
 
 
 def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:

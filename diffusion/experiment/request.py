@@ -108,6 +108,7 @@ def _open(name: str, config: ConfigDict, dtype: Any) -> Opened:
             variant=config.variant or None,
             dtype=dtype,
             tile=config.tile,
+            tokenizer=config.tokenizer or None,
         )
 
 
@@ -143,6 +144,9 @@ def _subjects(config: ConfigDict, task: str) -> tuple[list[str], np.ndarray]:
             f"config.count={config.count} and config.sampler.batch_size="
             f"{config.sampler.batch_size} must be at least 1"
         )
+    for name in ("crop", "aesthetic", *(["original"] if config.original else [])):
+        if len(config[name]) != 2:
+            raise ValueError(f"config.{name}={config[name]} must be two numbers")
     if task == "class_to_image":
         if config.prompt or config.prompts:
             raise ValueError("config.prompt: this model takes config.labels, no text")

@@ -14,11 +14,9 @@ from ml_collections import ConfigDict
 
 from diffusion.data import densities, pipeline
 from diffusion.evaluation import bits, classifiers, figures
-from diffusion.evaluation.captions import caption_gap, retrieval
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
-from diffusion.evaluation.frechet import nearest_distances
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
-from diffusion.experiment import autoencoding, latents, learning, sweeping
+from diffusion.experiment import autoencoding, finetuning, judging, latents, learning, sweeping
 from diffusion.experiment.build import Experiment, build
 from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
@@ -42,6 +40,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
     where samples can be judged, evaluation.json. For points: density.png instead of grids. For
     autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
+    Of a fine-tuned model: pipeline/, likewise.
     """
     began = time.perf_counter()
     if latents.wanted(config.data):
@@ -81,6 +80,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         workdir=workdir,
         seed=config.seed,
         frozen=experiment.frozen,
+        initial_params=finetuning.initial(config),
         accumulate=config.train.accumulate,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
@@ -89,6 +89,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         logger=logger,
     )
     params = state.ema["ema"]
+    if finetuning.wanted(config):
+        finetuning.export(config, params, folder / "pipeline")
     if drawer:
         _pictures(drawer, params, folder)
         _evaluate(drawer, params, folder)
@@ -309,39 +311,13 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
             )
         )
     elif experiment.guidance.encode is not None:
-        result = _evaluate_captions(drawer, params)
+        result = judging.follows_captions(drawer, params)
     if experiment.likelihood is not None:
         result["likelihood"] = _likelihood(experiment, params)
     if not result:
         return False
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return True
-
-
-def _evaluate_captions(drawer: Drawer, params: Any) -> dict[str, Any]:
-    """Whether held-out captions are followed: losses, retrieval, nearest training examples."""
-    experiment = drawer.experiment
-    held_out, c = experiment.held_out, experiment.config.evaluation
-    gap = caption_gap(experiment.objective, params, held_out)
-    print(
-        "loss on {count} held-out examples: {loss:.4f} with their captions, {loss_other:.4f} with "
-        "others' (+{gap:.4f} +- {gap_ci:.4f}), {loss_empty:.4f} with none; {own_preferred:.1%} have "
-        "the smaller loss with their own".format(**gap)
-    )
-    captions = list(dict.fromkeys(held_out.captions))
-    x, label = drawer.draw(params, c.count, captions=captions)
-    real = held_out.all()["x"]
-    asked = [captions[k] for k in label]
-    found = retrieval(drawer.visible(x), asked, drawer.visible(real), held_out.captions)
-    known = experiment.train.all()["x"]
-    found["nearest_train"] = float(np.median(nearest_distances(x, known)))
-    found["nearest_train_held_out"] = float(np.median(nearest_distances(real, known)))
-    print(
-        "of {captions} held-out captions, {first:.1%} of {pictures} samples are nearest to their "
-        "own's pictures (by chance {first_by_chance:.1%}), {among_10:.1%} have it among the ten "
-        "nearest ({among_10_by_chance:.1%})".format(**found)
-    )
-    return {"captions": gap, "retrieval": found}
 
 
 def _evaluate_classifier(experiment: Experiment, params: Any, folder: Path) -> None:
