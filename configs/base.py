@@ -12,6 +12,8 @@ from typing import Any
 import flax.linen as nn
 from ml_collections import ConfigDict, FieldReference
 
+from diffusion.models.autoencoder import AutoencoderKL
+from diffusion.models.discriminator import PatchDiscriminator
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.unet import UNet
@@ -19,7 +21,8 @@ from diffusion.models.unet import UNet
 # Set by the builder, from the data and the other fields.
 _DERIVED = {"parent", "name", "dtype", "num_classes", "null_class", "out_channels"}
 _DERIVED |= {"learned_variance", "out_features"}
-_DERIVED |= {"in_channels", "context_width", "added_width", "image_size"}
+_DERIVED |= {"in_channels", "context_width", "added_width", "image_size", "sample_size"}
+_DERIVED |= {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
 
 
 def get_config() -> ConfigDict:
@@ -48,18 +51,21 @@ def get_config() -> ConfigDict:
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
 
     c.model = ConfigDict()
-    c.model.name = "unet"  # unet, dit or mlp: which of the three below is used
+    c.model.name = "unet"  # unet, dit, mlp, autoencoder: which of those below; or pretrained
     c.model.dtype = "float32"  # of the computation: float32 or bfloat16
     c.model.unet = fields(UNet)
     c.model.dit = fields(DiT, width=384, depth=12, heads=6, patch=2)
     c.model.mlp = fields(MLP)
+    c.model.autoencoder = fields(AutoencoderKL)
+    c.model.path = ""  # pretrained: a pipeline's folder or id on the hub
+    c.model.remat = False  # pretrained: recompute blocks in the backward pass, to save memory
     c.model.text = ConfigDict()  # encoder of captions, trained with the unet or dit
     c.model.text.width = 192
     c.model.text.depth = 3
     c.model.text.heads = 3
 
     c.objective = ConfigDict()
-    c.objective.name = "denoising"  # or classification, of noised examples
+    c.objective.name = "denoising"  # or classification, of noised examples, or autoencoding
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"  # eps, x0, v, flow or edm
     c.objective.c_noise = "auto"  # ddpm_index, thousand_t, log_sigma; auto goes by the schedule
@@ -76,6 +82,17 @@ def get_config() -> ConfigDict:
     c.objective.uncertainty = False  # weight each noise level by its learned uncertainty (EDM2)
     c.objective.learned_variance = False  # improved DDPM's hybrid loss; needs discrete times
     c.objective.vlb_weight = 1e-3
+
+    c.autoencoding = ConfigDict()  # objective.name="autoencoding"
+    c.autoencoding.distance = "l1"  # or l2
+    c.autoencoding.kl_weight = 1e-6
+    c.autoencoding.learned_variance = False  # of the reconstruction
+    c.autoencoding.perceptual = ""  # .safetensors of LPIPS (pretrained/lpips.py); empty: none
+    c.autoencoding.perceptual_weight = 1.0
+    c.autoencoding.adversary = ""  # hinge or vanilla; empty: none
+    c.autoencoding.adversary_weight = 0.5  # times the adaptive weight
+    c.autoencoding.adversary_start = 50_001  # steps before it counts
+    c.autoencoding.discriminator = fields(PatchDiscriminator)
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adam"  # adam, adamw, lion, muon or sgd

@@ -4,7 +4,8 @@ Batch ``step`` holds the positions ``step * B .. (step + 1) * B - 1`` of an endl
 which epoch e is a permutation of all examples, drawn from (seed, e). A batch may straddle two
 epochs: no example is dropped, and batches may be larger than the data. Since the position in
 the data is the step, resuming needs no stored state, and processes take slices of the same
-global batch, so the global batch does not depend on how many there are.
+global batch, so the global batch does not depend on how many there are. Where a source gives
+``x_std`` beside ``x``, the mean and deviation of latents, the batch holds a sample of them.
 
 Whole batches are read at once: per-example iteration costs more than the training step of a
 small model. Grain supplies the reading threads and the prefetching.

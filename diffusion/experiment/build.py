@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
-from diffusion.experiment import guiding, latents, sampler
+from diffusion.experiment import autoencoding, finetuning, guiding, latents, sampler
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
-from diffusion.experiment.model import make_model, make_source, other_run
-from diffusion.objectives.classification import Classification
+from diffusion.experiment.model import Objective, make_model, make_source, other_run
+from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
 from diffusion.training import ema, optimizers
@@ -41,18 +41,19 @@ class Experiment:
       optimizer: the update.
       emas: averages of the parameters, by name.
       num_classes: of the labels that the network is given or tells; 0 if unconditional.
-      solver: the sampler's table; None for a classifier.
-      guidance: of sampling; None for a classifier.
+      solver: the sampler's table; None for a classifier or an autoencoder.
+      guidance: of sampling; None likewise.
       corrector: what follows each of the solver's steps, or None.
       likelihood: how bits per dimension are measured, or None.
       autoencoder: of the images whose latents the data are, or None.
+      frozen: parameters that the objective needs and that are not trained, or None.
       notes: what a user should know about this combination.
     """
 
     config: ConfigDict
     train: Source
     held_out: Source
-    objective: Denoising | Classification
+    objective: Objective
     optimizer: optimizers.Optimizer
     emas: dict[str, ema.Profile]
     num_classes: int
@@ -61,6 +62,7 @@ class Experiment:
     corrector: langevin.Corrector | None = None
     likelihood: bits.Estimator | None = None
     autoencoder: latents.Autoencoder | None = None
+    frozen: Any = None
     notes: tuple[str, ...] = ()
 
 
@@ -74,13 +76,19 @@ def build(config: ConfigDict) -> Experiment:
     _check_judge(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
     objective, num_classes = make_model(config, train)
-    optimizer = _optimizer(config)
+    optimizer = _optimizer(config, config.train.steps)
+    if isinstance(objective, Autoencoding) and objective.adversary is not None:
+        start = objective.adversary.start
+        late = _optimizer(config, config.train.steps - start)
+        optimizer = two_optimizers(optimizer, late, start)
     with field("config.ema"):
         profile = specs.function(config.ema, EMAS, "config.ema")()
     drawing, notes = {}, []
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
         notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
     if isinstance(objective, Denoising):
+        if finetuning.wanted(config):
+            finetuning.check(config, objective)
         encode = train.encode if config.objective.conditional else None
         solver = sampler.make_solver(config, objective)
         drawing = {
@@ -99,7 +107,8 @@ def build(config: ConfigDict) -> Experiment:
             )
         notes += sampler.notes(config, sampler.make_grid(config, objective))
         notes += guiding.notes(config, bool(num_classes or encode))
-    _check_shapes(objective, train, config.train.batch_size)
+    frozen = autoencoding.frozen(config)
+    _check_shapes(objective, train, frozen)
     return Experiment(
         config=config,
         train=train,
@@ -109,12 +118,13 @@ def build(config: ConfigDict) -> Experiment:
         emas={"ema": profile},
         num_classes=num_classes,
         autoencoder=latents.autoencoder(config.data),
+        frozen=frozen,
         notes=tuple(notes),
         **drawing,
     )
 
 
-def _optimizer(config: ConfigDict) -> optimizers.Optimizer:
+def _optimizer(config: ConfigDict, steps: int) -> optimizers.Optimizer:
     c = config.optimizer
     with field("config.optimizer"):
         return optimizers.make(
@@ -123,7 +133,7 @@ def _optimizer(config: ConfigDict) -> optimizers.Optimizer:
             warmup=c.warmup,
             decay=c.decay,
             decay_start=c.decay_start,
-            steps=config.train.steps,
+            steps=steps,
             b1=c.b1,
             b2=c.b2,
             eps=c.eps,
@@ -169,10 +179,10 @@ def _check_numbers(config: ConfigDict) -> None:
         )
 
 
-def _check_shapes(objective: Denoising, train: Source, batch_size: int) -> None:
+def _check_shapes(objective: Objective, train: Source, frozen: Any) -> None:
     """Traces initialisation and loss without computing: shape errors show before compilation."""
     example = train[0]
     batch = {k: np.repeat(np.asarray(v)[None], 2, axis=0) for k, v in example.items()}
     with field("the network does not fit the data"):
         params = jax.eval_shape(objective.init, jax.random.key(0), batch)
-        jax.eval_shape(lambda p: objective.loss(p, {}, batch, jax.random.key(0)), params)
+        jax.eval_shape(lambda p: objective.loss(p, frozen, batch, jax.random.key(0)), params)

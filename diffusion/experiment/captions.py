@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion.data import captioned, tokens
 from diffusion.data.sources import Source
+from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
 
 NAMES = ("captioned", "emoji", "tiles", "emoji_and_tiles")
 
@@ -37,7 +38,7 @@ def make_source(c: ConfigDict, split: str) -> Source:
         raise ValueError("config.data.text_encoder needs config.data.tokenizer")
     if not c.tokenizer:
         return captioned.source(c.name, chosen)
-    tokenize = tokens.tokenizer(tokens.clip_encoder(c.tokenizer), c.tokens)
+    tokenize = tokens.tokenizer(_encoder(c.tokenizer), c.tokens)
     if c.text_encoder:  # it knows every token
         return captioned.source(c.name, chosen, tokenize)
     return captioned.source(
@@ -45,3 +46,17 @@ def make_source(c: ConfigDict, split: str) -> Source:
         chosen,
         *tokens.compact(tokenize, captioned.split(pairs, "train", c.held_out).captions),
     )
+
+
+def _encoder(path: str) -> tokens.Encode:
+    """Text -> CLIP's ids, start and end included."""
+    if Path(path).is_file():
+        tokenizer = clip_tokenizer(path)
+    elif Path(path).is_dir():
+        tokenizer = load_tokenizer(path)
+    else:
+        raise FileNotFoundError(
+            f"config.data.tokenizer={path!r}: expected bpe_simple_vocab_16e6.txt.gz, as in OpenAI's"
+            " CLIP repository, or a folder with a tokenizer"
+        )
+    return lambda text: tokenizer(text)["input_ids"]

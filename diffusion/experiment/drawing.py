@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -48,14 +49,19 @@ class Drawer:
         )
 
     def draw(
-        self, params: Any, count: int, solver: Solver | None = None
+        self,
+        params: Any,
+        count: int,
+        solver: Solver | None = None,
+        captions: Sequence[str] = (),
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """x [count, ...] and labels [count], None if unconditional.
 
-        ``solver`` is by default the config's.
+        ``solver`` is by default the config's, ``captions`` are ``self.captions``.
         """
         c = self.experiment.config.sampler
-        cond, bar = self.conditioning(count), sys.stderr.isatty()
+        captions = captions or self.captions
+        cond, bar = self.conditioning(count, captions), sys.stderr.isatty()
         solver = self.experiment.solver if solver is None else solver
         watch = nullcontext()
         if self._monitor is not None:
@@ -72,7 +78,7 @@ class Drawer:
                 seed=c.seed,
                 progress=bar and self._monitor is None,
             )
-        return x, self.labels(count)
+        return x, self.labels(count, captions)
 
     def trajectory(self, params: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
         """x [R + 1, count, ...] before each evaluation and at the end, and labels.
@@ -111,17 +117,18 @@ class Drawer:
         """What the model draws, [..., h, w, C], as images [..., H, W, 1 or 3] in [-1, 1]."""
         return visible(x, self.experiment.autoencoder)
 
-    def labels(self, count: int) -> np.ndarray | None:
+    def labels(self, count: int, captions: Sequence[str] = ()) -> np.ndarray | None:
         """Of the first ``count`` images: class or number of the caption, i mod K; or None."""
-        classes = self.experiment.guidance.num_classes or len(self.captions)
+        classes = self.experiment.guidance.num_classes or len(captions or self.captions)
         return np.arange(count, dtype=np.int32) % classes if classes else None
 
-    def conditioning(self, count: int) -> Conditioning:
+    def conditioning(self, count: int, captions: Sequence[str] = ()) -> Conditioning:
         """Of the first ``count`` images."""
-        labels = self.labels(count)
-        if not self.captions:
+        captions = captions or self.captions
+        labels = self.labels(count, captions)
+        if not captions:
             return Conditioning(label=labels)
-        rows = self.experiment.guidance.encode(self.captions)
+        rows = self.experiment.guidance.encode(captions)
         return from_batch({name: value[labels] for name, value in rows.items()})
 
 

@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 from diffusion import pretrained
 from diffusion.data import cache
 from diffusion.data.sources import Batch, Source
+from diffusion.experiment.fields import field
 from diffusion.models.autoencoder import AutoencoderKL
+from diffusion.models.clip import ClipText
 
 SPLITS = ("train", "test")
 BATCH = 64  # images or captions that are encoded at once
@@ -45,13 +47,8 @@ class Autoencoder:
         Raises:
           ValueError: the folder holds something else.
         """
-        net, params = pretrained.load(self.folder)
-        if not isinstance(net, AutoencoderKL):
-            raise ValueError(
-                f"config.data.autoencoder={self.folder!r} holds a {type(net).__name__}; expected "
-                "an AutoencoderKL"
-            )
-        return net, params
+        with field(f"config.data.autoencoder={self.folder!r}"):
+            return pretrained.load(self.folder, expected="AutoencoderKL")[:2]
 
     def encode(self, images: np.ndarray) -> Batch:
         """Images [B, H, W, 3] in [-1, 1] -> mean ``x`` and ``x_std`` of their latents."""
@@ -82,11 +79,15 @@ class TextEncoder:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """The module and its parameters."""
-        return pretrained.load(self.folder)
+        with field(f"config.data.text_encoder={self.folder!r}"):
+            return pretrained.load(self.folder, expected="CLIPTextModel")[:2]
 
     def encode(self, tokens: np.ndarray) -> Batch:
-        """Tokens [B, L] -> ``context`` [B, L, C] and ``pooled`` [B, C]."""
-        context, pooled = _embedding(*self.loaded, tokens)
+        """Tokens [B, L] -> ``context`` [B, L, C] and ``pooled`` [B, C].
+
+        No mask: like Stable Diffusion's, a network attends to the padding too.
+        """
+        context, pooled = _embed(*self.loaded, tokens)
         return {"context": np.asarray(context), "pooled": np.asarray(pooled)}
 
 
@@ -97,6 +98,12 @@ def _encode(net: AutoencoderKL, params: Any, images: jax.Array) -> tuple[jax.Arr
     # to_latents is affine: a deviation is what it makes of the difference.
     above = net.to_latents(moments.mean + jnp.exp(0.5 * moments.log_variance))
     return mean, above - mean
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(net: ClipText, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    encoded = net.apply({"params": params}, tokens)
+    return encoded.last, encoded.pooled
 
 
 @partial(jax.jit, static_argnums=0)
@@ -149,7 +156,7 @@ def compute(c: ConfigDict, images: Callable[[str], Source]) -> None:
         cache.compute(folder / split, len(data), partial(_rows, data, net), about, **options)
         if c.text_encoder:
             captions = unique(data)
-            rows = partial(_embed, encoder, data.encode, captions)
+            rows = partial(_embeddings, encoder, data.encode, captions)
             cache.compute(folder / f"{split}_captions", len(captions), rows, about, **options)
 
 
@@ -216,7 +223,7 @@ def _read_both(
     return batch | _read(texts, which[index])
 
 
-def _embed(
+def _embeddings(
     encoder: TextEncoder, tokenize: Callable, captions: Sequence[str], index: np.ndarray
 ) -> Batch:
     return encoder.encode(tokenize([captions[i] for i in index])["tokens"])

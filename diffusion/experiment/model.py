@@ -13,14 +13,16 @@ from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.data import sources
 from diffusion.data.sources import Source
-from diffusion.experiment import captions, latents
+from diffusion.experiment import autoencoding, captions, finetuning, latents
 from diffusion.experiment.fields import field
+from diffusion.models.clip import ClipText
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.noisy_classifier import NoisyClassifier
-from diffusion.models.text_to_image import TextEncoder, TextToImage
+from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
 from diffusion.objectives import distances, times, weightings
+from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising, Uncertainty
 from diffusion.objectives.variance import VariationalBound
@@ -43,15 +45,20 @@ WEIGHTINGS = specs.choices(
 )
 DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
-OBJECTIVES = ("denoising", "classification")
+OBJECTIVES = ("denoising", "classification", "autoencoding")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def make_model(config: ConfigDict, train: Source) -> tuple[Denoising | Classification, int]:
+Objective = Denoising | Classification | Autoencoding
+
+
+def make_model(config: ConfigDict, train: Source) -> tuple[Objective, int]:
     """The objective, with its network, and the number of classes."""
     name, classes = config.objective.get("name", "denoising"), train.num_classes
     if name not in OBJECTIVES:
         raise specs.unknown("config.objective.name", name, OBJECTIVES)
+    if name == "autoencoding":
+        return autoencoding.make(config, train.shape, _dtype(config)), 0
     if name == "denoising":
         conditional = config.objective.conditional
         classes = classes if conditional else 0
@@ -70,7 +77,7 @@ def make_model(config: ConfigDict, train: Source) -> tuple[Denoising | Classific
     return _classification(config, _classifier(config, classes, train.shape)), classes
 
 
-def other_run(config: ConfigDict) -> tuple[Denoising | Classification, int, tuple[int, ...]]:
+def other_run(config: ConfigDict) -> tuple[Objective, int, tuple[int, ...]]:
     """Another run's objective, number of classes and data shape."""
     train = make_source(config.data, "train")
     return *make_model(config, train), train.shape
@@ -108,17 +115,17 @@ def make_images(c: ConfigDict, split: str) -> Source:
 
 def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
     c = config.model
+    if finetuning.wanted(config):
+        return finetuning.network(config, _dtype(config))
     if c.name not in MODELS:
-        raise specs.unknown("config.model.name", c.name, MODELS)
-    if c.dtype not in DTYPES:
-        raise specs.unknown("config.model.dtype", c.dtype, DTYPES)
+        raise specs.unknown("config.model.name", c.name, (*MODELS, finetuning.NAME))
     if (c.name == "mlp") != (len(shape) == 1):
         kind = "points" if len(shape) == 1 else "images"
         raise ValueError(
             f"config.model.name={c.name!r} does not take {kind} (config.data.name="
             f"{config.data.name!r}); choose {'mlp' if kind == 'points' else 'unet or dit'}"
         )
-    options = dict(c[c.name], dtype=DTYPES[c.dtype])
+    options = dict(c[c.name], dtype=_dtype(config))
     learned = config.objective.learned_variance
     with field(f"config.model.{c.name}"):
         if c.name == "unet":
@@ -139,7 +146,15 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
 def _text_encoder(config: ConfigDict, vocabulary: int) -> nn.Module:
     c = config.model.text
     with field("config.model.text"):
-        return TextEncoder(vocabulary, c.width, c.depth, c.heads)
+        return ClipText(
+            vocab_size=vocabulary,
+            width=c.width,
+            depth=c.depth,
+            heads=c.heads,
+            hidden=4 * c.width,
+            length=config.data.tokens,
+            dtype=_dtype(config),
+        )
 
 
 def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -149,12 +164,17 @@ def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) ->
             f"config.model.name={c.name!r}: a classifier is the encoder of a unet, on images; "
             "choose config.model.name=unet"
         )
-    if c.dtype not in DTYPES:
-        raise specs.unknown("config.model.dtype", c.dtype, DTYPES)
     with field("config.model.unet"):
-        network = NoisyClassifier(**c.unet, dtype=DTYPES[c.dtype], classes=num_classes)
+        network = NoisyClassifier(**c.unet, dtype=_dtype(config), classes=num_classes)
         network.check(shape[:2])
         return network
+
+
+def _dtype(config: ConfigDict) -> Any:
+    name = config.model.dtype
+    if name not in DTYPES:
+        raise specs.unknown("config.model.dtype", name, DTYPES)
+    return DTYPES[name]
 
 
 def _schedule(text: str) -> schedules.Schedule:

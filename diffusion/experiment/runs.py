@@ -16,10 +16,11 @@ from diffusion.data import densities, pipeline
 from diffusion.evaluation import bits, classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
-from diffusion.experiment import latents, learning, sweeping
+from diffusion.experiment import autoencoding, finetuning, judging, latents, learning, sweeping
 from diffusion.experiment.build import Experiment, build
 from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
+from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
 from diffusion.training import checkpoints
 from diffusion.training.logging import Logger
@@ -37,7 +38,9 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     Leaves in ``workdir``: config.json, checkpoints/, tensorboard/, metrics.jsonl, samples/ (a grid
     per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
-    where samples can be judged, evaluation.json. For points: density.png instead of grids.
+    where samples can be judged, evaluation.json. For points: density.png instead of grids. For
+    autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
+    Of a fine-tuned model: pipeline/, likewise.
     """
     began = time.perf_counter()
     if latents.wanted(config.data):
@@ -53,15 +56,19 @@ def train(config: ConfigDict, workdir: str) -> None:
         return
     _describe(experiment)
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
+    reconstructs = isinstance(experiment.objective, Autoencoding)
     logger = Logger(workdir)
 
     def grid(state: TrainState, step: int) -> None:
-        picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(drawer)))
+        if reconstructs:
+            picture = autoencoding.picture(experiment, state.ema["ema"])
+        else:
+            picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(drawer)))
         (folder / "samples").mkdir(exist_ok=True)
         figures.save_png(folder / "samples" / f"step_{step:07d}.png", picture)
         logger.image("samples", picture, step)
 
-    every = config.train.sample_every
+    every, draws = config.train.sample_every, drawer or reconstructs
     state = fit(
         objective=experiment.objective,
         optimizer=experiment.optimizer,
@@ -72,17 +79,23 @@ def train(config: ConfigDict, workdir: str) -> None:
         steps=config.train.steps,
         workdir=workdir,
         seed=config.seed,
+        frozen=experiment.frozen,
+        initial_params=finetuning.initial(config),
         accumulate=config.train.accumulate,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         keep=config.train.keep,
-        hooks=[(every, grid)] if every and drawer and len(experiment.train.shape) == 3 else [],
+        hooks=[(every, grid)] if every and draws and len(experiment.train.shape) == 3 else [],
         logger=logger,
     )
     params = state.ema["ema"]
+    if finetuning.wanted(config):
+        finetuning.export(config, params, folder / "pipeline")
     if drawer:
         _pictures(drawer, params, folder)
         _evaluate(drawer, params, folder)
+    elif reconstructs:
+        autoencoding.finish(experiment, params, folder)
     else:
         _evaluate_classifier(experiment, params, folder)
     (folder / "done").write_text(f"{config.train.steps}\n")
@@ -153,7 +166,7 @@ def evaluate(config: ConfigDict, workdir: str) -> None:
         raise ValueError(
             "nothing to judge samples with: set config.evaluation.classifier to digits_svc "
             "or lenet5 (with config.evaluation.weights), for a class-conditional model, or "
-            "config.evaluation.likelihood to ode or bound, for any"
+            "config.evaluation.likelihood to ode or bound, for any (captions need nothing)"
         )
 
 
@@ -190,8 +203,8 @@ def _restore(
     params, step = checkpoints.restore_ema(workdir, "ema")
     if experiment.guidance is None:
         raise ValueError(
-            f"config.objective.name={config.objective.name!r} draws nothing; how well it "
-            f"classifies is in {workdir}/evaluation.json"
+            f"config.objective.name={config.objective.name!r} draws nothing; how well it does is "
+            f"in {workdir}/evaluation.json"
         )
     print(f"{workdir}: averaged parameters after step {step}")
     return Drawer(experiment, preview), params, step
@@ -297,6 +310,8 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
                 **result
             )
         )
+    elif experiment.guidance.encode is not None:
+        result = judging.follows_captions(drawer, params)
     if experiment.likelihood is not None:
         result["likelihood"] = _likelihood(experiment, params)
     if not result:

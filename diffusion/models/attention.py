@@ -26,15 +26,23 @@ def attend(
     v: Array,
     mask: Array | None = None,
     implementation: str | None = None,
+    *,
+    causal: bool = False,
+    bias: Array | None = None,
+    scale: float | None = None,
 ) -> Array:
-    """softmax(q k^T / sqrt(D)) v with the softmax in float32.
+    """softmax(scale q k^T + bias) v with the softmax in float32.
 
     Args:
       q: queries [B, L, H, D].
       k, v: keys and values [B, Lk, H, D].
       mask: [B, Lk] bool, True where a key is attended to; at least one per example.
       implementation: as in ``jax.nn.dot_product_attention``: 'xla', 'cudnn' (fp16 or bf16 only,
-        D a multiple of 8), or None, which lets JAX choose but on a CPU takes large maps in blocks.
+        D a multiple of 8), or None, which lets JAX choose, but on a CPU takes large maps (without
+        the options below) in blocks.
+      causal: whether a token attends only to itself and to those before it.
+      bias: added to the logits, [1 or B, 1 or H, L, Lk].
+      scale: of the logits; 1 / sqrt(D) by default.
 
     Returns:
       [B, L, H, D] in q's dtype.
@@ -45,11 +53,14 @@ def attend(
                 f"mask has shape {mask.shape}; expected one bool per key, {k.shape[:2]}"
             )
         mask = mask.astype(jnp.bool_)
+    plain = implementation is None and not causal and bias is None and scale is None
     large = q.shape[1] * k.shape[1] >= 2**18
-    if implementation is None and large and jax.default_backend() == "cpu":
+    if plain and large and jax.default_backend() == "cpu":
         return attend_in_blocks(q, k, v, mask)
     mask = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    return jax.nn.dot_product_attention(
+        q, k, v, bias, mask, scale=scale, is_causal=causal, implementation=implementation
+    )
 
 
 def attend_in_blocks(
@@ -90,8 +101,10 @@ class Attend(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-        return attend(q, k, v, mask, self.implementation)
+    def __call__(
+        self, q: Array, k: Array, v: Array, mask: Array | None = None, **options: Any
+    ) -> Array:
+        return attend(q, k, v, mask, self.implementation, **options)
 
 
 def with_identity_maps(function: Callable[..., Any], blocks: str) -> Callable[..., Any]:

@@ -42,10 +42,13 @@ class Gaussian(NamedTuple):
         """The most probable latents, which are the mean."""
         return self.mean
 
-    def sample(self, key: Array) -> Array:
-        """mean + std * z."""
-        z = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+    def at(self, z: Array) -> Array:
+        """mean + std * z, a sample where z is standard normal."""
         return self.mean + jnp.exp(0.5 * self.log_variance) * z
+
+    def sample(self, key: Array) -> Array:
+        """``at`` normal numbers from ``key``."""
+        return self.at(jax.random.normal(key, self.mean.shape, self.mean.dtype))
 
     def kl(self) -> Array:
         """[B]: divergence from the standard normal, in nats, summed over an example's latents."""
@@ -223,7 +226,7 @@ class Encoder(nn.Module):
         for level, width in enumerate(self.widths):
             down = DownBlock(
                 partial(self.resnet, width=width),
-                [self.attention if self.attends[level] else None] * self.blocks,
+                (self.attention if self.attends[level] else None,) * self.blocks,
                 partial(Downsample, asymmetric=True, dtype=self.dtype) if level < last else None,
                 name=f"down_blocks_{level}",
             )
@@ -252,9 +255,8 @@ class Decoder(nn.Module):
         x = _mid(self)(x, None, None, None, train)
         for k, level in enumerate(reversed(range(len(self.widths)))):
             up = UpBlock(
-                self.blocks + 1,
                 partial(self.resnet, width=self.widths[level]),
-                self.attention if self.attends[level] else None,
+                (self.attention if self.attends[level] else None,) * (self.blocks + 1),
                 partial(Upsample, dtype=self.dtype) if level > 0 else None,
                 name=f"up_blocks_{k}",
             )
@@ -266,17 +268,16 @@ class Decoder(nn.Module):
 class UpBlock(nn.Module):
     """One level of the decoder; unlike a U-Net's it reads no skip connections."""
 
-    blocks: int
     resnet: Constructor
-    attention: Constructor | None
+    attentions: Sequence[Constructor | None]  # one after each ResNet block
     upsample: Constructor | None
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        for j in range(self.blocks):
+        for j, attention in enumerate(self.attentions):
             x = self.resnet(name=f"resnets_{j}")(x, None, train)
-            if self.attention is not None:
-                x = self.attention(name=f"attentions_{j}")(x)
+            if attention is not None:
+                x = attention(name=f"attentions_{j}")(x)
         if self.upsample is not None:
             x = self.upsample(name="upsamplers_0")(x)
         return x

@@ -7,6 +7,43 @@ from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Any
 
+_TRANSFORMERS = """
+    add_cross_attention architectures bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward classifier_dropout cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dropout attention_dropout dtype early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_factor
+    initializer_range is_encoder_decoder label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_past output_scores pad_token_id prefix problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tie_last_hidden_states tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache
+"""
+TRANSFORMERS = tuple(_TRANSFORMERS.split())
+"""Fields of all of transformers' classes that change nothing an encoder computes at inference."""
+TRANSFORMERS_SUPPORTED = {
+    "is_decoder": (False,),
+    "per_layer_config": (None,),
+    "pruned_heads": ({}, None),
+    "use_attention_mask": (False, None),
+}
+
+
+def architecture(config: Mapping[str, Any], supported: Collection[str]) -> str:
+    """The class that a transformers ``config.json`` is of: ``_class_name``, else architectures.
+
+    Raises:
+      ValueError: it is none of those supported.
+    """
+    listed = config.get("architectures") or [None]
+    name = config.get("_class_name", listed[0])
+    if name not in supported:
+        field = "_class_name" if "_class_name" in config else "architectures"
+        raise ValueError(f"{field}={config.get(field)!r}: expected one of {', '.join(supported)}")
+    return name
+
 
 def fields(
     config: Mapping[str, Any],

@@ -107,7 +107,9 @@ def open_file(path: str | Path) -> dict[str, Tensor]:
             code, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
             shape = tuple(int(n) for n in shape)
         except (TypeError, KeyError, ValueError):
-            raise ValueError(f"{path}: the header's entry for {key!r} is damaged: {entry}") from None
+            raise ValueError(
+                f"{path}: the header's entry for {key!r} is damaged: {entry}"
+            ) from None
         if code not in DTYPES:
             raise ValueError(
                 f"{path}: {key!r} is stored as {code}, which is not supported (of floats: F64, F32,"
@@ -166,7 +168,9 @@ def written(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Iterat
     for key in keys:
         tensor = tensors[key]
         if tensor.dtype not in CODES:
-            raise ValueError(f"{path}: {key!r} has dtype {tensor.dtype}; legal: {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{path}: {key!r} has dtype {tensor.dtype}; legal: {', '.join(DTYPES)}"
+            )
         header[key] = {
             "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),

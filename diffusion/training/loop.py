@@ -48,6 +48,7 @@ def fit(
     workdir: str | os.PathLike,
     seed: int = 0,
     frozen: Any = None,
+    initial_params: Callable[[], Any] | None = None,
     accumulate: int = 1,
     log_every: int = 100,
     checkpoint_every: int = 1000,
@@ -71,6 +72,8 @@ def fit(
       workdir: for checkpoints and logs.
       seed: for the initial parameters and all training noise.
       frozen: parameters that the loss needs and that are not trained.
+      initial_params: gives what training begins with (a pretrained model), instead of random
+        parameters; not called when a run goes on.
       accumulate: into how many pieces each device cuts its share of a batch, to save memory.
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
@@ -103,8 +106,8 @@ def fit(
         data = batches(start)
         batch = _next(data, start)
 
-        def initial():
-            return create(objective, optimizer, emas, init_key, batch)
+        def initial(params=None):
+            return create(objective, optimizer, emas, init_key, batch, params)
 
         if start:
             template = jax.tree.map(
@@ -113,7 +116,9 @@ def fit(
             )
             state, interval = checkpoints.restore(template)
         else:
-            state, interval = jax.device_put(initial(), sharding), {}
+            given = initial_params() if initial_params else None
+            state, interval = jax.device_put(initial(given), sharding), {}
+            del given
         if start >= steps:
             logger.text(f"{workdir}: already done, {start} of {steps} steps")
             return state

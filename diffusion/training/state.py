@@ -36,6 +36,7 @@ def create(
     emas: Iterable[str],
     key: Array,
     batch: Mapping[str, Array],
+    params: Any = None,
 ) -> TrainState:
     """The state at step 0; every average starts at the initial parameters.
 
@@ -45,8 +46,28 @@ def create(
       emas: names of the averages (or the dict of profiles).
       key: for the initial parameters.
       batch: an example of a batch; only shapes and dtypes matter.
+      params: to begin with, instead of random ones.
+
+    Raises:
+      ValueError: ``params`` are not those of the objective; names one that differs.
     """
-    params = jax.jit(lambda key, batch: objective.init(key, batch))(key, batch)
+    if params is None:
+        params = jax.jit(lambda key, batch: objective.init(key, batch))(key, batch)
+    else:
+        _check(params, jax.eval_shape(objective.init, key, batch))
     # Copies, because a donated buffer may stand in the state only once.
     averages = {name: jax.tree.map(jnp.copy, params) for name in emas}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), averages)
+
+
+def _check(params: Any, expected: Any) -> None:
+    shapes, wanted = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (params, expected)
+    )
+    for name in sorted({*shapes, *wanted}):
+        if shapes.get(name) != wanted.get(name):
+            raise ValueError(
+                f"the parameters to begin with do not fit: {name} should have shape "
+                f"{wanted.get(name, 'none: it is not there')}, got {shapes.get(name, 'nothing')}"
+            )

@@ -70,7 +70,8 @@ def make_train_step(
     Args:
       objective: with ``loss(params, frozen, batch, key, train=True) -> (loss, metrics)``. The loss
         is a mean over the batch it is given, which here is a piece of the whole; ``batch['index']``
-        says which. ``key`` is the same for all pieces.
+        says which. ``batch['step']``, the number of steps done before, and ``key`` are the same for
+        all pieces.
       optimizer: from ``optimizers.make``.
       emas: averages' profiles by name, as in ``state.create``.
       accumulate: into how many pieces, gone through one after another, each device cuts its share
@@ -86,8 +87,9 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
 
-    def gradients(params, frozen, batch, key):
+    def gradients(params, frozen, batch, key, step):
         def loss_fn(params, batch):
+            batch = {**batch, "step": step}
             loss, metrics = objective.loss(params, frozen, batch, key, train=True)
             return loss, {**metrics, "loss": loss}
 
@@ -108,7 +110,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: Mapping[str, Array], key: Array):
         key = jax.random.fold_in(key, state.step)
-        grads, metrics = lax.pmean(gradients(state.params, frozen, batch, key), AXIS)
+        grads, metrics = lax.pmean(gradients(state.params, frozen, batch, key, state.step), AXIS)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 

@@ -120,14 +120,6 @@ def test_compact_tokens_are_numbered_in_order_and_others_are_unknown():
 
 
 @needs_real
-def test_clip_tokens():
-    encode = tokens.clip_encoder(BPE)
-    assert encode("A photo of a cat") == [49406, 320, 1125, 539, 320, 2368, 49407]
-    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
-        tokens.clip_encoder("nowhere")
-
-
-@needs_real
 def test_emoji_and_tiles_as_a_config_names_them():
     c = base.get_config().data
     c.update(name="emoji_and_tiles", dir=str(REAL), tokenizer=str(BPE))
@@ -140,7 +132,17 @@ def test_emoji_and_tiles_as_a_config_names_them():
     np.testing.assert_array_equal(
         train.encode([train.captions[3]])["tokens"][0], train[3]["tokens"]
     )
+    start, end = train.vocabulary - 2, train.vocabulary - 1
+    assert batch["tokens"][0, 0] == start and batch["tokens"][0, -1] == end
     assert batch["x"].min() >= -1 and batch["x"].max() <= 1
     assert train.vocabulary == test.vocabulary == train.all()["tokens"].max() + 1
     # Held-out captions are made of words that were seen: nearly all of their tokens are known.
     assert (test.all()["tokens"] == 0).mean() < 0.001
+
+
+@needs_real
+def test_an_absent_tokenizer_is_named():
+    c = base.get_config().data
+    c.update(name="emoji", dir=str(REAL / "emoji"), tokenizer="nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.data\.tokenizer='nowhere'"):
+        make_source(c, "train")

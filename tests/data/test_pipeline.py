@@ -112,3 +112,24 @@ def test_errors_name_the_value():
         pipeline.batches(source, 8, 0, -1)
     with pytest.raises(ValueError, match="empty"):
         pipeline.batches(numbered(0, (2,)), 8, 0)
+
+
+def test_latents_are_sampled_anew_in_every_epoch():
+    n, std = 6, np.array([0.0, 0.5, 2.0], np.float32)
+
+    def read(index):
+        mean = np.repeat(index[:, None].astype(np.float32), 3, 1)
+        return {"x": mean, "x_std": np.broadcast_to(std, mean.shape), "label": index}
+
+    source = sources.Source("latents", n, (3,), read)
+    batches = take(2000, source, 4, 0)
+    assert "x_std" not in batches[0]
+    noise = np.concatenate([b["x"] - b["label"][:, None] for b in batches])
+    np.testing.assert_allclose(np.cov(noise.T), np.diag(std**2), atol=0.12)
+    np.testing.assert_array_equal(noise[:, 0], 0)
+    assert len(np.unique(noise[:, 1])) > 7900
+    # Resuming goes on exactly, and processes share the global batch's noise out.
+    again = take(2, source, 4, 0, 1998)
+    np.testing.assert_array_equal(again[1]["x"], batches[1999]["x"])
+    parts = [take(1, source, 4, 0, process_index=i, process_count=2)[0]["x"] for i in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(parts), batches[0]["x"])

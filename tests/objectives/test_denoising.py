@@ -185,3 +185,53 @@ def test_denoiser_splits_learned_variances():
     x0_hat, nu, _ = denoise(jnp.ones((3, 2)), level, Conditioning())
     assert x0_hat.shape == nu.shape == (3, 2)
     assert nu.min() >= 0 and nu.max() <= 1
+
+
+def noises(count, **options):
+    """Noise in x_t and noise in the target, [count, 2, 3, 2] each, of examples that are zero."""
+    found = {}
+
+    class Copy(nn.Module):
+        @nn.compact
+        def __call__(self, x, time, cond, train=False):
+            self.param("unused", nn.initializers.zeros, (1,))
+            return x
+
+    def note(output, target):
+        found.update(seen=output, target=target)
+        return output.mean((1, 2, 3))
+
+    objective = affine_objective(
+        network=Copy(),
+        prediction=predictions.eps,
+        times=lambda u, schedule: jnp.full_like(u, 0.5),
+        distance=note,
+        **options,
+    )
+    batch = {"x": np.zeros((count, 2, 3, 2), np.float32)}
+    objective.loss(objective.init(jax.random.key(0), batch), {}, batch, jax.random.key(1))
+    level = objective.schedule(np.float32(0.5))
+    return np.asarray(found["seen"]) / level.sigma, np.asarray(found["target"])
+
+
+def test_noise_offset_is_shared_by_a_channel_and_part_of_the_target():
+    seen, target = noises(60_000, noise_offset=0.5)
+    np.testing.assert_allclose(seen, target, atol=1e-5)
+    covariance = np.cov(target.reshape(-1, 12).T)
+    channel = np.tile([0, 1], 6)
+    same = channel[:, None] == channel[None]
+    np.testing.assert_allclose(covariance, np.eye(12) + 0.25 * same, atol=0.04)
+    # Each example has its own, and the rest is the noise that there is without.
+    _, plain = noises(60_000)
+    offset = target - plain
+    np.testing.assert_allclose(offset, np.broadcast_to(offset[:, :1, :1], offset.shape), atol=1e-6)
+    assert abs(np.corrcoef(offset[:-1, 0, 0, 0], offset[1:, 0, 0, 0])[0, 1]) < 0.03
+
+
+def test_input_perturbation_is_not_part_of_the_target():
+    seen, target = noises(20_000, input_perturbation=0.3)
+    np.testing.assert_array_equal(target, noises(20_000)[1])
+    more = (seen - target).reshape(20_000, 12)
+    both = np.concatenate([more, target.reshape(20_000, 12)], axis=1)
+    expected = np.diag(np.repeat([0.09, 1.0], 12))
+    np.testing.assert_allclose(np.cov(both.T), expected, atol=0.03)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import diffusers
 import numpy as np
 import torch
-from tiny_encoders import randomise
+from tiny_encoders import clip_text, randomise
+from tiny_tokenizer import tiny_tokenizer
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="diffusers")
@@ -76,6 +77,26 @@ def vae(seed=2, **fields):
         scaling_factor=0.5,
     )
     return randomise(diffusers.AutoencoderKL(**(config | fields)), seed)
+
+
+def whole(kind="StableDiffusionPipeline", folder=None, scheduler="ddim"):
+    """A pipeline with text encoders and tokenizers, also saved where a folder is given."""
+    parts = {"vae": vae(), "scheduler": SCHEDULERS[scheduler]}
+    if kind == "StableDiffusionXLPipeline":
+        added = {"projection_class_embeddings_input_dim": 24 + 6 * 8, "cross_attention_dim": 64}
+        parts |= {"unet": unet(**SDXL | added)}
+        parts |= {"text_encoder": clip_text(3), "tokenizer": tiny_tokenizer()}
+        parts["text_encoder_2"] = clip_text(4, projection=True, hidden_act="gelu")
+        parts |= {"tokenizer_2": tiny_tokenizer(pad="!"), "add_watermarker": False}
+    else:
+        parts |= {"unet": unet(), "text_encoder": clip_text(3), "tokenizer": tiny_tokenizer()}
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        parts["requires_safety_checker"] = False
+    pipeline = getattr(diffusers, kind)(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    if folder is not None:
+        pipeline.save_pretrained(folder)
+    return pipeline
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""Judging a text-to-image run by its held-out captions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffusion.evaluation.captions import caption_gap, retrieval
+from diffusion.evaluation.frechet import nearest_distances
+from diffusion.experiment.drawing import Drawer
+
+
+def follows_captions(drawer: Drawer, params: Any) -> dict[str, Any]:
+    """Whether held-out captions are followed: losses, retrieval, nearest training examples.
+
+    Prints the main figures, and gives all, JSON-ready: "captions" as ``caption_gap``, "retrieval"
+    as ``retrieval`` of pictures in pixels, with the median distances of samples, and of held-out
+    examples, to the nearest training example, in what the model is trained on.
+    """
+    experiment = drawer.experiment
+    held_out, c = experiment.held_out, experiment.config.evaluation
+    captions = list(dict.fromkeys(held_out.captions))
+    if len(captions) < 2:
+        print("note: fewer than two captions are held out (config.data.held_out): nothing to judge")
+        return {}
+    gap = caption_gap(experiment.objective, params, held_out)
+    print(
+        "loss on {count} held-out examples: {loss:.4f} with their captions, {loss_other:.4f} with "
+        "others' (+{gap:.4f} +- {gap_ci:.4f}), {loss_empty:.4f} with none; {own_preferred:.1%} "
+        "have the smaller loss with their own".format(**gap)
+    )
+    x, label = drawer.draw(params, c.count, captions=captions)
+    real = held_out.all()["x"]
+    asked = [captions[k] for k in label]
+    found = retrieval(drawer.visible(x), asked, drawer.visible(real), held_out.captions)
+    known = experiment.train.all()["x"]
+    found["nearest_train"] = float(np.median(nearest_distances(x, known)))
+    found["nearest_train_held_out"] = float(np.median(nearest_distances(real, known)))
+    print(
+        "of {captions} held-out captions, {first:.1%} of {pictures} samples are nearest to their "
+        "own's pictures (by chance {first_by_chance:.1%}), {among_10:.1%} have it among the ten "
+        "nearest ({among_10_by_chance:.1%})".format(**found)
+    )
+    return {"captions": gap, "retrieval": found}

@@ -1,0 +1,341 @@
+"""CLIP's transformers: the text encoder of latent diffusion, and the image encoder.
+
+Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision".
+Submodules are named after transformers' keys, with ``_`` for the dots before numbers; parameters
+start as transformers' do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import normal
+
+from diffusion.levels import Array
+from diffusion.models.attention import Attend
+
+
+def quick_gelu(x: Array) -> Array:
+    """x sigmoid(1.702 x), OpenAI's approximation of the gelu."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Array) -> Array:
+    """The exact gelu, x Phi(x)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+class Encoded(NamedTuple):
+    """What a CLIP encoder says of texts or images.
+
+    Attributes:
+      last: [B, L, D] of every token; a text's after the final norm, an image's before it.
+      hidden: depth + 1 times [B, L, D]: what the first layer gets, then each layer's output,
+        without the final norm. The penultimate layer is ``hidden[-2]``.
+      pooled: [B, D] of the whole, after the final norm: a text's end token, an image's class token.
+      projected: [B, P] its projection into the space that texts and images share; None without one.
+    """
+
+    last: Array
+    hidden: tuple[Array, ...]
+    pooled: Array
+    projected: Array | None
+
+
+class ClipAttention(nn.Module):
+    """Multi-head self-attention of x [B, L, D] in a network of ``depth`` layers."""
+
+    heads: int
+    depth: int
+    causal: bool
+    implementation: str | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        width = x.shape[-1]
+
+        def project(name: str) -> Array:
+            init = normal((2 * width * self.depth) ** -0.5)
+            y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)(x)
+            return y.reshape(*x.shape[:-1], self.heads, width // self.heads)
+
+        q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
+        attend = Attend(True, self.implementation, name="attend")
+        out = attend(q, k, v, mask, causal=self.causal).reshape(x.shape)
+        init = normal(width**-0.5)
+        return nn.Dense(width, kernel_init=init, dtype=self.dtype, name="out_proj")(out)
+
+
+class ClipMLP(nn.Module):
+    """Dense to ``hidden``, activation, Dense back."""
+
+    hidden: int
+    depth: int
+    activation: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        init = normal((2 * width) ** -0.5)
+        h = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="fc1")(x)
+        init = normal((2 * width * self.depth) ** -0.5)
+        return nn.Dense(width, kernel_init=init, dtype=self.dtype, name="fc2")(
+            ACTIVATIONS[self.activation](h)
+        )
+
+
+class ClipLayer(nn.Module):
+    """Pre-norm transformer layer on x [B, L, D]."""
+
+    heads: int
+    hidden: int
+    depth: int
+    activation: str
+    eps: float
+    causal: bool
+    implementation: str | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
+
+        attention = ClipAttention(
+            self.heads, self.depth, self.causal, self.implementation, self.dtype, name="self_attn"
+        )
+        x = x + attention(norm("layer_norm1")(x), mask)
+        mlp = ClipMLP(self.hidden, self.depth, self.activation, self.dtype, name="mlp")
+        return x + mlp(norm("layer_norm2")(x))
+
+
+class ClipTransformer(nn.Module):
+    """Layers; gives the hidden states of ``Encoded``."""
+
+    depth: int
+    heads: int
+    hidden: int
+    activation: str
+    eps: float
+    causal: bool
+    remat: bool
+    implementation: str | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None = None) -> tuple[Array, ...]:
+        layer = nn.remat(ClipLayer) if self.remat else ClipLayer
+        states = [x]
+        for i in range(self.depth):
+            block = layer(
+                self.heads,
+                self.hidden,
+                self.depth,
+                self.activation,
+                self.eps,
+                self.causal,
+                self.implementation,
+                self.dtype,
+                name=f"layers_{i}",
+            )
+            states.append(block(states[-1], mask))
+        return tuple(states)
+
+
+class TextEmbeddings(nn.Module):
+    """Embeddings of tokens [B, L] and of their positions, added up."""
+
+    vocab_size: int
+    length: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        if ids.shape[1] > self.length:
+            raise ValueError(f"{ids.shape[1]} tokens; the text encoder takes at most {self.length}")
+
+        def embed(count: int, name: str) -> nn.Embed:
+            init = normal(0.02)
+            return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=init, name=name)
+
+        tokens = embed(self.vocab_size, "token_embedding")(ids)
+        positions = jnp.arange(ids.shape[1])
+        return tokens + embed(self.length, "position_embedding")(positions)[None]
+
+
+class PatchEmbeddings(nn.Module):
+    """A class token and patches of images [B, S, S, 3] with their positions: [B, 1 + N, D]."""
+
+    size: int
+    patch: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        patches = nn.Conv(
+            self.width,
+            (self.patch, self.patch),
+            (self.patch, self.patch),
+            padding="VALID",
+            use_bias=False,
+            kernel_init=normal(0.02),
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(images)
+        first = self.param("class_embedding", normal(self.width**-0.5), (self.width,))
+        first = jnp.broadcast_to(first.astype(self.dtype), (len(images), 1, self.width))
+        tokens = jnp.concatenate([first, patches.reshape(len(images), -1, self.width)], axis=1)
+        count = (self.size // self.patch) ** 2 + 1
+        positions = nn.Embed(
+            count,
+            self.width,
+            dtype=self.dtype,
+            embedding_init=normal(0.02),
+            name="position_embedding",
+        )
+        return tokens + positions(jnp.arange(count))[None]
+
+
+class ClipText(nn.Module):
+    """CLIP's text encoder, a causal transformer.
+
+    Attributes:
+      vocab_size: number of tokens.
+      width: of the tokens' embeddings.
+      depth, heads, hidden: layers, attention heads, width inside the MLPs.
+      length: tokens of a text, at most.
+      activation: "quick_gelu" (OpenAI's) or "gelu" (OpenCLIP's).
+      end: the token that a text ends with; None takes the largest of each text, as OpenAI does:
+        the end is then the last token of the vocabulary.
+      projection: width of the projected embedding; None: there is none.
+      eps: of the norms.
+      remat: recompute the layers in the backward pass, to save memory.
+      implementation: of the attention, as in ``attend``.
+      dtype: of the computation; norms and softmax are in float32.
+    """
+
+    vocab_size: int = 49_408
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    hidden: int = 2048
+    length: int = 77
+    activation: str = "quick_gelu"
+    end: int | None = None
+    projection: int | None = None
+    eps: float = 1e-5
+    remat: bool = False
+    implementation: str | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        _check(self.width, self.heads, self.activation)
+        self.embeddings = TextEmbeddings(self.vocab_size, self.length, self.width, self.dtype)
+        self.encoder = ClipTransformer(
+            self.depth,
+            self.heads,
+            self.hidden,
+            self.activation,
+            self.eps,
+            True,
+            self.remat,
+            self.implementation,
+            self.dtype,
+        )
+        self.final_layer_norm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype)
+        if self.projection is not None:
+            self.text_projection = _projection(self.projection, self.width, self.dtype)
+
+    def __call__(self, ids: Array, mask: Array | None = None) -> Encoded:
+        """Encodes texts.
+
+        Args:
+          ids: [B, L] int tokens, each text with an end token, L at most ``length``.
+          mask: [B, L] bool, True where a token is attended to; Stable Diffusion uses none, so that
+            tokens attend to the padding before them.
+        """
+        hidden = self.encoder(self.embeddings(ids), mask)
+        last = self.final_layer_norm(hidden[-1])
+        ends = ids if self.end is None else ids == self.end
+        at = jnp.argmax(ends, axis=1)
+        pooled = jnp.take_along_axis(last, at[:, None, None], axis=1)[:, 0]
+        projected = None if self.projection is None else self.text_projection(pooled)
+        return Encoded(last, hidden, pooled, projected)
+
+    def norm(self, hidden: Array) -> Array:
+        """The final norm of any layer's output [B, L, D] (clip skip)."""
+        return self.final_layer_norm(hidden)
+
+
+class ClipVision(nn.Module):
+    """CLIP's image encoder, a vision transformer with a class token.
+
+    Attributes:
+      size: of the images' sides, in pixels.
+      patch: of the patches' sides.
+      channels: of the images.
+      others: as in ``ClipText``.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    size: int = 224
+    patch: int = 32
+    channels: int = 3
+    activation: str = "quick_gelu"
+    projection: int = 512
+    eps: float = 1e-5
+    remat: bool = False
+    implementation: str | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        _check(self.width, self.heads, self.activation)
+        self.embeddings = PatchEmbeddings(self.size, self.patch, self.width, self.dtype)
+        self.pre_layrnorm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype)  # their spelling
+        self.encoder = ClipTransformer(
+            self.depth,
+            self.heads,
+            self.hidden,
+            self.activation,
+            self.eps,
+            False,
+            self.remat,
+            self.implementation,
+            self.dtype,
+        )
+        self.post_layernorm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype)
+        self.visual_projection = _projection(self.projection, self.width, self.dtype)
+
+    def __call__(self, images: Array) -> Encoded:
+        """Encodes images [B, size, size, channels], normalised with CLIP's mean and deviation."""
+        expected = (self.size, self.size, self.channels)
+        if images.shape[1:] != expected:
+            raise ValueError(f"images {images.shape}; expected (B, {str(expected)[1:]}")
+        hidden = self.encoder(self.pre_layrnorm(self.embeddings(images)))
+        pooled = self.post_layernorm(hidden[-1][:, 0])
+        return Encoded(hidden[-1], hidden, pooled, self.visual_projection(pooled))
+
+
+def _projection(features: int, width: int, dtype: jnp.dtype) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, kernel_init=normal(width**-0.5), dtype=dtype)
+
+
+def _check(width: int, heads: int, activation: str) -> None:
+    if width % heads:
+        raise ValueError(f"width={width} cannot be split into heads={heads}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")

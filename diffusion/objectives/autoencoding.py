@@ -1,0 +1,197 @@
+"""The objective of KL autoencoders (Esser et al., 2021; Rombach et al., 2022).
+
+Per number of the image, with z ~ N(mu(x), s(x)^2), y = decode(z), and D a discriminator's logits,
+
+    nll  = r / exp(l) + l,    r = distance(x, y) + perceptual_weight * LPIPS(x, y)
+    loss = nll + kl_weight * KL(z || N(0, 1)) / d + w * adversarial_weight * (-E D(y))
+    w    = |d nll / d W| / (|d (-E D(y)) / d W| + 1e-4),    W: the decoder's last kernel
+
+to which from ``adversarial_start`` on the discriminator's own loss is added: of x and y held fixed,
+while -E D(y) holds D fixed, so that one gradient serves both networks (each with its own optimiser:
+``two_optimizers``). d is the numbers per image: this is the papers' loss divided by d, so that with
+their ``kl_weight`` their balance results, whatever the size of images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion.levels import Array
+from diffusion.models import discriminator
+from diffusion.models.autoencoder import AutoencoderKL, Gaussian
+from diffusion.objectives import distances
+from diffusion.objectives.denoising import normal
+from diffusion.training.optimizers import Optimizer
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversary:
+    """What is told reconstructions and images apart, and when that begins to count.
+
+    Attributes:
+      network: images -> logits.
+      loss: of real and fake logits, the network's own.
+      weight: of the adversarial loss, besides the adaptive weight.
+      start: steps before both losses count.
+    """
+
+    network: nn.Module
+    loss: Callable[[Array, Array], Array] = discriminator.hinge
+    weight: float = 0.5
+    start: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoding:
+    """Trains ``network``, and the adversary's where there is one.
+
+    Attributes:
+      network: the autoencoder.
+      distance: of original and reconstruction, per example.
+      kl_weight: of the divergence from the standard normal.
+      perceptual: module (x, y) -> [B] whose parameters are ``frozen["perceptual"]``; or None.
+      perceptual_weight: of that.
+      adversary: or None.
+      learned_variance: learn l, which is 0 otherwise.
+    """
+
+    network: AutoencoderKL
+    distance: distances.Distance = distances.l1
+    kl_weight: float = 1e-6
+    perceptual: nn.Module | None = None
+    perceptual_weight: float = 1.0
+    adversary: Adversary | None = None
+    learned_variance: bool = False
+
+    def init(self, key: Array, batch: Mapping[str, Array]) -> Params:
+        """Initial parameters {"network": ...} and maybe "adversary" and "log_variance"."""
+        x = jnp.asarray(batch["x"])
+        key_network, key_adversary = jax.random.split(key)
+        params = {"network": self.network.init(key_network, x)["params"]}
+        if self.adversary is not None:
+            params["adversary"] = self.adversary.network.init(key_adversary, x)["params"]
+        if self.learned_variance:
+            params["log_variance"] = jnp.zeros(())
+        return params
+
+    def loss(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Mapping[str, Array],
+        key: Array,
+        train: bool = True,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The mean loss over a batch, the adversary's included, and metrics.
+
+        What is drawn for an example depends on ``key`` and ``batch["index"]``, as for denoising.
+        Without ``batch["step"]`` the adversary counts. The adaptive weight is that of the batch
+        given, which in training is a device's piece.
+        """
+        x = batch["x"]
+        index = batch.get("index", jnp.arange(len(x)))
+        key_sample, key_network = jax.random.split(key)
+        keys = jax.random.split(jax.random.fold_in(key_network, index[0]))
+        latents = self._apply(params, "encode", x, train, keys[0])
+        z = latents.at(normal(key_sample, index, latents.mean.shape[1:], latents.mean.dtype))
+
+        # As a function of the last kernel too, whose gradients the adaptive weight compares.
+        y, pull = jax.vjp(
+            lambda kernel: self._apply(_with_kernel(params, kernel), "decode", z, train, keys[1]),
+            params["network"]["decoder"]["conv_out"]["kernel"],
+        )
+        (nll, metrics), d_nll = jax.value_and_grad(self._nll, 1, has_aux=True)(params, y, x, frozen)
+        kl = latents.kl().mean()
+        loss = nll + self.kl_weight * kl / x[0].size
+        metrics |= {"kl": kl / x[0].size}
+        if self.adversary is not None:
+            started = jnp.asarray(batch.get("step", self.adversary.start)) >= self.adversary.start
+            added, told = jax.lax.cond(
+                started,
+                lambda *args: self._adversarial(pull, *args),
+                lambda *args: jax.tree.map(jnp.zeros_like, self._adversarial(pull, *args)),
+                *(params["adversary"], y, x, d_nll),
+            )
+            loss, metrics = loss + added, metrics | told
+        return loss, metrics
+
+    def encode(self, params: Params, x: Array) -> Gaussian:
+        """The latents' distribution, without dropout."""
+        return self._apply(params, "encode", x)
+
+    def reconstruct(self, params: Params, x: Array) -> Array:
+        """Reconstructions [B, H, W, C] from the latents' mode, without dropout."""
+        return self._apply(params, "decode", self.encode(params, x).mode())
+
+    def _nll(
+        self, params: Params, y: Array, x: Array, frozen: Params
+    ) -> tuple[Array, dict[str, Array]]:
+        error = self.distance(y, x).mean()
+        metrics = {"reconstruction": error}
+        if self.perceptual is not None:
+            apart = self.perceptual.apply({"params": frozen["perceptual"]}, x, y).mean()
+            metrics["perceptual"] = apart
+            error = error + self.perceptual_weight * apart
+        if not self.learned_variance:
+            return error, metrics
+        log_variance = params["log_variance"]
+        metrics["log_variance"] = log_variance
+        return error * jnp.exp(-log_variance) + log_variance, metrics
+
+    def _adversarial(
+        self, pull: Callable, adversary: Params, y: Array, x: Array, d_nll: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """Both networks' losses, added; the adaptive weight among the metrics."""
+
+        def logits(weights: Params, images: Array) -> Array:
+            return self.adversary.network.apply({"params": weights}, images)
+
+        def realism(y: Array) -> Array:
+            return -logits(jax.lax.stop_gradient(adversary), y).mean()
+
+        unreal, d_unreal = jax.value_and_grad(realism)(y)
+        norms = [optax.tree.norm(pull(d.astype(y.dtype))) for d in (d_nll, d_unreal)]
+        weight = jax.lax.stop_gradient(jnp.clip(norms[0] / (norms[1] + 1e-4), 0, 1e4))
+        real, fake = logits(adversary, x), logits(adversary, jax.lax.stop_gradient(y))
+        own = self.adversary.loss(real, fake)
+        metrics = {"adversary": own, "adaptive_weight": weight}
+        metrics |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
+        return self.adversary.weight * weight * unreal + own, metrics
+
+    def _apply(
+        self, params: Params, method: str, x: Array, train: bool = False, key: Array | None = None
+    ) -> Any:
+        rngs = {} if key is None else {"dropout": key}
+        variables = {"params": params["network"]}
+        return self.network.apply(variables, x, train, method=method, rngs=rngs)
+
+
+def two_optimizers(autoencoder: Optimizer, adversary: Optimizer, start: int) -> Optimizer:
+    """One update of both networks, each by its own optimiser.
+
+    The adversary's begins, its learning-rate schedule too, after ``start`` steps. The learning rate
+    told is the autoencoder's.
+    """
+    late = optax.transforms.conditionally_mask(adversary.tx, lambda step: step >= start)
+
+    def label(params: Params) -> dict[str, str]:
+        return {name: "late" if name == "adversary" else "all" for name in params}
+
+    tx = optax.multi_transform({"all": autoencoder.tx, "late": late}, label)
+    return Optimizer(tx, autoencoder.learning_rate)
+
+
+def _with_kernel(params: Params, kernel: Array) -> Params:
+    """The parameters with another kernel in the decoder's last layer."""
+    network = params["network"]
+    last = {**network["decoder"]["conv_out"], "kernel": kernel}
+    return params | {"network": {**network, "decoder": {**network["decoder"], "conv_out": last}}}
