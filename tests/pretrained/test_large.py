@@ -21,7 +21,6 @@ from diffusion.pretrained.names import from_tensors
 from tests.pretrained.test_diffusers_unet import randomised
 from tests.pretrained.unet_cases import SD1
 
-
 X, CONTEXT = (np.random.default_rng(0).normal(size=s) for s in ((1, 64, 64, 4), (1, 77, 768)))
 X, CONTEXT, AT = X.astype(np.float32), CONTEXT.astype(np.float32), np.array([500.0], np.float32)
 
