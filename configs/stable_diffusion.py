@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     c.revision = ""  # of the hub id
     c.variant = ""  # of the weights' files: fp16
     c.dtype = "auto"  # float32, bfloat16 or float16; auto: bfloat16 but float32 on a CPU
+    c.prediction_type = ""  # of a single file: epsilon or v_prediction; empty: the published one
     c.tokenizer = ""  # for a single file: CLIP's folder or merges file; empty: from the hub
     c.refiner = ""  # an SDXL refiner, for the last steps
 

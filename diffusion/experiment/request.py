@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from diffusion import specs
 from diffusion.experiment import sampler as samplers
 from diffusion.experiment.fields import field, wrong_types
 from diffusion.pipelines import images, memory, tasks
+from diffusion.pipelines.checkpoints import open_checkpoint
 from diffusion.pipelines.loading import Opened, open_pipeline
 from diffusion.pipelines.pipeline import Pipeline
-from diffusion.pretrained import schedulers
+from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
+from diffusion.pretrained import hub, schedulers
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
 from diffusion.sampling import grids
 
@@ -27,6 +30,7 @@ KINDS = {
     "StableDiffusionInstructPix2PixPipeline": "instruct",
     "DiTPipeline": "class_to_image",
 }
+CLIP = "openai/clip-vit-large-patch14"
 TIGHT = 1.6  # what a network needs may be so many times the estimate
 
 
@@ -103,15 +107,30 @@ def _open(name: str, config: ConfigDict, dtype: Any) -> Opened:
         raise ValueError(
             f"config.{name} must name a diffusers folder, a safetensors file or a hub id"
         )
+    common = {"dtype": dtype, "tile": config.tile}
     with field(f"config.{name}={where!r}"):
-        return open_pipeline(
-            where,
-            revision=config.revision or None,
-            variant=config.variant or None,
-            dtype=dtype,
-            tile=config.tile,
-            tokenizer=config.tokenizer or None,
-        )
+        if Path(where).is_file():
+            prediction = config.prediction_type or None
+            tokenizer = partial(_clip_tokenizer, config.tokenizer)
+            return open_checkpoint(where, tokenizer, prediction_type=prediction, **common)
+        revision, variant = config.revision or None, config.variant or None
+        return open_pipeline(where, revision=revision, variant=variant, **common)
+
+
+def _clip_tokenizer(where: str, pad: str) -> Any:
+    """CLIP's, from a folder, OpenAI's merges file or the hub."""
+    with field(f"config.tokenizer={where!r}"):
+        if where and Path(where).is_file():
+            return clip_tokenizer(where, pad=pad)
+        try:
+            tokenizer = load_tokenizer(hub.locate(where or CLIP, weights=False))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"a single file holds no tokenizer: name CLIP's folder, or the path of "
+                f"bpe_simple_vocab_16e6.txt.gz ({error})"
+            ) from None
+    tokenizer.pad_token = pad
+    return tokenizer
 
 
 def _task(config: ConfigDict, pipeline: Pipeline) -> str:

@@ -23,11 +23,10 @@ from diffusion.models.dit import DiT
 from diffusion.pipelines import memory
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pipelines.tiling import Tiling
-from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
+from diffusion.pipelines.tokenizers import load_tokenizer
 from diffusion.pretrained import folders, hub
 from diffusion.pretrained.models import Model, example
 from diffusion.pretrained.schedulers import config as schedulers
-from diffusion.pretrained.single_file import open_single_file
 
 KINDS = (
     "StableDiffusionPipeline",
@@ -45,9 +44,6 @@ NETWORKS = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DMode
 ENCODERS = ("text_encoder", "text_encoder_2")
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
-CLIP = "openai/clip-vit-large-patch14"
-LOW_RES = {"_class_name": "DDPMScheduler", "beta_schedule": "scaled_linear"}
-"""The published upscaler's ``low_res_scheduler``."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +102,21 @@ def open_pipeline(
     variant: str | None = None,
     dtype: DTypeLike = jnp.float32,
     tile: int = 0,
-    tokenizer: str | Path | None = None,
 ) -> Opened:
     """Finds a pipeline and checks all of its files, without reading weights.
 
     Args:
-      path_or_id: a folder as diffusers saves it, a single safetensors file in the original naming,
-        or an id on the Hugging Face hub.
+      path_or_id: a folder as diffusers saves it, or an id on the Hugging Face hub.
       revision: a branch, tag or commit on the hub.
       variant: of the weights, e.g. 'fp16'.
       dtype: of parameters and computation.
       tile: see ``Pipeline``.
-      tokenizer: for a single file, which has none: the folder of CLIP's, or OpenAI's merges file
-        bpe_simple_vocab_16e6.txt.gz; by default fetched from the hub.
 
     Raises:
       FileNotFoundError: nothing there, or a file is missing.
       ValueError: a pipeline, a model or a setting that is not supported, or weights that are not
         what the configs say.
     """
-    if Path(path_or_id).is_file():
-        return _single(Path(path_or_id), dtype, tile, tokenizer)
     folder = hub.locate(path_or_id, variant=variant, revision=revision)
     index = pretrained.read_index(folder)
     if index.kind not in KINDS:
@@ -235,49 +225,6 @@ def _scheduler(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return config
-
-
-def _single(path: Path, dtype: DTypeLike, tile: int, tokenizer: str | Path | None) -> Opened:
-    """A checkpoint in the original naming, which has neither schedulers nor tokenizers."""
-    found = open_single_file(path)
-    absent = [name for name in ("unet", "vae") if name not in found.components]
-    encoders = [name for name in ENCODERS if name in found.components]
-    if absent or not encoders:
-        raise ValueError(f"{path} holds no {' and no '.join(absent or ['text encoder'])}")
-    tokenizers = []
-    for name in encoders:
-        one = _any_tokenizer(tokenizer)
-        exclaims = name == "text_encoder_2" or found.components[name].module.width > 768
-        one.pad_token = "!" if exclaims else one.eos_token  # as in the published pipelines
-        tokenizers.append(one)
-    refines = found.family == "xl_refiner"
-    pipeline = Pipeline(
-        found.pipeline,
-        found.components["unet"].module.clone(dtype=dtype),
-        found.components["vae"].module.clone(dtype=dtype),
-        found.scheduler,
-        tuple(found.components[name].module.clone(dtype=dtype) for name in encoders),
-        tuple(tokenizers),
-        LOW_RES if found.family == "upscale" else None,
-        tile,
-        {"requires_aesthetics_score": refines, "force_zeros_for_empty_prompt": not refines}
-        if found.family.startswith("xl")
-        else {},
-    )
-    return Opened(pipeline, found.components, dtype)
-
-
-def _any_tokenizer(where: str | Path | None) -> Any:
-    """CLIP's, of a folder, of OpenAI's merges file, or of the hub."""
-    if where is None:
-        try:
-            return load_tokenizer(hub.locate(CLIP, weights=False))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"a single file holds no tokenizer: name the folder of CLIP's, or the file "
-                f"bpe_simple_vocab_16e6.txt.gz ({error})"
-            ) from None
-    return clip_tokenizer(where) if Path(where).is_file() else load_tokenizer(where)
 
 
 def _cast(shapes: Any, dtype: DTypeLike) -> Any:

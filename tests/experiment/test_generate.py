@@ -131,3 +131,15 @@ def test_an_upscaler_takes_the_picture_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**40)
     asked = request.read(config(tmp_path, image=image_file(tmp_path, (10, 13))))
     assert asked.task == "upscale" and asked.size == (10, 12)
+
+
+def test_a_single_file_needs_a_tokenizer_too(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Not a checkpoint of published size: said before the tokenizer is looked for.
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match=r"config\.model=.*no checkpoint of Stable Diffusion"):
+        request.read(config(weights))
+    with pytest.raises(FileNotFoundError, match="bpe_simple_vocab_16e6"):
+        request._clip_tokenizer("", "!")
+    tokenizer = request._clip_tokenizer(str(folder / "tokenizer"), "!")
+    assert tokenizer.pad_token == "!"
