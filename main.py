@@ -1,4 +1,4 @@
-"""Train, sample from or evaluate a diffusion model.
+"""Train, sample from or evaluate a diffusion model, or use a pretrained one.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample
@@ -6,12 +6,15 @@
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
     python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji --mode=cache
+    python main.py --config=configs/stable_diffusion.py --mode=generate \
+        --config.model=DIR_OR_HUB_ID --config.prompt="a lighthouse at dusk"
 
 Any field of the config can be overridden: --config.objective.prediction=eps
 """
 
 import difflib
 import os
+import runpy
 import sys
 
 if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -23,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
-_MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache"]
+_MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache", "generate"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
 
-    from diffusion.experiment import runs
+    from diffusion.experiment import generate, runs
 
     # What was compiled once need not be again: the next run of this config starts sooner.
     cache = os.path.join(os.path.expanduser("~"), ".cache", "diffusion-jax")
@@ -41,8 +44,12 @@ def main(argv: list[str]) -> None:
         "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
     )
 
-    run = getattr(runs, _MODE.value)
+    generates = _MODE.value == "generate"
+    run = generate.generate if generates else getattr(runs, _MODE.value)
     try:
+        if generates == ("train" in _CONFIG.value):
+            fitting = "configs/stable_diffusion.py" if generates else "a config of an experiment"
+            raise ValueError(f"--mode={_MODE.value} takes {fitting}")
         run(_CONFIG.value, _WORKDIR.value)
     except (ValueError, FileNotFoundError, ArithmeticError) as error:
         # A user's mistake or a diverged run: the message helps, the traceback would bury it.
@@ -56,12 +63,11 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError):
-        from configs import base
-
-        for argument in argv:
-            name = argument.lstrip("-").split("=")[0]
+        given = dict(argument.lstrip("-").partition("=")[::2] for argument in argv)
+        config = runpy.run_path(given["config"].split(":")[0])["get_config"]()
+        for name in given:
             if name.startswith("config."):
-                _check_field(name, base.get_config())
+                _check_field(name, config)
         raise
     except flags.Error as error:
         sys.exit(f"error: {error}")
@@ -84,5 +90,10 @@ def _check_field(name: str, config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "mode"],
+        lambda given: given["workdir"] or given["mode"] == "generate",
+        "--workdir is needed: where to put what comes out",
+    )
     app.run(main, flags_parser=parse)

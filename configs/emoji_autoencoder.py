@@ -3,7 +3,11 @@
     python main.py --config=configs/emoji_autoencoder.py --workdir=runs/emoji_autoencoder \\
         --config.data.dir=DATA
 
-DATA holds the folders ``emoji`` and ``dcss_tiles`` with .npz files of images and captions.
+DATA holds the folders ``emoji`` and ``dcss_tiles`` with .npz files of images and captions. Latents
+are 16 x 16 x 4; runs/emoji_autoencoder/autoencoder is what config.data.autoencoder takes.
+
+Hardware: 2 CPU cores that were busy with other work, 23 minutes (64,000 images). Result: the 299
+images with held-out captions are reconstructed to 29.7 dB on average.
 """
 
 from ml_collections import ConfigDict

@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     c.revision = ""  # of the hub id
     c.variant = ""  # of the weights' files: fp16
     c.dtype = "auto"  # float32, bfloat16 or float16; auto: bfloat16 but float32 on a CPU
+    c.prediction_type = ""  # of a single file: epsilon or v_prediction; empty: the published one
+    c.tokenizer = ""  # for a single file: CLIP's folder or merges file; empty: from the hub
     c.refiner = ""  # an SDXL refiner, for the last steps
 
     c.prompt = ""
@@ -36,6 +38,11 @@ def get_config() -> ConfigDict:
     c.noise_level = 20  # added to the upscaler's picture
     c.height = 0  # pixels; 0: what the network was trained on, or the picture's
     c.width = 0
+    # SDXL's micro-conditioning: size of the training picture (empty: the picture's), where it was
+    # cropped, and the refiner's scores, to steer to and away from
+    c.original = ()  # (height, width)
+    c.crop = (0, 0)  # (top, left)
+    c.aesthetic = (6.0, 2.5)
 
     c.sampler = ConfigDict()
     # The pipeline's own scheduler (empty), another class of diffusers, with options:

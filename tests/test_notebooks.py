@@ -6,16 +6,20 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+import tiny_pipelines
 
 COLABS = Path(__file__).parent.parent / "colabs"
 
 
 @pytest.mark.parametrize("path", sorted(COLABS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs(path):
+def test_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     parameters = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
     assert len(parameters) == 1, "one cell is tagged 'parameters'"
     parameters[0].source += "\nsteps = 20\n"
+    if path.stem == "stable_diffusion":
+        tiny_pipelines.whole(folder=tmp_path)
+        parameters[0].source += f"steps = 4\nmodel = {str(tmp_path)!r}\n"
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": COLABS}}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import specs
+from diffusion import pretrained, specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import figures
 from diffusion.experiment.fields import field
 from diffusion.models import discriminator
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.discriminator import PatchDiscriminator
+from diffusion.models.lpips import LPIPS
 from diffusion.objectives import distances
 from diffusion.objectives.autoencoding import Adversary, Autoencoding
-from diffusion.pretrained import autoencoder_kl, folders, weights
+from diffusion.pretrained import lpips
 
 if TYPE_CHECKING:
     from diffusion.experiment.build import Experiment  # which imports this module
@@ -57,6 +59,8 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
             **config.model.autoencoder, **channels, sample_size=shape[0], dtype=dtype
         )
         network.check(shape[:2])
+    if c.perceptual and shape[-1] != 3:
+        raise ValueError(f"{at}.perceptual compares RGB images, these have shape {shape}")
     adversary = None
     if c.adversary:
         if c.adversary not in ADVERSARIES:
@@ -76,9 +80,20 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
         network=network,
         distance=specs.function(c.distance, DISTANCES, f"{at}.distance"),
         kl_weight=c.kl_weight,
+        perceptual=LPIPS(dtype=dtype) if c.perceptual else None,
+        perceptual_weight=c.perceptual_weight,
         adversary=adversary,
         learned_variance=c.learned_variance,
     )
+
+
+def frozen(config: ConfigDict) -> Any:
+    """The weights of config.autoencoding.perceptual, where the objective has any."""
+    path = config.autoencoding.perceptual
+    if config.objective.get("name") != "autoencoding" or not path:
+        return None
+    with field("config.autoencoding.perceptual"):
+        return {"perceptual": lpips.load(path)}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -92,12 +107,22 @@ def _encode(objective: Autoencoding, params: Any, x: jax.Array) -> tuple[jax.Arr
     return latents.mean, latents.log_variance
 
 
+def _in_batches(function: Any, source: Source, index: np.ndarray) -> Iterator[Any]:
+    """(x, function(x)) of the source's images x, compiled for one batch size."""
+    for k in range(0, len(index), BATCH):
+        part = index[k : k + BATCH]
+        x = source.read(np.resize(part, BATCH))["x"]
+        yield jax.tree.map(lambda a: np.asarray(a)[: len(part)], (x, function(x)))  # noqa: B023
+
+
 def picture(experiment: Experiment, params: Any) -> np.ndarray:
     """Three rows of held-out images, each above its reconstructions; uint8."""
-    source, columns = experiment.held_out, experiment.config.samples.columns
+    source = experiment.held_out
+    columns = min(experiment.config.samples.columns, len(source))
     index = np.random.default_rng(0).permutation(len(source))[: 3 * columns]
-    x = source.read(index)["x"]
-    y = np.asarray(_reconstruct(experiment.objective, params, x))
+    index = index[: len(index) // columns * columns]
+    function = partial(_reconstruct, experiment.objective, params)
+    x, y = (np.concatenate(parts) for parts in zip(*_in_batches(function, source, index)))
     rows = [part[k : k + columns] for k in range(0, len(x), columns) for part in (x, y)]
     names = ["original", "reconstruction"] * (len(rows) // 2)
     return figures.image_grid(np.concatenate(rows), columns, row_names=names)
@@ -109,13 +134,15 @@ def measure(objective: Autoencoding, params: Any, train: Source, held_out: Sourc
     The peak signal-to-noise ratio is 10 log10(4 / mse) in dB of each image, averaged; images are in
     [-1, 1], reconstructions are clipped to that.
     """
-    errors = []
-    for x in _batches(held_out, np.arange(len(held_out))):
-        y = np.asarray(_reconstruct(objective, params, x), np.float64).clip(-1, 1)
-        errors.append(((x - y) ** 2).mean((1, 2, 3)))
+    function = partial(_reconstruct, objective, params)
+    errors = [
+        ((x - y.astype(np.float64).clip(-1, 1)) ** 2).mean((1, 2, 3))
+        for x, y in _in_batches(function, held_out, np.arange(len(held_out)))
+    ]
     errors = np.maximum(np.concatenate(errors), 1e-12)
     chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:MEASURED])
-    moments = [_encode(objective, params, x) for x in _batches(train, chosen)]
+    function = partial(_encode, objective, params)
+    moments = [moments for _, moments in _in_batches(function, train, chosen)]
     mean, log_variance = (np.concatenate(parts, dtype=np.float64) for parts in zip(*moments))
     # Of samples, as a diffusion model sees them.
     std = float(np.sqrt(mean.var() + np.exp(log_variance).mean()))
@@ -141,20 +168,8 @@ def finish(experiment: Experiment, params: Any, folder: Path) -> None:
     result = measure(objective, params, train, experiment.held_out)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     net = objective.network.clone(scaling_factor=result["scaling_factor"])
-    save(net, params["network"], folder / "autoencoder")
+    pretrained.save(folder / "autoencoder", net, params["network"])
     print(
         "{num_held_out} held-out images are reconstructed to {psnr:.2f} dB; latents {latent_shape} "
         "of standard deviation {latent_std:.3f}".format(**result)
     )
-
-
-def save(net: AutoencoderKL, params: Any, folder: Path) -> None:
-    """Writes the network as diffusers saves it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = weights.save_params(autoencoder_kl.names(net), params)
-    folders.write_folder(folder, folders.DIFFUSERS, tensors)
-    folders.write_json(folder / "config.json", autoencoder_kl.to_config(net))
-
-
-def _batches(source: Source, index: np.ndarray) -> Any:
-    return (source.read(index[k : k + BATCH])["x"] for k in range(0, len(index), BATCH))

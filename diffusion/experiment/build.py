@@ -17,12 +17,11 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
-from diffusion.experiment import finetuning, guiding, latents, sampler
+from diffusion.experiment import autoencoding, finetuning, guiding, latents, sampler
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
-from diffusion.experiment.model import make_model, make_source, other_run
+from diffusion.experiment.model import Objective, make_model, make_source, other_run
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
-from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
 from diffusion.training import ema, optimizers
@@ -54,7 +53,7 @@ class Experiment:
     config: ConfigDict
     train: Source
     held_out: Source
-    objective: Denoising | Classification | Autoencoding
+    objective: Objective
     optimizer: optimizers.Optimizer
     emas: dict[str, ema.Profile]
     num_classes: int
@@ -108,7 +107,8 @@ def build(config: ConfigDict) -> Experiment:
             )
         notes += sampler.notes(config, sampler.make_grid(config, objective))
         notes += guiding.notes(config, bool(num_classes or encode))
-    _check_shapes(objective, train, config.train.batch_size)
+    frozen = autoencoding.frozen(config)
+    _check_shapes(objective, train, frozen)
     return Experiment(
         config=config,
         train=train,
@@ -118,6 +118,7 @@ def build(config: ConfigDict) -> Experiment:
         emas={"ema": profile},
         num_classes=num_classes,
         autoencoder=latents.autoencoder(config.data),
+        frozen=frozen,
         notes=tuple(notes),
         **drawing,
     )
@@ -178,10 +179,10 @@ def _check_numbers(config: ConfigDict) -> None:
         )
 
 
-def _check_shapes(objective: Denoising, train: Source, batch_size: int) -> None:
+def _check_shapes(objective: Objective, train: Source, frozen: Any) -> None:
     """Traces initialisation and loss without computing: shape errors show before compilation."""
     example = train[0]
     batch = {k: np.repeat(np.asarray(v)[None], 2, axis=0) for k, v in example.items()}
     with field("the network does not fit the data"):
         params = jax.eval_shape(objective.init, jax.random.key(0), batch)
-        jax.eval_shape(lambda p: objective.loss(p, {}, batch, jax.random.key(0)), params)
+        jax.eval_shape(lambda p: objective.loss(p, frozen, batch, jax.random.key(0)), params)

@@ -20,10 +20,11 @@ def wrong_types() -> Iterator[None]:
 
 @contextlib.contextmanager
 def field(name: str) -> Iterator[None]:
-    """Names the config field in a ValueError that does not name one itself."""
+    """Names the config field in an error of value or file that does not name one itself."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         if str(error).startswith("config."):
             raise
-        raise ValueError(f"{name}: {error}") from error
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(f"{name}: {error}") from error

@@ -187,10 +187,10 @@ class Encoder(nn.Module):
 
     def make_attentions(
         self, kinds: Sequence[AttentionKind], level: int
-    ) -> list[Constructor | None]:
+    ) -> tuple[Constructor | None, ...]:
         """What follows each of a level's ResNet blocks."""
         only_cross = per_level(self.only_cross_attention, level)
-        return [self.make_attention(kind, level, only_cross) for kind in kinds]
+        return tuple(self.make_attention(kind, level, only_cross) for kind in kinds)
 
     def make_downsample(self, level: int) -> Constructor:
         """What halves a level's resolution."""

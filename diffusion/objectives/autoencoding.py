@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -115,12 +116,12 @@ class Autoencoding:
         metrics |= {"kl": kl / x[0].size}
         if self.adversary is not None:
             started = jnp.asarray(batch.get("step", self.adversary.start)) >= self.adversary.start
-            added, told = jax.lax.cond(
-                started,
-                lambda *args: self._adversarial(pull, *args),
-                lambda *args: jax.tree.map(jnp.zeros_like, self._adversarial(pull, *args)),
-                *(params["adversary"], y, x, d_nll),
+            function = partial(self._adversarial, pull)
+            args = params["adversary"], y, x, d_nll
+            nothing = jax.tree.map(
+                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *args)
             )
+            added, told = jax.lax.cond(started, function, lambda *_: nothing, *args)
             loss, metrics = loss + added, metrics | told
         return loss, metrics
 

@@ -22,6 +22,8 @@ from diffusion.conditioning import Conditioning
 from diffusion.models.dit import DiT
 from diffusion.pipelines import memory
 from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.pipelines.tiling import Tiling
+from diffusion.pipelines.tokenizers import load_tokenizer
 from diffusion.pretrained import folders, hub
 from diffusion.pretrained.models import Model, example
 from diffusion.pretrained.schedulers import config as schedulers
@@ -75,7 +77,7 @@ class Opened:
             "encoders": [loaded[name] for name in ENCODERS if name in loaded],
         }
 
-    def working_bytes(self, size: tuple[int, int], batch: int, tile: int = 0) -> int:
+    def working_bytes(self, size: tuple[int, int], batch: int) -> int:
         """An estimate of what computing takes beside the weights, for pictures of this size."""
         pipeline, shape = self.pipeline, self.pipeline.latent_shape(size)
         folder = next(name for name in NETWORKS if name in self.models)
@@ -85,7 +87,7 @@ class Opened:
         cond = _example(pipeline.network, x)
         steps = memory.peak(pipeline.network.apply, {"params": params}, x, time, cond)
         net, vae = pipeline.autoencoder, _cast(self.models["vae"].shapes, self.dtype)
-        side = tile // net.factor if tile else max(shape[:2])
+        side = pipeline.tile // net.factor if pipeline.tile else max(shape[:2])
         z = jax.ShapeDtypeStruct(
             (batch, min(shape[0], side), min(shape[1], side), shape[2]), x.dtype
         )
@@ -99,6 +101,7 @@ def open_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     dtype: DTypeLike = jnp.float32,
+    tile: int = 0,
 ) -> Opened:
     """Finds a pipeline and checks all of its files, without reading weights.
 
@@ -107,6 +110,7 @@ def open_pipeline(
       revision: a branch, tag or commit on the hub.
       variant: of the weights, e.g. 'fp16'.
       dtype: of parameters and computation.
+      tile: see ``Pipeline``.
 
     Raises:
       FileNotFoundError: nothing there, or a file is missing.
@@ -136,6 +140,8 @@ def open_pipeline(
         for name in wanted
     }
     modules = {name: model.module.clone(dtype=dtype) for name, model in models.items()}
+    if tile and "vae" in modules:
+        Tiling(tile).check(modules["vae"])
     network = next((name for name in NETWORKS if name in present), None)
     if network is None or "vae" not in present:
         raise ValueError(f"{folder}: a network (unet or transformer) and a vae are needed")
@@ -146,10 +152,11 @@ def open_pipeline(
         modules["vae"],
         configs["scheduler"],
         tuple(modules[name] for name in ENCODERS if name in present),
-        tuple(_tokenizer(folder / name.replace("text_encoder", "tokenizer"))
+        tuple(load_tokenizer(folder / name.replace("text_encoder", "tokenizer"))
               for name in ENCODERS if name in present),
         configs.get("low_res_scheduler"),
-        index.options,
+        tile=tile,
+        options=index.options,
     )  # fmt: skip
     return Opened(pipeline, models, dtype)
 
@@ -218,15 +225,6 @@ def _scheduler(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return config
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from None
 
 
 def _cast(shapes: Any, dtype: DTypeLike) -> Any:

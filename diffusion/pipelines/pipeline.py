@@ -27,6 +27,7 @@ class Pipeline:
       encoders: of text, in the order of the published pipelines.
       tokenizers: one for each.
       low_res_scheduler: config of what noises an upscaler's small picture.
+      tile: pixels of the autoencoder's tiles, for large pictures; 0: they are not cut.
       options: other fields of ``model_index.json``, such as force_zeros_for_empty_prompt.
     """
 
@@ -37,6 +38,7 @@ class Pipeline:
     encoders: tuple[nn.Module, ...] = ()
     tokenizers: tuple[Any, ...] = ()
     low_res_scheduler: Mapping[str, Any] | None = None
+    tile: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:

@@ -14,7 +14,6 @@ Networks distilled with an embedding of the guidance scale (LCM) are told it ins
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,28 +22,13 @@ import numpy as np
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.models.autoencoder import AutoencoderKL
+from diffusion.pipelines.coding import encode, folded
 from diffusion.pipelines.latents import Kept, Steering, draw
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
 from diffusion.sampling.sample import Callback, image_noise
 
-POSTERIOR, MASKED, LOW_RES, REFINER = range(2**30, 2**30 + 4)  # folds of the keys
-
-
-def encode(
-    pipeline: Pipeline, params: Params, images: Array, keys: jax.Array | None = None
-) -> jax.Array:
-    """Scaled latents [B, h, w, C] of images [B, H, W, 3] in [-1, 1].
-
-    With keys [B] a sample of the autoencoder's posterior, without them its mode.
-    """
-    return _encode(pipeline.autoencoder, params["autoencoder"], jnp.asarray(images), keys, True)
-
-
-def decode(pipeline: Pipeline, params: Params, latents: Array) -> jax.Array:
-    """Images [B, H, W, 3], clipped to [-1, 1], float32."""
-    return _decode(pipeline.autoencoder, params["autoencoder"], latents)
+MASKED, LOW_RES, REFINER = range(2**30 + 1, 2**30 + 4)  # folds of the keys
 
 
 def text_to_image(
@@ -122,7 +106,7 @@ def refine(
     callback: Callback | None = None,
 ) -> jax.Array:
     """Goes on with latents that another model left noisy: both samplers are ``hand_over``'s."""
-    keys = _folded(keys, REFINER)
+    keys = folded(keys, REFINER)
     cond, steering = _steer(pipeline, cond, null, scale)
     return draw(
         pipeline.network, params["network"], sampler, keys, latents.shape[1:], cond, steering,
@@ -167,7 +151,7 @@ def inpaint(
     picture = encode(pipeline, params, images, keys)
     kept = None
     if pipeline.network.in_channels == 2 * channels + 1:
-        masked = encode(pipeline, params, images * (1 - mask), _folded(keys, MASKED))
+        masked = encode(pipeline, params, images * (1 - mask), folded(keys, MASKED))
         extra = jnp.concatenate([small, masked], axis=-1)
         cond, null = _with_image(cond, extra), _with_image(null, extra)
     elif pipeline.network.in_channels == channels:
@@ -216,7 +200,7 @@ def upscale(
     level = schedule(np.float64((noise_level + 1) / schedule.steps))
     level = NoiseLevel(*(jnp.float32(leaf) for leaf in level))
     images = jnp.asarray(images)
-    images = diffuse(images, image_noise(_folded(keys, LOW_RES), images.shape[1:]), level)
+    images = diffuse(images, image_noise(folded(keys, LOW_RES), images.shape[1:]), level)
     label = jnp.full(len(images), noise_level, jnp.int32)
     cond, null = (c and _with_image(c, images).replace(label=label) for c in (cond, null))
     shape = (*images.shape[1:3], pipeline.autoencoder.latent_channels)
@@ -246,7 +230,7 @@ def instruct(
       scale, image_scale: how closely to follow the text, and how closely the picture.
       others: as in ``text_to_image``; ``null`` is needed.
     """
-    latents = _encode(pipeline.autoencoder, params["autoencoder"], jnp.asarray(images), None, False)
+    latents = encode(pipeline, params, images, scaled=False)
     steering = Steering(
         null=_with_image(null, jnp.zeros_like(latents)),
         scale=scale,
@@ -353,26 +337,3 @@ def _latents_of(pipeline: Pipeline, params: Params, images: Array, keys: jax.Arr
 
 def _with_image(cond: Conditioning | None, image: Array) -> Conditioning | None:
     return None if cond is None else cond.replace(image=image)
-
-
-def _folded(keys: jax.Array, fold: int) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(key, fold))(keys)
-
-
-@partial(jax.jit, static_argnames=("autoencoder", "scaled"))
-def _encode(
-    autoencoder: AutoencoderKL, params: Any, images: Array, keys: jax.Array | None, scaled: bool
-) -> jax.Array:
-    z = autoencoder.apply({"params": params}, images, method="encode")
-    latents = z.mean
-    if keys is not None:
-        noise = image_noise(_folded(keys, POSTERIOR), latents.shape[1:])
-        latents = latents + jnp.exp(0.5 * z.log_variance) * noise
-    return autoencoder.to_latents(latents) if scaled else latents
-
-
-@partial(jax.jit, static_argnames="autoencoder")
-def _decode(autoencoder: AutoencoderKL, params: Any, latents: Array) -> jax.Array:
-    z = autoencoder.from_latents(latents)
-    images = autoencoder.apply({"params": params}, z, method="decode")
-    return jnp.clip(images.astype(jnp.float32), -1, 1)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion.pretrained import folders
+from diffusion.pretrained import files, folders
 
 _ID = r"[\w.-]+(?:/[\w.-]+)?"
 _NO_WEIGHTS = ("*.json", "*.txt", "*.model")
@@ -39,10 +39,18 @@ def locate(
 
     Raises:
       FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
+      ValueError: for a file.
     """
     path = Path(path_or_id).expanduser()
     if not path.exists():
         path = _fetch(str(path_or_id), patterns(subfolder, variant, weights, components), revision)
+    if path.is_file():
+        if path.suffix in files.PICKLES:
+            raise files.refuse_pickle(path)
+        raise ValueError(
+            f"{path} is a file, not a folder; single-file checkpoints in the original naming are"
+            " read by pipelines.checkpoints.open_checkpoint and pretrained.single_file"
+        )
     folder = path / (subfolder or "")
     if not folder.is_dir():
         what = f"{path} holds no subfolder {subfolder!r}" if subfolder else f"{path} is no folder"

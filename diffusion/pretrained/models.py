@@ -59,19 +59,16 @@ class Model:
     Attributes:
       module: the network.
       config: its config.json.
+      names: the name table of its weights.
       tensors: its weights; None if it was opened without them.
       source: where it lies, for messages.
     """
 
     module: nn.Module
     config: dict[str, Any]
+    names: names.Names
     tensors: files.Tensors | None
     source: str
-
-    @property
-    def names(self) -> names.Names:
-        """The name table."""
-        return _file(self.module).names(self.module)
 
     @cached_property
     def shapes(self) -> dict:
@@ -175,7 +172,7 @@ def open_model(
         raise ValueError(f"{folder} holds a model of class {name}; expected {expected}")
     module = from_config(config, str(path))
     tensors = folders.open_folder(folder, variant) if with_weights else None
-    model = Model(module, config, tensors, str(folder))
+    model = Model(module, config, _file(module).names(module), tensors, str(folder))
     if with_weights:
         model.check()
     return model
@@ -239,6 +236,11 @@ def save(
     base = folders.DIFFUSERS if "_class_name" in config else folders.TRANSFORMERS
     folders.write_folder(folder, base, tensors, max_shard_bytes=max_shard_bytes, variant=variant)
     folders.write_json(Path(folder) / "config.json", config)
+
+
+def to_config(module: nn.Module) -> dict[str, Any]:
+    """The config.json from which diffusers or transformers makes the same network."""
+    return _file(module).to_config(module)
 
 
 def _file(module: nn.Module) -> ModuleType:

@@ -209,13 +209,18 @@ def _by_rule(names: Names, path: str) -> tuple[tuple[str, ...], tuple[str, ...],
 
 def canonical(names: Names, keys: Iterable[str]) -> dict[str, str]:
     """The table's key -> the key as it is stored, without those that hold no parameter."""
-    found = {}
+    return {key: stored[0] for key, stored in _spellings(names, keys).items()}
+
+
+def _spellings(names: Names, keys: Iterable[str]) -> dict[str, list[str]]:
+    """The table's key -> the keys under which it is stored, which may be several."""
+    found: dict[str, list[str]] = {}
     for stored in keys:
         key = stored
         for pattern, replacement in names.aliases:
             key = re.sub(pattern, replacement, key)
         if not re.fullmatch(names.ignored, key):
-            found[key] = stored
+            found.setdefault(key, []).append(stored)
     return found
 
 
@@ -278,8 +283,13 @@ def from_tensors(
     Raises:
       ValueError: see ``check``; nothing is read then.
     """
-    matches, stored = bind(names, params), canonical(names, tensors)
+    matches, spellings = bind(names, params), _spellings(names, tensors)
+    stored = {key: spelled[0] for key, spelled in spellings.items()}
     check(matches, {key: tuple(tensors[name].shape) for key, name in stored.items()}, what)
+    for first, *others in spellings.values():
+        for other in others:
+            if not np.array_equal(np.asarray(tensors[first]), np.asarray(tensors[other])):
+                raise ValueError(f"{what}: {first} and {other} are the same weight, but not equal")
     flat = dict.fromkeys(flax.traverse_util.flatten_dict(params, sep="/"))
     # The largest first: what reading them takes besides comes while little else is there.
     for match in sorted(matches, key=lambda match: -sum(map(math.prod, match.shapes))):

@@ -1,5 +1,7 @@
 """Attention against its formula, and what the U-Net's attention layers may and may not see."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from diffusion.models.attention import (
     SpatialTransformer,
     TransformerBlock,
     attend,
+    attend_in_blocks,
 )
 
 
@@ -39,6 +42,34 @@ def test_attend_is_softmax_attention(masked):
     mask = jnp.arange(7)[None] < jnp.array([[4], [7]]) if masked else None
     expected = reference(*(np.asarray(a, np.float64) for a in (q, k, v)), mask)
     np.testing.assert_allclose(attend(q, k, v, mask), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_queries_give_the_same_attention_and_gradient(masked):
+    q, k, v = normal(2, 5, 3, 4), normal(2, 7, 3, 4, seed=1), normal(2, 7, 3, 4, seed=2)
+    mask = jnp.arange(7)[None] < jnp.array([[4], [7]]) if masked else None
+
+    def both(function):
+        total = lambda q, k, v: (function(q, k, v, mask) * normal(2, 5, 3, 4, seed=3)).sum()
+        return function(q, k, v, mask), jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+
+    blocks = partial(attend_in_blocks, entries=14)  # two queries in each of three blocks
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), both(blocks), both(attend))
+
+
+def test_large_maps_are_taken_in_blocks_on_a_cpu():
+    def jaxpr(length, implementation=None):
+        q = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.bfloat16)
+        function = partial(attend, implementation=implementation)
+        assert jax.eval_shape(function, q, q, q) == q
+        return str(jax.make_jaxpr(function)(q, q, q))
+
+    assert "scan" in jaxpr(512)
+    assert "scan" not in jaxpr(256) + jaxpr(512, "xla")
+    q, k, v = (normal(1, 600, 1, 4, seed=i).astype(jnp.bfloat16) for i in range(3))
+    out = attend(q, k, v).astype(jnp.float32)
+    exact = reference(*(np.asarray(a, np.float64) for a in (q, k, v)))
+    np.testing.assert_allclose(out, exact, atol=0.02)
 
 
 def test_attend_softmax_is_float32_for_bfloat16_inputs():

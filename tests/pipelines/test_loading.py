@@ -11,6 +11,7 @@ import tiny_pipelines as tiny
 import torch
 
 from diffusion.pipelines import tasks
+from diffusion.pipelines.coding import decode
 from diffusion.pipelines.loading import load_pipeline, open_pipeline, save_pipeline
 from diffusion.pipelines.prompts import encode_prompts
 from diffusion.pretrained.schedulers import from_diffusers
@@ -29,7 +30,7 @@ def draw(pipeline, params, negative):
     latents = tasks.text_to_image(
         pipeline, params, sampler, KEYS, cond, null, size=(16, 16), scale=3.0
     )
-    return np.asarray(tasks.decode(pipeline, params, latents))
+    return np.asarray(decode(pipeline, params, latents))
 
 
 def their_draw(pipeline, negative):
@@ -115,4 +116,4 @@ def test_working_memory_is_of_the_right_size(tmp_path):
     opened = open_pipeline(tmp_path)
     small, large = (opened.working_bytes((side, side), 2) for side in (64, 256))
     assert 8 < large / small < 300  # attention maps grow with the fourth power of the side
-    assert opened.working_bytes((256, 256), 2, tile=64) <= large
+    assert open_pipeline(tmp_path, tile=64).working_bytes((256, 256), 2) <= large

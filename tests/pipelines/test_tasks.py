@@ -13,6 +13,7 @@ import torch
 
 from diffusion.conditioning import Conditioning
 from diffusion.pipelines import tasks
+from diffusion.pipelines.coding import POSTERIOR, decode, folded
 from diffusion.pipelines.pipeline import Pipeline
 from diffusion.pretrained import autoencoder_kl, dit, names, unet
 from diffusion.pretrained.schedulers import from_diffusers
@@ -101,12 +102,12 @@ def run(theirs, ours, scheduler, given, image_noises=(), strength=None):
         return theirs(**given, num_inference_steps=steps).images, sampler
 
 
-def posterior_noise(fold=tasks.POSTERIOR):
-    return image_noise(tasks._folded(KEYS, fold), (8, 8, 4))
+def posterior_noise(fold=POSTERIOR):
+    return image_noise(folded(KEYS, fold), (8, 8, 4))
 
 
 def assert_same(pipeline, params, latents, theirs):
-    ours = np.asarray(tasks.decode(pipeline, params, latents))
+    ours = np.asarray(decode(pipeline, params, latents))
     theirs = tiny.numpy_image(theirs)
     assert ours.std() > 0.1 and np.mean(np.abs(ours) < 1) > 0.5, "the picture is saturated or flat"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
@@ -158,9 +159,7 @@ def test_inpaint(channels, scheduler, strength):
     given |= {"image": tiny.torch_image(IMAGES), "mask_image": tiny.torch_image(MASK)}
     given |= {"height": 16, "width": 16, "strength": strength or 1.0}
     drawn = [posterior_noise()] if channels == 4 or strength else []
-    masked = np.asarray(
-        image_noise(tasks._folded(tasks._folded(KEYS, tasks.MASKED), tasks.POSTERIOR), (8, 8, 4))
-    )
+    masked = np.asarray(image_noise(folded(folded(KEYS, tasks.MASKED), POSTERIOR), (8, 8, 4)))
     expected, sampler = run(
         theirs, ours, scheduler, given, [*drawn, NOISE, masked], strength=strength
     )
@@ -194,7 +193,7 @@ def test_upscale(scheduler):
     small = IMAGES[:, :8, :8]
     given |= {"image": tiny.torch_image(small), "noise_level": 70}
     given["latents"] = tiny.torch_image(NOISE)
-    drawn = [image_noise(tasks._folded(KEYS, tasks.LOW_RES), (8, 8, 3))]
+    drawn = [image_noise(folded(KEYS, tasks.LOW_RES), (8, 8, 3))]
     expected, sampler = run(theirs, ours, scheduler, given, drawn)
     latents = tasks.upscale(ours, params, sampler, KEYS, *prompt, small, noise_level=70, scale=3.0)
     assert_same(ours, params, latents, expected)
@@ -262,7 +261,7 @@ def test_sdxl_with_refiner(scheduler):
     given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
     given |= {"denoising_end": fraction, "num_inference_steps": steps, "output_type": "latent"}
     noises = [image_noise(KEYS, (8, 8, 4), r + 1) for r in range(4)]
-    again = [image_noise(tasks._folded(KEYS, tasks.REFINER), (8, 8, 4), r + 1) for r in range(4)]
+    again = [image_noise(folded(KEYS, tasks.REFINER), (8, 8, 4), r + 1) for r in range(4)]
     stochastic = scheduler == "ancestral"
     with torch.no_grad(), tiny.noises(*(noises if stochastic else [])):
         between = base(**given).images

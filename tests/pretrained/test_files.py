@@ -336,6 +336,13 @@ def test_neither_folder_nor_hub(tmp_path, monkeypatch):
             hub.locate(path)
 
 
+def test_files_are_no_folders(tmp_path):
+    for name, message in (("a.ckpt", "unpickling"), ("a.safetensors", "open_checkpoint")):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=message):
+            hub.locate(tmp_path / name)
+
+
 REPO = [
     "model_index.json", "README.md", "v1-5.safetensors", "v1-5.ckpt", "tokenizer/merges.txt",
     "unet/config.json", f"unet/{BASE}.bin", f"unet/{BASE}.safetensors",

@@ -91,6 +91,15 @@ def test_copies_that_differ_are_refused():
         n.from_tensors(TABLE, params(), theirs)
 
 
+def test_one_weight_under_two_names_must_be_one():
+    theirs = dict(n.to_tensors(TABLE, params()))
+    theirs["model.free"] = theirs["free"]
+    jax.tree.map(np.testing.assert_array_equal, n.from_tensors(TABLE, params(), theirs), params())
+    theirs["model.free"] = theirs["free"] + 1
+    with pytest.raises(ValueError, match=r"free and model\.free .* not equal"):
+        n.from_tensors(TABLE, params(), theirs)
+
+
 def test_a_table_that_joins_what_it_should_not_is_refused():
     with pytest.raises(ValueError, match="several parameters"):
         n.bind(n.Names(lambda path: "x"), {"a": {"bias": np.zeros(1)}, "b": {"bias": np.zeros(1)}})

@@ -18,7 +18,7 @@ import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion import pretrained
-from diffusion.pretrained import folders, names, weights
+from diffusion.pretrained import folders, models, names, weights
 from diffusion.pretrained.files import of_array, open_file, write_file
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -81,6 +81,9 @@ BUILDERS = {
 }
 
 
+shapes = cache(models.shapes)
+
+
 @cache
 def model(name):
     """A model with random parameters, norms and biases too."""
@@ -90,6 +93,12 @@ def model(name):
         for block in others:
             block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
     return made
+
+
+@pytest.fixture(autouse=True)
+def known_shapes(monkeypatch):
+    """Tracing takes most of the time here: once a module."""
+    monkeypatch.setattr("diffusion.pretrained.models.shapes", shapes)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +143,8 @@ def test_dtypes_variants_and_devices(saved, tmp_path):
         narrow = pretrained.load(tmp_path, variant=variant, dtype=None).params
         assert_equal(narrow, jax.tree.map(lambda a, d=dtype: np.asarray(a).astype(d), params))
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {np.dtype("float16")}
+    from_brain = pretrained.load(tmp_path, variant="bf16", dtype=jnp.float16).params
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, 0.01), from_brain, narrow))
     wide = pretrained.load(tmp_path, variant="fp16", device=jax.devices()[1]).params
     assert {leaf.devices().pop() for leaf in jax.tree.leaves(wide)} == {jax.devices()[1]}
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype("float32")}

@@ -1,0 +1,47 @@
+"""LPIPS: how far two images are apart to the eye (Zhang et al., 2018), by VGG16's features."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from diffusion.levels import Array
+
+BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG16's widths and convolutions
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet in [0, 1]
+
+
+class LPIPS(nn.Module):
+    """Distances [B] of images x, y [B, H, W, 3] in [-1, 1]; H and W at least 16.
+
+    sum over 5 layers of the mean over pixels of w . (f(x) / |f(x)| - f(y) / |f(y)|)^2, f the last
+    activations before each pooling, w >= 0 learned from people's judgements.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, y: Array) -> Array:
+        if x.shape != y.shape or x.shape[-1] != 3 or min(x.shape[1:3]) < 16:
+            raise ValueError(
+                f"images of shapes {x.shape} and {y.shape}; LPIPS compares RGB images of equal "
+                "shapes, of at least 16 x 16 pixels"
+            )
+        h = jnp.concatenate([x, y]).astype(self.dtype)
+        h = (h - (2 * jnp.array(MEAN, self.dtype) - 1)) / (2 * jnp.array(STD, self.dtype))
+        total, index = jnp.zeros(len(x)), 0
+        for block, (width, convolutions) in enumerate(BLOCKS):
+            if block > 0:
+                h = nn.max_pool(h, (2, 2), (2, 2))
+                index += 1
+            for _ in range(convolutions):
+                h = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"features_{index}")(h)
+                h = nn.relu(h)
+                index += 2
+            f = h.astype(jnp.float32)
+            # Where all features are 0 a root without the small number has no gradient.
+            norm = jnp.sqrt((f * f).sum(-1, keepdims=True) + 1e-20) + 1e-10
+            f, g = jnp.split(f / norm, 2)
+            head = nn.Dense(1, use_bias=False, name=f"lin{block}")
+            total = total + head((f - g) ** 2).mean((1, 2, 3))
+        return total

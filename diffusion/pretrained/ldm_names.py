@@ -1,0 +1,191 @@
+"""Name tables in the naming of the original latent-diffusion code (Rombach et al., 2022), in which
+single-file checkpoints of Stable Diffusion 1, 2 and XL are kept.
+
+Their U-Net counts its blocks through, one list downwards and one upwards; their autoencoder's
+attention has 1 x 1 convolutions; OpenCLIP's text encoder keeps queries, keys and values in one
+matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from diffusion.models.autoencoder import AutoencoderKL
+from diffusion.models.clip import ClipText
+from diffusion.models.unet import UNet
+from diffusion.models.unet_encoder import per_level
+from diffusion.pretrained.names import PLAIN, POINTWISE, Names, Row, dotted, substituted, unfused
+
+RESNET = (
+    (r"\.norm1$", ".in_layers.0"),
+    (r"\.conv1$", ".in_layers.2"),
+    (r"\.time_emb_proj$", ".emb_layers.1"),
+    (r"\.norm2$", ".out_layers.0"),
+    (r"\.conv2$", ".out_layers.3"),
+    (r"\.conv_shortcut$", ".skip_connection"),
+)
+UNET = (
+    (r"^conv_in$", "input_blocks.0.0"),
+    (r"^conv_norm_out$", "out.0"),
+    (r"^conv_out$", "out.2"),
+    (r"^time_embedding\.linear_1$", "time_embed.0"),
+    (r"^time_embedding\.linear_2$", "time_embed.2"),
+    (r"^add_embedding\.linear_1$", "label_emb.0.0"),
+    (r"^add_embedding\.linear_2$", "label_emb.0.2"),
+    (r"^class_embedding$", "label_emb"),
+    (r"^mid_block\.resnets\.0\b", "middle_block.0"),
+    (r"^mid_block\.attentions\.0\b", "middle_block.1"),
+    (r"^mid_block\.resnets\.1\b", "middle_block.2"),
+)
+
+
+def unet(net: UNet, prefix: str = "model.diffusion_model.") -> Names:
+    """The table of a ``UNet``.
+
+    Raises:
+      ValueError: for a network that the original code does not have.
+    """
+    if net.guidance_width is not None:
+        raise ValueError(
+            f"guidance_width={net.guidance_width}: the original naming has no guidance embedding"
+        )
+    if net.scale_shift or net.resnet_resampling or not net.mid_attention:
+        raise ValueError(
+            "only the U-Nets of Stable Diffusion have an original naming: without scale_shift and "
+            "resnet_resampling, with mid_attention"
+        )
+    levels = len(net.widths)
+    counts = [per_level(net.blocks, level) for level in range(levels)]
+    attends = [bool(per_level(net.attention, level)) for level in range(levels)]
+    pairs = []
+    index = 1
+    for i, count in enumerate(counts):
+        for j in range(count):
+            pairs.append((rf"^down_blocks\.{i}\.resnets\.{j}\b", f"input_blocks.{index}.0"))
+            pairs.append((rf"^down_blocks\.{i}\.attentions\.{j}\b", f"input_blocks.{index}.1"))
+            index += 1
+        pairs.append((rf"^down_blocks\.{i}\.downsamplers\.0\.conv$", f"input_blocks.{index}.0.op"))
+        index += 1
+    index = 0
+    for i, level in enumerate(reversed(range(levels))):
+        for j in range(counts[level] + 1):
+            pairs.append((rf"^up_blocks\.{i}\.resnets\.{j}\b", f"output_blocks.{index}.0"))
+            pairs.append((rf"^up_blocks\.{i}\.attentions\.{j}\b", f"output_blocks.{index}.1"))
+            index += 1
+        last = f"output_blocks.{index - 1}.{1 + attends[level]}.conv"
+        pairs.append((rf"^up_blocks\.{i}\.upsamplers\.0\.conv$", last))
+    blocks = substituted(*UNET, *pairs)
+    resnet = substituted(*RESNET)
+    dots = dotted("linear_1", "linear_2")
+
+    def rename(path: str) -> str:
+        key = dots(path)
+        return prefix + (resnet(blocks(key)) if ".resnets." in key else blocks(key))
+
+    return Names(rename)
+
+
+def autoencoder(net: AutoencoderKL, prefix: str = "first_stage_model.") -> Names:
+    """The table of an ``AutoencoderKL``.
+
+    Raises:
+      ValueError: for one with attention elsewhere than in the middle.
+    """
+    if any(net.attention) if isinstance(net.attention, tuple) else net.attention:
+        raise ValueError(
+            f"attention={net.attention}: only autoencoders with attention in the middle alone have "
+            "an original naming"
+        )
+    last = len(net.widths) - 1
+    pairs = [
+        (r"\bmid_block\.resnets\.0\b", "mid.block_1"),
+        (r"\bmid_block\.resnets\.1\b", "mid.block_2"),
+        (r"\bmid_block\.attentions\.0\b", "mid.attn_1"),
+        (r"\.conv_norm_out$", ".norm_out"),
+        (r"\.conv_shortcut$", ".nin_shortcut"),
+        (r"\.group_norm$", ".norm"),
+        (r"\.to_([qkv])$", r".\1"),
+        (r"\.to_out\.0$", ".proj_out"),
+        (r"\bdown_blocks\.", "down."),
+        *((rf"\bup_blocks\.{i}\.", f"up.{last - i}.") for i in range(last + 1)),
+        (r"\.resnets\.", ".block."),
+        (r"\.attentions\.", ".attn."),
+        (r"\.downsamplers\.0\.", ".downsample."),
+        (r"\.upsamplers\.0\.", ".upsample."),
+    ]
+    parts = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out_0", "proj_out"))
+    rows = tuple(
+        Row(
+            (rf"{half}/mid_block/attentions_0/{ours}/kernel",),
+            (f"{prefix}{half}.mid.attn_1.{theirs}.weight",),
+            POINTWISE,
+        )
+        for half in ("encoder", "decoder")
+        for ours, theirs in parts
+    )
+    return Names(_prefixed(prefix, substituted(*pairs)), rows)
+
+
+def clip(net: ClipText, prefix: str = "cond_stage_model.transformer.") -> Names:
+    """The table of OpenAI's text encoder, which transformers' naming serves, below a prefix."""
+    if net.projection is not None:
+        raise ValueError("projection: OpenAI's text encoder has none in single files")
+    rule = dotted()
+    return Names(
+        lambda path: f"{prefix}text_model.{rule(path)}",
+        aliases=((rf"^{re.escape(prefix)}(?!text_model\.)", f"{prefix}text_model."),),
+        ignored=rf"{re.escape(prefix)}text_model\.embeddings\.position_ids",
+    )
+
+
+def open_clip(net: ClipText, prefix: str = "cond_stage_model.model.") -> Names:
+    """The table of OpenCLIP's text encoder.
+
+    Stable Diffusion 2 uses all layers but the last, and no projection: what files hold of them is
+    passed over, and not written.
+    """
+    blocks = f"{prefix}transformer.resblocks."
+    pairs = (
+        (r"^encoder\.layers\.", "transformer.resblocks."),
+        (r"\.layer_norm(\d)$", r".ln_\1"),
+        (r"\.self_attn\.", ".attn."),
+        (r"\.fc1$", ".c_fc"),
+        (r"\.fc2$", ".c_proj"),
+        (r"^final_layer_norm$", "ln_final"),
+        (r"^embeddings\.token_embedding$", "token_embedding"),
+    )
+    rows = [
+        Row(
+            ("embeddings/position_embedding/embedding",),
+            (f"{prefix}positional_embedding",),
+            PLAIN,
+        ),
+        # [width, projection] there, as here.
+        Row(("text_projection/kernel",), (f"{prefix}text_projection",), PLAIN),
+    ]
+    for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
+        first, *others = (rf"self_attn/{part}_proj/{ours}" for part in "qkv")
+        rows.append(
+            Row(
+                (
+                    rf"encoder/layers_(\d+)/{first}",
+                    *(rf"encoder/layers_\1/{other}" for other in others),
+                ),
+                (rf"{blocks}\1.attn.in_proj_{theirs}",),
+                unfused(3),
+            )
+        )
+    unused = [r"logit_scale", r"attn_mask"]
+    if net.projection is None:
+        unused += ["text_projection", rf"transformer\.resblocks\.{net.depth}\..*"]
+    return Names(
+        _prefixed(prefix, substituted(*pairs)),
+        tuple(rows),
+        ignored=rf"{re.escape(prefix)}(?:{'|'.join(unused)})",
+    )
+
+
+def _prefixed(prefix: str, substitute: Callable[[str], str]) -> Callable[[str], str]:
+    rule = dotted()
+    return lambda path: prefix + substitute(rule(path))
