@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion.data import captioned, tokens
 from diffusion.data.sources import Source
+from diffusion.experiment import latents
 from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
 
 NAMES = ("captioned", "emoji", "tiles", "emoji_and_tiles")
@@ -52,11 +53,11 @@ def _encoder(path: str) -> tokens.Encode:
     """Text -> CLIP's ids, start and end included."""
     if Path(path).is_file():
         tokenizer = clip_tokenizer(path)
-    elif Path(path).is_dir():
-        tokenizer = load_tokenizer(path)
-    else:
+    elif path.endswith(".gz"):
         raise FileNotFoundError(
-            f"config.data.tokenizer={path!r}: expected bpe_simple_vocab_16e6.txt.gz, as in OpenAI's"
-            " CLIP repository, or a folder with a tokenizer"
+            f"config.data.tokenizer={path!r}: there is no such file; CLIP's "
+            "bpe_simple_vocab_16e6.txt.gz is in OpenAI's repository"
         )
+    else:
+        tokenizer = load_tokenizer(latents.located(path, "config.data.tokenizer"))
     return lambda text: tokenizer(text)["input_ids"]

@@ -1,7 +1,7 @@
 """Latents of images and embeddings of captions, computed once and read by training.
 
 ``config.data.autoencoder`` and ``config.data.text_encoder`` name folders as diffusers and
-transformers save them; ``config.data.cache`` is where the results lie.
+transformers save them, here or on the hub; ``config.data.cache`` is where the results lie.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from diffusion.data.sources import Batch, Source
 from diffusion.experiment.fields import field
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.clip import ClipText
+from diffusion.pretrained import hub
 
 SPLITS = ("train", "test")
 BATCH = 64  # images or captions that are encoded at once
@@ -48,7 +49,8 @@ class Autoencoder:
           ValueError: the folder holds something else.
         """
         with field(f"config.data.autoencoder={self.folder!r}"):
-            return pretrained.load(self.folder, expected="AutoencoderKL")[:2]
+            folder = located(self.folder, "config.data.autoencoder")
+            return pretrained.load(folder, expected="AutoencoderKL")[:2]
 
     def encode(self, images: np.ndarray) -> Batch:
         """Images [B, H, W, 3] in [-1, 1] -> mean ``x`` and ``x_std`` of their latents."""
@@ -80,7 +82,8 @@ class TextEncoder:
     def loaded(self) -> tuple[Any, Any]:
         """The module and its parameters."""
         with field(f"config.data.text_encoder={self.folder!r}"):
-            return pretrained.load(self.folder, expected="CLIPTextModel")[:2]
+            folder = located(self.folder, "config.data.text_encoder")
+            return pretrained.load(folder, expected="CLIPTextModel")[:2]
 
     def encode(self, tokens: np.ndarray) -> Batch:
         """Tokens [B, L] -> ``context`` [B, L, C] and ``pooled`` [B, C].
@@ -133,8 +136,24 @@ def check(c: ConfigDict) -> None:
             "config.data.flip=True: latents of a mirrored image are not the mirrored latents"
         )
     for name in ("autoencoder", "text_encoder"):
-        if c[name] and not (Path(c[name]) / "config.json").is_file():
+        if c[name] and not (located(c[name], f"config.data.{name}") / "config.json").is_file():
             raise ValueError(f"config.data.{name}={c[name]!r}: there is no config.json")
+
+
+def located(path: str, name: str) -> Path:
+    """A folder of this machine, or of a hub's pipeline: "owner/name/vae".
+
+    Raises ValueError, naming the config's field, where there is none.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    pipeline, _, part = path.rpartition("/")
+    if not pipeline:
+        raise ValueError(f"{name}={path!r}: there is no such folder")
+    try:
+        return hub.locate(pipeline, part)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}={path!r}: {error}") from error
 
 
 def compute(c: ConfigDict, images: Callable[[str], Source]) -> None:
@@ -247,7 +266,7 @@ def _about(c: ConfigDict) -> dict[str, Any]:
     fields = {k: v for k, v in c.to_dict().items() if k not in ("cache", "std", "flip", "scale")}
     for name in ("autoencoder", "text_encoder"):
         if c[name]:
-            fields[name] = fingerprint(c[name])
+            fields[name] = fingerprint(located(c[name], f"config.data.{name}"))
     return fields
 
 

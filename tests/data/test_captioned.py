@@ -141,8 +141,9 @@ def test_emoji_and_tiles_as_a_config_names_them():
 
 
 @needs_real
-def test_an_absent_tokenizer_is_named():
+@pytest.mark.parametrize("path", ["nowhere", "nowhere.txt.gz"])
+def test_an_absent_tokenizer_is_named(path):
     c = base.get_config().data
-    c.update(name="emoji", dir=str(REAL / "emoji"), tokenizer="nowhere")
-    with pytest.raises(FileNotFoundError, match=r"config\.data\.tokenizer='nowhere'"):
+    c.update(name="emoji", dir=str(REAL / "emoji"), tokenizer=path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"data\.tokenizer='nowhere.*no such"):
         make_source(c, "train")

@@ -44,7 +44,7 @@ def config(tmp_path_factory):
     c.model.name = "dit"
     c.model.dit.update(width=16, depth=1, heads=2, patch=4, cross_attention=True, pooled=True)
     c.model.text.update(width=16, depth=1, heads=2)
-    c.optimizer.warmup = 0
+    c.optimizer.update(name="sgd", warmup=0, clip_norm=0.0)  # quick to compile
     c.train.update(steps=2, batch_size=8, log_every=1, sample_every=0)
     c.sampler.update(steps=2, batch_size=8)
     c.samples.update(columns=2, count=4)
@@ -130,7 +130,7 @@ def test_captions_are_drawn_in_turn_and_held_out_by_default(config):
         ("objective.label_dropout", 0.0, r"guidance=3\.0 needs a model that was also trained with"),
         ("sampler.negative", 0, r"config\.sampler\.negative=0 is no label"),
         ("data.flip", True, r"config\.data\.flip=True: latents of a mirrored image"),
-        ("data.autoencoder", "nowhere", r"config\.data\.autoencoder='nowhere': there is no config"),
+        ("data.autoencoder", "nowhere", r"config\.data\.autoencoder='nowhere': there is no such"),
         ("model.text.heads", 5, r"config\.model\.text: .*heads"),
     ],
 )

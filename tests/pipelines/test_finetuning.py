@@ -10,6 +10,7 @@ import tiny_pipelines as tiny
 import torch
 
 from configs import finetune_text_to_image
+from diffusion import pretrained
 from diffusion.conditioning import from_batch
 from diffusion.data.pipeline import batches as pipeline_batches
 from diffusion.experiment import finetuning, latents
@@ -80,7 +81,7 @@ def test_two_steps_give_a_pipeline_that_diffusers_runs(made, tmp_path):
     c = c.copy_and_resolve_references()
     c.objective.update(schedule="zero_terminal_snr(scaled_linear)", prediction="v")
     c.objective.update(weighting="min_snr", noise_offset=0.1, input_perturbation=0.1)
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.update(name="sgd", learning_rate=1e-2, weight_decay=0.0, clip_norm=0.0)
     experiment = build(c)
     state = fit(
         objective=experiment.objective,
@@ -105,12 +106,12 @@ def test_two_steps_give_a_pipeline_that_diffusers_runs(made, tmp_path):
     with torch.no_grad():
         images = tuned("a red cat", num_inference_steps=2, height=16, width=16, output_type="np")
     assert np.isfinite(images.images).all()
-    # Two steps of Adam at a rate of 1e-3 move a parameter by about that much, and the text encoder
-    # and the autoencoder not at all.
+    # The U-Net is what training left, the text encoder and the autoencoder are as they were.
+    written = pretrained.load(tmp_path / "pipeline", "unet").params
+    jax.tree.map(np.testing.assert_array_equal, written, state.params["network"])
     before, after = (dict(p.unet.named_parameters()) for p in (pipeline, tuned))
     assert before.keys() == after.keys()
-    moved = {k: float((before[k] - after[k]).detach().abs().max()) for k in before}
-    assert 1e-3 < np.median(list(moved.values())) < 2.2e-3 and max(moved.values()) < 4e-3
+    assert np.mean([not torch.equal(before[k], after[k]) for k in before]) > 0.9
     for part in ("vae", "text_encoder"):
         old, new = (getattr(p, part).state_dict() for p in (pipeline, tuned))
         assert all(torch.equal(old[k], new[k]) for k in old)
