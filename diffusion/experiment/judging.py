@@ -1,4 +1,4 @@
-"""Judging a text-to-image run by its held-out captions."""
+"""Judging a run: how likely data are, whether held-out captions are followed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.data import densities
+from diffusion.evaluation import bits
 from diffusion.evaluation.captions import caption_gap, retrieval
 from diffusion.evaluation.frechet import nearest_distances
+from diffusion.experiment.build import Experiment
 from diffusion.experiment.drawing import Drawer
 
 
@@ -43,3 +46,40 @@ def follows_captions(drawer: Drawer, params: Any) -> dict[str, Any]:
         "nearest ({among_10_by_chance:.1%})".format(**found)
     )
     return {"captions": gap, "retrieval": found}
+
+
+def likelihood(experiment: Experiment, params: Any) -> dict[str, Any]:
+    """Bits per dimension of held-out and training data, printed too."""
+    c, source = experiment.config.evaluation, experiment.held_out
+    splits = {"held_out": source, "train": experiment.train}
+    result = bits.evaluate_bits(
+        experiment.likelihood,
+        experiment.objective.denoiser,
+        experiment.objective.schedule,
+        params,
+        splits,
+        count=c.likelihood_count,
+        batch_size=experiment.config.sampler.batch_size,
+        labels=experiment.num_classes > 0,
+        seed=experiment.config.sampler.seed,
+    )
+    for name, numbers in result.items():
+        line = "{}: {bits_per_dim:.4f} +- {standard_error:.4f} bits/dim".format(
+            name.replace("_", "-"), **numbers
+        )
+        line += "" if source.levels else " ({nats:.4f} nats)".format(**numbers)
+        if len(source.shape) == 1:
+            index = bits.chosen_examples(
+                splits[name], c.likelihood_count, experiment.config.sampler.seed
+            )
+            known = densities.log_density(
+                experiment.config.data.density, splits[name].read(index)["x"]
+            )
+            if known is not None:
+                numbers["nats_of_the_density"] = float(-known.mean())
+                line += f"; the density itself {-known.mean():.4f} nats"
+        print(line + " ({count} examples, {evaluations:.0f} evaluations each)".format(**numbers))
+        if numbers["failed"]:
+            print(f"note: {numbers['failed']} not solved within max_steps, and left out")
+    given = {"estimator": c.likelihood, "levels": source.levels}
+    return given | {"given_labels": experiment.num_classes > 0} | result

@@ -145,6 +145,11 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
 
 def _text_encoder(config: ConfigDict, vocabulary: int) -> nn.Module:
     c = config.model.text
+    if min(c.width, c.depth, c.heads) < 1 or c.width % c.heads:
+        raise ValueError(
+            f"config.model.text: width={c.width}, depth={c.depth}, heads={c.heads}; expected "
+            "positive numbers and heads that divide the width"
+        )
     with field("config.model.text"):
         return ClipText(
             vocab_size=vocabulary,

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.data import densities, pipeline
-from diffusion.evaluation import bits, classifiers, figures
+from diffusion.data import pipeline
+from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
 from diffusion.experiment import autoencoding, finetuning, judging, latents, learning, sweeping
@@ -313,7 +313,7 @@ def _evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
     elif experiment.guidance.encode is not None:
         result = judging.follows_captions(drawer, params)
     if experiment.likelihood is not None:
-        result["likelihood"] = _likelihood(experiment, params)
+        result["likelihood"] = judging.likelihood(experiment, params)
     if not result:
         return False
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -334,43 +334,6 @@ def _evaluate_classifier(experiment: Experiment, params: Any, folder: Path) -> N
         )
     result = {"levels": results, "num_held_out": len(experiment.held_out)}
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _likelihood(experiment: Experiment, params: Any) -> dict[str, Any]:
-    """Bits per dimension of held-out and training data, printed too."""
-    c, source = experiment.config.evaluation, experiment.held_out
-    splits = {"held_out": source, "train": experiment.train}
-    result = bits.evaluate_bits(
-        experiment.likelihood,
-        experiment.objective.denoiser,
-        experiment.objective.schedule,
-        params,
-        splits,
-        count=c.likelihood_count,
-        batch_size=experiment.config.sampler.batch_size,
-        labels=experiment.num_classes > 0,
-        seed=experiment.config.sampler.seed,
-    )
-    for name, numbers in result.items():
-        line = "{}: {bits_per_dim:.4f} +- {standard_error:.4f} bits/dim".format(
-            name.replace("_", "-"), **numbers
-        )
-        line += "" if source.levels else " ({nats:.4f} nats)".format(**numbers)
-        if len(source.shape) == 1:
-            index = bits.chosen_examples(
-                splits[name], c.likelihood_count, experiment.config.sampler.seed
-            )
-            known = densities.log_density(
-                experiment.config.data.density, splits[name].read(index)["x"]
-            )
-            if known is not None:
-                numbers["nats_of_the_density"] = float(-known.mean())
-                line += f"; the density itself {-known.mean():.4f} nats"
-        print(line + " ({count} examples, {evaluations:.0f} evaluations each)".format(**numbers))
-        if numbers["failed"]:
-            print(f"note: {numbers['failed']} not solved within max_steps, and left out")
-    given = {"estimator": c.likelihood, "levels": source.levels}
-    return given | {"given_labels": experiment.num_classes > 0} | result
 
 
 def _judge(experiment: Experiment) -> classifiers.Classifier | None:
