@@ -67,7 +67,11 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(*arguments.worker, arguments)
+        role, folder = arguments.worker
+        if role == "write":
+            write(Path(folder), arguments)
+        else:
+            work(role, folder, arguments)
         return
 
     # This process, too, asks which devices there are, but takes none of their memory.
@@ -82,7 +86,11 @@ def main() -> None:
     about = report.environment("jax", "jaxlib", "flax", "torch", "diffusers")
     print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), arguments)
+        # In a process of its own, which gives back its gigabytes.
+        options = [f"--latents={arguments.latents}", f"--image={arguments.image}"]
+        options += ["--small"] if arguments.small else []
+        command = [sys.executable, __file__, *options, "--worker", "write", folder]
+        subprocess.run(command, check=True)
         rows = forwards(folder, arguments) + pictures(folder, arguments)
     print(report.table(rows, {
         "what": "", "ours": "here", "theirs": "diffusers", "ratio": "diffusers / here",
@@ -232,10 +240,13 @@ Commands = dict[str, Callable[[], np.ndarray]]
 
 
 def host_peak() -> int:
-    """Bytes of this process's memory, at most."""
-    import resource
+    """Bytes of this process's memory, at most.
 
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Not ``getrusage``'s: a new process has its parent's there.
+    """
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(line for line in status if line.startswith("VmHWM"))
+    return 1024 * int(peak.split()[1])
 
 
 def our_side(
@@ -245,25 +256,17 @@ def our_side(
     import jax
     import jax.numpy as jnp
 
+    from diffusion import pretrained
     from diffusion.conditioning import Conditioning
-    from diffusion.pipelines import latents, tasks
-    from diffusion.pipelines.pipeline import Pipeline
-    from diffusion.pretrained import autoencoder_kl, unet
-    from diffusion.pretrained.folders import open_folder, read_json
+    from diffusion.pipelines import latents
+    from diffusion.pretrained.folders import read_json
     from diffusion.pretrained.schedulers import from_diffusers
-    from diffusion.pretrained.weights import load_params
     from diffusion.sampling.sample import image_keys
 
     gpu = jax.default_backend() == "gpu"
     dtype = jnp.bfloat16 if gpu else jnp.float32
 
-    def load(module: Any, name: str) -> tuple[Any, Any]:
-        net = module.from_config(read_json(folder / name / "config.json"))
-        shapes = jax.eval_shape(net.init, jax.random.key(0), *module.example(net))["params"]
-        tensors = open_folder(folder / name)
-        return net, load_params(module.names(net), shapes, tensors, dtype=dtype)
-
-    network, params = load(unet, "unet")
+    network, params, _ = pretrained.load(folder, "unet", dtype=dtype)
     network = network.clone(dtype=dtype, attention_implementation=arguments.attention)
     cond, null = (
         Conditioning(context=jnp.asarray(inputs[name], dtype)) for name in ("cond", "null")
@@ -278,8 +281,15 @@ def our_side(
 
     def image() -> np.ndarray:
         if not others:  # the autoencoder is loaded where it is needed
-            others["vae"] = load(autoencoder_kl, "vae")
-        vae, vae_params = others["vae"]
+            vae, others["params"], _ = pretrained.load(folder, "vae", dtype=dtype)
+            vae = vae.clone(dtype=dtype)
+
+            @jax.jit
+            def decode(params: Any, z: jax.Array) -> jax.Array:
+                images = vae.apply({"params": params}, vae.from_latents(z), method="decode")
+                return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+            others["decode"] = decode
         config = read_json(folder / "scheduler" / "scheduler_config.json")
         sampler = from_diffusers(config, steps=arguments.steps)
         noise = jnp.asarray(inputs["noise"])
@@ -287,9 +297,7 @@ def our_side(
             network, params, sampler, image_keys(0, np.arange(1)), noise.shape[1:], cond,
             latents.Steering(null=null, scale=SCALE), x_init=noise * sampler.solver.init,
         )  # fmt: skip
-        pipeline = Pipeline("", network, vae.clone(dtype=dtype), config, 4, noise.shape[1:3])
-        decoded = tasks.decode(pipeline, {"autoencoder": vae_params}, z)
-        return np.asarray(decoded) / 2 + 0.5
+        return np.asarray(others["decode"](others["params"], z))
 
     def peak() -> int:
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"] if gpu else host_peak()

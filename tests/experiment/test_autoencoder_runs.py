@@ -22,7 +22,7 @@ def config():
     c.objective.name = "autoencoding"
     c.model.name = "autoencoder"
     c.model.autoencoder.update(
-        widths=(4, 8), blocks=1, latent_channels=2, norm_groups=4, mid_attention=False
+        widths=(8,), blocks=1, latent_channels=2, norm_groups=4, mid_attention=False
     )
     c.autoencoding.adversary = "hinge"
     c.autoencoding.adversary_start = 2
@@ -69,7 +69,7 @@ def test_the_model_is_diffusers_with_latents_of_unit_variance(trained):
     errors = ((np.moveaxis(y.numpy(), 1, -1).clip(-1, 1) - x) ** 2).mean((1, 2, 3))
     result = json.loads((trained / "evaluation.json").read_text())
     np.testing.assert_allclose(result["psnr"], (10 * np.log10(4 / errors)).mean(), rtol=1e-4)
-    assert result["num_held_out"] == len(x) and result["latent_shape"] == [4, 4, 2]
+    assert result["num_held_out"] == len(x) and result["latent_shape"] == [8, 8, 2]
     np.testing.assert_allclose(theirs.config.scaling_factor, 1 / result["latent_std"], rtol=1e-6)
 
 

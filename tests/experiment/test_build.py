@@ -29,7 +29,10 @@ def with_fields(config, **overrides):
 
 MISTAKES = [
     (dict(data__name="digitz"), r"config\.data\.name='digitz'"),
-    (dict(model__name="vit"), r"config\.model\.name: unknown 'vit'; choose one of dit, mlp, unet"),
+    (
+        dict(model__name="vit"),
+        r"config\.model\.name: unknown 'vit'; choose one of dit, mlp, pretrained, unet",
+    ),
     (dict(model__name="mlp"), r"config\.model\.name='mlp' does not take images.*unet or dit"),
     (dict(model__dtype="float16"), r"config\.model\.dtype: unknown 'float16'; .*Did you mean"),
     (
