@@ -170,7 +170,8 @@ def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) ->
             "choose config.model.name=unet"
         )
     with field("config.model.unet"):
-        network = NoisyClassifier(**c.unet, dtype=_dtype(config), classes=num_classes)
+        options = {k: v for k, v in c.unet.items() if k != "up_attention"}  # it has no up blocks
+        network = NoisyClassifier(**options, dtype=_dtype(config), classes=num_classes)
         network.check(shape[:2])
         return network
 
