@@ -22,6 +22,13 @@ SCHEDULERS = {
     "pndm": diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True),
     "dpm": diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True),
     "euler": diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
+    "v": diffusers.DDIMScheduler(  # Stable Diffusion 2, with zero terminal SNR
+        **BETAS,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ),
     "lcm": diffusers.LCMScheduler(**BETAS),
     "ancestral": diffusers.EulerAncestralDiscreteScheduler(**BETAS),
 }

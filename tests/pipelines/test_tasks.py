@@ -113,7 +113,7 @@ def assert_same(pipeline, params, latents, theirs):
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler", "ancestral", "pndm"])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler", "ancestral", "pndm", "v"])
 def test_text_to_image(scheduler):
     theirs, ours, params = both("StableDiffusionPipeline", scheduler)
     given, prompt = prompts()
@@ -243,6 +243,17 @@ def test_sdxl(scheduler):
     given |= {"original_size": (40, 24), "crops_coords_top_left": (2, 3)}
     expected, sampler = run(theirs, ours, scheduler, given)
     latents = tasks.text_to_image(ours, params, sampler, KEYS, *prompt, scale=3.0)
+    assert_same(ours, params, latents, expected)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler", "ancestral"])
+def test_sdxl_image_to_image(scheduler):
+    theirs, ours, params = both("StableDiffusionXLImg2ImgPipeline", scheduler, kind="sdxl")
+    given, prompt = sdxl_prompts((16, 16))
+    given |= {"image": tiny.torch_image(IMAGES), "strength": 0.5}
+    drawn = [posterior_noise(), NOISE]
+    expected, sampler = run(theirs, ours, scheduler, given, drawn, strength=0.5)
+    latents = tasks.image_to_image(ours, params, sampler, KEYS, *prompt, IMAGES, scale=3.0)
     assert_same(ours, params, latents, expected)
 
 
