@@ -11,7 +11,7 @@ DATA holds ``emoji/*.npz`` and ``dcss_tiles/*.npz`` (images and captions) and
 ``tokenizer/bpe_simple_vocab_16e6.txt.gz`` of OpenAI's CLIP. One caption in twenty is held out, made
 of words that other captions have; grids and evaluation are of those.
 
-About 80 images/s on 2 CPU cores. After 3,753 of the 6,000 steps (25 minutes; stopped there) the loss
+About 80 images/s on 2 CPU cores. After 3,753 of 6,000 steps (25 minutes; stopped there) the loss
 on 299 held-out images is 0.495 with their captions, 0.584 with others', 0.520 with none; 7.4 % of
 samples are nearest, in pixels, to their own caption's pictures of 196 (by chance 0.5 %).
 """
