@@ -112,7 +112,8 @@ def _in_batches(function: Any, source: Source, index: np.ndarray) -> Iterator[An
     for k in range(0, len(index), BATCH):
         part = index[k : k + BATCH]
         x = source.read(np.resize(part, BATCH))["x"]
-        yield jax.tree.map(lambda a: np.asarray(a)[: len(part)], (x, function(x)))  # noqa: B023
+        leaves, structure = jax.tree.flatten((x, function(x)))
+        yield structure.unflatten([np.asarray(leaf)[: len(part)] for leaf in leaves])
 
 
 def picture(experiment: Experiment, params: Any) -> np.ndarray:

@@ -206,8 +206,8 @@ class AutoencoderKL(nn.Module):
         return latents * scale + shift
 
 
-class Encoder(nn.Module):
-    """Down blocks, mid block, norm and convolution to ``features`` channels."""
+class Half(nn.Module):
+    """What encoder and decoder are made of: the constructors still want widths and names."""
 
     features: int
     widths: Sequence[int]
@@ -218,51 +218,63 @@ class Encoder(nn.Module):
     mid_attention: bool
     groups: int
     dtype: jnp.dtype
+
+    def mid(self) -> MidBlock:
+        """The block at the lowest resolution."""
+        return MidBlock(
+            partial(self.resnet, width=self.widths[-1]),
+            self.attention if self.mid_attention else None,
+            name="mid_block",
+        )
+
+    def attentions(self, level: int, count: int) -> tuple[Constructor | None, ...]:
+        """What follows each of a level's ResNet blocks."""
+        return (self.attention if self.attends[level] else None,) * count
+
+    def conv(self, features: int, name: str) -> nn.Conv:
+        return nn.Conv(features, (3, 3), dtype=self.dtype, name=name)
+
+    def output(self, x: Array) -> Array:
+        """Norm, SiLU and convolution to ``features``."""
+        x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
+        return self.conv(self.features, "conv_out")(x)
+
+
+class Encoder(Half):
+    """Down blocks, mid block, norm and convolution to ``features`` channels."""
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         last = len(self.widths) - 1
-        x = _conv(self.widths[0], self.dtype, "conv_in")(x)
+        x = self.conv(self.widths[0], "conv_in")(x)
         for level, width in enumerate(self.widths):
             down = DownBlock(
                 partial(self.resnet, width=width),
-                (self.attention if self.attends[level] else None,) * self.blocks,
+                self.attentions(level, self.blocks),
                 partial(Downsample, asymmetric=True, dtype=self.dtype) if level < last else None,
                 name=f"down_blocks_{level}",
             )
             x, _ = down(x, None, None, None, train)
-        x = _mid(self)(x, None, None, None, train)
-        x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
-        return _conv(self.features, self.dtype, "conv_out")(x)
+        x = self.mid()(x, None, None, None, train)
+        return self.output(x)
 
 
-class Decoder(nn.Module):
+class Decoder(Half):
     """Mid block, up blocks from the coarsest level, norm and convolution to ``features``."""
-
-    features: int
-    widths: Sequence[int]
-    blocks: int
-    resnet: Constructor
-    attention: Constructor
-    attends: Sequence[bool]
-    mid_attention: bool
-    groups: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, z: Array, train: bool = False) -> Array:
-        x = _conv(self.widths[-1], self.dtype, "conv_in")(z)
-        x = _mid(self)(x, None, None, None, train)
+        x = self.conv(self.widths[-1], "conv_in")(z)
+        x = self.mid()(x, None, None, None, train)
         for k, level in enumerate(reversed(range(len(self.widths)))):
             up = UpBlock(
                 partial(self.resnet, width=self.widths[level]),
-                (self.attention if self.attends[level] else None,) * (self.blocks + 1),
+                self.attentions(level, self.blocks + 1),
                 partial(Upsample, dtype=self.dtype) if level > 0 else None,
                 name=f"up_blocks_{k}",
             )
             x = up(x, train)
-        x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
-        return _conv(self.features, self.dtype, "conv_out")(x)
+        return self.output(x)
 
 
 class UpBlock(nn.Module):
@@ -281,18 +293,6 @@ class UpBlock(nn.Module):
         if self.upsample is not None:
             x = self.upsample(name="upsamplers_0")(x)
         return x
-
-
-def _conv(features: int, dtype: jnp.dtype, name: str) -> nn.Conv:
-    return nn.Conv(features, (3, 3), dtype=dtype, name=name)
-
-
-def _mid(half: Encoder | Decoder) -> MidBlock:
-    return MidBlock(
-        partial(half.resnet, width=half.widths[-1]),
-        half.attention if half.mid_attention else None,
-        name="mid_block",
-    )
 
 
 def _per_level(value: Any, levels: int) -> tuple:
