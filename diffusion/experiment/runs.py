@@ -12,14 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.data import pipeline
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
 from diffusion.experiment import autoencoding, finetuning, judging, latents, learning, sweeping
 from diffusion.experiment.build import Experiment, build
+from diffusion.experiment.data import batches, make_images
 from diffusion.experiment.drawing import Drawer, visible
-from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
 from diffusion.training import checkpoints
@@ -73,9 +72,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         objective=experiment.objective,
         optimizer=experiment.optimizer,
         emas=experiment.emas,
-        batches=lambda start: pipeline.batches(
-            experiment.train, config.train.batch_size, config.seed, start, flip=config.data.flip
-        ),
+        batches=partial(batches, config, experiment.train),
         steps=config.train.steps,
         workdir=workdir,
         seed=config.seed,
