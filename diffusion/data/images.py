@@ -78,7 +78,7 @@ def decode(
         return _flatten(Image.fromarray(picture[..., 0] if grey else picture), channels, background)
     try:
         with _open(picture) as image:
-            turned = TRANSPOSE.get(image.getexif().get(ORIENTATION))
+            turned = TRANSPOSE.get(_orientation(image))
             if covering is not None and image.format == "JPEG":
                 height, width = _upright_size(image)
                 scale = GAP * max(covering[0] / height, covering[1] / width)
@@ -124,7 +124,7 @@ def mode(picture: Picture) -> str:
         kind = image.mode
         if "transparency" in image.info:
             kind += " transparent"
-        if image.getexif().get(ORIENTATION) in TRANSPOSE:
+        if _orientation(image) in TRANSPOSE:
             kind += " rotated"
         if getattr(image, "n_frames", 1) > 1:
             kind += " animated"
@@ -137,8 +137,12 @@ def _open(picture: Path | bytes) -> Image.Image:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
-    return (width, height) if sideways else (height, width)
+    return (width, height) if _orientation(image) in SIDEWAYS else (height, width)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """What Pillow leaves to be done: it turns TIFFs by itself."""
+    return None if image.format == "TIFF" else image.getexif().get(ORIENTATION)
 
 
 def _flatten(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:

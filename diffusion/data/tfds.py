@@ -194,10 +194,10 @@ def _builder(name: str, data_dir: str | Path | None, known: tuple[str, ...]) -> 
     try:
         return tensorflow_datasets.builder(name, **options, file_format="array_record")
     except registered.DatasetNotFoundError:
-        every = (*known, *tensorflow_datasets.list_builders())
-        near = difflib.get_close_matches(name, every, n=1, cutoff=0.4)
+        every = (*known, *registered.list_imported_builders())
+        near = difflib.get_close_matches(name, every, n=1)
         raise ValueError(
-            f"unknown {name!r}: it is none of {', '.join(known)}, and no set that TFDS knows or "
+            f"{name!r} is none of {', '.join(known)}, and no set that TFDS knows or "
             f"that is prepared in {data_dir or 'its folder'}."
             + (f" Did you mean {near[0]!r}?" if near else "")
         ) from None
