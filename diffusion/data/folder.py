@@ -106,7 +106,8 @@ def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
             return split_by_hash(whole, split, held_out)
     else:
         _check_beside(folder)
-        parts = {name: _read_one(folder / name) for name in ("train", *tests)}
+        # A class alone is none, except among those that train has.
+        parts = {name: _read_one(folder / name, name == "train") for name in ("train", *tests)}
     if not tests or not len(parts[tests[0]]):
         return split_by_hash(parts["train"], split, held_out)
     names = parts["train"].class_names
@@ -158,7 +159,7 @@ def _hash(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _read_one(root: Path) -> Listing:
+def _read_one(root: Path, several: bool = True) -> Listing:
     """The whole of a folder that has no splits, or of one split."""
     files = sorted(_image_files(root))
     if (root / METADATA).exists():
@@ -176,7 +177,7 @@ def _read_one(root: Path) -> Listing:
             f"{root} has images both in subfolders ({names[1]}, ...), which are classes, and "
             f"beside them ({files[top.index('')]}); move the latter, or write {METADATA}"
         )
-    if len(names) < 2:
+    if len(names) < 2 and several:
         raise ValueError(
             f"{root} has one class subfolder only, {names[0]!r}; expected at least two, or images "
             f"without subfolders (config.data.dir={root / names[0]})"

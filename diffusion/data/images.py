@@ -78,7 +78,6 @@ def decode(
         return _flatten(Image.fromarray(picture[..., 0] if grey else picture), channels, background)
     try:
         with _open(picture) as image:
-            turned = TRANSPOSE.get(_orientation(image))
             if covering is not None and image.format == "JPEG":
                 height, width = _upright_size(image)
                 scale = GAP * max(covering[0] / height, covering[1] / width)
@@ -86,6 +85,7 @@ def decode(
                     room = tuple(int(np.ceil(scale * side)) for side in image.size)
                     image.draft(None, room)
             image.load()
+            turned = TRANSPOSE.get(_orientation(image))
             flat = _flatten(image, channels, background)
             return flat if turned is None else flat.transpose(turned)
     except Exception as error:
@@ -137,11 +137,14 @@ def _open(picture: Path | bytes) -> Image.Image:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    return (width, height) if _orientation(image) in SIDEWAYS else (height, width)
+    # Pillow would decode a PNG to look for tags behind the pixels.
+    known = image.format != "PNG" or "exif" in image.info
+    sideways = known and _orientation(image) in SIDEWAYS
+    return (width, height) if sideways else (height, width)
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """What Pillow leaves to be done: it turns TIFFs by itself."""
+    """What is left to be done: Pillow turns TIFFs by itself."""
     return None if image.format == "TIFF" else image.getexif().get(ORIENTATION)
 
 
