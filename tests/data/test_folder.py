@@ -200,7 +200,7 @@ def test_unreadable_files_are_left_out_by_choice(damaged, capsys):
     assert sum(len(make_source(c, split)) for split in ("train", "test")) == 11
     for i in range(12):
         (damaged / f"{i:02d}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the .* can be read"):
+    with pytest.raises(ValueError, match=r"none of the .* can be read"):
         make_source(c, "train")
 
 
