@@ -1,11 +1,14 @@
 """Train, sample from or evaluate a diffusion model, or use a pretrained one.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=inspect
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
     python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji --mode=cache
+    python main.py --config=configs/mnist.py --workdir=DATA/photos --mode=prepare \
+        --config.data.name=folder --config.data.dir=PHOTOS
     python main.py --config=configs/stable_diffusion.py --mode=generate \
         --config.model=DIR_OR_HUB_ID --config.prompt="a lighthouse at dusk"
 
@@ -26,7 +29,17 @@ from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
-_MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache", "generate"]
+_MODES = [
+    "train",
+    "sample",
+    "evaluate",
+    "sweep",
+    "learn",
+    "cache",
+    "inspect",
+    "prepare",
+    "generate",
+]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 

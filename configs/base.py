@@ -165,6 +165,10 @@ def get_config() -> ConfigDict:
     c.evaluation.likelihood = ""  # ode or bound: bits per dimension of data; empty: none
     c.evaluation.likelihood_count = 500  # examples of the held-out and of the training data
 
+    c.inspect = ConfigDict()  # --mode=inspect
+    c.inspect.count = 60  # pictures on the contact sheet
+    c.inspect.columns = 10
+
     c.sweep = ConfigDict()  # --mode=sweep: evaluation.count samples of each solver and budget
     c.sweep.solvers = ("ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")
     c.sweep.evaluations = (4, 6, 8, 10, 15, 20, 30, 50)  # at most, of the denoiser

@@ -108,7 +108,7 @@ def sizes(pictures: Pictures, *, progress: bool = False) -> np.ndarray:
     Raises:
       UnreadableError: one has none; names it.
     """
-    return np.array(_each(pictures, images.size, "sizes", progress), np.int64).reshape(-1, 2)
+    return np.array(each(pictures, images.size, "sizes", progress), np.int64).reshape(-1, 2)
 
 
 def damaged(pictures: Pictures, *, progress: bool = False) -> dict[int, str]:
@@ -121,11 +121,16 @@ def damaged(pictures: Pictures, *, progress: bool = False) -> dict[int, str]:
             return str(error)
         return ""
 
-    causes = _each(pictures, check, "checking images", progress)
+    causes = each(pictures, check, "checking images", progress)
     return {i: cause for i, cause in enumerate(causes) if cause}
 
 
-def _each(pictures: Pictures, function: Callable, what: str, progress: bool) -> list[Any]:
+def each(pictures: Pictures, function: Callable, what: str, progress: bool) -> list[Any]:
+    """``function`` of every picture, in order, computed with all cores behind a bar.
+
+    An ``UnreadableError`` in it is raised with the picture's name.
+    """
+
     def block(start: int) -> list[Any]:
         return [call(i) for i in range(start, min(start + BLOCK, pictures.count))]
 

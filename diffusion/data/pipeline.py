@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
 import ml_dtypes
@@ -61,8 +61,9 @@ class _Stream:
         # A batch touches few epochs, mostly one.
         self._epoch = functools.lru_cache(maxsize=2)(self._draw)
 
-    def __reduce__(self):  # to another process without what is remembered
-        return _Stream, self._fields
+    def __reduce__(self):  # to another process without what reading does not need
+        bare = dataclasses.replace(self.source, captions=(), encode=None, buckets=(), pictures=None)
+        return _Stream, (bare, *self._fields[1:])
 
     def _draw(self, number: int) -> tuple[np.ndarray, ...]:
         """Order of the examples [N], whether each one is flipped [N], where cropped [N, 2]."""
@@ -70,18 +71,22 @@ class _Stream:
         drawn = rng.permutation(n), rng.random(n) < 0.5
         return (*drawn, rng.random((n, 2), np.float32)) if self._random_crop else drawn
 
-    def read(self, number: int, part: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """The rows ``part`` of batch ``number``, and which of them to flip."""
+    def drawn(self, number: int, part: np.ndarray) -> list[np.ndarray]:
+        """What is drawn for the rows ``part`` of batch ``number``."""
         which, place = np.divmod(number * self._batch_size + part, len(self.source))
         pieces = [
             [values[place[which == e]] for values in self._epoch(int(e))] for e in np.unique(which)
         ]
-        order, flipped, *at = (np.concatenate(piece) for piece in zip(*pieces))
+        return [np.concatenate(piece) for piece in zip(*pieces)]
+
+    def read(self, number: int, part: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """These rows, and which of them to flip."""
+        order, flipped, *at = self.drawn(number, part)
         return self.source.crop(order, at[0]) if at else self.source.read(order), flipped
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batches:
+class Batches:
     """step -> this process's part of the global batch."""
 
     streams: tuple[_Stream, ...]
@@ -91,8 +96,17 @@ class _Batches:
     part: np.ndarray
     augmentation: Augmentation
 
+    def examples(self, step: int) -> tuple[Source, np.ndarray]:
+        """The source, perhaps a bucket, that a step's batch is from, and which examples."""
+        bucket, number = self._bucket(step)
+        stream = self.streams[bucket]
+        return stream.source, stream.drawn(number, self.part)[0]
+
+    def _bucket(self, step: int) -> tuple[int, int]:
+        return self.schedule(step) if self.schedule else (0, step)
+
     def __call__(self, step: int) -> Batch:
-        bucket, number = self.schedule(step) if self.schedule else (0, step)
+        bucket, number = self._bucket(step)
         stream = self.streams[bucket]
         batch, flipped = stream.read(number, self.part)
         if "x_std" in batch:  # of the whole global batch: processes must not share noise
@@ -114,7 +128,7 @@ def batch_function(
     process_index: int = 0,
     process_count: int = 1,
     augmentation: Augmentation = PLAIN,
-) -> Callable[[int], Batch]:
+) -> Batches:
     """The function step -> this process's part of the global batch; see ``batches``."""
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
@@ -135,7 +149,7 @@ def batch_function(
     schedule = None
     if streams:
         schedule = Schedule(tuple(len(part) for part in source.buckets), batch_size, seed)
-    return _Batches(
+    return Batches(
         streams or (_Stream(source, batch_size, (seed,), random_crop),),
         schedule,
         batch_size,

@@ -23,6 +23,7 @@ from diffusion.experiment import captions, latents
 from diffusion.experiment.fields import field
 
 NAMES = ("digits", "mnist", "cifar10", "latents", "points", "folder", "arrays", *captions.PAIRS)
+STORED = ("folder", "arrays")  # and TFDS sets: in any size
 BUCKETS = specs.choices(buckets, "aspect")
 CHECKED = Path("~", ".cache", "diffusion-jax", "checked")  # what on_error=skip has found out
 
@@ -42,6 +43,11 @@ def make_images(c: ConfigDict, split: str) -> Source:
     Raises:
       ValueError, FileNotFoundError: the message names the field.
     """
+    return finished(c, stored(c, split), split)
+
+
+def stored(c: ConfigDict, split: str) -> Source:
+    """The data as they are stored: of folders, arrays and TFDS sets in any size, without tokens."""
     check(c)
     directory = c.dir or None
     with field(f"config.data.name={c.name!r}"):
@@ -59,11 +65,22 @@ def make_images(c: ConfigDict, split: str) -> Source:
             return sources.points(c.density, seed=0 if split == "train" else 1)
         if c.name in captions.PAIRS:
             return captions.make_source(c, split)
-        made = _stored(c, split)
-        if made.captions and c.tokenizer:
-            train = made if split == "train" else _stored(c, "train")
-            made = captions.tokenized(c, made, train.captions)
-        return _shaped(c, made, split)
+        if c.name == "folder":
+            return _folder(c, split)
+        if c.name == "arrays":
+            return _arrays(c, split)
+        return tfds.source(c.name, split, directory, held_out=c.held_out, known=NAMES)
+
+
+def finished(c: ConfigDict, source: Source, split: str) -> Source:
+    """What is ``stored``, or a part of it, as config.data wants it."""
+    if c.name in NAMES and c.name not in STORED:
+        return source
+    with field(f"config.data.name={c.name!r}"):
+        if source.captions and c.tokenizer:
+            train = source if split == "train" else stored(c, "train")
+            source = captions.tokenized(c, source, train.captions)
+        return _shaped(c, source, split)
 
 
 def batches(
@@ -84,11 +101,16 @@ def batches(
             start_step,
             process_index=process_index,
             process_count=process_count,
-            augmentation=Augmentation(flip=c.flip, crop=c.crop, dtype=c.dtype),
+            augmentation=augmentation(c),
             num_threads=c.threads,
             prefetch=c.prefetch,
             workers=c.workers,
         )
+
+
+def augmentation(c: ConfigDict) -> Augmentation:
+    """Of config.data."""
+    return Augmentation(flip=c.flip, crop=c.crop, dtype=c.dtype)
 
 
 def check(c: ConfigDict) -> None:
@@ -122,7 +144,7 @@ def check(c: ConfigDict) -> None:
 
 def _shapes(c: ConfigDict) -> tuple[buckets.Shape, ...]:
     """Of config.data.buckets."""
-    if c.name in NAMES and c.name not in ("folder", "arrays"):
+    if c.name in NAMES and c.name not in STORED:
         raise ValueError(
             f"config.data.buckets={c.buckets!r}: {c.name} has images of one size; they are for "
             "folder, arrays and TFDS sets"
@@ -134,17 +156,12 @@ def _shapes(c: ConfigDict) -> tuple[buckets.Shape, ...]:
         return shapes(c.size)
 
 
-def _stored(c: ConfigDict, split: str) -> Source:
-    """A folder, arrays or a TFDS set, in any size, before captions are tokens."""
-    if c.name == "folder":
-        return _folder(c, split)
-    if c.name == "arrays":
-        if not c.dir:
-            raise ValueError("config.data.dir must name an .npz, an .npy or a folder of .npy")
-        name = Path(c.dir).stem
-        with field(f"config.data.dir={c.dir!r}"):
-            return arrays.source(name, c.dir, split, c.held_out, background=tuple(c.background))
-    return tfds.source(c.name, split, c.dir or None, held_out=c.held_out, known=NAMES)
+def _arrays(c: ConfigDict, split: str) -> Source:
+    if not c.dir:
+        raise ValueError("config.data.dir must name an .npz, an .npy or a folder of .npy")
+    name = Path(c.dir).resolve().stem
+    with field(f"config.data.dir={c.dir!r}"):
+        return arrays.source(name, c.dir, split, c.held_out, background=tuple(c.background))
 
 
 def _folder(c: ConfigDict, split: str) -> Source:
