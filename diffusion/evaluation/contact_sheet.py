@@ -92,10 +92,10 @@ def bars(title: str, names: Sequence[str], counts: Sequence[int], most: int = 12
         axes.barh(place, counts[:most], color=BLUE)
         axes.set(title=title, yticks=place, yticklabels=shown, xticks=[])
         axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
+        axes.set_ylim(max(len(shown), 6) - 0.4, -0.6)
         for k, count in enumerate(counts[:most]):
             axes.annotate(
-                f" {count:,}", (count, k), va="center", fontsize=8, color=MUTED, clip_on=False
+                f" {count:,}", (count, k), va="center", fontsize=6, color=MUTED, clip_on=False
             )
         axes.margins(x=0.2)
         if len(names) > most:
@@ -138,12 +138,12 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def _diagrams(plots: Sequence[Plot], width: int) -> np.ndarray:
     file = io.BytesIO()
-    with new_figure(file, width / 150, 2.3) as figure:
+    with new_figure(file, width / 150, 1.7) as figure:
         for axes, plot in zip(np.atleast_1d(figure.subplots(1, len(plots))), plots):
-            axes.tick_params(labelsize=8)
-            axes.title.set_fontsize(9)
             plot(axes)
-            axes.title.set_fontsize(9)
+            axes.tick_params(labelsize=6)
+            axes.xaxis.label.set_fontsize(6)
+            axes.title.set_fontsize(8)
     image = Image.open(file).convert("RGB")
     page = Image.new("RGB", (width, image.height), PAPER)
     page.paste(image)
