@@ -15,6 +15,7 @@ import sys
 import tarfile
 import urllib.request
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,9 @@ MNIST_FILES = {  # and their SHA-256
     ),
 }
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/"
-CIFAR10_FILE = "cifar-10-binary.tar.gz"
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_FILES = {
+    "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+}
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer")
 CIFAR10_NAMES += ("dog", "frog", "horse", "ship", "truck")
 
@@ -71,7 +73,7 @@ def mnist(split: str, data_dir: str | Path | None = None, *, padding: int = 0) -
     if not (folder / files[0]).exists():
         x, label = _prepared("mnist", split, data_dir)
     if x is None:
-        x, label = (_read_idx(download(MNIST + f, MNIST_FILES[f], folder)) for f in files)
+        x, label = (_read_idx(download(MNIST, f, MNIST_FILES, folder)) for f in files)
         x = x[..., None]
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     return from_arrays("mnist", x, label, class_names=tuple("0123456789"))
@@ -96,51 +98,55 @@ def cifar10(split: str, data_dir: str | Path | None = None) -> Source:
     folder = _folder(data_dir, "cifar10")
     if (path := folder / "cifar10_jpegq75.npz").exists():
         return _cifar10_jpeg(path, split)
-    x = None
-    if not (folder / CIFAR10_FILE).exists():
+    (name,), x = CIFAR10_FILES, None
+    if not (folder / name).exists():
         x, label = _prepared("cifar10", split, data_dir)
     if x is None:
-        path = download(CIFAR10 + CIFAR10_FILE, CIFAR10_SHA256, folder)
-        x, label = _read_cifar10(path, split)
+        x, label = _read_cifar10(download(CIFAR10, name, CIFAR10_FILES, folder), split)
     return from_arrays("cifar10", x, label, class_names=CIFAR10_NAMES)
 
 
-def download(url: str, sha256: str, folder: Path) -> Path:
-    """The file of a URL, in ``folder``; downloaded unless it is there.
+def download(base: str, name: str, sums: Mapping[str, str], folder: Path) -> Path:
+    """The file ``base + name``, in ``folder``; downloaded unless it is there.
+
+    Args:
+      base: of the URL.
+      name: of the file.
+      sums: SHA-256 of this file and of those that belong to it.
+      folder: where it lies, or will.
 
     Raises:
-      FileNotFoundError: it cannot be downloaded; says how to fetch it by other means.
+      FileNotFoundError: it cannot be downloaded; says how to fetch them all by other means.
       ValueError: what came is not what was expected.
     """
-    path = folder / url.rpartition("/")[2]
+    path = folder / name
     if path.exists():
         return path
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    digest = hashlib.sha256()
+    partial = path.with_name(f"{name}.{os.getpid()}.partial")
+    digest, hidden = hashlib.sha256(), not sys.stderr.isatty()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, partial.open("wb") as file:
+        with urllib.request.urlopen(base + name, timeout=30) as response:
+            folder.mkdir(parents=True, exist_ok=True)
             total = int(response.headers.get("Content-Length") or 0) or None
-            hidden = not sys.stderr.isatty()
-            with tqdm(
-                total=total, unit="B", unit_scale=True, desc=path.name, disable=hidden
-            ) as bar:
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=hidden)
+            with partial.open("wb") as file, bar:
                 while block := response.read(1 << 20):
                     digest.update(block)
                     file.write(block)
                     bar.update(len(block))
-        if digest.hexdigest() != sha256:
+        if digest.hexdigest() != sums[name]:
             raise ValueError(
-                f"{url} has another content than expected (SHA-256 {digest.hexdigest()}, not "
-                f"{sha256})"
+                f"{base}{name} has another content than expected (SHA-256 {digest.hexdigest()}, "
+                f"not {sums[name]})"
             )
         os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:
+        urls = [base + other for other in sums if not (folder / other).exists()]
         raise FileNotFoundError(
-            f"{path} is absent and cannot be downloaded ({error}). Fetch it where there is a "
-            f"network, and put it there:\n  curl -LO {url}\n"
-            f"or name the folder that has it: --config.data.dir=DIR (or TFDS's folder, with the "
-            f"set prepared in it)"
+            f"{path} is absent and cannot be downloaded ({error}). Where there is a network, run\n"
+            + "".join(f"  curl -LO {url}\n" for url in urls)
+            + f"and put the files into {folder}; or name the folder that has them, or TFDS's "
+            "folder with the set prepared in it: --config.data.dir=DIR"
         ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import io
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,8 @@ def prepare(name: str, data_dir: str | Path, splits: Mapping[str, Source], chann
         file_format="array_record",
         disable_shuffling=True,
     )
+    if not sys.stderr.isatty():
+        tensorflow_datasets.disable_progress_bar()
     builder.download_and_prepare()
     return Path(builder.data_path)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.font_manager import findfont
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion.evaluation.figures import BLUE, GRAY, INK, MUTED, PAPER, new_figure, to_uint8
@@ -113,7 +114,8 @@ def columns(title: str, values: np.ndarray, limit: float | None = None, unit: st
         axes.hist(values, bins=bins, color=BLUE, align="left" if np.ndim(bins) else "mid")
         if limit is not None:
             axes.axvline(limit, color=GRAY, linestyle="--", linewidth=1)
-        axes.set(title=title, yticks=[], xlabel=unit)
+        axes.set(title=title, yticks=[], xlabel=unit, xlim=(min(low, high - 4) - 1, high + 1.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return plot
 

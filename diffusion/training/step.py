@@ -57,6 +57,11 @@ def split(batch: Mapping[str, Array], pieces: int) -> dict[str, Array]:
     return {name: x.reshape(pieces, len(x) // pieces, *x.shape[1:]) for name, x in batch.items()}
 
 
+def widened(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """What came as bfloat16, to be quick on its way, as float32: all is computed in that."""
+    return {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in batch.items()}
+
+
 def make_train_step(
     objective: Any,
     optimizer: Optimizer,
@@ -89,7 +94,7 @@ def make_train_step(
 
     def gradients(params, frozen, batch, key, step):
         def loss_fn(params, batch):
-            batch = {**batch, "step": step}
+            batch = {**widened(batch), "step": step}
             loss, metrics = objective.loss(params, frozen, batch, key, train=True)
             return loss, {**metrics, "loss": loss}
 

@@ -34,7 +34,8 @@ def server(tmp_path, monkeypatch):
         (files / f"{prefix}-images-idx3-ubyte.gz").write_bytes(idx(digits))
         (files / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(idx(label))
     photos = RNG.integers(0, 256, (6, 32, 32, 3), np.uint8)
-    with tarfile.open(files / original.CIFAR10_FILE, "w:gz") as archive:
+    archive_name = "cifar-10-binary.tar.gz"
+    with tarfile.open(files / archive_name, "w:gz") as archive:
         for k in range(6):
             record = bytes([k]) + photos[k].transpose(2, 0, 1).tobytes()
             name = "test_batch" if k == 5 else f"data_batch_{k + 1}"
@@ -44,8 +45,8 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(original, "MNIST", files.as_uri() + "/")
     monkeypatch.setattr(original, "CIFAR10", files.as_uri() + "/")
     sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files.iterdir()}
+    monkeypatch.setattr(original, "CIFAR10_FILES", {archive_name: sums.pop(archive_name)})
     monkeypatch.setattr(original, "MNIST_FILES", sums)
-    monkeypatch.setattr(original, "CIFAR10_SHA256", sums[original.CIFAR10_FILE])
     return files, target, digits, photos
 
 
@@ -77,6 +78,12 @@ def test_a_download_that_fails_says_what_to_do(server):
         original.mnist("train", target)
     for part in ("train-labels-idx1-ubyte.gz is absent", "curl -LO file:", "--config.data.dir"):
         assert part in str(error.value)
+    # All that are needed are named at once; the images came.
+    assert str(error.value).count("curl -LO") == 3
+    (files / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(FileNotFoundError):
+        original.mnist("train", target / "deeper")
+    assert not (target / "deeper").exists()
 
 
 def test_other_content_is_refused_and_not_kept(server):
@@ -92,7 +99,7 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(idx(np.zeros((3, 3), np.uint8))[:-9])
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is damaged"):
         original.mnist("train", tmp_path)
-    (tmp_path / original.CIFAR10_FILE).write_bytes(b"no archive")
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is damaged"):
         original.cifar10("train", tmp_path)
 
