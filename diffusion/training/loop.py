@@ -7,24 +7,20 @@ and reads a step's metrics when they have long been there; only checkpoints and 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from diffusion.levels import Array
 from diffusion.training import checkpoints as checkpoints_lib
 from diffusion.training import ema as ema_lib
+from diffusion.training.interrupts import deferred_signals
 from diffusion.training.logging import Logger
+from diffusion.training.meter import Meter
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState, create
 from diffusion.training.step import make_train_step, replicated
@@ -126,7 +122,7 @@ def fit(
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")
         frozen, key = jax.device_put((frozen, run_key), sharding)
-        meter = _Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
+        meter = Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
         last_saved = start if start else None
         pending = deque()
 
@@ -138,7 +134,7 @@ def fit(
                     raise NonFiniteError(_non_finite(done, values, last_saved))
                 meter.add(done, values)
 
-        with _deferred_signals() as stopped, meter:
+        with deferred_signals() as stopped, meter:
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 state, metrics = step_fn(state, frozen, batch, key)
@@ -193,100 +189,3 @@ def _non_finite(step: int, values: Mapping[str, float], last_saved: int | None) 
         f"step {step} was not finite ({numbers}); {saved}. A lower learning rate, longer warm-up"
         " or clipping (clip_norm) may help; the same command goes on from that checkpoint."
     )
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[list[signal.Signals]]:
-    """A list that a SIGINT or SIGTERM is put on; a second one acts at once."""
-    received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread can handle signals
-        return
-    names = (signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.getsignal(name) for name in names}
-
-    def restore():
-        for name in names:
-            signal.signal(name, before[name])
-
-    def receive(number, _):
-        received.append(signal.Signals(number))
-        restore()
-        # Not print, which must not be entered twice.
-        os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
-
-    for name in names:
-        signal.signal(name, receive)
-    try:
-        yield received
-    finally:
-        restore()
-
-
-class _Meter:
-    """Means over the log's intervals, speed, and the progress bar."""
-
-    def __init__(self, logger, start, steps, log_every, batch_size, interval):
-        self._logger, self._steps, self._log_every = logger, steps, log_every
-        self._batch_size = batch_size
-        # The part of an interval that lies before a checkpoint travels with it.
-        self._sums = dict(interval.get("sums", {}))
-        self._count = interval.get("count", 0)
-        self._lapsed, self._timed, self._since = 0.0, 0, None
-        self._bar = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            disable=not sys.stderr.isatty(),  # then lines of text stand in for it
-            ncols=shutil.get_terminal_size().columns,  # tqdm's own gives 0 where none is known
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-
-    def compiled(self, seconds: float) -> None:
-        """Starts the clock: the first step's time is compilation."""
-        self._logger.text(f"compiled and ran the first step in {seconds:.1f} s")
-        self._since, self._timed = time.perf_counter(), 0
-
-    def interval(self) -> dict[str, Any]:
-        """What a checkpoint needs for the log to go on exactly."""
-        return {"sums": self._sums, "count": self._count}
-
-    @contextmanager
-    def paused(self):
-        """Time in here does not count as training."""
-        self._lapsed += time.perf_counter() - self._since
-        yield
-        self._since = time.perf_counter()
-
-    def add(self, step: int, values: Mapping[str, Array]) -> None:
-        """Takes one step's metrics; writes a line at an interval's end."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._count += 1
-        self._timed += 1
-        self._bar.update(1)
-        if step % self._log_every and step != self._steps:
-            return
-        means = {name: total / self._count for name, total in self._sums.items()}
-        if step % self._log_every == 0:  # else a longer run goes on with this interval
-            self._sums, self._count = {}, 0
-        if self._since is not None:
-            now = time.perf_counter()
-            seconds = max(self._lapsed + now - self._since, 1e-9)
-            speed = self._timed / seconds
-            means["images_per_second"] = speed * self._batch_size
-            self._lapsed, self._timed, self._since = 0.0, 0, now
-            self._show(step, means, (self._steps - step) / speed)
-        self._logger.scalars(step, means)
-
-    def _show(self, step: int, means: Mapping[str, float], left: float) -> None:
-        figures = f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s"
-        self._bar.set_postfix_str(figures)
-        if self._bar.disable:
-            left = tqdm.format_interval(left)
-            self._logger.text(f"step {step}/{self._steps}: {figures}, {left} left")
