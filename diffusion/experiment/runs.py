@@ -22,7 +22,8 @@ from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import checkpoints
+from diffusion.training import restore
+from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
 from diffusion.training.loop import fit
 from diffusion.training.state import TrainState
@@ -46,8 +47,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     if latents.wanted(config.data):
         latents.compute(config.data, partial(make_images, config.data))
     experiment, folder = _build(config), Path(workdir)
-    checkpoints.check_config(workdir, config.to_dict(), changeable=TRAINING)
-    checkpoints.save_config(workdir, config.to_dict())
+    workdirs.check_config(workdir, config.to_dict(), changeable=TRAINING)
+    workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(
             f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
@@ -198,9 +199,9 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
+    workdirs.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
     experiment = _build(config)
-    params, step = checkpoints.restore_ema(workdir, "ema")
+    params, step = restore.restore_ema(workdir, "ema")
     if experiment.guidance is None:
         raise ValueError(
             f"config.objective.name={config.objective.name!r} draws nothing; how well it does is "

@@ -18,6 +18,7 @@ import numpy as np
 
 from diffusion.training import checkpoints as checkpoints_lib
 from diffusion.training import ema as ema_lib
+from diffusion.training import storage
 from diffusion.training.interrupts import deferred_signals
 from diffusion.training.logging import Logger
 from diffusion.training.meter import Meter
@@ -49,6 +50,9 @@ def fit(
     log_every: int = 100,
     checkpoint_every: int = 1000,
     keep: int | None = 3,
+    keep_best: int = 0,
+    best: str = "loss",
+    about: Mapping[str, Any] | None = None,
     hooks: Sequence[Hook] = (),
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -74,6 +78,10 @@ def fit(
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
       keep: how many of the newest checkpoints stay; None for all.
+      keep_best: how many more stay, of those with the best ``best``.
+      best: a metric of the log, best when low; "-name" for one that is best when high. A
+        checkpoint's is the last that was logged before it.
+      about: JSON to put into every checkpoint (configuration, code version).
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
@@ -85,7 +93,9 @@ def fit(
 
     Raises:
       NonFiniteError: a loss or gradient was not finite; names the step.
-      ValueError: the batch cannot be divided.
+      ValueError: the batch cannot be divided, or another run trains in ``workdir``.
+      SaveError: the last checkpoint could not be saved. (Earlier ones that cannot are told of, and
+        training goes on.)
       KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     for name, value in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
@@ -96,7 +106,9 @@ def fit(
     sharding = replicated(devices)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
-    checkpoints = checkpoints_lib.Checkpoints(workdir, keep=keep)
+    checkpoints = checkpoints_lib.Checkpoints(
+        workdir, keep=keep, keep_best=keep_best, best=best, about=about, say=logger.text
+    )
     try:
         start = checkpoints.latest() or 0
         data = batches(start)
@@ -123,7 +135,6 @@ def fit(
             logger.text(f"{workdir}: going on after step {start} of {steps}")
         frozen, key = jax.device_put((frozen, run_key), sharding)
         meter = Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
-        last_saved = start if start else None
         pending = deque()
 
         def drain(keep_pending: int = 0):
@@ -131,7 +142,7 @@ def fit(
                 done, values = pending.popleft()
                 values = jax.device_get(values)
                 if not values.pop("finite"):
-                    raise NonFiniteError(_non_finite(done, values, last_saved))
+                    raise NonFiniteError(_non_finite(done, values, checkpoints.latest()))
                 meter.add(done, values)
 
         with deferred_signals() as stopped, meter:
@@ -147,28 +158,31 @@ def fit(
                 if due:
                     drain()
                     with meter.paused():
-                        try:
-                            for hook in due:
+                        for hook in due:
+                            try:
                                 hook(state, step)
-                        except Exception:  # a hook's fault must not cost training
-                            checkpoints.save(state, meter.interval())
-                            raise
+                            except Exception as error:  # a hook's fault must not cost training
+                                if not storage.disk_full(error):
+                                    checkpoints.save(state, meter.interval(), meter.latest)
+                                    raise
+                                why = storage.reason(error, workdir)
+                                logger.text(f"step {step}: something was not written: {why}")
                 stop = bool(stopped)  # read once: a signal may come at any moment
                 if step % checkpoint_every == 0 or step == steps or stop:
                     drain()
                     with meter.paused():
-                        checkpoints.save(state, meter.interval())
-                    last_saved = step
+                        checkpoints.save(state, meter.interval(), meter.latest)
                 if stop:
                     break
                 if step < steps:
                     batch = _next(data, step)
         if stop and step < steps:
-            checkpoints.close()
+            checkpoints.finish()
             logger.text(f"stopped by {stopped[0].name}; checkpoint saved at step {step}")
             if stopped[0] == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + stopped[0])
+        checkpoints.finish()
         return state
     finally:
         checkpoints.close()

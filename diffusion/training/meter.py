@@ -32,6 +32,7 @@ class Meter:
         # The part of an interval that lies before a checkpoint travels with it.
         self._sums = dict(interval.get("sums", {}))
         self._count = interval.get("count", 0)
+        self.latest: dict[str, float] = dict(interval.get("latest", {}))  # what was logged last
         self._lapsed, self._timed, self._since = 0.0, 0, None
         self._bar = tqdm(
             total=steps,
@@ -54,7 +55,7 @@ class Meter:
 
     def interval(self) -> dict[str, Any]:
         """What a checkpoint needs for the log to go on exactly."""
-        return {"sums": self._sums, "count": self._count}
+        return {"sums": self._sums, "count": self._count, "latest": self.latest}
 
     @contextmanager
     def paused(self):
@@ -82,6 +83,7 @@ class Meter:
             means["images_per_second"] = speed * self._batch_size
             self._lapsed, self._timed, self._since = 0.0, 0, now
             self._show(step, means, (self._steps - step) / speed)
+        self.latest |= means
         self._logger.scalars(step, means)
 
     def _show(self, step: int, means: Mapping[str, float], left: float) -> None:
