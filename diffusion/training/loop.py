@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion.training import checkpoints as checkpoints_lib
 from diffusion.training import ema as ema_lib
+from diffusion.training import parallel as parallel_lib
 from diffusion.training.interrupts import deferred_signals
 from diffusion.training.logging import Logger
 from diffusion.training.meter import Meter
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState, create
-from diffusion.training.step import make_train_step, replicated
+from diffusion.training.step import make_train_step
 
 RUN_AHEAD = 8  # steps; bounds the batches held on the devices
 
@@ -52,6 +54,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
+    parallel: str = "pmap",
 ) -> TrainState:
     """Trains until ``steps`` steps are done, going on from the newest checkpoint in ``workdir``.
 
@@ -78,7 +81,8 @@ def fit(
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
       logger: default ``Logger(workdir)``.
-      devices: default all local ones.
+      devices: default all, of all processes.
+      parallel: how the step lies over them, "pmap" or "fsdp" (see ``parallel``).
 
     Returns:
       The state after the last step.
@@ -92,8 +96,9 @@ def fit(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     logger = Logger(workdir) if logger is None else logger
-    step_fn = make_train_step(objective, optimizer, emas, accumulate=accumulate, devices=devices)
-    sharding = replicated(devices)
+    settings = {"accumulate": accumulate, "devices": devices, "parallel": parallel}
+    step_fn = make_train_step(objective, optimizer, emas, **settings)
+    layout = parallel_lib.make(parallel, devices)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
     checkpoints = checkpoints_lib.Checkpoints(workdir, keep=keep)
@@ -102,18 +107,16 @@ def fit(
         data = batches(start)
         batch = _next(data, start)
 
-        def initial(params=None):
-            return create(objective, optimizer, emas, init_key, batch, params)
+        def initial(key, params=None):
+            example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+            return create(objective, optimizer, emas, key, example, params)
 
         if start:
-            template = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                jax.eval_shape(initial),
-            )
-            state, interval = checkpoints.restore(template)
+            shapes = jax.eval_shape(initial, init_key)
+            state, interval = checkpoints.restore(parallel_lib.template(layout, shapes))
         else:
-            given = initial_params() if initial_params else None
-            state, interval = jax.device_put(initial(given), sharding), {}
+            given = parallel_lib.place(layout, initial_params()) if initial_params else None
+            state, interval = parallel_lib.initialise(layout, initial, init_key, given), {}
             del given
         if start >= steps:
             logger.text(f"{workdir}: already done, {start} of {steps} steps")
@@ -121,7 +124,8 @@ def fit(
         logger.rewind(start)
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")
-        frozen, key = jax.device_put((frozen, run_key), sharding)
+        frozen, key = parallel_lib.place(layout, (frozen, run_key))
+        batch = parallel_lib.place_batch(layout, batch)
         meter = Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
         last_saved = start if start else None
         pending = deque()
@@ -139,6 +143,8 @@ def fit(
                 began = time.perf_counter()
                 state, metrics = step_fn(state, frozen, batch, key)
                 pending.append((step, metrics))
+                if step < steps:  # the next batch goes to the devices while they work on this one
+                    batch = parallel_lib.place_batch(layout, _next(data, step))
                 if step == start + 1:
                     drain()
                     meter.compiled(time.perf_counter() - began)
@@ -161,8 +167,6 @@ def fit(
                     last_saved = step
                 if stop:
                     break
-                if step < steps:
-                    batch = _next(data, step)
         if stop and step < steps:
             checkpoints.close()
             logger.text(f"stopped by {stopped[0].name}; checkpoint saved at step {step}")
