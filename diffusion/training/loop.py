@@ -20,14 +20,16 @@ import numpy as np
 from diffusion.training import checkpoints as checkpoints_lib
 from diffusion.training import ema as ema_lib
 from diffusion.training import parallel as parallel_lib
+from diffusion.training import processes
 from diffusion.training.interrupts import deferred_signals
-from diffusion.training.logging import Logger
+from diffusion.training.logging import Logger, Silent
 from diffusion.training.meter import Meter
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState, create
 from diffusion.training.step import make_train_step
 
 RUN_AHEAD = 8  # steps; bounds the batches held on the devices
+RUN_AHEAD_TOGETHER = 2  # of several processes, which also learn so much later that one must stop
 
 Hook = tuple[int, Callable[[TrainState, int], None]]
 
@@ -90,11 +92,15 @@ def fit(
     Raises:
       NonFiniteError: a loss or gradient was not finite; names the step.
       ValueError: the batch cannot be divided.
-      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved.
+      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved; among
+        several processes in all of them, whichever received it.
     """
     for name, value in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    several = jax.process_count() > 1
+    if jax.process_index() > 0:
+        logger = Silent(workdir)
     logger = Logger(workdir) if logger is None else logger
     settings = {"accumulate": accumulate, "devices": devices, "parallel": parallel}
     step_fn = make_train_step(objective, optimizer, emas, **settings)
@@ -129,11 +135,15 @@ def fit(
         meter = Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
         last_saved = start if start else None
         pending = deque()
+        ahead = RUN_AHEAD_TOGETHER if several else RUN_AHEAD
+        agree, agreed = processes.Agreement(layout) if several else None, 0
 
         def drain(keep_pending: int = 0):
+            nonlocal agreed
             while len(pending) > keep_pending:
                 done, values = pending.popleft()
                 values = jax.device_get(values)
+                agreed = max(agreed, int(values.pop("stop", 0)))
                 if not values.pop("finite"):
                     raise NonFiniteError(_non_finite(done, values, last_saved))
                 meter.add(done, values)
@@ -142,13 +152,15 @@ def fit(
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 state, metrics = step_fn(state, frozen, batch, key)
+                if agree is not None:
+                    metrics["stop"] = agree(stopped[0] if stopped else 0)
                 pending.append((step, metrics))
                 if step < steps:  # the next batch goes to the devices while they work on this one
                     batch = parallel_lib.place_batch(layout, _next(data, step))
                 if step == start + 1:
                     drain()
                     meter.compiled(time.perf_counter() - began)
-                drain(RUN_AHEAD)
+                drain(ahead)
                 due = [f for every, f in hooks if step == steps or (every and step % every == 0)]
                 if due:
                     drain()
@@ -159,7 +171,9 @@ def fit(
                         except Exception:  # a hook's fault must not cost training
                             checkpoints.save(state, meter.interval())
                             raise
-                stop = bool(stopped)  # read once: a signal may come at any moment
+                # Read once, since a signal may come at any moment; among several processes at the
+                # same place in each, so that all stop at the same step.
+                stop = agreed if several else int(stopped[0]) if stopped else 0
                 if step % checkpoint_every == 0 or step == steps or stop:
                     drain()
                     with meter.paused():
@@ -169,11 +183,16 @@ def fit(
                     break
         if stop and step < steps:
             checkpoints.close()
-            logger.text(f"stopped by {stopped[0].name}; checkpoint saved at step {step}")
-            if stopped[0] == signal.SIGINT:
+            logger.text(f"stopped by {signal.Signals(stop).name}; checkpoint saved at step {step}")
+            if stop == signal.SIGINT:
                 raise KeyboardInterrupt
-            raise SystemExit(128 + stopped[0])
+            raise SystemExit(128 + stop)
         return state
+    except NonFiniteError:  # in all processes at once
+        raise
+    except Exception as error:
+        processes.leave(error)
+        raise
     finally:
         checkpoints.close()
         logger.close()

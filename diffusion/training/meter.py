@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from diffusion.levels import Array
@@ -37,7 +38,8 @@ class Meter:
             total=steps,
             initial=start,
             unit="step",
-            disable=not sys.stderr.isatty(),  # then lines of text stand in for it
+            # Lines of text stand in for it; of several processes one tells.
+            disable=not sys.stderr.isatty() or jax.process_index() > 0,
             ncols=shutil.get_terminal_size().columns,  # tqdm's own gives 0 where none is known
         )
 
