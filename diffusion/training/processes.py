@@ -197,9 +197,9 @@ def leave(error: BaseException) -> None:
         return
     if isinstance(error, jax.errors.JaxRuntimeError):
         tell(
-            f"error in process {jax.process_index()}: {error}
-If another process ended, see what "
-            "it said: this one cannot go on alone. The same commands go on from the last checkpoint"
+            f"error in process {jax.process_index()}: {error}\n"
+            "If another process ended, see what it said: this one cannot go on alone. The same "
+            "commands go on from the last checkpoint."
         )
     elif isinstance(error, ValueError | FileNotFoundError | ArithmeticError):
         tell(f"error in process {jax.process_index()}: {error}")
