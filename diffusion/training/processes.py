@@ -193,7 +193,7 @@ def leave(error: BaseException) -> None:
 
     They notice that it is gone by their connections or, at the latest, by its heartbeat.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return
     if isinstance(error, jax.errors.JaxRuntimeError):
         tell(

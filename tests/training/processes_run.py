@@ -1,12 +1,14 @@
-"""A tiny run in one of several processes: ``processes_run.py WORKDIR PORT ID KILL_AT``.
+"""A tiny run of one or several processes, for the tests.
 
-Trains first under pmap, then under fsdp, in WORKDIR/pmap and WORKDIR/fsdp. Process 1 is killed
-within step KILL_AT of the second.
+As a script it is one of two processes: ``processes_run.py first|second WORKDIR PORT ID``. First,
+both train STEPS steps under fsdp in WORKDIR/fsdp, where process 1 is killed; second, they go on
+there, and train under pmap in WORKDIR/pmap, with a SIGTERM to process 1 in between.
 """
 
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +20,14 @@ from linear_run import EMAS, angles
 
 from diffusion.training import loop, optimizers, processes
 
+STEPS = 10
 WIDTH = 128  # so that fsdp cuts the matrix
+SGD = optimizers.make("sgd", 0.05, b1=0.5)  # which shows a gradient that is too large
 
 
 class Network(nn.Module):
+    """One hidden layer."""
+
     @nn.compact
     def __call__(self, x):
         return nn.Dense(1)(nn.tanh(nn.Dense(WIDTH)(x)))[:, 0]
@@ -29,7 +35,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Regression:
-    """Noisy regression with a linen network."""
+    """Noisy regression."""
 
     def init(self, key, batch):
         return Network().init(key, batch["x"])["params"]
@@ -52,32 +58,55 @@ def batches(start):
         yield {name: np.split(x, count)[own] for name, x in batch_of(step).items()}
 
 
-def run(workdir, parallel, steps, hooks=(), **changes):
+def run(workdir, parallel, **changes):
     settings = dict(
         objective=Regression(),
-        optimizer=optimizers.make("sgd", 0.05, b1=0.5),
+        optimizer=SGD,
         emas=EMAS,
         batches=batches,
-        steps=steps,
+        steps=STEPS,
         workdir=Path(workdir) / parallel,
         log_every=1,
         checkpoint_every=4,
-        hooks=hooks,
         parallel=parallel,
     )
     return loop.fit(**(settings | changes))
 
 
-def main(workdir, port, process_id, kill_at):
-    processes.join(f"127.0.0.1:{port}", 2, int(process_id), timeout=60, heartbeat=10)
+def at(step, process, act):
+    """A hook that acts in one step of one process."""
 
-    def kill(state, step):
-        if step == int(kill_at) and jax.process_index() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def hook(state, done):
+        if done == step and jax.process_index() == process:
+            act()
 
-    run(workdir, "pmap", 10)
-    run(workdir, "fsdp", 10, hooks=[(1, kill)])
+    return [(1, hook)]
+
+
+def first(workdir):
+    def kill():
+        while not (workdir / "fsdp" / "checkpoints" / "4").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run(workdir, "fsdp", hooks=at(6, 1, kill))
+
+
+def second(workdir):
+    state = run(workdir, "fsdp")
+    average = processes.local(state.ema["power"])
+    if jax.process_index() == 0:
+        np.savez(workdir / "average.npz", *jax.tree.leaves(average))
+    else:
+        time.sleep(1)  # one is done later than the other: they wait for each other
+    try:
+        run(workdir, "pmap", hooks=at(5, 1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    except SystemExit as stopped:
+        print(f"stopped with {stopped.code}", flush=True)
+    run(workdir, "pmap")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    which, workdir, port, process_id = sys.argv[1:]
+    processes.join(f"127.0.0.1:{port}", 2, int(process_id), timeout=60, heartbeat=10)
+    {"first": first, "second": second}[which](Path(workdir))
