@@ -30,7 +30,8 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(1)(nn.tanh(nn.Dense(WIDTH)(x)))[:, 0]
+        x = nn.tanh(nn.Dense(WIDTH)(x))
+        return nn.Dense(1)(x)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def run(workdir, parallel, **changes):
         emas=EMAS,
         batches=batches,
         steps=STEPS,
-        workdir=Path(workdir) / parallel,
+        workdir=workdir,
         log_every=1,
         checkpoint_every=4,
         parallel=parallel,
@@ -89,21 +90,21 @@ def first(workdir):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    run(workdir, "fsdp", hooks=at(6, 1, kill))
+    run(workdir / "fsdp", "fsdp", hooks=at(6, 1, kill))
 
 
 def second(workdir):
-    state = run(workdir, "fsdp")
+    state = run(workdir / "fsdp", "fsdp")
     average = processes.local(state.ema["power"])
     if jax.process_index() == 0:
         np.savez(workdir / "average.npz", *jax.tree.leaves(average))
     else:
         time.sleep(1)  # one is done later than the other: they wait for each other
     try:
-        run(workdir, "pmap", hooks=at(5, 1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        run(workdir / "pmap", "pmap", hooks=at(5, 1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     except SystemExit as stopped:
         print(f"stopped with {stopped.code}", flush=True)
-    run(workdir, "pmap")
+    run(workdir / "pmap", "pmap")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def launch(which, workdir):
 def alone(tmp_path_factory):
     """One process with four devices: state and log."""
     workdir = tmp_path_factory.mktemp("alone")
-    return run(workdir, "pmap"), lines(workdir / "pmap")
+    return run(workdir, "pmap"), lines(workdir)
 
 
 @pytest.fixture(scope="module")
