@@ -71,7 +71,8 @@ class Meter:
             total=steps,
             initial=start,
             unit="step",
-            disable=not sys.stderr.isatty(),  # then lines of text stand in for it
+            # Lines of text stand in for it; of several processes one tells.
+            disable=not sys.stderr.isatty() or jax.process_index() > 0,
             ncols=shutil.get_terminal_size().columns,  # tqdm's own gives 0 where none is known
         )
 
