@@ -31,14 +31,16 @@ from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.fields import field
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import checkpoints
+from diffusion.training import processes, restore
+from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
 from diffusion.training.loop import fit
 from diffusion.training.state import TrainState
 
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
-DRAWING = ("sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
+DRAWING = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
+DRAWING += ("data.threads", "data.workers", "data.prefetch")
 TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep")
 
 
@@ -50,13 +52,17 @@ def train(config: ConfigDict, workdir: str) -> None:
     where samples can be judged, evaluation.json. For points: density.png instead of grids. For
     autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
     Of a fine-tuned model: pipeline/, likewise.
+
+    Of several processes the first writes all this, draws and evaluates, on its own devices;
+    ``workdir`` is a folder that all of them see.
     """
-    began = time.perf_counter()
-    if latents.wanted(config.data):
+    began, first = time.perf_counter(), jax.process_index() == 0
+    if latents.wanted(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment, folder = _build(config), Path(workdir)
-    checkpoints.check_config(workdir, config.to_dict(), changeable=TRAINING)
-    checkpoints.save_config(workdir, config.to_dict())
+    workdirs.check_config(workdir, config.to_dict(), changeable=TRAINING)
+    if first:
+        workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(
             f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
@@ -69,10 +75,13 @@ def train(config: ConfigDict, workdir: str) -> None:
     logger = Logger(workdir)
 
     def grid(state: TrainState, step: int) -> None:
+        params = processes.local(state.ema["ema"])
+        if not first:
+            return
         if reconstructs:
-            picture = autoencoding.picture(experiment, state.ema["ema"])
+            picture = autoencoding.picture(experiment, params)
         else:
-            picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(drawer)))
+            picture = _grid(drawer, drawer.draw(params, _grid_size(drawer)))
         (folder / "samples").mkdir(exist_ok=True)
         figures.save_png(folder / "samples" / f"step_{step:07d}.png", picture)
         logger.image("samples", picture, step)
@@ -82,7 +91,13 @@ def train(config: ConfigDict, workdir: str) -> None:
         objective=experiment.objective,
         optimizer=experiment.optimizer,
         emas=experiment.emas,
-        batches=partial(batches, config, experiment.train),
+        batches=partial(
+            batches,
+            config,
+            experiment.train,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
         steps=config.train.steps,
         workdir=workdir,
         seed=config.seed,
@@ -94,8 +109,11 @@ def train(config: ConfigDict, workdir: str) -> None:
         keep=config.train.keep,
         hooks=[(every, grid)] if every and draws and len(experiment.train.shape) == 3 else [],
         logger=logger,
+        parallel=config.parallel,
     )
-    params = state.ema["ema"]
+    params = processes.local(state.ema["ema"])
+    if not first:
+        return
     if finetuning.wanted(config):
         finetuning.export(config, params, folder / "pipeline")
     if drawer:
@@ -228,9 +246,9 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
+    workdirs.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
     experiment = _build(config)
-    params, step = checkpoints.restore_ema(workdir, "ema")
+    params, step = restore.restore_ema(workdir, "ema")
     if experiment.guidance is None:
         raise ValueError(
             f"config.objective.name={config.objective.name!r} draws nothing; how well it does is "
@@ -252,11 +270,12 @@ def _describe(experiment: Experiment) -> None:
         {name: np.asarray(value)[None] for name, value in experiment.train[0].items()},
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    devices = jax.local_devices()
+    devices, several = jax.devices(), jax.process_count()
     config = experiment.config
     print(
         f"{experiment.train.name}: {len(experiment.train):,} examples {experiment.train.shape}; "
         f"{config.model.name}: {count:,} parameters; {len(devices)} x {devices[0].device_kind}"
+        + (f" in {several} processes" if several > 1 else "")
     )
 
 

@@ -71,7 +71,8 @@ def test_inspect_tells_and_shows(scenes, tmp_path, capsys, monkeypatch):
     lengths = [len(tiny_tokenizer()(text)["input_ids"]) for text in train.captions]
     tokens = report["captions"]["tokens"]
     assert (tokens["min"], tokens["max"]) == (min(lengths), max(lengths))
-    assert 0 < report["captions"]["cut"] == pytest.approx(np.mean(np.array(lengths) > 6)) < 1
+    cut = np.mean(np.array(lengths) > 6)
+    assert report["captions"]["cut"] == pytest.approx(cut) and 0 < cut < 1
     assert report["captions"]["unknown"] == 0
     # Noise of even grey levels: mean 0, standard deviation sqrt(1 / 3), less where it is resized.
     assert np.abs(report["pixels"]["mean"]).max() < 0.1
