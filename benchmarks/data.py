@@ -33,6 +33,7 @@ from PIL import Image
 from configs import base, cifar10_ddpm
 from diffusion.experiment import data
 from diffusion.experiment.build import build
+from diffusion.training import parallel
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
 
@@ -210,15 +211,16 @@ def drain(start: Callable[[], Iterator[Any]], batches: int) -> float:
 def training(config: Any, repetitions: int) -> float:
     """Images a second of the training step alone, on all cores."""
     experiment = build(config)
-    batch = next(data.batches(config, experiment.train, 0))
-    state = create(
-        experiment.objective, experiment.optimizer, experiment.emas, jax.random.key(0), batch
-    )
+    layout = parallel.make("pmap", None)
+    batch, key = next(data.batches(config, experiment.train, 0)), jax.random.key(0)
+    state = create(experiment.objective, experiment.optimizer, experiment.emas, key, batch)
+    state, key = parallel.place(layout, (state, key))  # where the step leaves them
+    batch = parallel.place_batch(layout, batch)
     step = make_train_step(experiment.objective, experiment.optimizer, experiment.emas)
     seconds = []
     for _ in range(repetitions + 1):
         began = time.perf_counter()
-        state, metrics = step(state, None, batch, jax.random.key(1))
+        state, metrics = step(state, None, batch, key)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - began)
     return config.train.batch_size / float(np.median(seconds[1:]))  # the first compiles
