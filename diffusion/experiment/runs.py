@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,28 +15,37 @@ from diffusion.data import pipeline
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
-from diffusion.experiment import autoencoding, finetuning, judging, latents, learning, sweeping
+from diffusion.experiment import (
+    autoencoding,
+    describe,
+    finetuning,
+    judging,
+    latents,
+    learning,
+    sweeping,
+)
 from diffusion.experiment.build import Experiment, build
 from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import checkpoints
+from diffusion.training import checkpoints, tracking, validation
 from diffusion.training.logging import Logger
-from diffusion.training.loop import fit
+from diffusion.training.loop import Validate, fit
 from diffusion.training.state import TrainState
 
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
 DRAWING = ("sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
-TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep")
+TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep", "train.max_skipped")
+TRAINING += ("train.validation_count", "log.*", "profile.*")
 
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Trains (or goes on, or finds itself done), then draws, plots and evaluates.
 
-    Leaves in ``workdir``: config.json, checkpoints/, tensorboard/, metrics.jsonl, samples/ (a grid
-    per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
+    Leaves in ``workdir``: config.json, parameters.txt, checkpoints/, tensorboard/, metrics.jsonl,
+    samples/ (a grid per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
     where samples can be judged, evaluation.json. For points: density.png instead of grids. For
     autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
     Of a fine-tuned model: pipeline/, likewise.
@@ -54,10 +62,14 @@ def train(config: ConfigDict, workdir: str) -> None:
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
-    _describe(experiment)
+    described = describe.describe(experiment)
+    print(describe.tell(experiment, described, folder))
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
     reconstructs = isinstance(experiment.objective, Autoencoding)
-    logger = Logger(workdir)
+    tracker = None
+    if config.log.wandb:
+        tracker = tracking.Tracker(workdir, config.log.wandb, config.to_dict())
+    logger = Logger(workdir, tracker)
 
     def grid(state: TrainState, step: int) -> None:
         if reconstructs:
@@ -86,8 +98,14 @@ def train(config: ConfigDict, workdir: str) -> None:
         checkpoint_every=config.train.checkpoint_every,
         keep=config.train.keep,
         hooks=[(every, grid)] if every and draws and len(experiment.train.shape) == 3 else [],
+        validate=_validation(experiment),
+        max_skipped=config.train.max_skipped,
+        flops=described.training,
+        peak=described.peak,
         logger=logger,
     )
+    if tracker is not None:
+        tracker.close()
     params = state.ema["ema"]
     if finetuning.wanted(config):
         finetuning.export(config, params, folder / "pipeline")
@@ -198,7 +216,7 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
+    checkpoints.check_config(workdir, config.to_dict(), changeable=(*TRAINING, "train.*"))
     experiment = _build(config)
     params, step = checkpoints.restore_ema(workdir, "ema")
     if experiment.guidance is None:
@@ -210,24 +228,24 @@ def _restore(
     return Drawer(experiment, preview), params, step
 
 
+def _validation(experiment: Experiment) -> Validate | None:
+    c = experiment.config
+    if not c.train.validate_every:
+        return None
+    function = validation.make(
+        experiment.objective,
+        experiment.held_out,
+        count=c.train.validation_count,
+        batch_size=c.train.batch_size // c.train.accumulate,
+        seed=c.seed,
+        frozen=experiment.frozen,
+    )
+    return c.train.validate_every, function
+
+
 def _finished(folder: Path, config: ConfigDict) -> bool:
     done = folder / "done"
     return done.exists() and int(done.read_text()) >= config.train.steps
-
-
-def _describe(experiment: Experiment) -> None:
-    params = jax.eval_shape(
-        experiment.objective.init,
-        jax.random.key(0),
-        {name: np.asarray(value)[None] for name, value in experiment.train[0].items()},
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    devices = jax.local_devices()
-    config = experiment.config
-    print(
-        f"{experiment.train.name}: {len(experiment.train):,} examples {experiment.train.shape}; "
-        f"{config.model.name}: {count:,} parameters; {len(devices)} x {devices[0].device_kind}"
-    )
 
 
 def _grid_size(drawer: Drawer) -> int:

@@ -180,7 +180,7 @@ def fit(
                     with meter.paused():
                         try:
                             if judged:
-                                logger.scalars(step, validate[1](state, step))
+                                meter.report(step, validate[1](state, step))
                             for hook in due:
                                 hook(state, step)
                         except Exception:  # a hook's fault must not cost training

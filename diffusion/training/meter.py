@@ -63,6 +63,7 @@ class Meter:
         # The part of an interval that lies before a checkpoint travels with it.
         self._sums = dict(interval.get("sums", {}))
         self._count = interval.get("count", 0)
+        self.latest: dict[str, float] = dict(interval.get("latest", {}))  # what was logged last
         self._skipped = interval.get("skipped", 0)
         self.skipped_in_a_row = interval.get("row", 0)
         self._lapsed, self._timed, self._since, self._waited = 0.0, 0, None, 0.0
@@ -90,6 +91,7 @@ class Meter:
         return {
             "sums": self._sums,
             "count": self._count,
+            "latest": self.latest,
             "skipped": self._skipped,
             "row": self.skipped_in_a_row,
         }
@@ -142,7 +144,12 @@ class Meter:
             means |= self._machine(speed, min(self._waited / seconds, 1.0))
             self._lapsed, self._timed, self._since, self._waited = 0.0, 0, now, 0.0
             self._show(step, means, (self._steps - step) / speed)
-        self._logger.scalars(step, means)
+        self.report(step, means)
+
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a line of numbers that are no means over steps, or no longer."""
+        self.latest |= values
+        self._logger.scalars(step, values)
 
     def _mean(self, total: float | list[float]) -> float | None:
         """None of examples that there were none of."""
