@@ -29,7 +29,8 @@ from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import checkpoints, tracking, validation
+from diffusion.training import restore, tracking, validation
+from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
 from diffusion.training.loop import Validate, fit
 from diffusion.training.state import TrainState
@@ -45,17 +46,17 @@ def train(config: ConfigDict, workdir: str) -> None:
     """Trains (or goes on, or finds itself done), then draws, plots and evaluates.
 
     Leaves in ``workdir``: config.json, parameters.txt, checkpoints/, tensorboard/, metrics.jsonl,
-    samples/ (a grid per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
-    where samples can be judged, evaluation.json. For points: density.png instead of grids. For
-    autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
-    Of a fine-tuned model: pipeline/, likewise.
+    samples/ (a grid per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif,
+    loss.png and, where samples can be judged, evaluation.json. For points: density.png instead of
+    grids. For autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers
+    saves one. Of a fine-tuned model: pipeline/, likewise.
     """
     began = time.perf_counter()
     if latents.wanted(config.data):
         latents.compute(config.data, partial(make_images, config.data))
     experiment, folder = _build(config), Path(workdir)
-    checkpoints.check_config(workdir, config.to_dict(), changeable=TRAINING)
-    checkpoints.save_config(workdir, config.to_dict())
+    workdirs.check_config(workdir, config.to_dict(), changeable=TRAINING)
+    workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(
             f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
@@ -216,9 +217,9 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    checkpoints.check_config(workdir, config.to_dict(), changeable=(*TRAINING, "train.*"))
+    workdirs.check_config(workdir, config.to_dict(), changeable=(*TRAINING, "train.*"))
     experiment = _build(config)
-    params, step = checkpoints.restore_ema(workdir, "ema")
+    params, step = restore.restore_ema(workdir, "ema")
     if experiment.guidance is None:
         raise ValueError(
             f"config.objective.name={config.objective.name!r} draws nothing; how well it does is "

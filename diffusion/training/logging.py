@@ -10,9 +10,26 @@ from pathlib import Path
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
+from diffusion.training.storage import Appender
 from diffusion.training.tracking import Tracker
+
+EVENTS = "appended"
+
+
+class _Events:
+    """TensorBoard's files by ``Appender``: tensorboardX's own would wait forever on a full disk."""
+
+    def open(self, path: str) -> Appender:
+        return Appender(path.removeprefix(f"{EVENTS}:"), tqdm.write)
+
+    def directory_check(self, path: str) -> None:
+        """The appender makes its folder."""
+
+
+register_writer_factory(EVENTS, _Events())
 
 
 class Logger:
@@ -31,6 +48,7 @@ class Logger:
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._file = self._workdir / "metrics.jsonl"
         self._tracker = tracker
+        self._lines = Appender(self._file, self.text)
         self._events: SummaryWriter | None = None
 
     def rewind(self, step: int) -> None:
@@ -47,8 +65,8 @@ class Logger:
         """One line of ``metrics.jsonl`` and one point of each curve."""
         values = {name: float(value) for name, value in values.items()}
         line = {n: v if math.isfinite(v) else None for n, v in values.items()}
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+        self._lines.write((json.dumps({"step": step, **line}) + "\n").encode())
+        self._lines.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._tracker is not None:
@@ -69,6 +87,7 @@ class Logger:
 
     def close(self) -> None:
         """Writes what is buffered; the logger can still be used afterwards."""
+        self._lines.close()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -80,7 +99,7 @@ class Logger:
         return self._events
 
     def _writer(self, purge_step: int | None) -> SummaryWriter:
-        return SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
+        return SummaryWriter(f"{EVENTS}:{self._workdir / 'tensorboard'}", purge_step=purge_step)
 
 
 def _step(line: str) -> float:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from diffusion.training import checkpoints as checkpoints_lib
-from diffusion.training import diagnosis
+from diffusion.training import diagnosis, storage
 from diffusion.training import ema as ema_lib
 from diffusion.training.interrupts import deferred_signals
 from diffusion.training.logging import Logger
@@ -51,6 +51,9 @@ def fit(
     log_every: int = 100,
     checkpoint_every: int = 1000,
     keep: int | None = 3,
+    keep_best: int = 0,
+    best: str = "loss",
+    about: Mapping[str, Any] | None = None,
     hooks: Sequence[Hook] = (),
     validate: Validate | None = None,
     max_skipped: int = 10,
@@ -80,6 +83,10 @@ def fit(
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
       keep: how many of the newest checkpoints stay; None for all.
+      keep_best: how many more stay, of those with the best ``best``.
+      best: a metric of the log, best when low; "-name" for one that is best when high. A
+        checkpoint's is the last that was logged before it.
+      about: JSON to put into every checkpoint (configuration, code version).
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
@@ -96,7 +103,9 @@ def fit(
     Raises:
       NonFiniteError: too many steps in a row had a loss or gradient that was not finite; names the
         step, its noise levels and the examples.
-      ValueError: the batch cannot be divided.
+      ValueError: the batch cannot be divided, or another run trains in ``workdir``.
+      SaveError: the last checkpoint could not be saved. (Earlier ones that cannot are told of, and
+        training goes on.)
       KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     for name, value in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
@@ -107,7 +116,9 @@ def fit(
     sharding = replicated(devices)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
-    checkpoints = checkpoints_lib.Checkpoints(workdir, keep=keep)
+    checkpoints = checkpoints_lib.Checkpoints(
+        workdir, keep=keep, keep_best=keep_best, best=best, about=about, say=logger.text
+    )
     try:
         start = checkpoints.latest() or 0
         data = batches(start)
@@ -145,7 +156,6 @@ def fit(
             peak=peak and peak * len(places),
             devices=places,
         )
-        last_saved = start if start else None
         pending = deque()
 
         def drain(keep_pending: int = 0):
@@ -162,7 +172,10 @@ def fit(
                     found = diagnosis.examine(
                         objective, state.params, frozen, again, run_key, done - 1
                     )
-                    raise NonFiniteError(_too_many(said, found, last_saved))
+                    raise NonFiniteError(_too_many(said, found, checkpoints.latest()))
+
+        def report(state, step):
+            meter.judged(step, validate[1](state, step))
 
         with deferred_signals() as stopped, meter:
             for step in range(start + 1, steps + 1):
@@ -178,20 +191,20 @@ def fit(
                 if due or judged:
                     drain()
                     with meter.paused():
-                        try:
-                            if judged:
-                                meter.report(step, validate[1](state, step))
-                            for hook in due:
+                        for hook in [report, *due] if judged else due:
+                            try:
                                 hook(state, step)
-                        except Exception:  # a hook's fault must not cost training
-                            checkpoints.save(state, meter.interval())
-                            raise
+                            except Exception as error:  # a hook's fault must not cost training
+                                if not storage.disk_full(error):
+                                    checkpoints.save(state, meter.interval(), meter.latest)
+                                    raise
+                                why = storage.reason(error, workdir)
+                                logger.text(f"step {step}: something was not written: {why}")
                 stop = bool(stopped)  # read once: a signal may come at any moment
                 if step % checkpoint_every == 0 or step == steps or stop:
                     drain()
                     with meter.paused():
-                        checkpoints.save(state, meter.interval())
-                    last_saved = step
+                        checkpoints.save(state, meter.interval(), meter.latest)
                 if stop:
                     break
                 if step < steps:
@@ -199,11 +212,12 @@ def fit(
                     batch = _next(data, step)
                     meter.waited(time.perf_counter() - began)
         if stop and step < steps:
-            checkpoints.close()
+            checkpoints.finish()
             logger.text(f"stopped by {stopped[0].name}; checkpoint saved at step {step}")
             if stopped[0] == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + stopped[0])
+        checkpoints.finish()
         return state
     finally:
         checkpoints.close()

@@ -86,14 +86,19 @@ class Meter:
         self._logger.text(f"compiled and ran the first step in {seconds:.1f} s")
         self._since, self._timed = time.perf_counter(), 0
 
+    def judged(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs numbers as they are, as those of held-out data."""
+        self.latest |= values
+        self._logger.scalars(step, values)
+
     def interval(self) -> dict[str, Any]:
         """What a checkpoint needs for the log to go on exactly."""
         return {
             "sums": self._sums,
             "count": self._count,
-            "latest": self.latest,
             "skipped": self._skipped,
             "row": self.skipped_in_a_row,
+            "latest": self.latest,
         }
 
     @contextmanager
@@ -144,12 +149,7 @@ class Meter:
             means |= self._machine(speed, min(self._waited / seconds, 1.0))
             self._lapsed, self._timed, self._since, self._waited = 0.0, 0, now, 0.0
             self._show(step, means, (self._steps - step) / speed)
-        self.report(step, means)
-
-    def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a line of numbers that are no means over steps, or no longer."""
-        self.latest |= values
-        self._logger.scalars(step, values)
+        self.judged(step, means)
 
     def _mean(self, total: float | list[float]) -> float | None:
         """None of examples that there were none of."""

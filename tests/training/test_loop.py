@@ -12,7 +12,8 @@ import pytest
 from linear_run import assert_identical, batches, lines, run
 
 from diffusion.training import loop
-from diffusion.training.checkpoints import Checkpoints, restore_ema
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.restore import restore_ema
 
 ROOT = Path(__file__).parents[2]
 
