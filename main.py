@@ -5,6 +5,7 @@
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=profile
     python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji --mode=cache
     python main.py --config=configs/stable_diffusion.py --mode=generate \
         --config.model=DIR_OR_HUB_ID --config.prompt="a lighthouse at dusk"
@@ -27,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
 _MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache", "generate"]
+_MODES += ["profile"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
 
-    from diffusion.experiment import generate, runs
+    from diffusion.experiment import exhaustion, generate, profiling, runs
 
     # What was compiled once need not be again: the next run of this config starts sooner.
     cache = os.path.join(os.path.expanduser("~"), ".cache", "diffusion-jax")
@@ -45,13 +47,15 @@ def main(argv: list[str]) -> None:
     )
 
     generates = _MODE.value == "generate"
-    run = generate.generate if generates else getattr(runs, _MODE.value)
+    elsewhere = {"generate": generate.generate, "profile": profiling.profile}
+    run = elsewhere.get(_MODE.value) or getattr(runs, _MODE.value)
     try:
         if generates == ("train" in _CONFIG.value):
             fitting = "configs/stable_diffusion.py" if generates else "a config of an experiment"
             raise ValueError(f"--mode={_MODE.value} takes {fitting}")
-        run(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, FileNotFoundError, ArithmeticError) as error:
+        with exhaustion.explained(_CONFIG.value, _MODE.value):
+            run(_CONFIG.value, _WORKDIR.value)
+    except (ValueError, FileNotFoundError, ArithmeticError, MemoryError) as error:
         # A user's mistake or a diverged run: the message helps, the traceback would bury it.
         if os.environ.get("TRACEBACK"):
             raise
