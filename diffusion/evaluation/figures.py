@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 INK, MUTED, PAPER = "#1f2430", "#6b7280", "#ffffff"
 BLUE, ORANGE, GRAY = "#2563eb", "#ea580c", "#9ca3af"
-SHADES = ("#bfdbfe", "#60a5fa", "#2563eb", "#1e3a8a")  # from clean to noisy
+SHADES = ("#93c5fd", "#3b82f6", "#1d4ed8", "#172554")  # from clean to noisy
 STYLE = {
     "font.size": 10,
     "text.color": INK,
@@ -133,9 +133,9 @@ def loss_curve(
 ) -> None:
     """Draws ``key`` over the steps, raw and smoothed, from a ``metrics.jsonl`` into a PNG.
 
-    Beside it ``validation_<key>``, and in a second panel ``<key>_q1`` to ``<key>_q4``, the quartiles
-    of the noise level, where they were logged. The axes are logarithmic if all values are positive
-    and span more than a factor of four.
+    Beside it ``validation_<key>``, and in a second panel ``<key>_q1`` to ``<key>_q4``, which are
+    quartiles of the noise level, where they were logged. The axes are logarithmic if all values are
+    positive and span more than a factor of four.
     """
     steps, values = read_metrics(metrics, key)
     finite = values[np.isfinite(values)]
@@ -154,13 +154,15 @@ def loss_curve(
             style = {"color": ORANGE, "linewidth": 1.5, "marker": "o", "markersize": 3}
             left.plot(*held_out, label="held out", **style)
             _annotate_end(left, *held_out, ORANGE)
+        left.legend()
         _finish_curves(left, finite, key, title)
         for axes in right:
-            names = {1: " (cleanest)", len(SHADES): " (noisiest)"}
+            names = {1: ", cleanest", len(SHADES): ", noisiest"}
             for (k, (at, curve)), color in zip(quartiles.items(), SHADES):
                 if len(curve) >= 8:
                     curve = smooth(curve, max(1.0, len(curve) / 80))
-                axes.plot(at, curve, color=color, linewidth=1.5, label=f"q{k}{names.get(k, '')}")
+                axes.plot(at, curve, color=color, linewidth=1.5)
+                _annotate_end(axes, at, curve, color, f"q{k}{names.get(k, '')}")
             every = np.concatenate([curve for _, curve in quartiles.values()])
             _finish_curves(axes, every, key, "by quartile of the noise level")
 
@@ -173,9 +175,11 @@ def _logged(metrics: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0), np.zeros(0)
 
 
-def _annotate_end(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
+def _annotate_end(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, text: str = ""
+) -> None:
     axes.annotate(
-        f"{values[-1]:.3g}",
+        text or f"{values[-1]:.3g}",
         (steps[-1], values[-1]),
         xytext=(5, 0),
         textcoords="offset points",
@@ -194,7 +198,6 @@ def _finish_curves(axes: Axes, values: np.ndarray, key: str, title: str) -> None
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(True)
     axes.set_axisbelow(True)
-    axes.legend()
 
 
 def trajectory_strip(

@@ -31,7 +31,7 @@ CALLS = re.compile(r"calls=%?([\w.\-]+)")
 HOW_TO_OPEN = """\
 the trace: {trace}
   in a browser: https://ui.perfetto.dev, and there open the *.trace.json.gz in that folder
-  or: pip install xprof; xprof --logdir={folder}  (or TensorBoard with tensorboard-plugin-profile)"""
+  or, as TensorBoard's profile plugin shows it: pip install xprof; xprof --logdir={folder}"""
 
 
 def profile(config: ConfigDict, workdir: str) -> None:
