@@ -118,6 +118,17 @@ def get_config() -> ConfigDict:
     c.train.sample_every = 0  # steps between sample grids; 0: only at the end
     c.train.checkpoint_every = 1000
     c.train.keep = 2  # newest checkpoints kept
+    c.train.validate_every = 0  # steps between losses on held-out data; 0: none
+    c.train.validation_count = 1000  # examples of them, at most
+    c.train.max_skipped = 10  # steps in a row whose loss or gradients may be not finite
+
+    c.log = ConfigDict()
+    c.log.wandb = ""  # project on Weights & Biases; empty: not there
+    c.log.peak_tflops = 0.0  # TFLOP/s of one device at most; 0: as known of common ones
+
+    c.profile = ConfigDict()  # --mode=profile
+    c.profile.steps = 5
+    c.profile.warmup = 3  # steps before them
 
     c.sampler = ConfigDict()
     c.sampler.solver = "dpmpp_2m"

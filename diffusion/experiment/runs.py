@@ -16,32 +16,41 @@ from diffusion.data import pipeline
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
-from diffusion.experiment import autoencoding, finetuning, judging, latents, learning, sweeping
+from diffusion.experiment import (
+    autoencoding,
+    describe,
+    finetuning,
+    judging,
+    latents,
+    learning,
+    sweeping,
+)
 from diffusion.experiment.build import Experiment, build
 from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import processes, restore
+from diffusion.training import processes, restore, tracking, validation
 from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
-from diffusion.training.loop import fit
+from diffusion.training.loop import Validate, fit
 from diffusion.training.state import TrainState
 
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
 DRAWING = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
-TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep")
+TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep", "train.max_skipped")
+TRAINING += ("train.validation_count", "log.*", "profile.*")
 
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Trains (or goes on, or finds itself done), then draws, plots and evaluates.
 
-    Leaves in ``workdir``: config.json, checkpoints/, tensorboard/, metrics.jsonl, samples/ (a grid
-    per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
-    where samples can be judged, evaluation.json. For points: density.png instead of grids. For
-    autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
-    Of a fine-tuned model: pipeline/, likewise.
+    Leaves in ``workdir``: config.json, parameters.txt, checkpoints/, tensorboard/, metrics.jsonl,
+    samples/ (a grid per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif,
+    loss.png and, where samples can be judged, evaluation.json. For points: density.png instead of
+    grids. For autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers
+    saves one. Of a fine-tuned model: pipeline/, likewise.
 
     Of several processes the first writes all this, draws and evaluates, on its own devices;
     ``workdir`` is a folder that all of them see.
@@ -59,10 +68,14 @@ def train(config: ConfigDict, workdir: str) -> None:
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
-    _describe(experiment)
+    described = describe.describe(experiment)
+    print(describe.tell(experiment, described, folder))
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
     reconstructs = isinstance(experiment.objective, Autoencoding)
-    logger = Logger(workdir)
+    tracker = None
+    if config.log.wandb:
+        tracker = tracking.Tracker(workdir, config.log.wandb, config.to_dict())
+    logger = Logger(workdir, tracker)
 
     def grid(state: TrainState, step: int) -> None:
         params = processes.local(state.ema["ema"])
@@ -100,9 +113,15 @@ def train(config: ConfigDict, workdir: str) -> None:
         checkpoint_every=config.train.checkpoint_every,
         keep=config.train.keep,
         hooks=[(every, grid)] if every and draws and len(experiment.train.shape) == 3 else [],
+        validate=_validation(experiment),
+        max_skipped=config.train.max_skipped,
+        flops=described.training,
+        peak=described.peak,
         logger=logger,
         parallel=config.parallel,
     )
+    if tracker is not None:
+        tracker.close()
     params = processes.local(state.ema["ema"])
     if not first:
         return
@@ -215,7 +234,7 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    workdirs.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
+    workdirs.check_config(workdir, config.to_dict(), changeable=(*TRAINING, "train.*"))
     experiment = _build(config)
     params, step = restore.restore_ema(workdir, "ema")
     if experiment.guidance is None:
@@ -227,25 +246,24 @@ def _restore(
     return Drawer(experiment, preview), params, step
 
 
+def _validation(experiment: Experiment) -> Validate | None:
+    c = experiment.config
+    if not c.train.validate_every:
+        return None
+    function = validation.make(
+        experiment.objective,
+        experiment.held_out,
+        count=c.train.validation_count,
+        batch_size=c.train.batch_size // c.train.accumulate,
+        seed=c.seed,
+        frozen=experiment.frozen,
+    )
+    return c.train.validate_every, function
+
+
 def _finished(folder: Path, config: ConfigDict) -> bool:
     done = folder / "done"
     return done.exists() and int(done.read_text()) >= config.train.steps
-
-
-def _describe(experiment: Experiment) -> None:
-    params = jax.eval_shape(
-        experiment.objective.init,
-        jax.random.key(0),
-        {name: np.asarray(value)[None] for name, value in experiment.train[0].items()},
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    devices, several = jax.devices(), jax.process_count()
-    config = experiment.config
-    print(
-        f"{experiment.train.name}: {len(experiment.train):,} examples {experiment.train.shape}; "
-        f"{config.model.name}: {count:,} parameters; {len(devices)} x {devices[0].device_kind}"
-        + (f" in {several} processes" if several > 1 else "")
-    )
 
 
 def _grid_size(drawer: Drawer) -> int:
