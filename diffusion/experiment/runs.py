@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,28 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import base
 from diffusion.data import pipeline
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
-from diffusion.experiment import autoencoding, finetuning, judging, latents, learning, sweeping
+from diffusion.experiment import (
+    autoencoding,
+    averages,
+    finetuning,
+    judging,
+    latents,
+    learning,
+    provenance,
+    starting,
+    sweeping,
+)
 from diffusion.experiment.build import Experiment, build
 from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import restore
+from diffusion.training import snapshots
 from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
 from diffusion.training.loop import fit
@@ -31,7 +43,10 @@ from diffusion.training.state import TrainState
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
 DRAWING = ("sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
-TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep")
+TRAINING = (
+    *(*DRAWING, "train.steps", "train.*_every", "train.keep", "train.keep_best", "train.best"),
+    *("train.accept_changes",),
+)
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -46,8 +61,14 @@ def train(config: ConfigDict, workdir: str) -> None:
     began = time.perf_counter()
     if latents.wanted(config.data):
         latents.compute(config.data, partial(make_images, config.data))
-    experiment, folder = _build(config), Path(workdir)
-    workdirs.check_config(workdir, config.to_dict(), changeable=TRAINING)
+    experiment = _build(config)
+    _check_config(config, workdir, TRAINING)
+    with workdirs.held(workdir):
+        _train(experiment, Path(workdir), began)
+
+
+def _train(experiment: Experiment, folder: Path, began: float) -> None:
+    config, workdir = experiment.config, str(folder)
     workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(
@@ -55,6 +76,8 @@ def train(config: ConfigDict, workdir: str) -> None:
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
+    about = provenance.about(config)
+    workdirs.record_start(workdir, about)
     _describe(experiment)
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
     reconstructs = isinstance(experiment.objective, Autoencoding)
@@ -70,6 +93,11 @@ def train(config: ConfigDict, workdir: str) -> None:
         logger.image("samples", picture, step)
 
     every, draws = config.train.sample_every, drawer or reconstructs
+    hooks = [(every, grid)] if every and draws and len(experiment.train.shape) == 3 else []
+    if config.train.snapshot_every:
+        widths = config.train.snapshot_sigma_rel
+        writer = snapshots.writer(workdir, config.train.snapshot_every, widths)
+        hooks.append((config.train.snapshot_every, writer))
     state = fit(
         objective=experiment.objective,
         optimizer=experiment.optimizer,
@@ -81,12 +109,15 @@ def train(config: ConfigDict, workdir: str) -> None:
         workdir=workdir,
         seed=config.seed,
         frozen=experiment.frozen,
-        initial_params=finetuning.initial(config),
+        initial_params=starting.initial(config, workdir),
         accumulate=config.train.accumulate,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         keep=config.train.keep,
-        hooks=[(every, grid)] if every and draws and len(experiment.train.shape) == 3 else [],
+        keep_best=config.train.keep_best,
+        best=config.train.best,
+        about=about,
+        hooks=hooks,
         logger=logger,
     )
     params = state.ema["ema"]
@@ -199,16 +230,30 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    workdirs.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
+    _check_config(config, workdir, (*DRAWING, "train.*"))
     experiment = _build(config)
-    params, step = restore.restore_ema(workdir, "ema")
+    params, step, text = averages.parameters(config, workdir)
     if experiment.guidance is None:
         raise ValueError(
             f"config.objective.name={config.objective.name!r} draws nothing; how well it does is "
             f"in {workdir}/evaluation.json"
         )
-    print(f"{workdir}: averaged parameters after step {step}")
+    print(f"{workdir}: {text}")
     return Drawer(experiment, preview), params, step
+
+
+def _check_config(config: ConfigDict, workdir: str, changeable: Sequence[str]) -> None:
+    """Refuses the workdir of another run, or says how it was another."""
+    changes = workdirs.check_config(
+        workdir,
+        config.to_dict(),
+        changeable=changeable,
+        defaults=base.get_config().to_dict(),
+        accept=config.train.accept_changes,
+    )
+    if changes:
+        listed = "\n".join(changes)
+        print(f"{workdir}: going on although its run had another configuration:\n{listed}")
 
 
 def _finished(folder: Path, config: ConfigDict) -> bool:

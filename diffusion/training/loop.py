@@ -45,7 +45,7 @@ def fit(
     workdir: str | os.PathLike,
     seed: int = 0,
     frozen: Any = None,
-    initial_params: Callable[[], Any] | None = None,
+    initial_params: Callable[[Callable[[], Any]], Any] | None = None,
     accumulate: int = 1,
     log_every: int = 100,
     checkpoint_every: int = 1000,
@@ -73,7 +73,7 @@ def fit(
       seed: for the initial parameters and all training noise.
       frozen: parameters that the loss needs and that are not trained.
       initial_params: gives what training begins with (a pretrained model), instead of random
-        parameters; not called when a run goes on.
+        parameters, which it can have by calling its argument; not called when a run goes on.
       accumulate: into how many pieces each device cuts its share of a batch, to save memory.
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
@@ -114,6 +114,9 @@ def fit(
         data = batches(start)
         batch = _next(data, start)
 
+        def random():
+            return jax.jit(lambda key, batch: objective.init(key, batch))(init_key, batch)
+
         def initial(params=None):
             return create(objective, optimizer, emas, init_key, batch, params)
 
@@ -124,7 +127,7 @@ def fit(
             )
             state, interval = checkpoints.restore(template)
         else:
-            given = initial_params() if initial_params else None
+            given = initial_params(random) if initial_params else None
             state, interval = jax.device_put(initial(given), sharding), {}
             del given
         if start >= steps:
