@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
             fitting = "configs/stable_diffusion.py" if generates else "a config of an experiment"
             raise ValueError(f"--mode={_MODE.value} takes {fitting}")
         run(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, FileNotFoundError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         # A user's mistake or a diverged run: the message helps, the traceback would bury it.
         if os.environ.get("TRACEBACK"):
             raise

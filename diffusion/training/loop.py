@@ -131,6 +131,7 @@ def fit(
             state, interval = jax.device_put(initial(given), sharding), {}
             del given
         if start >= steps:
+            checkpoints.finish()
             logger.text(f"{workdir}: already done, {start} of {steps} steps")
             return state
         logger.rewind(start)
