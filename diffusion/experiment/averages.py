@@ -62,7 +62,7 @@ def _mixed(workdir: str, step: int | str, wanted: Any, called: str) -> tuple[Any
         f"{how.snapshots} snapshots; the profile's relative residual is {how.residual:.1e}"
     )
     if how.residual > WORTH_A_WARNING:
-        text += " (large: these snapshots hold no such average; more of them, or other widths, do)"
+        text += " (large: better at a step with a snapshot, or from more snapshots)"
     return params, how.step, text
 
 

@@ -119,7 +119,8 @@ def reconstruct(
     Args:
       workdir: the run's directory.
       wanted: sigma_rel of a power function in (0, 0.288], or any profile of ``ema``.
-      step: that the average ends at, any up to the last snapshot's; None for that.
+      step: that the average ends at, any up to the last snapshot's (most exactly at the steps of
+        snapshots); None for the last.
 
     Returns:
       Parameters as nested dicts, float32, on the first device; and how it went.

@@ -59,7 +59,7 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_bit(start, tmp_pat
     again = tmp_path / "again"
     whole = start(again)
     expected = contents(straight)
-    assert contents(again) == expected and len(expected["log"]) == 7
+    assert contents(again) == expected and len(expected["log"]) == 5
 
     rng = random.Random(0)
     kills = [place for place, count in KILLS.items() for _ in range(count)]

@@ -20,7 +20,7 @@ from linear_run import EMAS, run
 
 from diffusion.training import snapshots
 
-STEPS = 20
+STEPS = 14
 PATHS = ("", "metrics.jsonl", "snapshots/", "checkpoints/", "lock")
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 
@@ -43,11 +43,11 @@ def train(workdir, path=None, event=0):
         workdir,
         STEPS,
         emas={"power": EMAS["power"]} | snapshots.profiles((0.1,)),
-        checkpoint_every=3,
+        checkpoint_every=4,
         keep=2,
         keep_best=1,
         best="mae",
-        hooks=[(4, snapshots.writer(workdir, 4, (0.1,)))],
+        hooks=[(5, snapshots.writer(workdir, 5, (0.1,)))],
     )
     arrays = {f"params_{name}": value for name, value in state.params.items()}
     arrays |= {f"ema_{name}": value for name, value in state.ema["power"].items()}
