@@ -118,7 +118,7 @@ def test_reconstructed_from_files(trained):
     assert [s.step for s in snapshots.listed(workdir)[::2]] == list(range(4, 41, 4))
     for wanted, name, tolerance in ((0.15, "wanted", 2e-3), (0.05, "posthoc_0.05", 1e-3)):
         params, how = posthoc.reconstruct(workdir, wanted)
-        assert how.step == 40 and how.residual < 0.02
+        assert how.step == 40 and how.residual < 0.03
         for leaf, value in state.ema[name].items():
             np.testing.assert_allclose(params[leaf], value, atol=tolerance)
             assert params[leaf].dtype == jnp.float32
