@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from diffusion.training import checkpoints as checkpoints_lib
+from diffusion.training import diagnosis, storage
 from diffusion.training import ema as ema_lib
-from diffusion.training import storage
 from diffusion.training.interrupts import deferred_signals
 from diffusion.training.logging import Logger
 from diffusion.training.meter import Meter
@@ -29,10 +29,11 @@ from diffusion.training.step import make_train_step, replicated
 RUN_AHEAD = 8  # steps; bounds the batches held on the devices
 
 Hook = tuple[int, Callable[[TrainState, int], None]]
+Validate = tuple[int, Callable[[TrainState, int], Mapping[str, float]]]
 
 
 class NonFiniteError(ArithmeticError):
-    """Loss or gradients were not finite."""
+    """Loss or gradients were not finite, in too many steps."""
 
 
 def fit(
@@ -54,6 +55,10 @@ def fit(
     best: str = "loss",
     about: Mapping[str, Any] | None = None,
     hooks: Sequence[Hook] = (),
+    validate: Validate | None = None,
+    max_skipped: int = 10,
+    flops: float | None = None,
+    peak: float | None = None,
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> TrainState:
@@ -85,6 +90,10 @@ def fit(
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
+      validate: such a pair whose function gives numbers by name, for the log.
+      max_skipped: how many steps in a row may be skipped because loss or gradients were not finite.
+      flops: floating-point operations of a step per example, for the log's FLOP/s.
+      peak: FLOP/s that one device is capable of, for the log's share of it.
       logger: default ``Logger(workdir)``.
       devices: default all local ones.
 
@@ -92,7 +101,8 @@ def fit(
       The state after the last step.
 
     Raises:
-      NonFiniteError: a loss or gradient was not finite; names the step.
+      NonFiniteError: too many steps in a row had a loss or gradient that was not finite; names the
+        step, its noise levels and the examples.
       ValueError: the batch cannot be divided, or another run trains in ``workdir``.
       SaveError: the last checkpoint could not be saved. (Earlier ones that cannot are told of, and
         training goes on.)
@@ -138,16 +148,38 @@ def fit(
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")
         frozen, key = jax.device_put((frozen, run_key), sharding)
-        meter = Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
+        places = jax.local_devices() if devices is None else devices
+        meter = Meter(
+            logger,
+            start,
+            steps,
+            log_every,
+            len(next(iter(batch.values()))),
+            interval,
+            flops=flops,
+            peak=peak and peak * len(places),
+            devices=places,
+        )
         pending = deque()
 
         def drain(keep_pending: int = 0):
             while len(pending) > keep_pending:
                 done, values = pending.popleft()
                 values = jax.device_get(values)
-                if not values.pop("finite"):
-                    raise NonFiniteError(_non_finite(done, values, checkpoints.latest()))
-                meter.add(done, values)
+                if values.pop("finite"):
+                    meter.add(done, values)
+                    continue
+                said = _non_finite(done, values, meter.skip(done), max_skipped)
+                logger.text(said)
+                if meter.skipped_in_a_row > max_skipped:
+                    again = next(batches(done - 1))
+                    found = diagnosis.examine(
+                        objective, state.params, frozen, again, run_key, done - 1
+                    )
+                    raise NonFiniteError(_too_many(said, found, checkpoints.latest()))
+
+        def report(state, step):
+            meter.judged(step, validate[1](state, step))
 
         with deferred_signals() as stopped, meter:
             for step in range(start + 1, steps + 1):
@@ -159,10 +191,11 @@ def fit(
                     meter.compiled(time.perf_counter() - began)
                 drain(RUN_AHEAD)
                 due = [f for every, f in hooks if step == steps or (every and step % every == 0)]
-                if due:
+                judged = validate and (step == steps or (validate[0] and step % validate[0] == 0))
+                if due or judged:
                     drain()
                     with meter.paused():
-                        for hook in due:
+                        for hook in [report, *due] if judged else due:
                             try:
                                 hook(state, step)
                             except Exception as error:  # a hook's fault must not cost training
@@ -179,7 +212,9 @@ def fit(
                 if stop:
                     break
                 if step < steps:
+                    began = time.perf_counter()
                     batch = _next(data, step)
+                    meter.waited(time.perf_counter() - began)
         if stop and step < steps:
             checkpoints.finish()
             logger.text(f"stopped by {stopped[0].name}; checkpoint saved at step {step}")
@@ -200,10 +235,18 @@ def _next(data: Iterator[Mapping[str, np.ndarray]], step: int) -> Mapping[str, n
         raise ValueError(f"the data ended after step {step}; batches must go on") from None
 
 
-def _non_finite(step: int, values: Mapping[str, float], last_saved: int | None) -> str:
+def _non_finite(step: int, values: Mapping[str, float], row: int, most: int) -> str:
     numbers = ", ".join(f"{name} {values[name]:.4g}" for name in ("loss", "gradient_norm"))
+    return f"step {step} was not finite ({numbers}): skipped, {row} in a row (max_skipped={most})"
+
+
+def _too_many(said: str, found: Sequence[str], last_saved: int | None) -> str:
     saved = "no checkpoint yet" if last_saved is None else f"last good checkpoint: {last_saved}"
-    return (
-        f"step {step} was not finite ({numbers}); {saved}. A lower learning rate, longer warm-up"
-        " or clipping (clip_norm) may help; the same command goes on from that checkpoint."
+    return "\n  ".join(
+        [
+            f"{said}; {saved}. There:",
+            *found,
+            "A lower learning rate, longer warm-up or clipping (clip_norm) may help; the same "
+            "command goes on from the last checkpoint.",
+        ]
     )
