@@ -78,7 +78,7 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_bit(start, tmp_pat
         else:
             assert ended["status"] == -signal.SIGKILL
             killed += 1
-        if ended["status"] == 0 or not kills or killed % 5 == 0:
+        if ended["status"] == 0 or not kills or killed % 7 == 0:
             if ended["status"] != 0:
                 assert start(workdir)["status"] == 0
             assert contents(workdir) == expected, f"after {kill}"
