@@ -13,6 +13,7 @@ batch that follows is that of the step. Until it is complete a checkpoint lies i
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import logging
@@ -123,6 +124,7 @@ class Checkpoints:
         self.wait()
         if step == self._newest:
             return
+        self._check_best(step, metrics or {})
         about = {  # as text at once: its dicts change while this is saved
             "step": step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -213,6 +215,16 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(self._directory / SAVING, ignore_errors=True)
         workdirs.release(self._workdir)
+
+    def _check_best(self, step: int, metrics: Mapping[str, float]) -> None:
+        name = self._best.removeprefix("-")
+        if self._keep_best and metrics and name not in metrics and jax.process_index() == 0:
+            near = difflib.get_close_matches(name, metrics, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self._say(
+                f"the checkpoint of step {step} cannot be among the best: the log has no {name!r} "
+                f"yet{hint}, only {', '.join(sorted(metrics))}"
+            )
 
     def _check_room(self) -> None:
         """Spares a save that cannot succeed; several processes must do the same, so they try."""

@@ -257,7 +257,7 @@ def test_two_runs_in_one_workdir(tmp_path):
     assert subprocess.run(other, env=environment, capture_output=True).returncode == 0
 
 
-def test_the_best_are_kept(done, tmp_path):
+def test_the_best_are_kept(done, tmp_path, capsys):
     state = jax.tree.map(np.asarray, done[1])
     values = {10: 3.0, 20: 1.0, 30: float("nan"), 40: 2.0, 50: 5.0}
     settings = {"keep": 1, "keep_best": 2, "best": "error", "about": {"config": {"a": 1}}}
@@ -272,10 +272,13 @@ def test_the_best_are_kept(done, tmp_path):
     assert about["config"] == {"a": 1} and about["metrics"] == {"error": 1.0}
 
     highest = Checkpoints(tmp_path, keep=1, keep_best=1, best="-error")
+    highest.save(jax.device_put(state.replace(step=np.int32(60))), metrics={"errors": 1.0})
+    assert "no 'error' yet (did you mean errors?)" in capsys.readouterr().out
     highest.finish()
     highest.close()
-    assert workdirs.steps(tmp_path) == [50]  # the newest, and the best by that measure
-    (tmp_path / "checkpoints" / "50" / "about.json").write_text("{}")
+    assert workdirs.steps(tmp_path) == [50, 60]
+    for step in ("50", "60"):
+        (tmp_path / "checkpoints" / step / "about.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="which is best"):
         restore_ema(tmp_path, "power", step="best")
     with pytest.raises(ValueError, match="keep_best"):
