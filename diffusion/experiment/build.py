@@ -17,14 +17,22 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
-from diffusion.experiment import autoencoding, finetuning, guiding, latents, sampler
+from diffusion.experiment import (
+    autoencoding,
+    averages,
+    finetuning,
+    guiding,
+    latents,
+    sampler,
+    starting,
+)
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import Objective, make_model, make_source, other_run
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
-from diffusion.training import ema, optimizers, parallel
+from diffusion.training import ema, optimizers, parallel, snapshots
 
 EMAS = specs.choices(ema, "constant power_function")
 JUDGES = ("digits_svc", "lenet5")
@@ -74,6 +82,8 @@ def build(config: ConfigDict) -> Experiment:
     """
     _check_numbers(config)
     _check_judge(config)
+    starting.check(config)
+    averages.check(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
     objective, num_classes = make_model(config, train)
     optimizer = _optimizer(config, config.train.steps)
@@ -115,7 +125,7 @@ def build(config: ConfigDict) -> Experiment:
         held_out=held_out,
         objective=objective,
         optimizer=optimizer,
-        emas={"ema": profile},
+        emas={"ema": profile} | _snapshots(config),
         num_classes=num_classes,
         autoencoder=latents.autoencoder(config.data),
         frozen=frozen,
@@ -142,6 +152,18 @@ def _optimizer(config: ConfigDict, steps: int) -> optimizers.Optimizer:
         )
 
 
+def _snapshots(config: ConfigDict) -> dict[str, ema.Profile]:
+    """The averages that snapshots are saved of."""
+    c = config.train
+    if not c.snapshot_every:
+        return {}
+    with field("config.train.snapshot_sigma_rel"):
+        widths = c.snapshot_sigma_rel
+        if not isinstance(widths, tuple) or not widths or len(set(widths)) < len(widths):
+            raise ValueError(f"expected one or more different widths, as in (0.05, 0.10): {widths}")
+        return snapshots.profiles(widths)
+
+
 def _check_judge(config: ConfigDict) -> None:
     c = config.evaluation
     if c.classifier and c.classifier not in JUDGES:
@@ -163,6 +185,9 @@ def _check_numbers(config: ConfigDict) -> None:
         raise ValueError(
             f"config.sampler.preview_every must be >= 0, got {config.sampler.preview_every}"
         )
+    for name in ("keep_best", "snapshot_every"):
+        if not config.train[name] >= 0:
+            raise ValueError(f"config.train.{name} must be >= 0, got {config.train[name]}")
     if not 0 <= config.objective.label_dropout <= 1:
         raise ValueError(
             f"config.objective.label_dropout must lie in [0, 1], got "
