@@ -44,6 +44,7 @@ _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    sys.stdout.reconfigure(line_buffering=True)  # a killed run's last words reach its log
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
@@ -82,7 +83,9 @@ def main(argv: list[str]) -> None:
         told = isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
         if os.environ.get("TRACEBACK") or not told:
             raise
-        sys.exit(f"error: {error}\n(with TRACEBACK=1 in the environment: where in the code)")
+        told = isinstance(error, OSError) and error.strerror and error.filename
+        text = f"{error.strerror}: {error.filename}" if told else error
+        sys.exit(f"error: {text}\n(with TRACEBACK=1 in the environment: where in the code)")
 
 
 def parse(argv: list[str]) -> list[str]:

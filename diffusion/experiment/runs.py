@@ -82,20 +82,15 @@ def train(config: ConfigDict, workdir: str) -> None:
 def _train(experiment: Experiment, folder: Path, began: float) -> None:
     config, workdir = experiment.config, str(folder)
     first = jax.process_index() == 0
-    if first:
-        workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(
             f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
-    about = provenance.about(config)
-    if first:
-        workdirs.record_start(workdir, about)
     described = describe.describe(experiment)
-    shardings = parallel.make(config.parallel).shardings
     if first:
+        shardings = parallel.make(config.parallel).shardings
         print(describe.tell(experiment, described, folder, shardings))
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
     reconstructs = isinstance(experiment.objective, Autoencoding)
@@ -122,6 +117,13 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         widths = config.train.snapshot_sigma_rel
         writer = snapshots.writer(workdir, config.train.snapshot_every, widths)
         hooks.append((config.train.snapshot_every, writer))
+    about = provenance.about(config)
+
+    def started(step: int) -> None:
+        if first:
+            workdirs.save_config(workdir, config.to_dict())
+            workdirs.record_start(workdir, step, about)
+
     state = fit(
         objective=experiment.objective,
         optimizer=experiment.optimizer,
@@ -145,6 +147,7 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         keep_best=config.train.keep_best,
         best=config.train.best,
         about=about,
+        started=started,
         hooks=hooks,
         validate=_validation(experiment),
         max_skipped=config.train.max_skipped,
