@@ -22,7 +22,8 @@ from diffusion.models.attention import self_attention_paths, with_identity_maps
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import guidance
-from diffusion.training import checkpoints
+from diffusion.training import restore
+from diffusion.training import workdir as workdirs
 
 PREDICTIONS = specs.choices(predictions, "eps x0 v flow edm")
 THRESHOLDS = specs.choices(guidance, "clip dynamic_threshold")
@@ -40,7 +41,7 @@ class Run:
 
     def params(self) -> Any:
         """Its averaged parameters after the newest checkpoint's step."""
-        return checkpoints.restore_ema(self.directory, "ema")[0]
+        return restore.restore_ema(self.directory, "ema")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,9 +307,9 @@ def _run(
         return None
     field = f"config.sampler.{name}={directory!r}"
     path = Path(directory)
-    if not (path / checkpoints.CONFIG).exists() or not any((path / "checkpoints").glob("[0-9]*")):
+    if not (path / workdirs.CONFIG).exists() or not workdirs.steps(path):
         raise ValueError(f"{field} is not the workdir of a run with a checkpoint")
-    other = ConfigDict(_tuples(json.loads((path / checkpoints.CONFIG).read_text())))
+    other = ConfigDict(_tuples(json.loads((path / workdirs.CONFIG).read_text())))
     try:
         objective, classes, its_shape = load(other)
     except ValueError as error:

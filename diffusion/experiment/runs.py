@@ -22,7 +22,8 @@ from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import checkpoints, processes
+from diffusion.training import processes, restore
+from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
 from diffusion.training.loop import fit
 from diffusion.training.state import TrainState
@@ -49,9 +50,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     if latents.wanted(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment, folder = _build(config), Path(workdir)
-    checkpoints.check_config(workdir, config.to_dict(), changeable=TRAINING)
+    workdirs.check_config(workdir, config.to_dict(), changeable=TRAINING)
     if first:
-        checkpoints.save_config(workdir, config.to_dict())
+        workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(
             f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
@@ -214,9 +215,9 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    checkpoints.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
+    workdirs.check_config(workdir, config.to_dict(), changeable=(*DRAWING, "train.*"))
     experiment = _build(config)
-    params, step = checkpoints.restore_ema(workdir, "ema")
+    params, step = restore.restore_ema(workdir, "ema")
     if experiment.guidance is None:
         raise ValueError(
             f"config.objective.name={config.objective.name!r} draws nothing; how well it does is "

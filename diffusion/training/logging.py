@@ -10,7 +10,25 @@ from pathlib import Path
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
+
+from diffusion.training.storage import Appender
+
+EVENTS = "appended"
+
+
+class _Events:
+    """TensorBoard's files by ``Appender``: tensorboardX's own would wait forever on a full disk."""
+
+    def open(self, path: str) -> Appender:
+        return Appender(path.removeprefix(f"{EVENTS}:"), tqdm.write)
+
+    def directory_check(self, path: str) -> None:
+        """The appender makes its folder."""
+
+
+register_writer_factory(EVENTS, _Events())
 
 
 class Logger:
@@ -24,6 +42,7 @@ class Logger:
         self._workdir = Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._file = self._workdir / "metrics.jsonl"
+        self._lines = Appender(self._file, self.text)
         self._events: SummaryWriter | None = None
 
     def rewind(self, step: int) -> None:
@@ -40,8 +59,8 @@ class Logger:
         """One line of ``metrics.jsonl`` and one point of each curve."""
         values = {name: float(value) for name, value in values.items()}
         line = {n: v if math.isfinite(v) else None for n, v in values.items()}
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+        self._lines.write((json.dumps({"step": step, **line}) + "\n").encode())
+        self._lines.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -58,6 +77,7 @@ class Logger:
 
     def close(self) -> None:
         """Writes what is buffered; the logger can still be used afterwards."""
+        self._lines.close()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -69,7 +89,7 @@ class Logger:
         return self._events
 
     def _writer(self, purge_step: int | None) -> SummaryWriter:
-        return SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
+        return SummaryWriter(f"{EVENTS}:{self._workdir / 'tensorboard'}", purge_step=purge_step)
 
 
 class Silent(Logger):

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.training import checkpoints as checkpoints_lib
+from diffusion.training import diagnosis, processes, storage
 from diffusion.training import ema as ema_lib
 from diffusion.training import parallel as parallel_lib
-from diffusion.training import processes
 from diffusion.training.interrupts import deferred_signals
 from diffusion.training.logging import Logger, Silent
 from diffusion.training.meter import Meter
@@ -32,10 +32,11 @@ RUN_AHEAD = 8  # steps; bounds the batches held on the devices
 RUN_AHEAD_TOGETHER = 2  # of several processes, which also learn so much later that one must stop
 
 Hook = tuple[int, Callable[[TrainState, int], None]]
+Validate = tuple[int, Callable[[TrainState, int], Mapping[str, float]]]
 
 
 class NonFiniteError(ArithmeticError):
-    """Loss or gradients were not finite."""
+    """Loss or gradients were not finite, in too many steps."""
 
 
 def fit(
@@ -53,7 +54,14 @@ def fit(
     log_every: int = 100,
     checkpoint_every: int = 1000,
     keep: int | None = 3,
+    keep_best: int = 0,
+    best: str = "loss",
+    about: Mapping[str, Any] | None = None,
     hooks: Sequence[Hook] = (),
+    validate: Validate | None = None,
+    max_skipped: int = 10,
+    flops: float | None = None,
+    peak: float | None = None,
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
     parallel: str = "pmap",
@@ -79,9 +87,17 @@ def fit(
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
       keep: how many of the newest checkpoints stay; None for all.
+      keep_best: how many more stay, of those with the best ``best``.
+      best: a metric of the log, best when low; "-name" for one that is best when high. A
+        checkpoint's is the last that was logged before it.
+      about: JSON to put into every checkpoint (configuration, code version).
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
+      validate: such a pair whose function gives numbers by name, for the log.
+      max_skipped: how many steps in a row may be skipped because loss or gradients were not finite.
+      flops: floating-point operations of a step per example, for the log's FLOP/s.
+      peak: FLOP/s that one device is capable of, for the log's share of it.
       logger: default ``Logger(workdir)``.
       devices: default all, of all processes.
       parallel: how the step lies over them, "pmap" or "fsdp" (see ``parallel``).
@@ -90,8 +106,11 @@ def fit(
       The state after the last step.
 
     Raises:
-      NonFiniteError: a loss or gradient was not finite; names the step.
-      ValueError: the batch cannot be divided.
+      NonFiniteError: too many steps in a row had a loss or gradient that was not finite; names the
+        step, its noise levels and the examples.
+      ValueError: the batch cannot be divided, or another run trains in ``workdir``.
+      SaveError: the last checkpoint could not be saved. (Earlier ones that cannot are told of, and
+        training goes on.)
       KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved; among
         several processes in all of them, whichever received it.
     """
@@ -107,7 +126,9 @@ def fit(
     layout = parallel_lib.make(parallel, devices)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
-    checkpoints = checkpoints_lib.Checkpoints(workdir, keep=keep)
+    checkpoints = checkpoints_lib.Checkpoints(
+        workdir, keep=keep, keep_best=keep_best, best=best, about=about, say=logger.text
+    )
     try:
         start = checkpoints.latest() or 0
         data = batches(start)
@@ -132,8 +153,18 @@ def fit(
             logger.text(f"{workdir}: going on after step {start} of {steps}")
         frozen, key = parallel_lib.place(layout, (frozen, run_key))
         batch = parallel_lib.place_batch(layout, batch)
-        meter = Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
-        last_saved = start if start else None
+        places = layout.mesh.devices.tolist()
+        meter = Meter(
+            logger,
+            start,
+            steps,
+            log_every,
+            len(next(iter(batch.values()))),
+            interval,
+            flops=flops,
+            peak=peak and peak * len(places),
+            devices=layout.mesh.local_devices,
+        )
         pending = deque()
         ahead = RUN_AHEAD_TOGETHER if several else RUN_AHEAD
         agree, agreed = processes.Agreement(layout) if several else None, 0
@@ -144,9 +175,20 @@ def fit(
                 done, values = pending.popleft()
                 values = jax.device_get(values)
                 agreed = max(agreed, int(values.pop("stop", 0)))
-                if not values.pop("finite"):
-                    raise NonFiniteError(_non_finite(done, values, last_saved))
-                meter.add(done, values)
+                if values.pop("finite"):
+                    meter.add(done, values)
+                    continue
+                said = _non_finite(done, values, meter.skip(done), max_skipped)
+                logger.text(said)
+                if meter.skipped_in_a_row > max_skipped:
+                    again = next(batches(done - 1))
+                    found = diagnosis.examine(
+                        objective, state.params, frozen, again, run_key, done - 1
+                    )
+                    raise NonFiniteError(_too_many(said, found, checkpoints.latest()))
+
+        def report(state, step):
+            meter.judged(step, validate[1](state, step))
 
         with deferred_signals() as stopped, meter:
             for step in range(start + 1, steps + 1):
@@ -156,37 +198,44 @@ def fit(
                     metrics["stop"] = agree(stopped[0] if stopped else 0)
                 pending.append((step, metrics))
                 if step < steps:  # the next batch goes to the devices while they work on this one
-                    batch = parallel_lib.place_batch(layout, _next(data, step))
+                    asked = time.perf_counter()
+                    batch = _next(data, step)
+                    meter.waited(time.perf_counter() - asked)
+                    batch = parallel_lib.place_batch(layout, batch)
                 if step == start + 1:
                     drain()
                     meter.compiled(time.perf_counter() - began)
                 drain(ahead)
                 due = [f for every, f in hooks if step == steps or (every and step % every == 0)]
-                if due:
+                judged = validate and (step == steps or (validate[0] and step % validate[0] == 0))
+                if due or judged:
                     drain()
                     with meter.paused():
-                        try:
-                            for hook in due:
+                        for hook in [report, *due] if judged else due:
+                            try:
                                 hook(state, step)
-                        except Exception:  # a hook's fault must not cost training
-                            checkpoints.save(state, meter.interval())
-                            raise
+                            except Exception as error:  # a hook's fault must not cost training
+                                if not storage.disk_full(error):
+                                    checkpoints.save(state, meter.interval(), meter.latest)
+                                    raise
+                                why = storage.reason(error, workdir)
+                                logger.text(f"step {step}: something was not written: {why}")
                 # Read once, since a signal may come at any moment; among several processes at the
                 # same place in each, so that all stop at the same step.
                 stop = agreed if several else int(stopped[0]) if stopped else 0
                 if step % checkpoint_every == 0 or step == steps or stop:
                     drain()
                     with meter.paused():
-                        checkpoints.save(state, meter.interval())
-                    last_saved = step
+                        checkpoints.save(state, meter.interval(), meter.latest)
                 if stop:
                     break
         if stop and step < steps:
-            checkpoints.close()
+            checkpoints.finish()
             logger.text(f"stopped by {signal.Signals(stop).name}; checkpoint saved at step {step}")
             if stop == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + stop)
+        checkpoints.finish()
         return state
     except NonFiniteError:  # in all processes at once
         raise
@@ -205,10 +254,18 @@ def _next(data: Iterator[Mapping[str, np.ndarray]], step: int) -> Mapping[str, n
         raise ValueError(f"the data ended after step {step}; batches must go on") from None
 
 
-def _non_finite(step: int, values: Mapping[str, float], last_saved: int | None) -> str:
+def _non_finite(step: int, values: Mapping[str, float], row: int, most: int) -> str:
     numbers = ", ".join(f"{name} {values[name]:.4g}" for name in ("loss", "gradient_norm"))
+    return f"step {step} was not finite ({numbers}): skipped, {row} in a row (max_skipped={most})"
+
+
+def _too_many(said: str, found: Sequence[str], last_saved: int | None) -> str:
     saved = "no checkpoint yet" if last_saved is None else f"last good checkpoint: {last_saved}"
-    return (
-        f"step {step} was not finite ({numbers}); {saved}. A lower learning rate, longer warm-up"
-        " or clipping (clip_norm) may help; the same command goes on from that checkpoint."
+    return "\n  ".join(
+        [
+            f"{said}; {saved}. There:",
+            *found,
+            "A lower learning rate, longer warm-up or clipping (clip_norm) may help; the same "
+            "command goes on from the last checkpoint.",
+        ]
     )

@@ -14,7 +14,7 @@ from diffusion import pretrained
 from diffusion.data import sources
 from diffusion.experiment import runs
 from diffusion.experiment.build import build
-from diffusion.training.checkpoints import restore_ema
+from diffusion.training.restore import restore_ema
 
 
 def config():

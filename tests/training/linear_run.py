@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.training import ema, loop, optimizers
+from diffusion.training.meter import OF_THE_MACHINE
 
 
 def angles(key, index):
@@ -42,11 +43,11 @@ def batch_of(step, size=8):
     return {"x": x, "y": 2 * x[:, :2], "index": np.arange(size, dtype=np.int32)}
 
 
-def batches(start, poison=None, end=10**9):
-    """The steps' batches; that of step ``poison`` gives NaN."""
+def batches(start, poison=(), end=10**9):
+    """The steps' batches; those of steps in ``poison`` give NaN."""
     for step in range(start, end):
         batch = batch_of(step)
-        if step == poison:
+        if step in poison:
             batch["x"] = np.full_like(batch["x"], np.nan)
         yield batch
 
@@ -70,10 +71,11 @@ def run(workdir, steps, **changes):
 
 
 def lines(workdir):
-    """metrics.jsonl without the times."""
+    """metrics.jsonl without what differs from run to run."""
     rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        row.pop("images_per_second", None)
+        for name in OF_THE_MACHINE:
+            row.pop(name, None)
     return rows
 
 

@@ -7,9 +7,11 @@ import pytest
 from linear_run import EMAS, Linear, assert_identical, batch_of
 
 from diffusion.training import optimizers, parallel
-from diffusion.training.checkpoints import Checkpoints, check_config, restore_ema, save_config
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.restore import restore_ema
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
+from diffusion.training.workdir import check_config, save_config
 
 ADAM = optimizers.make("adam", 0.01)
 KEY = jax.random.key(1)

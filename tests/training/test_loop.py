@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from linear_run import assert_identical, batches, lines, run
 
 from diffusion.training import loop
-from diffusion.training.checkpoints import Checkpoints, restore_ema
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.restore import restore_ema
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,15 +111,50 @@ def test_already_done(tmp_path, capsys):
 @pytest.mark.parametrize("poison", [7, 9])  # 9: the last step, whose checkpoint must not be saved
 def test_not_finite_stops_and_keeps_the_checkpoint(tmp_path, poison):
     with pytest.raises(loop.NonFiniteError, match=f"step {poison + 1} .*last good checkpoint: 5"):
-        run(tmp_path, 10, batches=partial(batches, poison=poison))
+        run(tmp_path, 10, batches=partial(batches, poison=[poison]), max_skipped=0)
     assert Checkpoints(tmp_path).latest() == 5
-    assert all(np.isfinite(row["loss"]) for row in lines(tmp_path))
+    assert all(np.isfinite(row.get("loss", 0)) for row in lines(tmp_path))
     assert int(run(tmp_path, 10).step) == 10  # with whole data it goes on from there
 
 
 def test_not_finite_before_the_first_checkpoint(tmp_path):
     with pytest.raises(loop.NonFiniteError, match=r"step 1 .*no checkpoint yet"):
-        run(tmp_path, 10, batches=partial(batches, poison=0))
+        run(tmp_path, 10, batches=partial(batches, poison=[0]), max_skipped=0)
+
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path, straight, capsys):
+    data = partial(batches, poison=[4, 5, 7])
+    state = run(tmp_path / "a", 10, batches=data, max_skipped=2)
+    said = capsys.readouterr().out
+    assert re.search(r"step 5 was not finite \(loss nan.*skipped, 1 in a row", said)
+    assert re.search(r"step 6 .* 2 in a row.*\n.*step 8 .* 1 in a row", said)
+    log = lines(tmp_path / "a")
+    assert [row.get("skipped_steps") for row in log] == [None, 2, 1, None]
+    assert all(np.isfinite(row["loss"]) for row in log)
+    assert log[0] == straight[1][0]
+    # Stopped within the row, it goes on with it: same state, same log, same count.
+    run(tmp_path / "b", 5, batches=data, max_skipped=2)
+    assert_identical(run(tmp_path / "b", 10, batches=data, max_skipped=2), state)
+    assert lines(tmp_path / "b")[-3:] == log[-3:]
+    run(tmp_path / "c", 5, batches=data, max_skipped=1)
+    with pytest.raises(loop.NonFiniteError, match=r"step 6 .*2 in a row .*checkpoint: 5"):
+        run(tmp_path / "c", 10, batches=data, max_skipped=1)
+
+
+def test_validation_is_logged_on_time_and_once(tmp_path):
+    def validate(state, step):
+        assert int(state.step) == step
+        return {"validation_loss": 1 / step}
+
+    def logged(workdir):
+        found = [(row["step"], row.get("validation_loss")) for row in lines(workdir)]
+        return [row for row in found if row[1]]
+
+    run(tmp_path / "a", 10, validate=(4, validate))
+    assert logged(tmp_path / "a") == [(4, 0.25), (8, 0.125), (10, 0.1)]
+    run(tmp_path / "b", 5, validate=(4, validate))
+    run(tmp_path / "b", 10, validate=(4, validate))
+    assert logged(tmp_path / "b") == [(4, 0.25), (5, 0.2), (8, 0.125), (10, 0.1)]
 
 
 def test_hooks_run_on_time_and_at_the_end(tmp_path):

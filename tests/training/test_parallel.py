@@ -8,7 +8,7 @@ from linear_run import EMAS, assert_identical
 from processes_run import SGD, WIDTH, Regression, batch_of, run
 
 from diffusion.training import loop, parallel
-from diffusion.training.checkpoints import restore_ema
+from diffusion.training.restore import restore_ema
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
 

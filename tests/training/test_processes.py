@@ -14,7 +14,8 @@ from linear_run import lines
 from processes_run import STEPS, run
 
 from diffusion.training import processes
-from diffusion.training.checkpoints import Checkpoints, restore_ema
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.restore import restore_ema
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__).with_name("processes_run.py"))
