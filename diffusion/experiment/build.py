@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
-from diffusion.experiment import autoencoding, finetuning, guiding, latents, sampler
+from diffusion.experiment import autoencoding, checking, finetuning, guiding, latents, sampler
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import Objective, make_model, make_source, other_run
@@ -72,9 +72,11 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
       ValueError: a field has an impossible value, or two do not fit; the message names them.
     """
+    checking.check(config)
     _check_numbers(config)
     _check_judge(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
+    _check_data(config, train, held_out)
     objective, num_classes = make_model(config, train)
     optimizer = _optimizer(config, config.train.steps)
     if isinstance(objective, Autoencoding) and objective.adversary is not None:
@@ -90,6 +92,10 @@ def build(config: ConfigDict) -> Experiment:
         if finetuning.wanted(config):
             finetuning.check(config, objective)
         encode = train.encode if config.objective.conditional else None
+        if config.samples.captions and encode is None:
+            raise ValueError(
+                f"config.samples.captions={config.samples.captions!r}: this model is given none"
+            )
         solver = sampler.make_solver(config, objective)
         drawing = {
             "solver": solver,
@@ -148,6 +154,15 @@ def _check_judge(config: ConfigDict) -> None:
         raise specs.unknown("config.evaluation.classifier", c.classifier, JUDGES)
     if c.weights and not Path(c.weights).is_file():
         raise ValueError(f"config.evaluation.weights={c.weights!r}: there is no such file")
+
+
+def _check_data(config: ConfigDict, train: Source, held_out: Source) -> None:
+    if config.data.flip and len(train.shape) != 3:
+        raise ValueError(f"config.data.flip=True mirrors images, and {train.name} has none")
+    if config.train.validate_every and not len(held_out):
+        raise ValueError(
+            f"config.train.validate_every={config.train.validate_every}: no data are held out"
+        )
 
 
 def _check_numbers(config: ConfigDict) -> None:
