@@ -11,9 +11,13 @@
         --config.model=DIR_OR_HUB_ID --config.prompt="a lighthouse at dusk"
 
 Any field of the config can be overridden: --config.objective.prediction=eps
+
+Trains over several processes where SLURM, Open MPI or Kubernetes started them, or where each is
+given --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import difflib
+import io
 import os
 import runpy
 import sys
@@ -29,6 +33,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a fil
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
 _MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache", "generate"]
 _MODES += ["profile"]
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 
@@ -37,6 +44,17 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
+
+    from diffusion.training import processes
+
+    try:  # before anything can use a device
+        count = processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if count > 1 and _MODE.value != "train":
+            raise ValueError(f"--mode={_MODE.value} runs in one process, not in {count}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if count > 1 and jax.process_index() > 0:  # one tells
+        sys.stdout = io.StringIO()
 
     from diffusion.experiment import exhaustion, generate, profiling, runs
 
@@ -55,9 +73,11 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--mode={_MODE.value} takes {fitting}")
         with exhaustion.explained(_CONFIG.value, _MODE.value):
             run(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, FileNotFoundError, ArithmeticError, MemoryError) as error:
+    except Exception as error:
+        processes.leave(error)
         # A user's mistake or a diverged run: the message helps, the traceback would bury it.
-        if os.environ.get("TRACEBACK"):
+        told = isinstance(error, ValueError | FileNotFoundError | ArithmeticError | MemoryError)
+        if os.environ.get("TRACEBACK") or not told:
             raise
         sys.exit(f"error: {error}\n(with TRACEBACK=1 in the environment: where in the code)")
 

@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
     """The base configuration, which trains nothing in particular."""
     c = ConfigDict()
     c.seed = 0
+    # How training lies over the devices: pmap (state whole on each) or fsdp (state cut over them)
+    c.parallel = "pmap"
 
     c.data = ConfigDict()
     # digits, mnist, cifar10, latents, points, any TFDS name; with captions: captioned (any .npz of

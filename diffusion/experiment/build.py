@@ -24,7 +24,7 @@ from diffusion.experiment.model import Objective, make_model, make_source, other
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
-from diffusion.training import ema, optimizers
+from diffusion.training import ema, optimizers, parallel
 
 EMAS = specs.choices(ema, "constant power_function")
 JUDGES = ("digits_svc", "lenet5")
@@ -171,9 +171,9 @@ def _check_numbers(config: ConfigDict) -> None:
     positive += ["evaluation.likelihood_count"]
     positive += ["samples.count", "samples.columns", "optimizer.learning_rate", "data.std"]
     for name in positive:
-        section, field = name.split(".")
-        if not config[section][field] > 0:
-            raise ValueError(f"config.{name} must be positive, got {config[section][field]}")
+        section, key = name.split(".")
+        if not config[section][key] > 0:
+            raise ValueError(f"config.{name} must be positive, got {config[section][key]}")
     if not config.sampler.preview_every >= 0:
         raise ValueError(
             f"config.sampler.preview_every must be >= 0, got {config.sampler.preview_every}"
@@ -183,13 +183,15 @@ def _check_numbers(config: ConfigDict) -> None:
             f"config.objective.label_dropout must lie in [0, 1], got "
             f"{config.objective.label_dropout}"
         )
-    pieces = jax.local_device_count() * config.train.accumulate
+    with field("config.parallel"):
+        parallel.make(config.parallel)
+    pieces = jax.device_count() * config.train.accumulate
     size = config.train.batch_size
     if size % pieces:
         lower, upper = size // pieces * pieces, -(-size // pieces) * pieces
         raise ValueError(
             f"config.train.batch_size={size} is not divisible by {pieces} = "
-            f"{jax.local_device_count()} devices x {config.train.accumulate} pieces "
+            f"{jax.device_count()} devices x {config.train.accumulate} pieces "
             f"(train.accumulate); nearest: {f'{lower} or ' if lower else ''}{upper}"
         )
 

@@ -66,28 +66,35 @@ def describe(experiment: Experiment) -> Description:
 def tell(
     experiment: Experiment,
     description: Description,
-    workdir: Path,
-    shardings: Callable[[Any], Any] | None = None,
+    workdir: Path | None,
+    shardings: Callable[[Any], Any],
 ) -> str:
     """In words, for the terminal; every parameter goes into ``workdir/parameters.txt``.
 
-    ``shardings``: of a layout (``training.parallel``); by default all lies whole on each device.
+    Args:
+      experiment: told of.
+      description: of it.
+      workdir: None writes no file.
+      shardings: of the layout (``training.parallel``).
     """
     train, config, state = experiment.train, experiment.config, description.state
-    devices = jax.devices()
+    devices, several = jax.devices(), jax.process_count()
     names, rows = _rows(state.params)
     count = sum(size for _, size in rows)
     table = [
         f"{name:<{max(map(len, names))}}  {shape!s:<20}  {size:>14,}  {size / count:>7.2%}"
         for name, (shape, size) in zip(names, rows)
     ]
-    (workdir / "parameters.txt").write_text("\n".join([*table, f"{count:,} in all"]) + "\n")
+    if workdir is not None:
+        text = "\n".join([*table, f"{count:,} in all"])
+        (workdir / "parameters.txt").write_text(text + "\n")
     parts = {"parameters": state.params, "optimiser": state.opt_state, "averages": state.ema}
     sizes = {name: _bytes(tree, shardings) for name, tree in parts.items()}
     memory = ", ".join(f"{name} {_size(n)}" for name, n in sizes.items())
     lines = [
         f"{train.name}: {len(train):,} examples {train.shape}; {config.model.name}: "
-        f"{count:,} parameters; {len(devices)} x {devices[0].device_kind}",
+        f"{count:,} parameters; {len(devices)} x {devices[0].device_kind}"
+        + (f" in {several} processes" if several > 1 else ""),
         *_grouped({name: size for name, (_, size) in zip(names, rows)}, count),
         f"{_giga(description.forward)} GFLOP per image forward, "
         f"{_giga(description.training)} in a training step; on each device: {memory}",
@@ -129,13 +136,10 @@ def _grouped(sizes: Mapping[str, int], count: int) -> list[str]:
     ]
 
 
-def _bytes(tree: Any, shardings: Callable[[Any], Any] | None) -> int:
-    leaves = jax.tree.leaves(tree)
-    shapes = [leaf.shape for leaf in leaves]
-    if shardings is not None:
-        places = jax.tree.leaves(shardings(tree))
-        shapes = [place.shard_shape(shape) for place, shape in zip(places, shapes)]
-    return sum(math.prod(s) * leaf.dtype.itemsize for s, leaf in zip(shapes, leaves))
+def _bytes(tree: Any, shardings: Callable[[Any], Any]) -> int:
+    """On each device."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree)))
+    return sum(math.prod(at.shard_shape(x.shape)) * x.dtype.itemsize for x, at in pairs)
 
 
 def _size(count: int) -> str:

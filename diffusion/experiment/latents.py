@@ -207,7 +207,7 @@ def source(c: ConfigDict, split: str, images: Source) -> Source:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"config.data.cache={c.cache!r} does not hold the {split} split; compute it with "
-            "--mode=cache (training does so by itself)"
+            "--mode=cache (training in one process does so by itself)"
         ) from None
     return dataclasses.replace(
         images,

@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 from diffusion.data import pipeline
 from diffusion.experiment import describe
 from diffusion.experiment.build import Experiment, build
+from diffusion.training import parallel
 from diffusion.training.meter import memory
 from diffusion.training.state import create
-from diffusion.training.step import make_train_step, replicated
+from diffusion.training.step import make_train_step
 
 SHOWN = 15
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = ")
@@ -45,13 +46,14 @@ def profile(config: ConfigDict, workdir: str) -> None:
     experiment, folder = build(config), Path(workdir) / "profile"
     folder.mkdir(parents=True, exist_ok=True)
     described = describe.describe(experiment)
-    step, state, frozen, key = _prepare(experiment)
+    layout = parallel.make(config.parallel)
+    step, state, frozen, key = _prepare(experiment, layout)
     data = pipeline.batches(
         experiment.train, config.train.batch_size, config.seed, flip=config.data.flip
     )
-    batch = next(data)
+    batch = parallel.place_batch(layout, next(data))
     began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, key).compile()
+    compiled = step.lower(state, frozen, batch, key).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
 
     times, waits = [], []  # seconds of each traced step, of them waiting for the batch
@@ -60,6 +62,7 @@ def profile(config: ConfigDict, workdir: str) -> None:
         began = time.perf_counter()
         batch = next(data)
         arrived = time.perf_counter()
+        batch = parallel.place_batch(layout, batch)
         state, metrics = compiled(state, frozen, batch, key)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - began)
@@ -166,15 +169,16 @@ def tell(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _prepare(experiment: Experiment) -> tuple[Any, Any, Any, jax.Array]:
+def _prepare(experiment: Experiment, layout: parallel.Layout) -> tuple[Any, Any, Any, jax.Array]:
     """The training step and what it takes besides batches, as ``training.loop`` makes them."""
-    config, sharding = experiment.config, replicated()
+    config = experiment.config
     parts = experiment.objective, experiment.optimizer, experiment.emas
     init_key, key = jax.random.split(jax.random.key(config.seed))
     example = {name: np.asarray(value)[None] for name, value in experiment.train[0].items()}
-    state = jax.device_put(create(*parts, init_key, example), sharding)
-    frozen, key = jax.device_put((experiment.frozen, key), sharding)
-    return make_train_step(*parts, accumulate=config.train.accumulate), state, frozen, key
+    state = parallel.initialise(layout, lambda key: create(*parts, key, example), init_key)
+    frozen, key = parallel.place(layout, (experiment.frozen, key))
+    settings = {"accumulate": config.train.accumulate, "parallel": config.parallel}
+    return make_train_step(*parts, **settings), state, frozen, key
 
 
 def _compiled_memory(compiled: Any) -> dict[str, float]:

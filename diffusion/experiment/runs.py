@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -29,7 +30,7 @@ from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import restore, tracking, validation
+from diffusion.training import parallel, processes, restore, tracking, validation
 from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
 from diffusion.training.loop import Validate, fit
@@ -37,7 +38,7 @@ from diffusion.training.state import TrainState
 
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
-DRAWING = ("sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
+DRAWING = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
 TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep", "train.max_skipped")
 TRAINING += ("train.validation_count", "log.*", "profile.*")
 
@@ -50,13 +51,17 @@ def train(config: ConfigDict, workdir: str) -> None:
     loss.png and, where samples can be judged, evaluation.json. For points: density.png instead of
     grids. For autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers
     saves one. Of a fine-tuned model: pipeline/, likewise.
+
+    Of several processes the first writes all this, draws and evaluates, on its own devices;
+    ``workdir`` is a folder that all of them see.
     """
-    began = time.perf_counter()
-    if latents.wanted(config.data):
+    began, first = time.perf_counter(), jax.process_index() == 0
+    if latents.wanted(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment, folder = _build(config), Path(workdir)
     workdirs.check_config(workdir, config.to_dict(), changeable=TRAINING)
-    workdirs.save_config(workdir, config.to_dict())
+    if first:
+        workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(
             f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
@@ -64,19 +69,23 @@ def train(config: ConfigDict, workdir: str) -> None:
         )
         return
     described = describe.describe(experiment)
-    print(describe.tell(experiment, described, folder))
+    layout = parallel.make(config.parallel)
+    print(describe.tell(experiment, described, folder if first else None, layout.shardings))
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
     reconstructs = isinstance(experiment.objective, Autoencoding)
     tracker = None
-    if config.log.wandb:
+    if config.log.wandb and first:
         tracker = tracking.Tracker(workdir, config.log.wandb, config.to_dict())
     logger = Logger(workdir, tracker)
 
     def grid(state: TrainState, step: int) -> None:
+        params = processes.local(state.ema["ema"])
+        if not first:
+            return
         if reconstructs:
-            picture = autoencoding.picture(experiment, state.ema["ema"])
+            picture = autoencoding.picture(experiment, params)
         else:
-            picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(drawer)))
+            picture = _grid(drawer, drawer.draw(params, _grid_size(drawer)))
         (folder / "samples").mkdir(exist_ok=True)
         figures.save_png(folder / "samples" / f"step_{step:07d}.png", picture)
         logger.image("samples", picture, step)
@@ -87,7 +96,13 @@ def train(config: ConfigDict, workdir: str) -> None:
         optimizer=experiment.optimizer,
         emas=experiment.emas,
         batches=lambda start: pipeline.batches(
-            experiment.train, config.train.batch_size, config.seed, start, flip=config.data.flip
+            experiment.train,
+            config.train.batch_size,
+            config.seed,
+            start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            flip=config.data.flip,
         ),
         steps=config.train.steps,
         workdir=workdir,
@@ -99,15 +114,18 @@ def train(config: ConfigDict, workdir: str) -> None:
         checkpoint_every=config.train.checkpoint_every,
         keep=config.train.keep,
         hooks=[(every, grid)] if every and draws and len(experiment.train.shape) == 3 else [],
-        validate=_validation(experiment),
+        validate=_validation(experiment, layout),
         max_skipped=config.train.max_skipped,
         flops=described.training,
         peak=described.peak,
         logger=logger,
+        parallel=config.parallel,
     )
+    params = processes.local(state.ema["ema"])
+    if not first:
+        return
     if tracker is not None:
         tracker.close()
-    params = state.ema["ema"]
     if finetuning.wanted(config):
         finetuning.export(config, params, folder / "pipeline")
     if drawer:
@@ -229,7 +247,7 @@ def _restore(
     return Drawer(experiment, preview), params, step
 
 
-def _validation(experiment: Experiment) -> Validate | None:
+def _validation(experiment: Experiment, layout: parallel.Layout) -> Validate | None:
     c = experiment.config
     if not c.train.validate_every:
         return None
@@ -239,6 +257,7 @@ def _validation(experiment: Experiment) -> Validate | None:
         count=c.train.validation_count,
         batch_size=c.train.batch_size // c.train.accumulate,
         seed=c.seed,
+        layout=layout,
         frozen=experiment.frozen,
     )
     return c.train.validate_every, function

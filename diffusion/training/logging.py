@@ -102,6 +102,28 @@ class Logger:
         return SummaryWriter(f"{EVENTS}:{self._workdir / 'tensorboard'}", purge_step=purge_step)
 
 
+class Silent(Logger):
+    """Tells nothing: of several processes one tells."""
+
+    def __init__(self, workdir: str | os.PathLike):
+        del workdir
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Nothing."""
+
+    def text(self, message: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _step(line: str) -> float:
     """The line's step; infinite for one that was not written to its end."""
     try:

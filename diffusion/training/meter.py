@@ -71,7 +71,8 @@ class Meter:
             total=steps,
             initial=start,
             unit="step",
-            disable=not sys.stderr.isatty(),  # then lines of text stand in for it
+            # Lines of text stand in for it; of several processes one tells.
+            disable=not sys.stderr.isatty() or jax.process_index() > 0,
             ncols=shutil.get_terminal_size().columns,  # tqdm's own gives 0 where none is known
         )
 
@@ -84,7 +85,7 @@ class Meter:
     def compiled(self, seconds: float) -> None:
         """Starts the clock: the first step's time is compilation."""
         self._logger.text(f"compiled and ran the first step in {seconds:.1f} s")
-        self._since, self._timed = time.perf_counter(), 0
+        self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
 
     def judged(self, step: int, values: Mapping[str, float]) -> None:
         """Logs numbers as they are, as those of held-out data."""

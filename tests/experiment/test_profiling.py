@@ -16,7 +16,7 @@ HloModule jit_step
 ENTRY %main (a: f32[3]) -> f32[3] {
   %a = f32[3]{0} parameter(0)
   %fusion.7 = f32[3]{0} fusion(%a), kind=kLoop, calls=%fused_computation.1
-  ROOT %dot.2 = f32[3]{0} dot(%fusion.7, %a), metadata={op_type="dot" op_name="jit(step)/conv_in/dot"}
+  ROOT %dot.2 = f32[3]{0} dot(%fusion.7, %a), metadata={op_name="jit(step)/conv_in/dot"}
 }
 """
 
@@ -36,7 +36,7 @@ def test_time_within_a_loop_counts_once():
 
 def test_a_profile_of_points(tmp_path, capsys):
     config = toy2d.get_config()
-    config.model.mlp.width, config.train.batch_size = 16, 32
+    config.model.mlp.depth, config.model.mlp.width, config.train.batch_size = 1, 16, 32
     config.profile.steps, config.profile.warmup = 2, 1
     profiling.profile(config, str(tmp_path))
     summary = json.loads((tmp_path / "profile" / "summary.json").read_text())
