@@ -73,7 +73,7 @@ def build(config: ConfigDict) -> Experiment:
       ValueError: a field has an impossible value, or two do not fit; the message names them.
     """
     checking.check(config)
-    _check_numbers(config)
+    _check_layout(config)
     _check_judge(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
     _check_data(config, train, held_out)
@@ -165,24 +165,7 @@ def _check_data(config: ConfigDict, train: Source, held_out: Source) -> None:
         )
 
 
-def _check_numbers(config: ConfigDict) -> None:
-    positive = ["train.steps", "train.batch_size", "train.accumulate", "train.log_every"]
-    positive += ["train.checkpoint_every", "train.keep", "sampler.steps", "sampler.batch_size"]
-    positive += ["evaluation.likelihood_count"]
-    positive += ["samples.count", "samples.columns", "optimizer.learning_rate", "data.std"]
-    for name in positive:
-        section, key = name.split(".")
-        if not config[section][key] > 0:
-            raise ValueError(f"config.{name} must be positive, got {config[section][key]}")
-    if not config.sampler.preview_every >= 0:
-        raise ValueError(
-            f"config.sampler.preview_every must be >= 0, got {config.sampler.preview_every}"
-        )
-    if not 0 <= config.objective.label_dropout <= 1:
-        raise ValueError(
-            f"config.objective.label_dropout must lie in [0, 1], got "
-            f"{config.objective.label_dropout}"
-        )
+def _check_layout(config: ConfigDict) -> None:
     with field("config.parallel"):
         parallel.make(config.parallel)
     pieces = jax.device_count() * config.train.accumulate
