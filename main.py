@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         processes.leave(error)
         # A user's mistake or a diverged run: the message helps, the traceback would bury it.
-        told = isinstance(error, ValueError | FileNotFoundError | ArithmeticError | MemoryError)
+        told = isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
         if os.environ.get("TRACEBACK") or not told:
             raise
         sys.exit(f"error: {error}\n(with TRACEBACK=1 in the environment: where in the code)")

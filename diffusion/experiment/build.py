@@ -17,14 +17,23 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
-from diffusion.experiment import autoencoding, checking, finetuning, guiding, latents, sampler
+from diffusion.experiment import (
+    autoencoding,
+    averages,
+    checking,
+    finetuning,
+    guiding,
+    latents,
+    sampler,
+    starting,
+)
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import Objective, make_model, make_source, other_run
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
-from diffusion.training import ema, optimizers, parallel
+from diffusion.training import ema, optimizers, parallel, snapshots
 
 EMAS = specs.choices(ema, "constant power_function")
 JUDGES = ("digits_svc", "lenet5")
@@ -75,6 +84,8 @@ def build(config: ConfigDict) -> Experiment:
     checking.check(config)
     _check_layout(config)
     _check_judge(config)
+    starting.check(config)
+    averages.check(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
     _check_data(config, train, held_out)
     objective, num_classes = make_model(config, train)
@@ -121,7 +132,7 @@ def build(config: ConfigDict) -> Experiment:
         held_out=held_out,
         objective=objective,
         optimizer=optimizer,
-        emas={"ema": profile},
+        emas={"ema": profile} | _snapshots(config),
         num_classes=num_classes,
         autoencoder=latents.autoencoder(config.data),
         frozen=frozen,
@@ -146,6 +157,18 @@ def _optimizer(config: ConfigDict, steps: int) -> optimizers.Optimizer:
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm or None,
         )
+
+
+def _snapshots(config: ConfigDict) -> dict[str, ema.Profile]:
+    """The averages that snapshots are saved of."""
+    c = config.train
+    if not c.snapshot_every:
+        return {}
+    with field("config.train.snapshot_sigma_rel"):
+        widths = c.snapshot_sigma_rel
+        if not isinstance(widths, tuple) or not widths or len(set(widths)) < len(widths):
+            raise ValueError(f"expected one or more different widths, as in (0.05, 0.10): {widths}")
+        return snapshots.profiles(widths)
 
 
 def _check_judge(config: ConfigDict) -> None:

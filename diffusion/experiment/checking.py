@@ -73,6 +73,8 @@ RANGES = {
     "train.log_every": POSITIVE,
     "train.checkpoint_every": POSITIVE,
     "train.max_skipped": NOT_NEGATIVE,
+    "train.keep_best": NOT_NEGATIVE,
+    "train.snapshot_sigma_rel": POSITIVE,
     "train.steps": POSITIVE,
     "train.batch_size": POSITIVE,
     "train.accumulate": POSITIVE,

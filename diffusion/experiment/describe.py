@@ -66,7 +66,7 @@ def describe(experiment: Experiment) -> Description:
 def tell(
     experiment: Experiment,
     description: Description,
-    workdir: Path | None,
+    workdir: Path,
     shardings: Callable[[Any], Any],
 ) -> str:
     """In words, for the terminal; every parameter goes into ``workdir/parameters.txt``.
@@ -74,7 +74,7 @@ def tell(
     Args:
       experiment: told of.
       description: of it.
-      workdir: None writes no file.
+      workdir: of the run.
       shardings: of the layout (``training.parallel``).
     """
     train, config, state = experiment.train, experiment.config, description.state
@@ -85,9 +85,7 @@ def tell(
         f"{name:<{max(map(len, names))}}  {shape!s:<20}  {size:>14,}  {size / count:>7.2%}"
         for name, (shape, size) in zip(names, rows)
     ]
-    if workdir is not None:
-        text = "\n".join([*table, f"{count:,} in all"])
-        (workdir / "parameters.txt").write_text(text + "\n")
+    (workdir / "parameters.txt").write_text("\n".join([*table, f"{count:,} in all"]) + "\n")
     parts = {"parameters": state.params, "optimiser": state.opt_state, "averages": state.ema}
     sizes = {name: _bytes(tree, shardings) for name, tree in parts.items()}
     memory = ", ".join(f"{name} {_size(n)}" for name, n in sizes.items())

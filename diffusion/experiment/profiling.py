@@ -177,7 +177,7 @@ def _prepare(experiment: Experiment, layout: parallel.Layout) -> tuple[Any, Any,
     example = {name: np.asarray(value)[None] for name, value in experiment.train[0].items()}
     state = parallel.initialise(layout, lambda key: create(*parts, key, example), init_key)
     frozen, key = parallel.place(layout, (experiment.frozen, key))
-    settings = {"accumulate": config.train.accumulate, "parallel": config.parallel}
+    settings = {"accumulate": config.train.accumulate, "parallel": layout.name}
     return make_train_step(*parts, **settings), state, frozen, key
 
 

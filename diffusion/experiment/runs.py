@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import base
 from diffusion.data import pipeline
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
 from diffusion.experiment import (
     autoencoding,
+    averages,
     describe,
     finetuning,
     judging,
     latents,
     learning,
+    provenance,
+    starting,
     sweeping,
 )
 from diffusion.experiment.build import Experiment, build
@@ -30,7 +35,7 @@ from diffusion.experiment.drawing import Drawer, visible
 from diffusion.experiment.model import make_images
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import parallel, processes, restore, tracking, validation
+from diffusion.training import parallel, processes, snapshots, tracking, validation
 from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
 from diffusion.training.loop import Validate, fit
@@ -39,8 +44,15 @@ from diffusion.training.state import TrainState
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
 DRAWING = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
-TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep", "train.max_skipped")
-TRAINING += ("train.validation_count", "log.*", "profile.*")
+TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep", "train.keep_best")
+TRAINING += (
+    "train.best",
+    "train.accept_changes",
+    "train.max_skipped",
+    "train.validation_count",
+    "log.*",
+    "profile.*",
+)
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -55,11 +67,18 @@ def train(config: ConfigDict, workdir: str) -> None:
     Of several processes the first writes all this, draws and evaluates, on its own devices;
     ``workdir`` is a folder that all of them see.
     """
-    began, first = time.perf_counter(), jax.process_index() == 0
+    began = time.perf_counter()
     if latents.wanted(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
-    experiment, folder = _build(config), Path(workdir)
-    workdirs.check_config(workdir, config.to_dict(), changeable=TRAINING)
+    experiment = _build(config)
+    _check_config(config, workdir, TRAINING)
+    with workdirs.held(workdir):
+        _train(experiment, Path(workdir), began)
+
+
+def _train(experiment: Experiment, folder: Path, began: float) -> None:
+    config, workdir = experiment.config, str(folder)
+    first = jax.process_index() == 0
     if first:
         workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
@@ -68,9 +87,13 @@ def train(config: ConfigDict, workdir: str) -> None:
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
+    about = provenance.about(config)
+    if first:
+        workdirs.record_start(workdir, about)
     described = describe.describe(experiment)
     layout = parallel.make(config.parallel)
-    print(describe.tell(experiment, described, folder if first else None, layout.shardings))
+    if first:
+        print(describe.tell(experiment, described, folder, layout.shardings))
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
     reconstructs = isinstance(experiment.objective, Autoencoding)
     tracker = None
@@ -91,6 +114,11 @@ def train(config: ConfigDict, workdir: str) -> None:
         logger.image("samples", picture, step)
 
     every, draws = config.train.sample_every, drawer or reconstructs
+    hooks = [(every, grid)] if every and draws and len(experiment.train.shape) == 3 else []
+    if config.train.snapshot_every:
+        widths = config.train.snapshot_sigma_rel
+        writer = snapshots.writer(workdir, config.train.snapshot_every, widths)
+        hooks.append((config.train.snapshot_every, writer))
     state = fit(
         objective=experiment.objective,
         optimizer=experiment.optimizer,
@@ -108,12 +136,15 @@ def train(config: ConfigDict, workdir: str) -> None:
         workdir=workdir,
         seed=config.seed,
         frozen=experiment.frozen,
-        initial_params=finetuning.initial(config),
+        initial_params=starting.initial(config, workdir),
         accumulate=config.train.accumulate,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         keep=config.train.keep,
-        hooks=[(every, grid)] if every and draws and len(experiment.train.shape) == 3 else [],
+        keep_best=config.train.keep_best,
+        best=config.train.best,
+        about=about,
+        hooks=hooks,
         validate=_validation(experiment, layout),
         max_skipped=config.train.max_skipped,
         flops=described.training,
@@ -121,11 +152,11 @@ def train(config: ConfigDict, workdir: str) -> None:
         logger=logger,
         parallel=config.parallel,
     )
+    if tracker is not None:
+        tracker.close()
     params = processes.local(state.ema["ema"])
     if not first:
         return
-    if tracker is not None:
-        tracker.close()
     if finetuning.wanted(config):
         finetuning.export(config, params, folder / "pipeline")
     if drawer:
@@ -235,15 +266,15 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    workdirs.check_config(workdir, config.to_dict(), changeable=(*TRAINING, "train.*"))
+    _check_config(config, workdir, (*TRAINING, "train.*"))
     experiment = _build(config)
-    params, step = restore.restore_ema(workdir, "ema")
+    params, step, text = averages.parameters(config, workdir)
     if experiment.guidance is None:
         raise ValueError(
             f"config.objective.name={config.objective.name!r} draws nothing; how well it does is "
             f"in {workdir}/evaluation.json"
         )
-    print(f"{workdir}: averaged parameters after step {step}")
+    print(f"{workdir}: {text}")
     return Drawer(experiment, preview), params, step
 
 
@@ -261,6 +292,20 @@ def _validation(experiment: Experiment, layout: parallel.Layout) -> Validate | N
         frozen=experiment.frozen,
     )
     return c.train.validate_every, function
+
+
+def _check_config(config: ConfigDict, workdir: str, changeable: Sequence[str]) -> None:
+    """Refuses the workdir of another run, or says how it was another."""
+    changes = workdirs.check_config(
+        workdir,
+        config.to_dict(),
+        changeable=changeable,
+        defaults=base.get_config().to_dict(),
+        accept=config.train.accept_changes,
+    )
+    if changes:
+        listed = "\n".join(changes)
+        print(f"{workdir}: going on although its run had another configuration:\n{listed}")
 
 
 def _finished(folder: Path, config: ConfigDict) -> bool:
