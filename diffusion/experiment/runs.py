@@ -89,9 +89,9 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         )
         return
     described = describe.describe(experiment)
+    layout = parallel.make(config.parallel)
     if first:
-        shardings = parallel.make(config.parallel).shardings
-        print(describe.tell(experiment, described, folder, shardings))
+        print(describe.tell(experiment, described, folder, layout.shardings))
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
     reconstructs = isinstance(experiment.objective, Autoencoding)
     tracker = None
@@ -149,7 +149,7 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         about=about,
         started=started,
         hooks=hooks,
-        validate=_validation(experiment),
+        validate=_validation(experiment, layout),
         max_skipped=config.train.max_skipped,
         flops=described.training,
         peak=described.peak,
@@ -305,7 +305,7 @@ def _restore(
     return Drawer(experiment, preview), params, step
 
 
-def _validation(experiment: Experiment) -> Validate | None:
+def _validation(experiment: Experiment, layout: parallel.Layout) -> Validate | None:
     c = experiment.config
     if not c.train.validate_every:
         return None
@@ -315,6 +315,7 @@ def _validation(experiment: Experiment) -> Validate | None:
         count=c.train.validation_count,
         batch_size=c.train.batch_size // c.train.accumulate,
         seed=c.seed,
+        layout=layout,
         frozen=experiment.frozen,
     )
     return c.train.validate_every, function
