@@ -26,15 +26,17 @@ from diffusion.experiment import (
     sampler,
     starting,
 )
+from diffusion.experiment.data import make_source
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
-from diffusion.experiment.model import Objective, make_model, make_source, other_run
+from diffusion.experiment.model import Objective, make_model, other_run
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
-from diffusion.training import ema, optimizers, snapshots
+from diffusion.training import ema, optimizers, parallel, snapshots
 
 EMAS = specs.choices(ema, "constant power_function")
+BUCKET = "bucket {} x {} of config.data.buckets"
 JUDGES = ("digits_svc", "lenet5")
 
 
@@ -178,9 +180,9 @@ def _check_numbers(config: ConfigDict) -> None:
     positive += ["evaluation.likelihood_count"]
     positive += ["samples.count", "samples.columns", "optimizer.learning_rate", "data.std"]
     for name in positive:
-        section, field = name.split(".")
-        if not config[section][field] > 0:
-            raise ValueError(f"config.{name} must be positive, got {config[section][field]}")
+        section, key = name.split(".")
+        if not config[section][key] > 0:
+            raise ValueError(f"config.{name} must be positive, got {config[section][key]}")
     if not config.sampler.preview_every >= 0:
         raise ValueError(
             f"config.sampler.preview_every must be >= 0, got {config.sampler.preview_every}"
@@ -193,21 +195,31 @@ def _check_numbers(config: ConfigDict) -> None:
             f"config.objective.label_dropout must lie in [0, 1], got "
             f"{config.objective.label_dropout}"
         )
-    pieces = jax.local_device_count() * config.train.accumulate
+    with field("config.parallel"):
+        parallel.make(config.parallel)
+    pieces = jax.device_count() * config.train.accumulate
     size = config.train.batch_size
     if size % pieces:
         lower, upper = size // pieces * pieces, -(-size // pieces) * pieces
         raise ValueError(
             f"config.train.batch_size={size} is not divisible by {pieces} = "
-            f"{jax.local_device_count()} devices x {config.train.accumulate} pieces "
+            f"{jax.device_count()} devices x {config.train.accumulate} pieces "
             f"(train.accumulate); nearest: {f'{lower} or ' if lower else ''}{upper}"
         )
 
 
 def _check_shapes(objective: Objective, train: Source, frozen: Any) -> None:
     """Traces initialisation and loss without computing: shape errors show before compilation."""
-    example = train[0]
-    batch = {k: np.repeat(np.asarray(v)[None], 2, axis=0) for k, v in example.items()}
-    with field("the network does not fit the data"):
-        params = jax.eval_shape(objective.init, jax.random.key(0), batch)
-        jax.eval_shape(lambda p: objective.loss(p, frozen, batch, jax.random.key(0)), params)
+    first = None
+    for part in train.buckets or (train,):
+        example = part[0]
+        batch = {k: np.repeat(np.asarray(v)[None], 2, axis=0) for k, v in example.items()}
+        what = f"the network does not fit {'the data' if part is train else f'the {BUCKET}'}"
+        with field(what.format(*part.shape)):
+            params = jax.eval_shape(objective.init, jax.random.key(0), batch)
+            first = params if first is None else first
+            if jax.tree.map(lambda a: a.shape, params) != jax.tree.map(lambda a: a.shape, first):
+                raise ValueError("its parameters depend on the images' size")
+            jax.eval_shape(
+                lambda p, b=batch: objective.loss(p, frozen, b, jax.random.key(0)), params
+            )

@@ -14,14 +14,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
-from diffusion.data import pipeline
+from diffusion.data import tfds
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
 from diffusion.experiment import (
     autoencoding,
     averages,
+    describe,
     finetuning,
+    inspecting,
     judging,
     latents,
     learning,
@@ -30,36 +32,46 @@ from diffusion.experiment import (
     sweeping,
 )
 from diffusion.experiment.build import Experiment, build
+from diffusion.experiment.data import batches, make_images, stored
 from diffusion.experiment.drawing import Drawer, visible
-from diffusion.experiment.model import make_images
+from diffusion.experiment.fields import field
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
-from diffusion.training import snapshots
+from diffusion.training import parallel, processes, snapshots, tracking, validation
 from diffusion.training import workdir as workdirs
 from diffusion.training.logging import Logger
-from diffusion.training.loop import fit
+from diffusion.training.loop import Validate, fit
 from diffusion.training.state import TrainState
 
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
-DRAWING = ("sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
-TRAINING = (
-    *(*DRAWING, "train.steps", "train.*_every", "train.keep", "train.keep_best", "train.best"),
-    *("train.accept_changes",),
+DRAWING = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
+DRAWING += ("data.threads", "data.workers", "data.prefetch")
+TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep", "train.keep_best")
+TRAINING += (
+    "train.best",
+    "train.accept_changes",
+    "train.max_skipped",
+    "train.validation_count",
+    "log.*",
+    "profile.*",
 )
 
 
 def train(config: ConfigDict, workdir: str) -> None:
     """Trains (or goes on, or finds itself done), then draws, plots and evaluates.
 
-    Leaves in ``workdir``: config.json, checkpoints/, tensorboard/, metrics.jsonl, samples/ (a grid
-    per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
-    where samples can be judged, evaluation.json. For points: density.png instead of grids. For
-    autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
-    Of a fine-tuned model: pipeline/, likewise.
+    Leaves in ``workdir``: config.json, parameters.txt, checkpoints/, tensorboard/, metrics.jsonl,
+    samples/ (a grid per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif,
+    loss.png and, where samples can be judged, evaluation.json. For points: density.png instead of
+    grids. For autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers
+    saves one. Of a fine-tuned model: pipeline/, likewise.
+
+    Of several processes the first writes all this, draws and evaluates, on its own devices;
+    ``workdir`` is a folder that all of them see.
     """
     began = time.perf_counter()
-    if latents.wanted(config.data):
+    if latents.wanted(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment = _build(config)
     _check_config(config, workdir, TRAINING)
@@ -69,22 +81,32 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 def _train(experiment: Experiment, folder: Path, began: float) -> None:
     config, workdir = experiment.config, str(folder)
+    first = jax.process_index() == 0
     if _finished(folder, config):
         print(
             f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
-    _describe(experiment)
+    described = describe.describe(experiment)
+    shardings = parallel.make(config.parallel).shardings
+    if first:
+        print(describe.tell(experiment, described, folder, shardings))
     drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
     reconstructs = isinstance(experiment.objective, Autoencoding)
-    logger = Logger(workdir)
+    tracker = None
+    if config.log.wandb and first:
+        tracker = tracking.Tracker(workdir, config.log.wandb, config.to_dict())
+    logger = Logger(workdir, tracker)
 
     def grid(state: TrainState, step: int) -> None:
+        params = processes.local(state.ema["ema"])
+        if not first:
+            return
         if reconstructs:
-            picture = autoencoding.picture(experiment, state.ema["ema"])
+            picture = autoencoding.picture(experiment, params)
         else:
-            picture = _grid(drawer, drawer.draw(state.ema["ema"], _grid_size(drawer)))
+            picture = _grid(drawer, drawer.draw(params, _grid_size(drawer)))
         (folder / "samples").mkdir(exist_ok=True)
         figures.save_png(folder / "samples" / f"step_{step:07d}.png", picture)
         logger.image("samples", picture, step)
@@ -98,7 +120,7 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
     about = provenance.about(config)
 
     def started(step: int) -> None:
-        if jax.process_index() == 0:
+        if first:
             workdirs.save_config(workdir, config.to_dict())
             workdirs.record_start(workdir, step, about)
 
@@ -106,8 +128,12 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         objective=experiment.objective,
         optimizer=experiment.optimizer,
         emas=experiment.emas,
-        batches=lambda start: pipeline.batches(
-            experiment.train, config.train.batch_size, config.seed, start, flip=config.data.flip
+        batches=partial(
+            batches,
+            config,
+            experiment.train,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         ),
         steps=config.train.steps,
         workdir=workdir,
@@ -123,9 +149,18 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         about=about,
         started=started,
         hooks=hooks,
+        validate=_validation(experiment),
+        max_skipped=config.train.max_skipped,
+        flops=described.training,
+        peak=described.peak,
         logger=logger,
+        parallel=config.parallel,
     )
-    params = state.ema["ema"]
+    if tracker is not None:
+        tracker.close()
+    params = processes.local(state.ema["ema"])
+    if not first:
+        return
     if finetuning.wanted(config):
         finetuning.export(config, params, folder / "pipeline")
     if drawer:
@@ -151,6 +186,29 @@ def cache(config: ConfigDict, workdir: str) -> None:
         )
     latents.compute(config.data, partial(make_images, config.data))
     print(f"cached in {config.data.cache}")
+
+
+def inspect(config: ConfigDict, workdir: str) -> None:
+    """Shows what training would see, in ``workdir/inspect.png``, and in numbers."""
+    inspecting.inspect(config, Path(workdir))
+
+
+def prepare(config: ConfigDict, workdir: str) -> None:
+    """Writes the images of config.data as a TFDS set: that of ``workdir``'s name, in its parent.
+
+    It is read by that name: ``--workdir=sets/flowers`` by ``--config.data.name=flowers
+    --config.data.dir=sets``. Images keep their sizes. With config.data.on_error=skip damaged ones
+    are left out.
+    """
+    folder, c = Path(workdir), config.data
+    splits = {split: stored(c, split) for split in ("train", "test")}
+    with field(f"--workdir={workdir}"):
+        tfds.prepare(folder.name, folder.parent, splits, c.channels or splits["train"].shape[-1])
+    examples = " and ".join(f"{len(source):,} ({split})" for split, source in splits.items())
+    print(
+        f"{examples} images in {folder}; read by --config.data.name={folder.name} "
+        f"--config.data.dir={folder.parent}"
+    )
 
 
 def sample(config: ConfigDict, workdir: str) -> None:
@@ -235,7 +293,7 @@ def _restore(
     config: ConfigDict, workdir: str, preview: Preview | None = None
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
-    _check_config(config, workdir, (*DRAWING, "train.*"))
+    _check_config(config, workdir, (*TRAINING, "train.*"))
     experiment = _build(config)
     params, step, text = averages.parameters(config, workdir)
     if experiment.guidance is None:
@@ -245,6 +303,21 @@ def _restore(
         )
     print(f"{workdir}: {text}")
     return Drawer(experiment, preview), params, step
+
+
+def _validation(experiment: Experiment) -> Validate | None:
+    c = experiment.config
+    if not c.train.validate_every:
+        return None
+    function = validation.make(
+        experiment.objective,
+        experiment.held_out,
+        count=c.train.validation_count,
+        batch_size=c.train.batch_size // c.train.accumulate,
+        seed=c.seed,
+        frozen=experiment.frozen,
+    )
+    return c.train.validate_every, function
 
 
 def _check_config(config: ConfigDict, workdir: str, changeable: Sequence[str]) -> None:
@@ -264,21 +337,6 @@ def _check_config(config: ConfigDict, workdir: str, changeable: Sequence[str]) -
 def _finished(folder: Path, config: ConfigDict) -> bool:
     done = folder / "done"
     return done.exists() and int(done.read_text()) >= config.train.steps
-
-
-def _describe(experiment: Experiment) -> None:
-    params = jax.eval_shape(
-        experiment.objective.init,
-        jax.random.key(0),
-        {name: np.asarray(value)[None] for name, value in experiment.train[0].items()},
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    devices = jax.local_devices()
-    config = experiment.config
-    print(
-        f"{experiment.train.name}: {len(experiment.train):,} examples {experiment.train.shape}; "
-        f"{config.model.name}: {count:,} parameters; {len(devices)} x {devices[0].device_kind}"
-    )
 
 
 def _grid_size(drawer: Drawer) -> int:

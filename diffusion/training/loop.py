@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion.training import checkpoints as checkpoints_lib
-from diffusion.training import diagnosis, storage
+from diffusion.training import diagnosis, processes, storage
 from diffusion.training import ema as ema_lib
+from diffusion.training import parallel as parallel_lib
 from diffusion.training.interrupts import deferred_signals
-from diffusion.training.logging import Logger
+from diffusion.training.logging import Logger, Silent
 from diffusion.training.meter import Meter
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState, create
-from diffusion.training.step import make_train_step, replicated
+from diffusion.training.step import make_train_step
 
 RUN_AHEAD = 8  # steps; bounds the batches held on the devices
+RUN_AHEAD_TOGETHER = 2  # of several processes, which also learn so much later that one must stop
 
 Hook = tuple[int, Callable[[TrainState, int], None]]
 Validate = tuple[int, Callable[[TrainState, int], Mapping[str, float]]]
@@ -62,6 +65,7 @@ def fit(
     peak: float | None = None,
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
+    parallel: str = "pmap",
 ) -> TrainState:
     """Trains until ``steps`` steps are done, going on from the newest checkpoint in ``workdir``.
 
@@ -97,7 +101,8 @@ def fit(
       flops: floating-point operations of a step per example, for the log's FLOP/s.
       peak: FLOP/s that one device is capable of, for the log's share of it.
       logger: default ``Logger(workdir)``.
-      devices: default all local ones.
+      devices: default all, of all processes.
+      parallel: how the step lies over them, "pmap" or "fsdp" (see ``parallel``).
 
     Returns:
       The state after the last step.
@@ -108,14 +113,19 @@ def fit(
       ValueError: the batch cannot be divided, or another run trains in ``workdir``.
       SaveError: the last checkpoint could not be saved. (Earlier ones that cannot are told of, and
         training goes on.)
-      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved.
+      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved; among
+        several processes in all of them, whichever received it.
     """
     for name, value in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    several = jax.process_count() > 1
+    if jax.process_index() > 0:
+        logger = Silent(workdir)
     logger = Logger(workdir) if logger is None else logger
-    step_fn = make_train_step(objective, optimizer, emas, accumulate=accumulate, devices=devices)
-    sharding = replicated(devices)
+    settings = {"accumulate": accumulate, "devices": devices, "parallel": parallel}
+    step_fn = make_train_step(objective, optimizer, emas, **settings)
+    layout = parallel_lib.make(parallel, devices)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
     checkpoints = checkpoints_lib.Checkpoints(
@@ -126,21 +136,23 @@ def fit(
         data = batches(start)
         batch = _next(data, start)
 
-        def random():
-            return jax.jit(lambda key, batch: objective.init(key, batch))(init_key, batch)
+        def example():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
 
-        def initial(params=None):
-            return create(objective, optimizer, emas, init_key, batch, params)
+        def initial(key, params=None):
+            return create(objective, optimizer, emas, key, example(), params)
+
+        def random():
+            return parallel_lib.initialise(
+                layout, lambda key: objective.init(key, example()), init_key
+            )
 
         if start:
-            template = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                jax.eval_shape(initial),
-            )
-            state, interval = checkpoints.restore(template)
+            shapes = jax.eval_shape(initial, init_key)
+            state, interval = checkpoints.restore(parallel_lib.template(layout, shapes))
         else:
-            given = initial_params(random) if initial_params else None
-            state, interval = jax.device_put(initial(given), sharding), {}
+            given = parallel_lib.place(layout, initial_params(random)) if initial_params else None
+            state, interval = parallel_lib.initialise(layout, initial, init_key, given), {}
             del given
         if start >= steps:
             checkpoints.finish()
@@ -151,8 +163,9 @@ def fit(
         logger.rewind(start)
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")
-        frozen, key = jax.device_put((frozen, run_key), sharding)
-        places = jax.local_devices() if devices is None else devices
+        frozen, key = parallel_lib.place(layout, (frozen, run_key))
+        batch = parallel_lib.place_batch(layout, batch)
+        places = layout.mesh.devices.tolist()
         meter = Meter(
             logger,
             start,
@@ -162,14 +175,18 @@ def fit(
             interval,
             flops=flops,
             peak=peak and peak * len(places),
-            devices=places,
+            devices=layout.mesh.local_devices,
         )
         pending = deque()
+        ahead = RUN_AHEAD_TOGETHER if several else RUN_AHEAD
+        agree, agreed = processes.Agreement(layout) if several else None, 0
 
         def drain(keep_pending: int = 0):
+            nonlocal agreed
             while len(pending) > keep_pending:
                 done, values = pending.popleft()
                 values = jax.device_get(values)
+                agreed = max(agreed, int(values.pop("stop", 0)))
                 if values.pop("finite"):
                     meter.add(done, values)
                     continue
@@ -189,11 +206,18 @@ def fit(
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 state, metrics = step_fn(state, frozen, batch, key)
+                if agree is not None:
+                    metrics["stop"] = agree(stopped[0] if stopped else 0)
                 pending.append((step, metrics))
+                if step < steps:  # the next batch goes to the devices while they work on this one
+                    asked = time.perf_counter()
+                    batch = _next(data, step)
+                    meter.waited(time.perf_counter() - asked)
+                    batch = parallel_lib.place_batch(layout, batch)
                 if step == start + 1:
                     drain()
                     meter.compiled(time.perf_counter() - began)
-                drain(RUN_AHEAD)
+                drain(ahead)
                 due = [f for every, f in hooks if step == steps or (every and step % every == 0)]
                 judged = validate and (step == steps or (validate[0] and step % validate[0] == 0))
                 if due or judged:
@@ -208,25 +232,28 @@ def fit(
                                     raise
                                 why = storage.reason(error, workdir)
                                 logger.text(f"step {step}: something was not written: {why}")
-                stop = bool(stopped)  # read once: a signal may come at any moment
+                # Read once, since a signal may come at any moment; among several processes at the
+                # same place in each, so that all stop at the same step.
+                stop = agreed if several else int(stopped[0]) if stopped else 0
                 if step % checkpoint_every == 0 or step == steps or stop:
                     drain()
                     with meter.paused():
                         checkpoints.save(state, meter.interval(), meter.latest)
                 if stop:
                     break
-                if step < steps:
-                    began = time.perf_counter()
-                    batch = _next(data, step)
-                    meter.waited(time.perf_counter() - began)
         if stop and step < steps:
             checkpoints.finish()
-            logger.text(f"stopped by {stopped[0].name}; checkpoint saved at step {step}")
-            if stopped[0] == signal.SIGINT:
+            logger.text(f"stopped by {signal.Signals(stop).name}; checkpoint saved at step {step}")
+            if stop == signal.SIGINT:
                 raise KeyboardInterrupt
-            raise SystemExit(128 + stopped[0])
+            raise SystemExit(128 + stop)
         checkpoints.finish()
         return state
+    except NonFiniteError:  # in all processes at once
+        raise
+    except Exception as error:
+        processes.leave(error)
+        raise
     finally:
         checkpoints.close()
         logger.close()

@@ -71,7 +71,8 @@ class Meter:
             total=steps,
             initial=start,
             unit="step",
-            disable=not sys.stderr.isatty(),  # then lines of text stand in for it
+            # Lines of text stand in for it; of several processes one tells.
+            disable=not sys.stderr.isatty() or jax.process_index() > 0,
             ncols=shutil.get_terminal_size().columns,  # tqdm's own gives 0 where none is known
         )
 
@@ -87,7 +88,7 @@ class Meter:
         self._since, self._timed = time.perf_counter(), 0
 
     def judged(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs what was found on held-out data."""
+        """Logs numbers as they are, as those of held-out data."""
         self.latest |= values
         self._logger.scalars(step, values)
 
@@ -149,8 +150,7 @@ class Meter:
             means |= self._machine(speed, min(self._waited / seconds, 1.0))
             self._lapsed, self._timed, self._since, self._waited = 0.0, 0, now, 0.0
             self._show(step, means, (self._steps - step) / speed)
-        self.latest |= means
-        self._logger.scalars(step, means)
+        self.judged(step, means)
 
     def _mean(self, total: float | list[float]) -> float | None:
         """None of examples that there were none of."""

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from linear_run import EMAS, Linear, assert_identical, batch_of
 
-from diffusion.training import optimizers
+from diffusion.training import optimizers, parallel
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.restore import restore_ema
 from diffusion.training.state import create
-from diffusion.training.step import make_train_step, replicated
+from diffusion.training.step import make_train_step
 from diffusion.training.workdir import check_config, read_config, record_start, save_config
 
 ADAM = optimizers.make("adam", 0.01)
@@ -19,14 +19,11 @@ KEY = jax.random.key(1)
 
 def initial(devices=1):
     state = create(Linear(), ADAM, EMAS, jax.random.key(0), batch_of(0))
-    return jax.device_put(state, replicated(jax.devices()[:devices]))
+    return parallel.place(parallel.make(devices=jax.devices()[:devices]), state)
 
 
 def template(devices):
-    sharding = replicated(jax.devices()[:devices])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), initial()
-    )
+    return parallel.template(parallel.make(devices=jax.devices()[:devices]), initial())
 
 
 def test_donation_right_after_a_save_does_not_reach_the_file(tmp_path):
