@@ -1,12 +1,15 @@
 """Train, sample from or evaluate a diffusion model, or use a pretrained one.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=inspect
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=profile
     python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji --mode=cache
+    python main.py --config=configs/mnist.py --workdir=DATA/photos --mode=prepare \
+        --config.data.name=folder --config.data.dir=PHOTOS
     python main.py --config=configs/stable_diffusion.py --mode=generate \
         --config.model=DIR_OR_HUB_ID --config.prompt="a lighthouse at dusk"
 
@@ -31,8 +34,8 @@ from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
-_MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache", "generate"]
-_MODES += ["profile"]
+_MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache", "inspect", "prepare"]
+_MODES += ["profile", "generate"]
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
@@ -41,6 +44,7 @@ _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    sys.stdout.reconfigure(line_buffering=True)  # a killed run's last words reach its log
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
@@ -79,7 +83,9 @@ def main(argv: list[str]) -> None:
         told = isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
         if os.environ.get("TRACEBACK") or not told:
             raise
-        sys.exit(f"error: {error}\n(with TRACEBACK=1 in the environment: where in the code)")
+        told = isinstance(error, OSError) and error.strerror and error.filename
+        text = f"{error.strerror}: {error.filename}" if told else error
+        sys.exit(f"error: {text}\n(with TRACEBACK=1 in the environment: where in the code)")
 
 
 def parse(argv: list[str]) -> list[str]:

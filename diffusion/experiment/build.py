@@ -27,15 +27,17 @@ from diffusion.experiment import (
     sampler,
     starting,
 )
+from diffusion.experiment.data import make_source
 from diffusion.experiment.fields import field
 from diffusion.experiment.guiding import Guidance
-from diffusion.experiment.model import Objective, make_model, make_source, other_run
+from diffusion.experiment.model import Objective, make_model, other_run
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
 from diffusion.training import ema, optimizers, parallel, snapshots
 
 EMAS = specs.choices(ema, "constant power_function")
+BUCKET = "bucket {} x {} of config.data.buckets"
 JUDGES = ("digits_svc", "lenet5")
 
 
@@ -204,8 +206,16 @@ def _check_layout(config: ConfigDict) -> None:
 
 def _check_shapes(objective: Objective, train: Source, frozen: Any) -> None:
     """Traces initialisation and loss without computing: shape errors show before compilation."""
-    example = train[0]
-    batch = {k: np.repeat(np.asarray(v)[None], 2, axis=0) for k, v in example.items()}
-    with field("the network does not fit the data"):
-        params = jax.eval_shape(objective.init, jax.random.key(0), batch)
-        jax.eval_shape(lambda p: objective.loss(p, frozen, batch, jax.random.key(0)), params)
+    first = None
+    for part in train.buckets or (train,):
+        example = part[0]
+        batch = {k: np.repeat(np.asarray(v)[None], 2, axis=0) for k, v in example.items()}
+        what = f"the network does not fit {'the data' if part is train else f'the {BUCKET}'}"
+        with field(what.format(*part.shape)):
+            params = jax.eval_shape(objective.init, jax.random.key(0), batch)
+            first = params if first is None else first
+            if jax.tree.map(lambda a: a.shape, params) != jax.tree.map(lambda a: a.shape, first):
+                raise ValueError("its parameters depend on the images' size")
+            jax.eval_shape(
+                lambda p, b=batch: objective.loss(p, frozen, b, jax.random.key(0)), params
+            )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.data import densities
+from diffusion.data.sources import affordable
 from diffusion.evaluation import bits
 from diffusion.evaluation.captions import caption_gap, retrieval
 from diffusion.evaluation.frechet import nearest_distances
@@ -22,7 +23,8 @@ def follows_captions(drawer: Drawer, params: Any) -> dict[str, Any]:
     examples, to the nearest training example, in what the model is trained on.
     """
     experiment = drawer.experiment
-    held_out, c = experiment.held_out, experiment.config.evaluation
+    held_out, train = (affordable(s) for s in (experiment.held_out, experiment.train))
+    c = experiment.config.evaluation
     captions = list(dict.fromkeys(held_out.captions))
     if len(captions) < 2:
         print("note: fewer than two captions are held out (config.data.held_out): nothing to judge")
@@ -37,7 +39,7 @@ def follows_captions(drawer: Drawer, params: Any) -> dict[str, Any]:
     real = held_out.all()["x"]
     asked = [captions[k] for k in label]
     found = retrieval(drawer.visible(x), asked, drawer.visible(real), held_out.captions)
-    known = experiment.train.all()["x"]
+    known = train.all()["x"]
     found["nearest_train"] = float(np.median(nearest_distances(x, known)))
     found["nearest_train_held_out"] = float(np.median(nearest_distances(real, known)))
     print(

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
-from diffusion.data import sources
 from diffusion.data.sources import Source
-from diffusion.experiment import autoencoding, captions, finetuning, latents
+from diffusion.experiment import autoencoding, finetuning
+from diffusion.experiment.data import make_source
 from diffusion.experiment.fields import field, wrong_types
 from diffusion.models.clip import ClipText
 from diffusion.models.dit import DiT
@@ -81,36 +81,6 @@ def other_run(config: ConfigDict) -> tuple[Objective, int, tuple[int, ...]]:
     """Another run's objective, number of classes and data shape."""
     train = make_source(config.data, "train")
     return *make_model(config, train), train.shape
-
-
-def make_source(c: ConfigDict, split: str) -> Source:
-    """The data of config.data, "train" or "test": images, points, or cached latents of images."""
-    images = make_images(c, split)
-    if not latents.wanted(c):
-        return images
-    with field(f"config.data.cache={c.cache!r}"):
-        return latents.source(c, split, images)
-
-
-def make_images(c: ConfigDict, split: str) -> Source:
-    """The data of config.data before an autoencoder or text encoder has seen them."""
-    directory = c.dir or None
-    with field(f"config.data.name={c.name!r}"):
-        if c.name == "digits":
-            return sources.digits(split)
-        if c.name == "mnist":
-            return sources.mnist(split, directory, padding=c.padding)
-        if c.name == "cifar10":
-            return sources.cifar10(split, directory)
-        if c.name == "latents":
-            if directory is None:
-                raise ValueError("config.data.dir must name the .npz file of latents")
-            return sources.latents(directory, scale=c.scale, num_classes=c.num_classes or None)
-        if c.name == "points":
-            return sources.points(c.density, seed=0 if split == "train" else 1)
-        if c.name in captions.NAMES:
-            return captions.make_source(c, split)
-        return sources.tfds(c.name, split, directory)
 
 
 def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.data import pipeline
 from diffusion.experiment import describe
 from diffusion.experiment.build import Experiment, build
+from diffusion.experiment.data import batches
 from diffusion.training import parallel
 from diffusion.training.meter import memory
 from diffusion.training.state import create
@@ -48,9 +48,7 @@ def profile(config: ConfigDict, workdir: str) -> None:
     described = describe.describe(experiment)
     layout = parallel.make(config.parallel)
     step, state, frozen, key = _prepare(experiment, layout)
-    data = pipeline.batches(
-        experiment.train, config.train.batch_size, config.seed, flip=config.data.flip
-    )
+    data = batches(config, experiment.train, 0)
     batch = parallel.place_batch(layout, next(data))
     began = time.perf_counter()
     compiled = step.lower(state, frozen, batch, key).compile()

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
-from diffusion.data import pipeline
+from diffusion.data import tfds
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.noisy_accuracy import accuracy_by_level
@@ -23,6 +23,7 @@ from diffusion.experiment import (
     averages,
     describe,
     finetuning,
+    inspecting,
     judging,
     latents,
     learning,
@@ -31,8 +32,9 @@ from diffusion.experiment import (
     sweeping,
 )
 from diffusion.experiment.build import Experiment, build
+from diffusion.experiment.data import batches, make_images, stored
 from diffusion.experiment.drawing import Drawer, visible
-from diffusion.experiment.model import make_images
+from diffusion.experiment.fields import field
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.sampling.progress import Preview
 from diffusion.training import parallel, processes, snapshots, tracking, validation
@@ -43,7 +45,8 @@ from diffusion.training.state import TrainState
 
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
-DRAWING = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*")
+DRAWING = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
+DRAWING += ("data.threads", "data.workers", "data.prefetch")
 TRAINING = (*DRAWING, "train.steps", "train.*_every", "train.keep", "train.keep_best")
 TRAINING += (
     "train.best",
@@ -79,17 +82,12 @@ def train(config: ConfigDict, workdir: str) -> None:
 def _train(experiment: Experiment, folder: Path, began: float) -> None:
     config, workdir = experiment.config, str(folder)
     first = jax.process_index() == 0
-    if first:
-        workdirs.save_config(workdir, config.to_dict())
     if _finished(folder, config):
         print(
             f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
-    about = provenance.about(config)
-    if first:
-        workdirs.record_start(workdir, about)
     described = describe.describe(experiment)
     layout = parallel.make(config.parallel)
     if first:
@@ -119,18 +117,23 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         widths = config.train.snapshot_sigma_rel
         writer = snapshots.writer(workdir, config.train.snapshot_every, widths)
         hooks.append((config.train.snapshot_every, writer))
+    about = provenance.about(config)
+
+    def started(step: int) -> None:
+        if first:
+            workdirs.save_config(workdir, config.to_dict())
+            workdirs.record_start(workdir, step, about)
+
     state = fit(
         objective=experiment.objective,
         optimizer=experiment.optimizer,
         emas=experiment.emas,
-        batches=lambda start: pipeline.batches(
+        batches=partial(
+            batches,
+            config,
             experiment.train,
-            config.train.batch_size,
-            config.seed,
-            start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            flip=config.data.flip,
         ),
         steps=config.train.steps,
         workdir=workdir,
@@ -144,6 +147,7 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         keep_best=config.train.keep_best,
         best=config.train.best,
         about=about,
+        started=started,
         hooks=hooks,
         validate=_validation(experiment, layout),
         max_skipped=config.train.max_skipped,
@@ -182,6 +186,29 @@ def cache(config: ConfigDict, workdir: str) -> None:
         )
     latents.compute(config.data, partial(make_images, config.data))
     print(f"cached in {config.data.cache}")
+
+
+def inspect(config: ConfigDict, workdir: str) -> None:
+    """Shows what training would see, in ``workdir/inspect.png``, and in numbers."""
+    inspecting.inspect(config, Path(workdir))
+
+
+def prepare(config: ConfigDict, workdir: str) -> None:
+    """Writes the images of config.data as a TFDS set: that of ``workdir``'s name, in its parent.
+
+    It is read by that name: ``--workdir=sets/flowers`` by ``--config.data.name=flowers
+    --config.data.dir=sets``. Images keep their sizes. With config.data.on_error=skip damaged ones
+    are left out.
+    """
+    folder, c = Path(workdir), config.data
+    splits = {split: stored(c, split) for split in ("train", "test")}
+    with field(f"--workdir={workdir}"):
+        tfds.prepare(folder.name, folder.parent, splits, c.channels or splits["train"].shape[-1])
+    examples = " and ".join(f"{len(source):,} ({split})" for split, source in splits.items())
+    print(
+        f"{examples} images in {folder}; read by --config.data.name={folder.name} "
+        f"--config.data.dir={folder.parent}"
+    )
 
 
 def sample(config: ConfigDict, workdir: str) -> None:

@@ -33,7 +33,14 @@ from jax.experimental import multihost_utils
 
 from diffusion.training import manifest, storage
 from diffusion.training import workdir as workdirs
-from diffusion.training.restore import ABOUT, DamagedError, all_damaged, listed, ranked
+from diffusion.training.restore import (
+    ABOUT,
+    DamagedError,
+    all_damaged,
+    different,
+    listed,
+    ranked,
+)
 from diffusion.training.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's errors are told below.
@@ -175,7 +182,8 @@ class Checkpoints:
                 restored = checkpointer.restore(folder, args=ocp.args.Composite(**args))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder} is of another model or optimiser than this configuration's: {error}"
+                f"{folder} is of another model or optimiser than this configuration's:\n"
+                + (different(folder / "params", items["params"]) or str(error))
             ) from error
         about = json.loads((folder / ABOUT).read_text())
         count = jax.device_put(jnp.int32(about["step"]), template.step.sharding)

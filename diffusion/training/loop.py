@@ -57,6 +57,7 @@ def fit(
     keep_best: int = 0,
     best: str = "loss",
     about: Mapping[str, Any] | None = None,
+    started: Callable[[int], None] | None = None,
     hooks: Sequence[Hook] = (),
     validate: Validate | None = None,
     max_skipped: int = 10,
@@ -91,6 +92,7 @@ def fit(
       best: a metric of the log, best when low; "-name" for one that is best when high. A
         checkpoint's is the last that was logged before it.
       about: JSON to put into every checkpoint (configuration, code version).
+      started: called with the steps done before, once the state is there and fits.
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
@@ -156,6 +158,8 @@ def fit(
             checkpoints.finish()
             logger.text(f"{workdir}: already done, {start} of {steps} steps")
             return state
+        if started is not None:
+            started(start)
         logger.rewind(start)
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")

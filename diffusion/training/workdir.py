@@ -145,10 +145,9 @@ def save_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     write_text(Path(workdir) / CONFIG, as_json(config))
 
 
-def record_start(workdir: str | os.PathLike, about: Mapping[str, Any]) -> None:
+def record_start(workdir: str | os.PathLike, step: int, about: Mapping[str, Any]) -> None:
     """Adds a line to ``workdir/starts.jsonl``: when, after which step, and ``about``."""
-    done = steps(workdir)
-    line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "after_step": done[-1] if done else 0}
+    line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "after_step": step}
     with (Path(workdir) / STARTS).open("a") as file:
         file.write(json.dumps({**line, **about}, default=str) + "\n")
 

@@ -14,8 +14,8 @@ from diffusion.conditioning import from_batch, null_like
 from diffusion.denoiser import as_estimate
 from diffusion.experiment import latents, runs
 from diffusion.experiment.build import build
+from diffusion.experiment.data import make_images
 from diffusion.experiment.drawing import Drawer
-from diffusion.experiment.model import make_images
 from diffusion.levels import NoiseLevel
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.pretrained.models import shapes

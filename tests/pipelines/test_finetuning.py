@@ -15,7 +15,7 @@ from diffusion.conditioning import from_batch
 from diffusion.data.pipeline import batches as pipeline_batches
 from diffusion.experiment import finetuning, latents
 from diffusion.experiment.build import build
-from diffusion.experiment.model import make_images, make_source
+from diffusion.experiment.data import make_images, make_source
 from diffusion.training.loop import fit
 
 CAPTIONS = ["a red cat", "a blue cat", "a red house", "a blue house", "a red sea", "a blue sea"]

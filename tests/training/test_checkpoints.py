@@ -126,11 +126,11 @@ def test_another_config_can_be_accepted(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     (line,) = check_config(tmp_path, CONFIG | {"steps": 11}, accept=True)
     assert line.strip() == "steps: 10 there, 11 here"
-    record_start(tmp_path, {"config": CONFIG})
-    record_start(tmp_path, {"config": CONFIG | {"steps": 11}})
+    record_start(tmp_path, 0, {"config": CONFIG})
+    record_start(tmp_path, 5, {"config": CONFIG | {"steps": 11}})
     starts = [json.loads(row) for row in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert [row["config"]["steps"] for row in starts] == [10, 11]
-    assert [row["after_step"] for row in starts] == [5, 5]
+    assert [row["after_step"] for row in starts] == [0, 5]
 
 
 def test_another_model_is_refused(tmp_path):
@@ -139,7 +139,9 @@ def test_another_model_is_refused(tmp_path):
     checkpoints.finish()
     like = template(1)
     bigger = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=like.step.sharding)}
-    with pytest.raises(ValueError, match=r"checkpoints/1 is of another model .*\n?.*shape"):
+    with pytest.raises(
+        ValueError, match=r"checkpoints/1 is of another model .*\n  w: \(3, 2\) there, \(4, 2\)"
+    ):
         checkpoints.restore(like.replace(params=like.params | bigger))
     with pytest.raises(ValueError, match="has no ema_slow, which this configuration trains"):
         checkpoints.restore(like.replace(ema={"slow": like.params}))
