@@ -277,7 +277,7 @@ def _too_many(said: str, found: Sequence[str], last_saved: int | None) -> str:
         [
             f"{said}; {saved}. There:",
             *found,
-            "Where the data are whole, a lower learning rate, longer warm-up or clipping (clip_norm) "
-            "may help; as it is, the run would come to this step again.",
+            "Where the data are whole, a lower learning rate, longer warm-up or clipping "
+            "(clip_norm) may help; as it is, the run would come to this step again.",
         ]
     )
