@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import base
 from diffusion import predictions, specs
 from diffusion.conditioning import Conditioning, from_batch, null_like
 from diffusion.denoiser import Denoise, Stateful, on_schedule
@@ -22,7 +22,8 @@ from diffusion.models.attention import self_attention_paths, with_identity_maps
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import guidance
-from diffusion.training import checkpoints
+from diffusion.training import restore
+from diffusion.training import workdir as workdirs
 
 PREDICTIONS = specs.choices(predictions, "eps x0 v flow edm")
 THRESHOLDS = specs.choices(guidance, "clip dynamic_threshold")
@@ -40,7 +41,7 @@ class Run:
 
     def params(self) -> Any:
         """Its averaged parameters after the newest checkpoint's step."""
-        return checkpoints.restore_ema(self.directory, "ema")[0]
+        return restore.restore_ema(self.directory, "ema")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,9 +307,9 @@ def _run(
         return None
     field = f"config.sampler.{name}={directory!r}"
     path = Path(directory)
-    if not (path / checkpoints.CONFIG).exists() or not any((path / "checkpoints").glob("[0-9]*")):
+    if not (path / workdirs.CONFIG).exists() or not workdirs.steps(path):
         raise ValueError(f"{field} is not the workdir of a run with a checkpoint")
-    other = ConfigDict(_tuples(json.loads((path / checkpoints.CONFIG).read_text())))
+    other = ConfigDict(_tuples(workdirs.read_config(path, base.get_config().to_dict())))
     try:
         objective, classes, its_shape = load(other)
     except ValueError as error:

@@ -68,14 +68,8 @@ class Classification:
         del frozen  # nothing here is held fixed
         x0, label = batch["x"], batch["label"]
         index = batch.get("index", jnp.arange(len(x0)))
-        key_time, key_noise, key_network = jax.random.split(key, 3)
-        if self.stratify is None:
-            u = times.independent_uniforms(key_time, index)
-        else:
-            u = times.stratified_uniforms(key_time, index, self.stratify)
-        level = self.schedule(
-            jnp.clip(self.times(u, self.schedule), self.t_min, self.schedule.t_max)
-        )
+        _, key_noise, key_network = jax.random.split(key, 3)
+        level = self.levels(key, index)
         noise = jax.vmap(
             lambda i: jax.random.normal(jax.random.fold_in(key_noise, i), (x0[0].size,), x0.dtype)
         )(index).reshape(x0.shape)
@@ -84,6 +78,17 @@ class Classification:
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
         hit = logits.argmax(-1) == label
         return -chosen.mean(), {"accuracy": hit.mean(dtype=jnp.float32)}
+
+    def levels(self, key: Array, index: Array) -> NoiseLevel:
+        """The noise levels [B] at which ``loss`` with this key sees examples ``index`` [B]."""
+        key = jax.random.split(key, 3)[0]
+        if self.stratify is None:
+            u = times.independent_uniforms(key, index)
+        else:
+            u = times.stratified_uniforms(key, index, self.stratify)
+        return self.schedule(
+            jnp.clip(self.times(u, self.schedule), self.t_min, self.schedule.t_max)
+        )
 
     def classifier(self, params: Params) -> Classify:
         """(x_t [B, ...], level with leaves () or [B]) -> logits [B, K]."""

@@ -21,7 +21,7 @@ from diffusion import conditioning, predictions
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.objectives import distances, times, weightings
+from diffusion.objectives import distances, metrics, times, weightings
 from diffusion.objectives.variance import VariationalBound
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
@@ -105,7 +105,7 @@ class Denoising:
         key: Array,
         train: bool = True,
     ) -> tuple[Array, dict[str, Array]]:
-        """The mean loss over a batch, and metrics.
+        """The mean loss over a batch, and metrics: also the loss by quartile of the noise level.
 
         What is drawn for an example depends on ``key`` and on ``batch["index"]``, its place in the
         global batch (by default its place in this one), not on the device it lies on.
@@ -113,9 +113,10 @@ class Denoising:
         del frozen  # nothing here is held fixed
         x0 = batch["x"]
         index = batch.get("index", jnp.arange(len(x0)))
-        key_time, key_noise, key_drop, key_network = jax.random.split(key, 4)
+        _, key_noise, key_drop, key_network = jax.random.split(key, 4)
 
-        level = self.schedule(self._draw_times(key_time, index))
+        u = self._uniforms(key, index)
+        level = self._levels(u)
         noise = normal(key_noise, index, x0.shape[1:], x0.dtype)
         if self.noise_offset:
             means = (*(1,) * (x0.ndim - 2), x0.shape[-1])  # one number per channel
@@ -148,17 +149,21 @@ class Denoising:
         target = predictions.target(self.prediction, level, x0, noise)
         distance = self.distance(output, target)
         loss = self.weighting(level, c.c_out) * distance
-        metrics = {"distance": distance.mean()}
+        measured = {"distance": distance.mean()}
         if self.bound is not None:
             x0_hat = predictions.to_x0(self.prediction, level, x_t, output)
             nu = (variance + 1) / 2
             vlb = self.bound(self.schedule, level.t, x0, x_t, x0_hat, nu)
             loss = loss + self.bound.weight * vlb
-            metrics["vlb"] = vlb.mean()
+            measured["vlb"] = vlb.mean()
         if self.uncertainty is not None:
             u = self.uncertainty.apply({"params": params["uncertainty"]}, level)
             loss = loss * jnp.exp(-u) + u
-        return loss.mean(), metrics
+        return loss.mean(), measured | metrics.by_quartile(loss, u, self.times, self.schedule)
+
+    def levels(self, key: Array, index: Array) -> NoiseLevel:
+        """The noise levels [B] at which ``loss`` with this key sees examples ``index`` [B]."""
+        return self._levels(self._uniforms(key, index))
 
     def denoiser(self, params: Params, frozen: Params | None = None) -> ConditionalDenoise:
         """E[x_0 | x_t] as the network with these parameters estimates it."""
@@ -169,12 +174,16 @@ class Denoising:
 
         return denoiser(network, self.prediction, self.c_noise)
 
-    def _draw_times(self, key: Array, index: Array) -> Array:
+    def _uniforms(self, key: Array, index: Array) -> Array:
+        key = jax.random.split(key, 4)[0]
         if self.stratify is None:
-            u = times.independent_uniforms(key, index)
-        else:
-            u = times.stratified_uniforms(key, index, self.stratify)
-        return jnp.clip(self.times(u, self.schedule), self.t_min, self.schedule.t_max)
+            return times.independent_uniforms(key, index)
+        return times.stratified_uniforms(key, index, self.stratify)
+
+    def _levels(self, u: Array) -> NoiseLevel:
+        return self.schedule(
+            jnp.clip(self.times(u, self.schedule), self.t_min, self.schedule.t_max)
+        )
 
 
 def normal(key: Array, index: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

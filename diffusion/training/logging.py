@@ -10,7 +10,26 @@ from pathlib import Path
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
+
+from diffusion.training.storage import Appender
+from diffusion.training.tracking import Tracker
+
+EVENTS = "appended"
+
+
+class _Events:
+    """TensorBoard's files by ``Appender``: tensorboardX's own would wait forever on a full disk."""
+
+    def open(self, path: str) -> Appender:
+        return Appender(path.removeprefix(f"{EVENTS}:"), tqdm.write)
+
+    def directory_check(self, path: str) -> None:
+        """The appender makes its folder."""
+
+
+register_writer_factory(EVENTS, _Events())
 
 
 class Logger:
@@ -18,12 +37,18 @@ class Logger:
 
     Each line of ``metrics.jsonl`` is {"step": s, name: number, ...}. Non-finite numbers are null,
     which JSON knows.
+
+    Args:
+      workdir: made if missing.
+      tracker: told the same, where there is one.
     """
 
-    def __init__(self, workdir: str | os.PathLike):
+    def __init__(self, workdir: str | os.PathLike, tracker: Tracker | None = None):
         self._workdir = Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._file = self._workdir / "metrics.jsonl"
+        self._tracker = tracker
+        self._lines = Appender(self._file, self.text)
         self._events: SummaryWriter | None = None
 
     def rewind(self, step: int) -> None:
@@ -40,10 +65,12 @@ class Logger:
         """One line of ``metrics.jsonl`` and one point of each curve."""
         values = {name: float(value) for name, value in values.items()}
         line = {n: v if math.isfinite(v) else None for n, v in values.items()}
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+        self._lines.write((json.dumps({"step": step, **line}) + "\n").encode())
+        self._lines.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.scalars(step, values)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """A picture [H, W, 1 or 3], uint8 or float in [0, 1], for TensorBoard."""
@@ -51,6 +78,8 @@ class Logger:
         if image.ndim != 3 or image.shape[-1] not in (1, 3):
             raise ValueError(f"expected an image [H, W, 1 or 3], got shape {image.shape}")
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._tracker is not None:
+            self._tracker.image(name, image, step)
 
     def text(self, message: str) -> None:
         """A line on the terminal, above the progress bar if there is one."""
@@ -58,6 +87,7 @@ class Logger:
 
     def close(self) -> None:
         """Writes what is buffered; the logger can still be used afterwards."""
+        self._lines.close()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -69,7 +99,29 @@ class Logger:
         return self._events
 
     def _writer(self, purge_step: int | None) -> SummaryWriter:
-        return SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
+        return SummaryWriter(f"{EVENTS}:{self._workdir / 'tensorboard'}", purge_step=purge_step)
+
+
+class Silent(Logger):
+    """Tells nothing: of several processes one tells."""
+
+    def __init__(self, workdir: str | os.PathLike):
+        del workdir
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Nothing."""
+
+    def text(self, message: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _step(line: str) -> float:

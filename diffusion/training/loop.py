@@ -7,35 +7,36 @@ and reads a step's metrics when they have long been there; only checkpoints and 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from diffusion.levels import Array
 from diffusion.training import checkpoints as checkpoints_lib
+from diffusion.training import diagnosis, processes, storage
 from diffusion.training import ema as ema_lib
-from diffusion.training.logging import Logger
+from diffusion.training import parallel as parallel_lib
+from diffusion.training.interrupts import deferred_signals
+from diffusion.training.logging import Logger, Silent
+from diffusion.training.meter import Meter
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState, create
-from diffusion.training.step import make_train_step, replicated
+from diffusion.training.step import make_train_step
 
 RUN_AHEAD = 8  # steps; bounds the batches held on the devices
+RUN_AHEAD_TOGETHER = 2  # of several processes, which also learn so much later that one must stop
 
 Hook = tuple[int, Callable[[TrainState, int], None]]
+Validate = tuple[int, Callable[[TrainState, int], Mapping[str, float]]]
 
 
 class NonFiniteError(ArithmeticError):
-    """Loss or gradients were not finite."""
+    """Loss or gradients were not finite, in too many steps."""
 
 
 def fit(
@@ -48,14 +49,23 @@ def fit(
     workdir: str | os.PathLike,
     seed: int = 0,
     frozen: Any = None,
-    initial_params: Callable[[], Any] | None = None,
+    initial_params: Callable[[Callable[[], Any]], Any] | None = None,
     accumulate: int = 1,
     log_every: int = 100,
     checkpoint_every: int = 1000,
     keep: int | None = 3,
+    keep_best: int = 0,
+    best: str = "loss",
+    about: Mapping[str, Any] | None = None,
+    started: Callable[[int], None] | None = None,
     hooks: Sequence[Hook] = (),
+    validate: Validate | None = None,
+    max_skipped: int = 10,
+    flops: float | None = None,
+    peak: float | None = None,
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
+    parallel: str = "pmap",
 ) -> TrainState:
     """Trains until ``steps`` steps are done, going on from the newest checkpoint in ``workdir``.
 
@@ -73,107 +83,177 @@ def fit(
       seed: for the initial parameters and all training noise.
       frozen: parameters that the loss needs and that are not trained.
       initial_params: gives what training begins with (a pretrained model), instead of random
-        parameters; not called when a run goes on.
+        parameters, which it can have by calling its argument; not called when a run goes on.
       accumulate: into how many pieces each device cuts its share of a batch, to save memory.
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
       keep: how many of the newest checkpoints stay; None for all.
+      keep_best: how many more stay, of those with the best ``best``.
+      best: a metric of the log, best when low; "-name" for one that is best when high. A
+        checkpoint's is the last that was logged before it.
+      about: JSON to put into every checkpoint (configuration, code version).
+      started: called with the steps done before, once the state is there and fits.
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
+      validate: such a pair whose function gives numbers by name, for the log.
+      max_skipped: how many steps in a row may be skipped because loss or gradients were not finite.
+      flops: floating-point operations of a step per example, for the log's FLOP/s.
+      peak: FLOP/s that one device is capable of, for the log's share of it.
       logger: default ``Logger(workdir)``.
-      devices: default all local ones.
+      devices: default all, of all processes.
+      parallel: how the step lies over them, "pmap" or "fsdp" (see ``parallel``).
 
     Returns:
       The state after the last step.
 
     Raises:
-      NonFiniteError: a loss or gradient was not finite; names the step.
-      ValueError: the batch cannot be divided.
-      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved.
+      NonFiniteError: too many steps in a row had a loss or gradient that was not finite; names the
+        step, its noise levels and the examples.
+      ValueError: the batch cannot be divided, or another run trains in ``workdir``.
+      SaveError: the last checkpoint could not be saved. (Earlier ones that cannot are told of, and
+        training goes on.)
+      KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved; among
+        several processes in all of them, whichever received it.
     """
     for name, value in {"log_every": log_every, "checkpoint_every": checkpoint_every}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    several = jax.process_count() > 1
+    if jax.process_index() > 0:
+        logger = Silent(workdir)
     logger = Logger(workdir) if logger is None else logger
-    step_fn = make_train_step(objective, optimizer, emas, accumulate=accumulate, devices=devices)
-    sharding = replicated(devices)
+    settings = {"accumulate": accumulate, "devices": devices, "parallel": parallel}
+    step_fn = make_train_step(objective, optimizer, emas, **settings)
+    layout = parallel_lib.make(parallel, devices)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
-    checkpoints = checkpoints_lib.Checkpoints(workdir, keep=keep)
+    checkpoints = checkpoints_lib.Checkpoints(
+        workdir, keep=keep, keep_best=keep_best, best=best, about=about, say=logger.text
+    )
     try:
         start = checkpoints.latest() or 0
         data = batches(start)
         batch = _next(data, start)
 
-        def initial(params=None):
-            return create(objective, optimizer, emas, init_key, batch, params)
+        def example():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+
+        def initial(key, params=None):
+            return create(objective, optimizer, emas, key, example(), params)
+
+        def random():
+            return parallel_lib.initialise(
+                layout, lambda key: objective.init(key, example()), init_key
+            )
 
         if start:
-            template = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                jax.eval_shape(initial),
-            )
-            state, interval = checkpoints.restore(template)
+            shapes = jax.eval_shape(initial, init_key)
+            state, interval = checkpoints.restore(parallel_lib.template(layout, shapes))
         else:
-            given = initial_params() if initial_params else None
-            state, interval = jax.device_put(initial(given), sharding), {}
+            given = parallel_lib.place(layout, initial_params(random)) if initial_params else None
+            state, interval = parallel_lib.initialise(layout, initial, init_key, given), {}
             del given
         if start >= steps:
+            checkpoints.finish()
             logger.text(f"{workdir}: already done, {start} of {steps} steps")
             return state
+        if started is not None:
+            started(start)
         logger.rewind(start)
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")
-        frozen, key = jax.device_put((frozen, run_key), sharding)
-        meter = _Meter(logger, start, steps, log_every, len(next(iter(batch.values()))), interval)
-        last_saved = start if start else None
+        frozen, key = parallel_lib.place(layout, (frozen, run_key))
+        batch = parallel_lib.place_batch(layout, batch)
+        places = layout.mesh.devices.tolist()
+        meter = Meter(
+            logger,
+            start,
+            steps,
+            log_every,
+            len(next(iter(batch.values()))),
+            interval,
+            flops=flops,
+            peak=peak and peak * len(places),
+            devices=layout.mesh.local_devices,
+        )
         pending = deque()
+        ahead = RUN_AHEAD_TOGETHER if several else RUN_AHEAD
+        agree, agreed = processes.Agreement(layout) if several else None, 0
 
         def drain(keep_pending: int = 0):
+            nonlocal agreed
             while len(pending) > keep_pending:
                 done, values = pending.popleft()
                 values = jax.device_get(values)
-                if not values.pop("finite"):
-                    raise NonFiniteError(_non_finite(done, values, last_saved))
-                meter.add(done, values)
+                agreed = max(agreed, int(values.pop("stop", 0)))
+                if values.pop("finite"):
+                    meter.add(done, values)
+                    continue
+                said = _non_finite(done, values, meter.skip(done), max_skipped)
+                logger.text(said)
+                if meter.skipped_in_a_row > max_skipped:
+                    again = next(batches(done - 1))
+                    found = diagnosis.examine(
+                        objective, state.params, frozen, again, run_key, done - 1
+                    )
+                    raise NonFiniteError(_too_many(said, found, checkpoints.latest()))
 
-        with _deferred_signals() as stopped, meter:
+        def report(state, step):
+            meter.judged(step, validate[1](state, step))
+
+        with deferred_signals() as stopped, meter:
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 state, metrics = step_fn(state, frozen, batch, key)
+                if agree is not None:
+                    metrics["stop"] = agree(stopped[0] if stopped else 0)
                 pending.append((step, metrics))
+                if step < steps:  # the next batch goes to the devices while they work on this one
+                    asked = time.perf_counter()
+                    batch = _next(data, step)
+                    meter.waited(time.perf_counter() - asked)
+                    batch = parallel_lib.place_batch(layout, batch)
                 if step == start + 1:
                     drain()
                     meter.compiled(time.perf_counter() - began)
-                drain(RUN_AHEAD)
+                drain(ahead)
                 due = [f for every, f in hooks if step == steps or (every and step % every == 0)]
-                if due:
+                judged = validate and (step == steps or (validate[0] and step % validate[0] == 0))
+                if due or judged:
                     drain()
                     with meter.paused():
-                        try:
-                            for hook in due:
+                        for hook in [report, *due] if judged else due:
+                            try:
                                 hook(state, step)
-                        except Exception:  # a hook's fault must not cost training
-                            checkpoints.save(state, meter.interval())
-                            raise
-                stop = bool(stopped)  # read once: a signal may come at any moment
+                            except Exception as error:  # a hook's fault must not cost training
+                                if not storage.disk_full(error):
+                                    checkpoints.save(state, meter.interval(), meter.latest)
+                                    raise
+                                why = storage.reason(error, workdir)
+                                logger.text(f"step {step}: something was not written: {why}")
+                # Read once, since a signal may come at any moment; among several processes at the
+                # same place in each, so that all stop at the same step.
+                stop = agreed if several else int(stopped[0]) if stopped else 0
                 if step % checkpoint_every == 0 or step == steps or stop:
                     drain()
                     with meter.paused():
-                        checkpoints.save(state, meter.interval())
-                    last_saved = step
+                        checkpoints.save(state, meter.interval(), meter.latest)
                 if stop:
                     break
-                if step < steps:
-                    batch = _next(data, step)
         if stop and step < steps:
-            checkpoints.close()
-            logger.text(f"stopped by {stopped[0].name}; checkpoint saved at step {step}")
-            if stopped[0] == signal.SIGINT:
+            checkpoints.finish()
+            logger.text(f"stopped by {signal.Signals(stop).name}; checkpoint saved at step {step}")
+            if stop == signal.SIGINT:
                 raise KeyboardInterrupt
-            raise SystemExit(128 + stopped[0])
+            raise SystemExit(128 + stop)
+        checkpoints.finish()
         return state
+    except NonFiniteError:  # in all processes at once
+        raise
+    except Exception as error:
+        processes.leave(error)
+        raise
     finally:
         checkpoints.close()
         logger.close()
@@ -186,107 +266,18 @@ def _next(data: Iterator[Mapping[str, np.ndarray]], step: int) -> Mapping[str, n
         raise ValueError(f"the data ended after step {step}; batches must go on") from None
 
 
-def _non_finite(step: int, values: Mapping[str, float], last_saved: int | None) -> str:
+def _non_finite(step: int, values: Mapping[str, float], row: int, most: int) -> str:
     numbers = ", ".join(f"{name} {values[name]:.4g}" for name in ("loss", "gradient_norm"))
+    return f"step {step} was not finite ({numbers}): skipped, {row} in a row (max_skipped={most})"
+
+
+def _too_many(said: str, found: Sequence[str], last_saved: int | None) -> str:
     saved = "no checkpoint yet" if last_saved is None else f"last good checkpoint: {last_saved}"
-    return (
-        f"step {step} was not finite ({numbers}); {saved}. A lower learning rate, longer warm-up"
-        " or clipping (clip_norm) may help; the same command goes on from that checkpoint."
+    return "\n  ".join(
+        [
+            f"{said}; {saved}. There:",
+            *found,
+            "Where the data are whole, a lower learning rate, longer warm-up or clipping "
+            "(clip_norm) may help; as it is, the run would come to this step again.",
+        ]
     )
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[list[signal.Signals]]:
-    """A list that a SIGINT or SIGTERM is put on; a second one acts at once."""
-    received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread can handle signals
-        return
-    names = (signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.getsignal(name) for name in names}
-
-    def restore():
-        for name in names:
-            signal.signal(name, before[name])
-
-    def receive(number, _):
-        received.append(signal.Signals(number))
-        restore()
-        # Not print, which must not be entered twice.
-        os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
-
-    for name in names:
-        signal.signal(name, receive)
-    try:
-        yield received
-    finally:
-        restore()
-
-
-class _Meter:
-    """Means over the log's intervals, speed, and the progress bar."""
-
-    def __init__(self, logger, start, steps, log_every, batch_size, interval):
-        self._logger, self._steps, self._log_every = logger, steps, log_every
-        self._batch_size = batch_size
-        # The part of an interval that lies before a checkpoint travels with it.
-        self._sums = dict(interval.get("sums", {}))
-        self._count = interval.get("count", 0)
-        self._lapsed, self._timed, self._since = 0.0, 0, None
-        self._bar = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            disable=not sys.stderr.isatty(),  # then lines of text stand in for it
-            ncols=shutil.get_terminal_size().columns,  # tqdm's own gives 0 where none is known
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-
-    def compiled(self, seconds: float) -> None:
-        """Starts the clock: the first step's time is compilation."""
-        self._logger.text(f"compiled and ran the first step in {seconds:.1f} s")
-        self._since, self._timed = time.perf_counter(), 0
-
-    def interval(self) -> dict[str, Any]:
-        """What a checkpoint needs for the log to go on exactly."""
-        return {"sums": self._sums, "count": self._count}
-
-    @contextmanager
-    def paused(self):
-        """Time in here does not count as training."""
-        self._lapsed += time.perf_counter() - self._since
-        yield
-        self._since = time.perf_counter()
-
-    def add(self, step: int, values: Mapping[str, Array]) -> None:
-        """Takes one step's metrics; writes a line at an interval's end."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._count += 1
-        self._timed += 1
-        self._bar.update(1)
-        if step % self._log_every and step != self._steps:
-            return
-        means = {name: total / self._count for name, total in self._sums.items()}
-        if step % self._log_every == 0:  # else a longer run goes on with this interval
-            self._sums, self._count = {}, 0
-        if self._since is not None:
-            now = time.perf_counter()
-            seconds = max(self._lapsed + now - self._since, 1e-9)
-            speed = self._timed / seconds
-            means["images_per_second"] = speed * self._batch_size
-            self._lapsed, self._timed, self._since = 0.0, 0, now
-            self._show(step, means, (self._steps - step) / speed)
-        self._logger.scalars(step, means)
-
-    def _show(self, step: int, means: Mapping[str, float], left: float) -> None:
-        figures = f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s"
-        self._bar.set_postfix_str(figures)
-        if self._bar.disable:
-            left = tqdm.format_interval(left)
-            self._logger.text(f"step {step}/{self._steps}: {figures}, {left} left")

@@ -11,7 +11,7 @@ from diffusion.experiment import guiding
 from diffusion.experiment.build import build
 from diffusion.experiment.drawing import Drawer
 from diffusion.levels import NoiseLevel
-from diffusion.training import checkpoints
+from diffusion.training import workdir as workdirs
 
 
 def small(module, **overrides):
@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
     found = {}
     for name, config in configs.items():
         found[name] = tmp_path_factory.mktemp(name)
-        checkpoints.save_config(found[name], config.to_dict())
+        workdirs.save_config(found[name], config.to_dict())
         (found[name] / "checkpoints" / "1").mkdir(parents=True)
     return found
 

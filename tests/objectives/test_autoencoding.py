@@ -13,7 +13,7 @@ from diffusion.models.discriminator import hinge, vanilla
 from diffusion.objectives import distances
 from diffusion.objectives.autoencoding import Adversary, Autoencoding, two_optimizers
 from diffusion.training import ema, loop, optimizers
-from diffusion.training.checkpoints import restore_ema
+from diffusion.training.restore import restore_ema
 
 SIZE, CHANNELS, BATCH, START = 2, 3, 4, 3
 SHAPE = (BATCH, SIZE, SIZE, CHANNELS)

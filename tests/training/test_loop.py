@@ -1,9 +1,7 @@
 import os
+import re
 import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,9 +9,8 @@ import pytest
 from linear_run import assert_identical, batches, lines, run
 
 from diffusion.training import loop
-from diffusion.training.checkpoints import Checkpoints, restore_ema
-
-ROOT = Path(__file__).parents[2]
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.restore import restore_ema
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,17 +69,6 @@ def test_resumed_on_more_devices(tmp_path, straight):
     )
 
 
-def test_killed_within_a_save(tmp_path, straight):
-    script = [sys.executable, str(Path(__file__).with_name("linear_run.py")), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([*script, "10", "6"], env=environment, capture_output=True, cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [row["step"] for row in lines(tmp_path)][:5] == [1, 2, 3, 4, 5]
-    state = run(tmp_path, 10, log_every=1)
-    assert_identical(state, straight[0])
-    assert [row["step"] for row in lines(tmp_path)] == list(range(1, 11))
-
-
 def test_interrupt_saves(tmp_path):
     def interrupt(state, step):
         if step == 2:
@@ -109,15 +95,50 @@ def test_already_done(tmp_path, capsys):
 @pytest.mark.parametrize("poison", [7, 9])  # 9: the last step, whose checkpoint must not be saved
 def test_not_finite_stops_and_keeps_the_checkpoint(tmp_path, poison):
     with pytest.raises(loop.NonFiniteError, match=f"step {poison + 1} .*last good checkpoint: 5"):
-        run(tmp_path, 10, batches=partial(batches, poison=poison))
+        run(tmp_path, 10, batches=partial(batches, poison=[poison]), max_skipped=0)
     assert Checkpoints(tmp_path).latest() == 5
-    assert all(np.isfinite(row["loss"]) for row in lines(tmp_path))
+    assert all(np.isfinite(row.get("loss", 0)) for row in lines(tmp_path))
     assert int(run(tmp_path, 10).step) == 10  # with whole data it goes on from there
 
 
 def test_not_finite_before_the_first_checkpoint(tmp_path):
     with pytest.raises(loop.NonFiniteError, match=r"step 1 .*no checkpoint yet"):
-        run(tmp_path, 10, batches=partial(batches, poison=0))
+        run(tmp_path, 10, batches=partial(batches, poison=[0]), max_skipped=0)
+
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path, straight, capsys):
+    data = partial(batches, poison=[4, 5, 7])
+    state = run(tmp_path / "a", 10, batches=data, max_skipped=2)
+    said = capsys.readouterr().out
+    assert re.search(r"step 5 was not finite \(loss nan.*skipped, 1 in a row", said)
+    assert re.search(r"step 6 .* 2 in a row.*\n.*step 8 .* 1 in a row", said)
+    log = lines(tmp_path / "a")
+    assert [row.get("skipped_steps") for row in log] == [None, 2, 1, None]
+    assert all(np.isfinite(row["loss"]) for row in log)
+    assert log[0] == straight[1][0]
+    # Stopped within the row, it goes on with it: same state, same log, same count.
+    run(tmp_path / "b", 5, batches=data, max_skipped=2)
+    assert_identical(run(tmp_path / "b", 10, batches=data, max_skipped=2), state)
+    assert lines(tmp_path / "b")[-3:] == log[-3:]
+    run(tmp_path / "c", 5, batches=data, max_skipped=1)
+    with pytest.raises(loop.NonFiniteError, match=r"step 6 .*2 in a row .*checkpoint: 5"):
+        run(tmp_path / "c", 10, batches=data, max_skipped=1)
+
+
+def test_validation_is_logged_on_time_and_once(tmp_path):
+    def validate(state, step):
+        assert int(state.step) == step
+        return {"validation_loss": 1 / step}
+
+    def logged(workdir):
+        found = [(row["step"], row.get("validation_loss")) for row in lines(workdir)]
+        return [row for row in found if row[1]]
+
+    run(tmp_path / "a", 10, validate=(4, validate))
+    assert logged(tmp_path / "a") == [(4, 0.25), (8, 0.125), (10, 0.1)]
+    run(tmp_path / "b", 5, validate=(4, validate))
+    run(tmp_path / "b", 10, validate=(4, validate))
+    assert logged(tmp_path / "b") == [(4, 0.25), (5, 0.2), (8, 0.125), (10, 0.1)]
 
 
 def test_hooks_run_on_time_and_at_the_end(tmp_path):
@@ -159,18 +180,20 @@ def test_averages_alone_can_be_read(tmp_path):
 
 def test_given_parameters_are_begun_with(tmp_path, straight):
     given = {"w": np.full((3, 2), 0.5, np.float32), "b": np.ones(2, np.float32)}
-    state = run(tmp_path / "a", 1, initial_params=lambda: given)
+    state = run(tmp_path / "a", 1, initial_params=lambda random: given)
     # One warm-up step of a third of the rate is all that has happened to them and to the average.
     for tree in (state.params, state.ema["power"]):
         jax.tree.map(lambda p, g: np.testing.assert_allclose(p, g, atol=0.011), tree, given)
     assert_identical(given, {"w": np.full((3, 2), 0.5), "b": np.ones(2)})
 
-    def must_not_be_called():
+    def must_not_be_called(random):
         raise AssertionError
 
     assert int(run(tmp_path / "a", 2, initial_params=must_not_be_called).step) == 2
     with pytest.raises(ValueError, match=r"\['w'\] should have shape \(3, 2\), got \(2, 2\)"):
-        run(tmp_path / "b", 1, initial_params=lambda: {"w": np.ones((2, 2)), "b": np.ones(2)})
+        run(
+            tmp_path / "b", 1, initial_params=lambda random: {"w": np.ones((2, 2)), "b": np.ones(2)}
+        )
 
 
 def test_data_that_end(tmp_path):

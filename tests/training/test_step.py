@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from linear_run import EMAS, Linear, assert_identical, batch_of
 
-from diffusion.training import optimizers
+from diffusion.training import optimizers, parallel
+from diffusion.training.parallel import split
 from diffusion.training.state import create
-from diffusion.training.step import make_train_step, replicated, split
+from diffusion.training.step import make_train_step
 
 SGD = optimizers.make("sgd", 0.1, b1=0.0)
 ADAM = optimizers.make("adam", 0.01, warmup=10)
@@ -24,7 +25,7 @@ def step_of(devices, accumulate, optimizer):
 def trained(devices=1, accumulate=1, steps=3, optimizer=SGD, batch=batch_of, frozen=None):
     step = step_of(devices, accumulate, optimizer)
     state = create(Linear(), optimizer, EMAS, jax.random.key(0), batch(0))
-    state = jax.device_put(state, replicated(jax.devices()[:devices]))
+    state = parallel.place(parallel.make(devices=jax.devices()[:devices]), state)
     for i in range(steps):
         state, metrics = step(state, frozen, batch(i), KEY)
     return state, metrics
@@ -89,7 +90,8 @@ def test_the_step_is_compiled_once():
 def test_keys_follow_the_step():
     def loss(step):  # of the same parameters and data
         state = create(Linear(), SGD, EMAS, jax.random.key(0), batch_of(0))
-        state = jax.device_put(state.replace(step=jnp.int32(step)), replicated(jax.devices()[:1]))
+        layout = parallel.make(devices=jax.devices()[:1])
+        state = parallel.place(layout, state.replace(step=jnp.int32(step)))
         return float(step_of(1, 1, SGD)(state, None, batch_of(0), KEY)[1]["loss"])
 
     assert len({loss(0), loss(1), loss(2)}) == 3

@@ -1,0 +1,78 @@
+"""Full disks: how they show, and files that outlast them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that disk or quota are full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+
+
+def reason(error: BaseException, folder: Path) -> str:
+    """An error of writing below ``folder``, in a few words."""
+    if not disk_full(error):
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        return (text or type(error).__name__).splitlines()[0]
+    free = shutil.disk_usage(folder).free
+    return f"the disk is full ({free / 1e6:,.1f} MB free where {folder} is)"
+
+
+class Appender:
+    """Appends to a file. What a full disk refuses is kept, and tried again with what follows.
+
+    Args:
+      path: the file; its folder is made if missing.
+      say: what to do with messages: one when the disk is full, one when it no longer is.
+    """
+
+    def __init__(self, path: str | os.PathLike, say: Callable[[str], None]):
+        self._path, self._say = Path(path), say
+        self._waiting, self._told = b"", False
+
+    def write(self, data: bytes) -> None:
+        """Takes bytes; ``flush`` writes them."""
+        self._waiting += data
+
+    def flush(self) -> None:
+        """Writes what waits, all of it or nothing."""
+        if not self._waiting:
+            return
+        size = 0
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                size = file.tell()
+                rest = memoryview(self._waiting)
+                while rest:
+                    rest = rest[file.write(rest) :]
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            if self._path.exists():
+                os.truncate(self._path, size)
+            if not self._told:
+                self._told = True
+                self._say(
+                    f"{self._path} cannot be written: {reason(error, self._path.parent)}; what it "
+                    "lacks is kept and tried again"
+                )
+            return
+        self._waiting = b""
+        if self._told:
+            self._told = False
+            self._say(f"{self._path} is complete again")
+
+    def close(self) -> None:
+        """Writes what waits, or says that it is lost."""
+        self.flush()
+        if self._waiting:
+            self._say(f"{self._path} lacks its last {len(self._waiting):,} bytes")
+            self._waiting = b""
