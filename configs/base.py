@@ -33,18 +33,28 @@ def get_config() -> ConfigDict:
     c.parallel = "pmap"
 
     c.data = ConfigDict()
-    # digits, mnist, cifar10, latents, points, any TFDS name; with captions: captioned (any .npz of
-    # images and captions), emoji, tiles, emoji_and_tiles
+    # digits, mnist, cifar10, latents, points; folder (of images: class subfolders, or captions in
+    # metadata.jsonl), arrays (.npz, .npy); any TFDS name; with captions in .npz: captioned, emoji,
+    # tiles, emoji_and_tiles
     c.data.name = "digits"
     c.data.dir = ""  # where the files are, if not in TFDS's own directory
     c.data.padding = 0  # zeros around each image (mnist)
     c.data.density = "two_moons"  # points: which density
     c.data.scale = 1.0  # latents: multiplied with this
     c.data.num_classes = 0  # latents: 0 counts the labels
+    # Of folders, arrays and TFDS sets, and of captioned images:
+    c.data.size = 0  # short side, resized to; 0: as they are, if all have one size
+    c.data.background = (255, 255, 255)  # and laid on, where they are transparent
+    c.data.held_out = 0.05  # share of images (or captions) not trained on, where no split is given
+    c.data.channels = 0  # 1 (grey) or 3; 0: 3 of files, those of arrays and TFDS sets
+    c.data.crop = "center"  # of what the other side has more; or random, anew in every epoch
+    c.data.buckets = ""  # aspect(step=64, max_aspect=2.0): shapes of the area size^2, not squares
+    c.data.on_error = "raise"  # folder: or skip, which checks all files once, and leaves out
     c.data.flip = False  # mirror images at random
-    c.data.size = 32  # captioned images: resized to
-    c.data.background = (255, 255, 255)  # and laid on, where they have an opacity
-    c.data.held_out = 0.05  # share of the captions that is not trained on
+    c.data.dtype = "float32"  # of batches; bfloat16: half as much to the device
+    c.data.threads = 2  # that read; 0: as many as cores
+    c.data.workers = 0  # processes that read, with so many threads each; 0: this one
+    c.data.prefetch = 8  # batches kept ready
     c.data.tokenizer = ""  # CLIP's bpe_simple_vocab_16e6.txt.gz, or a tokenizer's folder
     c.data.tokens = 20  # longest caption, with start and end
     c.data.autoencoder = ""  # folder of one: train on its latents of the images
@@ -118,8 +128,31 @@ def get_config() -> ConfigDict:
     c.train.sample_every = 0  # steps between sample grids; 0: only at the end
     c.train.checkpoint_every = 1000
     c.train.keep = 2  # newest checkpoints kept
+    c.train.validate_every = 0  # steps between losses on held-out data; 0: none
+    c.train.validation_count = 1000  # examples of them, at most
+    c.train.max_skipped = 10  # steps in a row whose loss or gradients may be not finite
+    c.train.keep_best = 0  # checkpoints kept besides, those with the best
+    c.train.best = "loss"  # metric of the log, best when low; "-name": best when high
+    c.train.accept_changes = False  # go on although the workdir's run had another config
+    c.train.snapshot_every = 0  # steps between snapshots of averages, for sampler.average="posthoc"
+    c.train.snapshot_sigma_rel = (0.05, 0.10)  # of those averages
+    c.train.init_from = ""  # a run's workdir, or one of its checkpoints: begin with its parameters
+    c.train.init_what = ""  # regular expression: which of them, by path; empty: all
+    c.train.init_average = "ema"  # or "params", those that were trained
+
+    c.log = ConfigDict()
+    c.log.wandb = ""  # project on Weights & Biases; empty: not there
+    c.log.peak_tflops = 0.0  # TFLOP/s of one device at most; 0: as known of common ones
+
+    c.profile = ConfigDict()  # --mode=profile
+    c.profile.steps = 5
+    c.profile.warmup = 3  # steps before them
 
     c.sampler = ConfigDict()
+    c.sampler.checkpoint = "newest"  # or "best" (train.best), or a step
+    # Which parameters: ema, params (as trained), posthoc(sigma_rel=0.15), or
+    # posthoc_constant(decay=0.999), the last two from train.snapshot_every's snapshots.
+    c.sampler.average = "ema"
     c.sampler.solver = "dpmpp_2m"
     c.sampler.grid = "uniform"
     c.sampler.steps = 20
@@ -156,6 +189,10 @@ def get_config() -> ConfigDict:
     c.evaluation.count = 1000  # samples judged
     c.evaluation.likelihood = ""  # ode or bound: bits per dimension of data; empty: none
     c.evaluation.likelihood_count = 500  # examples of the held-out and of the training data
+
+    c.inspect = ConfigDict()  # --mode=inspect
+    c.inspect.count = 60  # pictures on the contact sheet
+    c.inspect.columns = 10
 
     c.sweep = ConfigDict()  # --mode=sweep: evaluation.count samples of each solver and budget
     c.sweep.solvers = ("ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")

@@ -18,6 +18,7 @@ from configs import base
 def get_config() -> ConfigDict:
     c = base.get_config()
     c.data.name = "emoji_and_tiles"
+    c.data.size = 32
     c.objective.name = "autoencoding"
     c.model.name = "autoencoder"
     c.model.autoencoder.update(

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     data = FieldReference("data", field_type=str)
     c.data.name = "emoji_and_tiles"
+    c.data.size = 32
     c.data.dir = data
     c.data.tokenizer = data + "/tokenizer/bpe_simple_vocab_16e6.txt.gz"
     c.data.tokens = 16

@@ -12,15 +12,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from diffusion.data import sources
-from diffusion.data.sources import Batch, Source
-from diffusion.data.tokens import Tokenize
 
 WORD = re.compile(r"\w+")
 
@@ -157,29 +154,3 @@ def split(pairs: Pairs, name: str, share: float) -> Pairs:
     held_out = held_out_captions(pairs.captions, share)
     index = [i for i, c in enumerate(pairs.captions) if (c.lower() in held_out) == (name == "test")]
     return Pairs(pairs.images[index], tuple(pairs.captions[i] for i in index))
-
-
-def source(
-    name: str, pairs: Pairs, tokenize: Tokenize | None = None, vocabulary: int = 0
-) -> Source:
-    """A source of ``x`` and, with ``tokenize``, of ``tokens`` and ``context_mask``, made once.
-
-    Args:
-      name: what the data is called.
-      pairs: images of the size wanted, and captions.
-      tokenize: captions -> tokens and mask.
-      vocabulary: number of different tokens.
-    """
-    plain = sources.from_arrays(name, pairs.images)
-    text = tokenize(pairs.captions) if tokenize else {}
-    return dataclasses.replace(
-        plain,
-        read=partial(_read_pairs, plain.read, text),
-        captions=pairs.captions,
-        encode=tokenize,
-        vocabulary=vocabulary,
-    )
-
-
-def _read_pairs(read: Callable, text: dict[str, np.ndarray], index: np.ndarray) -> Batch:
-    return read(index) | {name: values[index] for name, values in text.items()}

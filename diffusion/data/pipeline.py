@@ -7,20 +7,117 @@ the data is the step, resuming needs no stored state, and processes take slices 
 global batch, so the global batch does not depend on how many there are. Where a source gives
 ``x_std`` beside ``x``, the mean and deviation of latents, the batch holds a sample of them.
 
+A source in buckets has such a stream per bucket, and every batch comes from one of them; see
+``buckets.Schedule``.
+
 Whole batches are read at once: per-example iteration costs more than the training step of a
-small model. Grain supplies the reading threads and the prefetching.
+small model. Grain supplies the reading threads and processes, and the prefetching.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
+import ml_dtypes
 import numpy as np
+from absl import flags
 
+from diffusion.data.buckets import Schedule
 from diffusion.data.sources import Batch, Source
+
+CROPS = ("center", "random")
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is done to images, anew in every epoch, and what they become.
+
+    Attributes:
+      flip: mirror each image left-right with probability 1/2.
+      crop: where images that are larger than their place are cropped: ``center``, or ``random``.
+      dtype: of ``x``: float32 or bfloat16, half as large on its way to the device.
+    """
+
+    flip: bool = False
+    crop: str = "center"
+    dtype: str = "float32"
+
+
+PLAIN = Augmentation()
+
+
+class _Stream:
+    """Batches of one source: positions of an endless stream of its epochs."""
+
+    def __init__(self, source: Source, batch_size: int, seed: tuple[int, ...], random_crop: bool):
+        self._fields = source, batch_size, seed, random_crop
+        self.source, self._batch_size, self._seed, self._random_crop = self._fields
+        # A batch touches few epochs, mostly one.
+        self._epoch = functools.lru_cache(maxsize=2)(self._draw)
+
+    def __reduce__(self):  # to another process without what reading does not need
+        bare = dataclasses.replace(self.source, captions=(), encode=None, buckets=(), pictures=None)
+        return _Stream, (bare, *self._fields[1:])
+
+    def _draw(self, number: int) -> tuple[np.ndarray, ...]:
+        """Order of the examples [N], whether each one is flipped [N], where cropped [N, 2]."""
+        rng, n = np.random.default_rng((*self._seed, number)), len(self.source)
+        drawn = rng.permutation(n), rng.random(n) < 0.5
+        return (*drawn, rng.random((n, 2), np.float32)) if self._random_crop else drawn
+
+    def drawn(self, number: int, part: np.ndarray) -> list[np.ndarray]:
+        """What is drawn for the rows ``part`` of batch ``number``."""
+        which, place = np.divmod(number * self._batch_size + part, len(self.source))
+        pieces = [
+            [values[place[which == e]] for values in self._epoch(int(e))] for e in np.unique(which)
+        ]
+        return [np.concatenate(piece) for piece in zip(*pieces)]
+
+    def read(self, number: int, part: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """These rows, and which of them to flip."""
+        order, flipped, *at = self.drawn(number, part)
+        return self.source.crop(order, at[0]) if at else self.source.read(order), flipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """step -> this process's part of the global batch."""
+
+    streams: tuple[_Stream, ...]
+    schedule: Schedule | None
+    batch_size: int
+    seed: int
+    part: np.ndarray
+    augmentation: Augmentation
+
+    def examples(self, step: int) -> tuple[Source, np.ndarray]:
+        """The source, perhaps a bucket, that a step's batch is from, and which examples."""
+        bucket, number = self._bucket(step)
+        stream = self.streams[bucket]
+        return stream.source, stream.drawn(number, self.part)[0]
+
+    def _bucket(self, step: int) -> tuple[int, int]:
+        return self.schedule(step) if self.schedule else (0, step)
+
+    def __call__(self, step: int) -> Batch:
+        bucket, number = self._bucket(step)
+        stream = self.streams[bucket]
+        batch, flipped = stream.read(number, self.part)
+        if "x_std" in batch:  # of the whole global batch: processes must not share noise
+            rng = np.random.default_rng((self.seed, 1, step))
+            shape = (self.batch_size, *stream.source.shape)
+            noise = rng.standard_normal(shape, np.float32)[self.part]
+            batch["x"] = batch["x"] + batch.pop("x_std") * noise
+        if self.augmentation.flip:
+            batch["x"][flipped] = batch["x"][flipped][:, :, ::-1]
+        batch["x"] = batch["x"].astype(DTYPES[self.augmentation.dtype], copy=False)
+        return batch | {"index": self.part.astype(np.int32)}
 
 
 def batch_function(
@@ -30,8 +127,8 @@ def batch_function(
     *,
     process_index: int = 0,
     process_count: int = 1,
-    flip: bool = False,
-) -> Callable[[int], Batch]:
+    augmentation: Augmentation = PLAIN,
+) -> Batches:
     """The function step -> this process's part of the global batch; see ``batches``."""
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
@@ -42,33 +139,35 @@ def batch_function(
         raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
     if len(source) == 0:
         raise ValueError(f"{source.name} is empty")
-    if flip and len(source.shape) != 3:
-        raise ValueError(f"flip needs images (H, W, C), {source.name} has shape {source.shape}")
+    _check(augmentation, source)
     local = batch_size // process_count
-    index = np.arange(process_index * local, (process_index + 1) * local)
+    random_crop = augmentation.crop == "random"
+    streams = tuple(
+        _Stream(part, batch_size, (seed, 2, b), random_crop)
+        for b, part in enumerate(source.buckets)
+    )
+    schedule = None
+    if streams:
+        schedule = Schedule(tuple(len(part) for part in source.buckets), batch_size, seed)
+    return Batches(
+        streams or (_Stream(source, batch_size, (seed,), random_crop),),
+        schedule,
+        batch_size,
+        seed,
+        np.arange(process_index * local, (process_index + 1) * local),
+        augmentation,
+    )
 
-    @functools.lru_cache(maxsize=2)  # a batch touches few epochs, mostly one
-    def epoch(number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the examples [N], and whether each one is flipped [N]."""
-        rng = np.random.default_rng((seed, number))
-        return rng.permutation(len(source)), rng.random(len(source)) < 0.5
 
-    def batch_at(step: int) -> Batch:
-        number, position = np.divmod(step * batch_size + index, len(source))
-        parts = [
-            [which[position[number == e]] for which in epoch(int(e))] for e in np.unique(number)
-        ]
-        order, flipped = (np.concatenate(part) for part in zip(*parts))
-        batch = source.read(order)
-        if "x_std" in batch:  # of the whole global batch: processes must not share noise
-            rng = np.random.default_rng((seed, 1, step))
-            noise = rng.standard_normal((batch_size, *source.shape), np.float32)[index]
-            batch["x"] = batch["x"] + batch.pop("x_std") * noise
-        if flip:
-            batch["x"][flipped] = batch["x"][flipped][:, :, ::-1]
-        return batch | {"index": index.astype(np.int32)}
-
-    return batch_at
+def _check(augmentation: Augmentation, source: Source) -> None:
+    if augmentation.flip and len(source.shape) != 3:
+        raise ValueError(f"flip needs images (H, W, C), {source.name} has shape {source.shape}")
+    for name, valid in (("crop", CROPS), ("dtype", tuple(DTYPES))):
+        value = getattr(augmentation, name)
+        if value not in valid:
+            raise ValueError(f"{name}={value!r}; choose {' or '.join(valid)}")
+    if augmentation.crop == "random" and source.crop is None:
+        raise ValueError(f"crop='random': {source.name} has images of one size, nothing to crop")
 
 
 def batches(
@@ -79,41 +178,53 @@ def batches(
     *,
     process_index: int = 0,
     process_count: int = 1,
-    flip: bool = False,
+    augmentation: Augmentation = PLAIN,
     num_threads: int = 2,
     prefetch: int = 8,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Endless shuffled batches, read ahead in the background.
 
     Args:
       source: where examples come from.
       batch_size: B, over all processes.
-      seed: fixes the order and the flips; epochs differ from each other.
+      seed: fixes the order and the augmentation; epochs differ from each other.
       start_step: the step to begin with; ``batches(..., start_step=k)`` continues a stream of
         which k batches were used, exactly.
       process_index: which of ``process_count`` equal slices of each global batch to give.
       process_count: number of processes that share a batch.
-      flip: mirror each image left-right with probability 1/2, anew in every epoch.
-      num_threads: reading threads.
-      prefetch: batches kept ready.
+      augmentation: see ``Augmentation``.
+      num_threads: reading threads, of each worker if there are any; 0: as many as cores, up to 16.
+        Batches do not depend on it.
+      prefetch: batches kept ready, by each worker if there are any.
+      workers: processes that read; 0: this one. Each gets a copy of the source, so they suit files
+        rather than arrays in memory. Batches do not depend on it.
 
     Yields:
-      dicts with ``x`` [B / process_count, ...] float32, ``label`` [...] int32 where there are
-      labels, and ``index`` [...] int32, the example's position within the global batch.
+      dicts with ``x`` [B / process_count, ...], ``label`` [...] int32 where there are labels, and
+      ``index`` [...] int32, the example's position within the global batch. All processes see the
+      same shapes in the same step.
 
     Raises:
       ValueError: B not divisible by the processes, an empty source, flip without images.
     """
-    if start_step < 0:
-        raise ValueError(f"start_step must not be negative, got {start_step}")
+    for name, value in {"start_step": start_step, "workers": workers}.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
     batch_at = batch_function(
         source,
         batch_size,
         seed,
         process_index=process_index,
         process_count=process_count,
-        flip=flip,
+        augmentation=augmentation,
     )
     steps = grain.MapDataset.range(start_step, sys.maxsize // batch_size)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(steps.map(batch_at).to_iter_dataset(options))
+    threads = num_threads or min(16, os.cpu_count() or 1)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    dataset = steps.map(batch_at).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags, outside of a program too
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(dataset)

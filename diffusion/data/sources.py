@@ -7,21 +7,34 @@ in memory as uint8 and are converted batch by batch.
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import importlib.util
-import io
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diffusion.data import densities
+from diffusion.data.images import Picture
 
 Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Images as they are stored, of any size and mode.
+
+    Attributes:
+      count: how many.
+      get: i -> a file, its contents, or uint8 [H, W] or [H, W, C].
+      name: i -> what messages call it.
+      columns: what else is known of each, ``label`` or tokens: values that are indexed by [B].
+    """
+
+    count: int
+    get: Callable[[int], Picture]
+    name: Callable[[int], str]
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +55,10 @@ class Source:
       encode: captions [B] -> what a batch holds of them, {'tokens': [B, L] int32, ...}; the empty
         caption stands for none.
       vocabulary: number of different tokens; 0 without.
+      crop: indices [B] and where to crop, [B, 2] in [0, 1] from the top left -> as ``read``, which
+        crops in the middle; None where there is nothing to crop.
+      buckets: the same examples, by the shape that fits them best; empty if all have one.
+      pictures: the images as they are stored, where they are decoded one by one.
     """
 
     name: str
@@ -55,6 +72,9 @@ class Source:
     captions: tuple[str, ...] = ()
     encode: Callable[[Sequence[str]], Batch] | None = None
     vocabulary: int = 0
+    crop: Callable[[np.ndarray, np.ndarray], Batch] | None = None
+    buckets: tuple[Source, ...] = ()
+    pictures: Pictures | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -105,8 +125,60 @@ def from_arrays(
 
 def _read_arrays(x: np.ndarray, label: np.ndarray | None, scale: float, index: np.ndarray) -> Batch:
     rows = x[index]
-    rows = _to_unit(rows) if rows.dtype == np.uint8 else rows.astype(np.float32) * np.float32(scale)
+    rows = to_unit(rows) if rows.dtype == np.uint8 else rows.astype(np.float32) * np.float32(scale)
     return {"x": rows} if label is None else {"x": rows, "label": label[index]}
+
+
+def with_columns(source: Source, columns: Batch, without: tuple[str, ...] = ()) -> Source:
+    """The same examples with more in each batch, values [N, ...] by name, or with less."""
+    more = {"read": partial(_joined, source.read, columns, without)}
+    if source.crop is not None:
+        more["crop"] = partial(_joined, source.crop, columns, without)
+    if (pictures := source.pictures) is not None:
+        kept = {key: values for key, values in pictures.columns.items() if key not in without}
+        more["pictures"] = dataclasses.replace(pictures, columns=kept | dict(columns))
+    return dataclasses.replace(source, **more)
+
+
+def _joined(
+    read: Callable, columns: Batch, without: tuple[str, ...], index: np.ndarray, *at: np.ndarray
+) -> Batch:
+    batch = {name: values for name, values in read(index, *at).items() if name not in without}
+    return batch | {name: values[index] for name, values in columns.items()}
+
+
+def subset(source: Source, index: np.ndarray) -> Source:
+    """The examples ``index`` of a source, in that order."""
+    pictures = source.pictures
+    if pictures is not None:
+        get, name = (partial(_at, f, index) for f in (pictures.get, pictures.name))
+        columns = {key: values[index] for key, values in pictures.columns.items()}
+        pictures = Pictures(len(index), get, name, columns)
+    return dataclasses.replace(
+        source,
+        size=len(index),
+        read=partial(_read_subset, source.read, index),
+        captions=tuple(source.captions[i] for i in index) if source.captions else (),
+        crop=None if source.crop is None else partial(_read_subset, source.crop, index),
+        pictures=pictures,
+        buckets=(),
+    )
+
+
+def _at(function: Callable, index: np.ndarray, i: int) -> Any:
+    return function(int(index[i]))
+
+
+def affordable(source: Source, limit: int = 2**31) -> Source:
+    """All of a source, or as many examples, evenly spread, as have ``limit`` bytes."""
+    count = max(1, limit // (4 * int(np.prod(source.shape))))
+    if count >= len(source):
+        return source
+    return subset(source, np.linspace(0, len(source) - 1, count).astype(np.int64))
+
+
+def _read_subset(read: Callable, index: np.ndarray, which: np.ndarray, *at: np.ndarray) -> Batch:
+    return read(index[which], *at)
 
 
 def digits(split: str) -> Source:
@@ -126,70 +198,6 @@ def digits(split: str) -> Source:
     x = x[index].reshape(-1, 8, 8, 1).astype(np.float32) / 8 - 1
     names = tuple("0123456789")
     return from_arrays("digits", x, label[index], class_names=names, levels=17)  # 0..16
-
-
-def mnist(split: str, data_dir: str | Path | None = None, *, padding: int = 0) -> Source:
-    """MNIST: [28, 28, 1], or [32, 32, 1] with ``padding=2`` (black); ten classes.
-
-    Args:
-      split: ``train`` (60,000) or ``test`` (10,000).
-      data_dir: a folder with the original ``*-ubyte.gz`` files; where it holds none (or is None)
-        MNIST comes from TFDS, with ``data_dir`` as TFDS's folder.
-      padding: black pixels added on each side.
-    """
-    check_split(split, "mnist")
-    prefix = "train" if split == "train" else "t10k"
-    folder = Path(data_dir) if data_dir else None
-    if folder and (folder / f"{prefix}-images-idx3-ubyte.gz").exists():
-        x = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")[..., None]
-        label = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
-    else:
-        x, label = _load_tfds("mnist", split, data_dir)
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    return from_arrays("mnist", x, label, class_names=tuple("0123456789"))
-
-
-def cifar10(split: str, data_dir: str | Path | None = None) -> Source:
-    """CIFAR-10: [32, 32, 3], ten classes, 50,000 ``train`` and 10,000 ``test`` examples.
-
-    Args:
-      split: ``train`` or ``test``.
-      data_dir: a folder with ``cifar10_jpegq75.npz``, a copy compressed as JPEG at quality 75
-        (arrays ``train_jpeg``, ``train_offsets``, ``train_labels``, ``test_*``, ``classes``). It
-        is lossy, about 30 dB; the source's ``note`` says so. Otherwise the original set comes
-        from TFDS, with ``data_dir`` as TFDS's folder.
-    """
-    check_split(split, "cifar10")
-    path = Path(data_dir) / "cifar10_jpegq75.npz" if data_dir else None
-    names = ("airplane", "automobile", "bird", "cat", "deer")
-    names += ("dog", "frog", "horse", "ship", "truck")
-    if path is None or not path.exists():
-        return from_arrays("cifar10", *_load_tfds("cifar10", split, data_dir), class_names=names)
-    with np.load(path) as file:
-        data, offsets = file[f"{split}_jpeg"], file[f"{split}_offsets"]
-        label = file[f"{split}_labels"]
-        names = tuple(str(c) for c in file["classes"])
-    images = [_decode(data[a:b].tobytes()) for a, b in itertools.pairwise(offsets)]
-    note = "CIFAR-10 from a lossy copy (JPEG, quality 75, about 30 dB)"
-    return from_arrays("cifar10", np.stack(images), label, class_names=names, note=note)
-
-
-def tfds(name: str, split: str, data_dir: str | Path | None = None) -> Source:
-    """Any prepared TFDS image set by name, decoded when read; images must share one size.
-
-    ``image`` becomes ``x`` in [-1, 1] and ``label`` (if there is one) ``label``. ``split`` is in
-    TFDS's notation (``train``, ``train[:90%]``, ...).
-    """
-    builder, examples = _open_tfds(name, split, data_dir)
-    features = builder.info.features
-    if "image" not in features:
-        raise ValueError(f"{name} has no feature 'image', only {', '.join(features)}")
-    shape = examples[0]["image"].shape
-    num_classes, names = 0, ()
-    if "label" in features:
-        num_classes, names = features["label"].num_classes, tuple(features["label"].names)
-    read = partial(_read_examples, examples, num_classes > 0)
-    return Source(name, len(examples), shape, read, num_classes, names, levels=256)
 
 
 def latents(path: str | Path, *, scale: float = 1.0, num_classes: int | None = None) -> Source:
@@ -225,57 +233,6 @@ def check_split(split: str, name: str) -> None:
         raise ValueError(f"{name} has the splits 'train' and 'test', got {split!r}")
 
 
-def _to_unit(x: np.ndarray) -> np.ndarray:
+def to_unit(x: np.ndarray) -> np.ndarray:
     """0..255 -> [-1, 1] float32, exact at both ends."""
     return x / np.float32(127.5) - np.float32(1)
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """The idx format of MNIST: 2 zero bytes, type 8 (uint8), rank, big-endian sizes, data."""
-    raw = gzip.decompress(path.read_bytes())
-    if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an idx file of bytes")
-    rank = raw[3]
-    shape = np.frombuffer(raw, ">i4", rank, 4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
-def _decode(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def _open_tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[Any, Any]:
-    import tensorflow_datasets
-
-    builder = tensorflow_datasets.builder(name, data_dir=data_dir, file_format="array_record")
-    try:
-        return builder, builder.as_data_source(split=split)
-    except (KeyError, AssertionError, OSError) as error:
-        if builder.info.splits:  # prepared: the fault lies elsewhere, e.g. in the split's name
-            raise
-        if importlib.util.find_spec("tensorflow"):
-            builder.download_and_prepare()
-            return builder, builder.as_data_source(split=split)
-        where = "" if data_dir is None else f", data_dir={str(data_dir)!r}"
-        raise FileNotFoundError(
-            f"{name} is not prepared in {builder.data_dir}. Preparing it needs TensorFlow, once:\n"
-            f"  pip install tensorflow-cpu\n"
-            f'  python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{where}, '
-            f"file_format='array_record').download_and_prepare()\"\n"
-            f"Afterwards it is read without TensorFlow."
-        ) from error
-
-
-def _load_tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """A small set decoded once: x uint8, label."""
-    examples = _open_tfds(name, split, data_dir)[1]
-    pairs = [(e["image"], e["label"]) for e in map(examples.__getitem__, range(len(examples)))]
-    return np.stack([x for x, _ in pairs]), np.asarray([label for _, label in pairs])
-
-
-def _read_examples(examples: Any, labelled: bool, index: np.ndarray) -> Batch:
-    rows = [examples[int(i)] for i in index]
-    batch = {"x": _to_unit(np.stack([row["image"] for row in rows]))}
-    if labelled:
-        batch["label"] = np.asarray([row["label"] for row in rows], np.int32)
-    return batch

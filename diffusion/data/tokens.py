@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-Encode = Callable[[str], list[int]]  # ids, with those of the start and the end around them
 Tokenize = Callable[[Sequence[str]], dict[str, np.ndarray]]
 
 
-def tokenizer(encode: Encode, length: int) -> Tokenize:
+def tokenizer(transformer: Any, length: int) -> Tokenize:
     """Captions -> ``tokens`` [N, length] int32 and ``context_mask`` [N, length] bool.
 
-    Longer captions are cut and keep their last id, the end; shorter ones are filled up with it, as
-    CLIP's are, and the mask, True up to the first end, leaves those out.
+    Longer captions are cut and keep their end; shorter ones are filled up, which the mask leaves
+    out.
+
+    Args:
+      transformer: a tokenizer of ``transformers``.
+      length: of all captions, with start and end.
+
+    Raises:
+      ValueError: no room for a token, or a tokenizer that cannot fill up.
     """
     if length < 3:
         raise ValueError(f"length must be at least 3 (start, a token, end), got {length}")
+    if transformer.pad_token is None:
+        raise ValueError("the tokenizer has no token to fill captions up with (pad_token)")
 
     def tokenize(captions: Sequence[str]) -> dict[str, np.ndarray]:
-        tokens = np.empty((len(captions), length), np.int32)
-        mask = np.zeros((len(captions), length), bool)
-        for row, kept, caption in zip(tokens, mask, captions):
-            ids = encode(caption)
-            if len(ids) > length:
-                ids = [*ids[: length - 1], ids[-1]]
-            row[: len(ids)], row[len(ids) :] = ids, ids[-1]
-            kept[: len(ids)] = True
-        return {"tokens": tokens, "context_mask": mask}
+        ids = transformer(
+            list(captions), padding="max_length", truncation=True, max_length=length, verbose=False
+        )
+        mask = np.array(ids["attention_mask"], bool)
+        return {"tokens": np.array(ids["input_ids"], np.int32), "context_mask": mask}
 
     return tokenize
 

@@ -28,6 +28,7 @@ from diffusion.models.clip import ClipText
 from diffusion.pretrained import hub
 
 SPLITS = ("train", "test")
+INDIFFERENT = ("cache", "std", "flip", "scale", "dtype", "threads", "workers", "prefetch", "crop")
 BATCH = 64  # images or captions that are encoded at once
 
 
@@ -135,6 +136,10 @@ def check(c: ConfigDict) -> None:
         raise ValueError(
             "config.data.flip=True: latents of a mirrored image are not the mirrored latents"
         )
+    if c.crop != "center" and c.autoencoder:
+        raise ValueError(
+            f"config.data.crop={c.crop!r}: latents are computed once, of the middle; choose center"
+        )
     for name in ("autoencoder", "text_encoder"):
         if c[name] and not (located(c[name], f"config.data.{name}") / "config.json").is_file():
             raise ValueError(f"config.data.{name}={c[name]!r}: there is no config.json")
@@ -172,7 +177,8 @@ def compute(c: ConfigDict, images: Callable[[str], Source]) -> None:
     net, encoder = autoencoder(c), TextEncoder(c.text_encoder)
     for split in SPLITS:
         data = images(split)
-        cache.compute(folder / split, len(data), partial(_rows, data, net), about, **options)
+        for name, part in _parts(split, data).items():
+            cache.compute(folder / name, len(part), partial(_rows, part, net), about, **options)
         if c.text_encoder:
             captions = unique(data)
             rows = partial(_embeddings, encoder, data.encode, captions)
@@ -192,16 +198,16 @@ def source(c: ConfigDict, split: str, images: Source) -> Source:
     check(c)
     about, folder = _about(c), Path(c.cache)
     try:
-        rows = cache.read(folder / split, about | {"count": len(images)})
-        if not c.text_encoder:
-            read, encode, vocabulary = partial(_read, rows), images.encode, images.vocabulary
-        else:
+        tables = {
+            name: cache.read(folder / name, about | {"count": len(part)})
+            for name, part in _parts(split, images).items()
+        }
+        texts, number, encode, vocabulary = None, {}, images.encode, images.vocabulary
+        if c.text_encoder:
             captions = unique(images)
             count = {"count": len(captions)}
             texts = cache.read(folder / f"{split}_captions", about | count)
             number = {caption: i for i, caption in enumerate(captions)}
-            which = np.array([number[caption] for caption in images.captions])
-            read = partial(_read_both, rows, texts, which)
             encoder = TextEncoder(c.text_encoder)
             encode, vocabulary = partial(_look_up, encoder, images.encode, number, texts), 0
     except FileNotFoundError:
@@ -209,14 +215,39 @@ def source(c: ConfigDict, split: str, images: Source) -> Source:
             f"config.data.cache={c.cache!r} does not hold the {split} split; compute it with "
             "--mode=cache (training in one process does so by itself)"
         ) from None
-    return dataclasses.replace(
-        images,
-        shape=rows["x"].shape[1:],
-        levels=0 if c.autoencoder else images.levels,
-        read=read,
-        encode=encode,
-        vocabulary=vocabulary,
-    )
+
+    def cached(part: Source, read: Callable, shape: tuple[int, ...]) -> Source:
+        if texts is not None:
+            which = np.array([number[caption] for caption in part.captions])
+            read = partial(_read_both, read, texts, which)
+        return dataclasses.replace(
+            part,
+            shape=shape,
+            levels=0 if c.autoencoder else part.levels,
+            read=read,
+            crop=None,
+            encode=encode,
+            vocabulary=vocabulary,
+        )
+
+    parts = [
+        cached(part, partial(_read, rows), rows["x"].shape[1:])
+        for part, rows in zip(_parts(split, images).values(), tables.values())
+    ]
+    if not images.buckets:
+        return parts[0]
+    factor = images.buckets[0].shape[0] // parts[0].shape[0]
+    shape = (*(side // factor for side in images.shape[:2]), parts[0].shape[2])
+    # Whole images in their own shapes are cached; squares of them are computed when asked for.
+    whole = cached(images, partial(_rows, images, autoencoder(c)), shape)
+    return dataclasses.replace(whole, buckets=tuple(parts))
+
+
+def _parts(split: str, images: Source) -> dict[str, Source]:
+    """What lies in one table each: a split, or each of its buckets."""
+    if not images.buckets:
+        return {split: images}
+    return {f"{split}_{part.shape[0]}x{part.shape[1]}": part for part in images.buckets}
 
 
 def unique(source: Source) -> list[str]:
@@ -233,10 +264,8 @@ def _read(rows: cache.Table, index: np.ndarray) -> Batch:
     return {name: np.array(values[index]) for name, values in rows.items()}
 
 
-def _read_both(
-    rows: cache.Table, texts: cache.Table, which: np.ndarray, index: np.ndarray
-) -> Batch:
-    batch = _read(rows, index)
+def _read_both(read: Callable, texts: cache.Table, which: np.ndarray, index: np.ndarray) -> Batch:
+    batch = read(index)
     for name in ("tokens", "context_mask"):  # of these the text encoder made its embeddings
         batch.pop(name, None)
     return batch | _read(texts, which[index])
@@ -263,7 +292,7 @@ def _look_up(
 
 def _about(c: ConfigDict) -> dict[str, Any]:
     """What the cache is computed from: the data's fields, and the models' contents."""
-    fields = {k: v for k, v in c.to_dict().items() if k not in ("cache", "std", "flip", "scale")}
+    fields = {k: v for k, v in c.to_dict().items() if k not in INDIFFERENT}
     for name in ("autoencoder", "text_encoder"):
         if c[name]:
             fields[name] = fingerprint(located(c[name], f"config.data.{name}"))

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
-from diffusion.data import sources
 from diffusion.data.sources import Source
-from diffusion.experiment import autoencoding, captions, finetuning, latents
-from diffusion.experiment.fields import field
+from diffusion.experiment import autoencoding, finetuning
+from diffusion.experiment.data import make_source
+from diffusion.experiment.fields import field, wrong_types
 from diffusion.models.clip import ClipText
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
@@ -83,36 +83,6 @@ def other_run(config: ConfigDict) -> tuple[Objective, int, tuple[int, ...]]:
     return *make_model(config, train), train.shape
 
 
-def make_source(c: ConfigDict, split: str) -> Source:
-    """The data of config.data, "train" or "test": images, points, or cached latents of images."""
-    images = make_images(c, split)
-    if not latents.wanted(c):
-        return images
-    with field(f"config.data.cache={c.cache!r}"):
-        return latents.source(c, split, images)
-
-
-def make_images(c: ConfigDict, split: str) -> Source:
-    """The data of config.data before an autoencoder or text encoder has seen them."""
-    directory = c.dir or None
-    with field(f"config.data.name={c.name!r}"):
-        if c.name == "digits":
-            return sources.digits(split)
-        if c.name == "mnist":
-            return sources.mnist(split, directory, padding=c.padding)
-        if c.name == "cifar10":
-            return sources.cifar10(split, directory)
-        if c.name == "latents":
-            if directory is None:
-                raise ValueError("config.data.dir must name the .npz file of latents")
-            return sources.latents(directory, scale=c.scale, num_classes=c.num_classes or None)
-        if c.name == "points":
-            return sources.points(c.density, seed=0 if split == "train" else 1)
-        if c.name in captions.NAMES:
-            return captions.make_source(c, split)
-        return sources.tfds(c.name, split, directory)
-
-
 def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
     c = config.model
     if finetuning.wanted(config):
@@ -127,7 +97,7 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
         )
     options = dict(c[c.name], dtype=_dtype(config))
     learned = config.objective.learned_variance
-    with field(f"config.model.{c.name}"):
+    with field(f"config.model.{c.name}"), wrong_types():
         if c.name == "unet":
             network = UNet(
                 **options,
@@ -169,7 +139,7 @@ def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) ->
             f"config.model.name={c.name!r}: a classifier is the encoder of a unet, on images; "
             "choose config.model.name=unet"
         )
-    with field("config.model.unet"):
+    with field("config.model.unet"), wrong_types():
         options = {k: v for k, v in c.unet.items() if k != "up_attention"}  # it has no up blocks
         network = NoisyClassifier(**options, dtype=_dtype(config), classes=num_classes)
         network.check(shape[:2])
@@ -193,6 +163,8 @@ def _shared(config: ConfigDict, schedule: schedules.Schedule) -> dict[str, Any]:
     c, at = config.objective, "config.objective"
     context = {"sigma_data": config.data.std, "schedule": schedule}
     steps = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
+    if not c.t_min < schedule.t_max:
+        raise ValueError(f"{at}.t_min={c.t_min} must lie below the schedule's end {schedule.t_max}")
     return {
         "schedule": schedule,
         "prediction": specs.function(c.prediction, PREDICTIONS, f"{at}.prediction", context),

@@ -23,6 +23,11 @@ from diffusion.training.state import TrainState
 Step = Callable[[TrainState, Any, Mapping[str, Array], Array], tuple[TrainState, dict[str, Array]]]
 
 
+def widened(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """What came as bfloat16, to be quick on its way, as float32: all is computed in that."""
+    return {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in batch.items()}
+
+
 def make_train_step(
     objective: Any,
     optimizer: Optimizer,
@@ -60,7 +65,7 @@ def make_train_step(
     def gradients(params, frozen, batch, key, step):
         def loss_fn(params, batch):
             size = len(next(iter(batch.values())))
-            batch = {**batch, "step": step}
+            batch = {**widened(batch), "step": step}
             with layout.tracing(size):
                 loss, metrics = objective.loss(params, frozen, batch, key, train=True)
             return loss, {**metrics, "loss": loss}

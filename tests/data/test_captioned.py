@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_tokenizer import tiny_tokenizer
 
 from configs import base
 from diffusion.data import captioned, tokens
-from diffusion.experiment.model import make_source
+from diffusion.experiment.data import make_source
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 BPE = REAL / "tokenizer" / "bpe_simple_vocab_16e6.txt.gz"
@@ -96,33 +97,44 @@ def test_absent_files_are_named(tmp_path):
         make_source(config.data, "train")
 
 
-def encode(text):
-    """Words as numbers: their length, between a start (98) and an end (99)."""
-    return [98, *(len(word) for word in text.split()), 99]
-
-
 def test_tokens_have_one_length_and_keep_the_end():
-    batch = tokens.tokenizer(encode, 5)(["", "a bb", "a bb ccc", "a bb ccc dddd eeeee"])
+    tokenizer = tiny_tokenizer()
+    start, dog, red, end = tokenizer("dog red")["input_ids"]
+    batch = tokens.tokenizer(tokenizer, 4)(["", "dog", "dog red", "dog red dog red"])
     np.testing.assert_array_equal(
         batch["tokens"],
-        [[98, 99, 99, 99, 99], [98, 1, 2, 99, 99], [98, 1, 2, 3, 99], [98, 1, 2, 3, 99]],
+        [[start, end, end, end], [start, dog, end, end], *2 * [[start, dog, red, end]]],
     )
-    np.testing.assert_array_equal(batch["context_mask"].sum(1), [2, 4, 5, 5])
-    assert batch["tokens"].dtype == np.int32 and batch["context_mask"][1].tolist()[3:] == [1, 0]
+    np.testing.assert_array_equal(batch["context_mask"].sum(1), [2, 3, 4, 4])
+    assert batch["tokens"].dtype == np.int32 and batch["context_mask"][1].tolist()[2:] == [1, 0]
+    with pytest.raises(ValueError, match="at least 3"):
+        tokens.tokenizer(tokenizer, 2)
+
+
+def test_tokens_are_filled_up_as_the_tokenizer_says():
+    tokenizer = tiny_tokenizer(pad="!")
+    batch = tokens.tokenizer(tokenizer, 5)(["dog"])
+    assert batch["tokens"][0, 3:].tolist() == [tokenizer.pad_token_id] * 2
+    assert tokenizer.pad_token_id != batch["tokens"][0, 2]
+    assert batch["context_mask"].tolist() == [[True, True, True, False, False]]
 
 
 def test_compact_tokens_are_numbered_in_order_and_others_are_unknown():
-    plain = tokens.tokenizer(encode, 5)
-    compact, count = tokens.compact(plain, ["a bb", "ccccc"])
-    assert count == 6  # unknown, 1, 2, 5, start, end
-    np.testing.assert_array_equal(compact(["ccccc bb dddd"])["tokens"], [[4, 3, 2, 0, 5]])
-    np.testing.assert_array_equal(compact([""])["tokens"], [[4, 5, 5, 5, 5]])
+    tokenizer = tiny_tokenizer()
+    words = ["river", "dog", "house"]
+    order = np.argsort([tokenizer(word)["input_ids"][1] for word in words])
+    compact, count = tokens.compact(tokens.tokenizer(tokenizer, 6), ["river dog", "house"])
+    assert count == 6  # unknown, three words, start, end
+    ids = 1 + np.argsort(order)
+    found = compact(["house river red dog"])["tokens"][0]
+    np.testing.assert_array_equal(found, [4, ids[2], ids[0], 0, ids[1], 5])
+    np.testing.assert_array_equal(compact([""])["tokens"], [[4, 5, 5, 5, 5, 5]])
 
 
 @needs_real
 def test_emoji_and_tiles_as_a_config_names_them():
     c = base.get_config().data
-    c.update(name="emoji_and_tiles", dir=str(REAL), tokenizer=str(BPE))
+    c.update(name="emoji_and_tiles", dir=str(REAL), tokenizer=str(BPE), size=32)
     train, test = make_source(c, "train"), make_source(c, "test")
     assert train.shape == (32, 32, 3) and len(train) + len(test) == 1637 + 326 + 3113
     assert not {x.lower() for x in train.captions} & {x.lower() for x in test.captions}

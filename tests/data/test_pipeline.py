@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from diffusion.data import pipeline, sources
+from diffusion.data.pipeline import Augmentation
+
+FLIP = Augmentation(flip=True)
 
 
 def numbered(n, shape=()):
@@ -40,8 +43,8 @@ def test_batch_contents():
 @pytest.mark.parametrize("start", [1, 3, 17])
 def test_resuming_at_any_step_continues_the_same_stream(start):
     source = numbered(11, (2, 2, 1))
-    whole = take(start + 4, source, 4, 5, flip=True)
-    resumed = take(4, source, 4, 5, start, flip=True, num_threads=1, prefetch=1)
+    whole = take(start + 4, source, 4, 5, augmentation=FLIP)
+    resumed = take(4, source, 4, 5, start, augmentation=FLIP, num_threads=1, prefetch=1)
     for a, b in zip(whole[start:], resumed):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
@@ -56,9 +59,10 @@ def test_seed_decides():
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_partition_the_same_global_batch(count):
     source = numbered(17, (2, 2, 1))
-    whole = take(5, source, 6, 0, flip=True)
+    whole = take(5, source, 6, 0, augmentation=FLIP)
     parts = [
-        take(5, source, 6, 0, flip=True, process_index=i, process_count=count) for i in range(count)
+        take(5, source, 6, 0, augmentation=FLIP, process_index=i, process_count=count)
+        for i in range(count)
     ]
     for step, batch in enumerate(whole):
         for name in batch:
@@ -70,7 +74,10 @@ def test_flips_mirror_half_of_the_images_anew_in_each_epoch():
     n = 400
     image = np.array([-1.0, 0.0, 1.0], np.float32).reshape(1, 1, 3, 1)
     source = sources.from_arrays("ramp", np.repeat(image, n, 0), np.arange(n))
-    first, second, again = *take(2, source, n, 0, flip=True), take(1, source, n, 0, flip=True)[0]
+    first, second, again = (
+        *take(2, source, n, 0, augmentation=FLIP),
+        take(1, source, n, 0, augmentation=FLIP)[0],
+    )
     flipped = []
     for batch in (first, second, again):
         row = batch["x"][:, 0, :, 0]
@@ -86,7 +93,8 @@ def test_flips_do_not_depend_on_the_batch_size():
     image = np.array([-1.0, 1.0], np.float32).reshape(1, 1, 2, 1)
     source = sources.from_arrays("ramp", np.repeat(image, 12, 0))
     a, b = (
-        np.concatenate([x["x"] for x in take(24 // s, source, s, 0, flip=True)]) for s in (4, 6)
+        np.concatenate([x["x"] for x in take(24 // s, source, s, 0, augmentation=FLIP)])
+        for s in (4, 6)
     )
     np.testing.assert_array_equal(a, b)
 
@@ -94,7 +102,7 @@ def test_flips_do_not_depend_on_the_batch_size():
 def test_flips_leave_the_source_as_it_is():
     source = numbered(8, (2, 2, 1))
     before = source.all()["x"].copy()
-    take(4, source, 8, 0, flip=True)
+    take(4, source, 8, 0, augmentation=FLIP)
     np.testing.assert_array_equal(source.all()["x"], before)
 
 
@@ -107,7 +115,7 @@ def test_errors_name_the_value():
     with pytest.raises(ValueError, match=r"process_index must be in 0\.\.1, got 2"):
         pipeline.batches(source, 8, 0, process_index=2, process_count=2)
     with pytest.raises(ValueError, match="flip needs images"):
-        pipeline.batches(source, 8, 0, flip=True)
+        pipeline.batches(source, 8, 0, augmentation=FLIP)
     with pytest.raises(ValueError, match="start_step"):
         pipeline.batches(source, 8, 0, -1)
     with pytest.raises(ValueError, match="empty"):

@@ -15,7 +15,7 @@ from diffusion.conditioning import from_batch
 from diffusion.data.pipeline import batches as pipeline_batches
 from diffusion.experiment import finetuning, latents
 from diffusion.experiment.build import build
-from diffusion.experiment.model import make_images, make_source
+from diffusion.experiment.data import make_images, make_source
 from diffusion.training.loop import fit
 
 CAPTIONS = ["a red cat", "a blue cat", "a red house", "a blue house", "a red sea", "a blue sea"]
@@ -123,7 +123,7 @@ def test_training_begins_with_the_pipelines_network(made):
     c = c.copy_and_resolve_references()
     c.model.remat = True
     experiment = build(c)
-    params = finetuning.initial(c)()
+    params = finetuning.initial(c)(None)
     assert experiment.objective.network.remat
     batch = experiment.train.read(np.arange(2))
     batch = {name: value for name, value in batch.items() if name != "x_std"}

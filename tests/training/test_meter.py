@@ -1,6 +1,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from diffusion.objectives.metrics import Weighted
@@ -31,6 +32,14 @@ def test_weighted_means_are_divided_at_last(tmp_path):
     assert first["loss"] == pytest.approx(7 / 4)
     assert first["q"] == pytest.approx(6.0)
     assert "never" not in first and "q" not in second
+
+
+def test_kinds_are_numbered(tmp_path):
+    meter = Meter(Logger(tmp_path), 0, 2, 2, 1, {})
+    meter.add(1, {"q": Weighted(np.array([1.0, 0.0]), np.array([0.5, 0.0]))})
+    meter.add(2, {"q": Weighted(np.array([2.0, 3.0]), np.array([0.5, 0.25]))})
+    (row,) = lines(tmp_path)
+    assert (row["q1"], row["q2"]) == (3.0, 12.0)
 
 
 def test_an_interval_goes_on_after_a_restart(tmp_path):

@@ -1,0 +1,231 @@
+"""Images in NumPy's files: an ``.npz``, an ``.npy``, or a folder of ``.npy``.
+
+    FILE.npz or DIR/                  x or image(s), perhaps label(s) and caption(s), N of each
+    FILE.npy                          images alone
+    DIR/train.npz, DIR/test.npz       either in splits; also DIR/train/, DIR/test/ and .npy
+
+Files of type ``.npy`` are mapped into memory, not read: they may be larger than it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from diffusion.data.folder import held_out_by_hash
+from diffusion.data.pictures import from_pictures
+from diffusion.data.sources import Batch, Pictures, Source, check_split, subset, to_unit
+
+IMAGES = ("x", "image", "images")
+LABELS = ("label", "labels", "y")
+CAPTIONS = ("caption", "captions", "text")
+FIRST = 256  # examples that are looked at before training
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """An array in an ``.npy``, mapped into memory in each process that reads it."""
+
+    path: str
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """[N, ...]."""
+        return np.load(self.path, mmap_mode="r")
+
+    def __reduce__(self):  # the path alone goes to another process
+        return Mapped, (self.path,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """An array in memory."""
+
+    array: np.ndarray
+
+
+def source(
+    name: str,
+    path: str | Path,
+    split: str,
+    held_out: float = 0.05,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Source:
+    """The images of a split, ``train`` or ``test``.
+
+    uint8 is mapped from 0..255 to [-1, 1]; floats must lie there already. Images are [N, H, W] or
+    [N, H, W, 1, 3 or 4]; of 8 bits, the fourth channel is opacity.
+
+    Args:
+      name: what the data is called.
+      path: see the module.
+      split: which.
+      held_out: share that is ``test`` where there are no splits, always the same.
+      background: RGB under transparent parts.
+
+    Raises:
+      FileNotFoundError: there is nothing of that kind.
+      ValueError: arrays are missing, do not fit together, or have impossible values.
+    """
+    check_split(split, name)
+    path = Path(path)
+    whole, part = _files(path, split)
+    made = _source(name, part, whole, background)
+    if part != path:
+        return made
+    numbers = [str(i) for i in range(len(made))]
+    chosen = held_out_by_hash(numbers, held_out, str(path))
+    return subset(made, np.flatnonzero(chosen if split == "test" else ~chosen))
+
+
+def _files(path: Path, split: str) -> tuple[Path, Path]:
+    """What class numbers are counted in, and the file or folder of the split."""
+    names = {"train": ("train",), "test": ("test", "val", "validation")}
+    if path.is_dir():
+        found = {
+            kind: next(
+                (
+                    path / f"{name}{suffix}"
+                    for name in choices
+                    for suffix in ("", ".npz", ".npy")
+                    if (path / f"{name}{suffix}").exists()
+                ),
+                None,
+            )
+            for kind, choices in names.items()
+        }
+        if found["train"] and found["test"]:
+            return found["train"], found[split]
+    elif not path.exists() or path.suffix not in (".npz", ".npy"):
+        raise FileNotFoundError(
+            f"no arrays at {path}: expected an .npz, an .npy, or a folder of .npy"
+        )
+    return path, path
+
+
+def _read(path: Path) -> dict[str, Held | Mapped]:
+    if path.is_dir():
+        return {file.stem: Mapped(str(file)) for file in sorted(path.glob("*.npy"))}
+    try:
+        if path.suffix == ".npy":
+            np.load(path, mmap_mode="r")
+            return {"x": Mapped(str(path))}
+        with np.load(path) as file:
+            wanted = (*IMAGES, *LABELS, *CAPTIONS)
+            return {key: Held(file[key] if key in wanted else None) for key in file.files}
+    except Exception as error:  # zipfile's, pickle's, NumPy's, zlib's
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _source(name: str, path: Path, counted: Path, background: tuple[int, int, int]) -> Source:
+    arrays = _read(path)
+    key = next((key for key in IMAGES if key in arrays), None)
+    if key is None:
+        raise ValueError(f"{path} has no x, image or images; it has {', '.join(arrays) or 'none'}")
+    stored = arrays[key]
+    x = stored.array
+    shape = _check_images(x, f"{path}: {key}")
+    label, label_key = _first(arrays, LABELS)
+    num_classes = 0
+    if label is not None:
+        label = _check_labels(np.asarray(label.array), len(x), f"{path}: {label_key}")
+        num_classes = int(label.max(initial=-1)) + 1
+        if counted != path:
+            trained = _first(_read(counted), LABELS)[0]
+            if trained is not None:
+                known = int(np.asarray(trained.array).max(initial=-1)) + 1
+                if num_classes > known:
+                    raise ValueError(
+                        f"{path}: {label_key} has {num_classes - 1}, {counted} has not"
+                    )
+                num_classes = known
+    captions, caption_key = _first(arrays, CAPTIONS)
+    texts = ()
+    if captions is not None:
+        texts = tuple(str(text) for text in captions.array)
+        if len(texts) != len(x) or captions.array.dtype.kind != "U":
+            raise ValueError(f"{path}: {caption_key} must be {len(x)} strings, one per image")
+    columns = {} if label is None else {"label": label}
+    if x.dtype == np.uint8:
+        pictures = Pictures(len(x), partial(_row, stored), partial(_name, str(path)), columns)
+        made = from_pictures(
+            name, pictures, (*shape[:2], 1 if shape[2] == 1 else 3), background=background
+        )
+        if shape[2] != 4:  # nothing to do but to convert: whole batches at once
+            made = dataclasses.replace(made, read=partial(_read_bytes, stored, columns))
+    else:
+        made = Source(name, len(x), shape, partial(_read_floats, stored, columns, str(path)))
+    return dataclasses.replace(made, num_classes=num_classes, captions=texts)
+
+
+def _first(arrays: dict, keys: tuple[str, ...]) -> tuple[Held | Mapped | None, str]:
+    key = next((key for key in keys if key in arrays), "")
+    return arrays.get(key), key
+
+
+def _check_images(x: np.ndarray, at: str) -> tuple[int, int, int]:
+    """(H, W, C) of images that could be; looks at the first ones' values."""
+    floats = np.issubdtype(x.dtype, np.floating)
+    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3, 4):
+        raise ValueError(
+            f"{at} has the shape {x.shape}, channels first; expected [N, H, W, C]: "
+            "x.transpose(0, 2, 3, 1)"
+        )
+    if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)) or not x.size:
+        raise ValueError(
+            f"{at} has the shape {x.shape}; expected [N, H, W] or [N, H, W, 1, 3 or 4]"
+        )
+    if x.dtype != np.uint8 and not floats:
+        raise ValueError(f"{at} is {x.dtype}; expected uint8, or floats in [-1, 1]")
+    shape = (*x.shape[1:3], x.shape[3] if x.ndim == 4 else 1)
+    if floats:
+        if shape[2] == 4:
+            raise ValueError(f"{at} has four channels; opacity is only understood in uint8")
+        low, high = _check_range(np.asarray(x[:FIRST], np.float32), at)
+        if low >= 0 and high > 0:
+            raise ValueError(
+                f"{at} lies in [{low:g}, {high:g}]; expected uint8, or floats in [-1, 1]: 2 * x - 1"
+            )
+    return shape
+
+
+def _check_range(x: np.ndarray, at: str) -> tuple[float, float]:
+    low, high = float(x.min()), float(x.max())
+    if not (low >= -1.001 and high <= 1.001):
+        raise ValueError(
+            f"{at} has values {low:g} to {high:g}; expected uint8, or floats in [-1, 1]"
+        )
+    return low, high
+
+
+def _check_labels(label: np.ndarray, count: int, at: str) -> np.ndarray:
+    if label.shape != (count,):
+        raise ValueError(f"{at} has the shape {label.shape}; expected ({count},), one per image")
+    if not np.issubdtype(label.dtype, np.integer) or label.min(initial=0) < 0:
+        raise ValueError(f"{at} must be whole numbers from 0, got {label.dtype}, {label.min()}")
+    return label.astype(np.int32)
+
+
+def _row(stored: Held | Mapped, i: int) -> np.ndarray:
+    return np.asarray(stored.array[i])
+
+
+def _name(path: str, i: int) -> str:
+    return f"{path}, image {i}"
+
+
+def _read_bytes(stored: Held | Mapped, columns: Batch, index: np.ndarray) -> Batch:
+    x = to_unit(np.asarray(stored.array[index]))
+    x = x if x.ndim == 4 else x[..., None]
+    return {"x": x} | {key: values[index] for key, values in columns.items()}
+
+
+def _read_floats(stored: Held | Mapped, columns: Batch, path: str, index: np.ndarray) -> Batch:
+    x = np.asarray(stored.array[index], np.float32)
+    _check_range(x, f"{path}, images {index.min()} to {index.max()}")
+    x = x if x.ndim == 4 else x[..., None]
+    return {"x": x} | {key: values[index] for key, values in columns.items()}

@@ -1,0 +1,102 @@
+"""Aspect-ratio buckets: batches of one shape each from images of many (NovelAI, 2022).
+
+A network that draws pictures of several shapes is best trained on whole pictures: square crops cut
+heads off. Shapes have about the same area, and each picture goes to the one nearest to its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+Shape = tuple[int, int]  # height, width
+
+
+def aspect(size: int, step: int = 64, max_aspect: float = 2.0) -> tuple[Shape, ...]:
+    """Shapes (H, W) whose sides are multiples of ``step``, wide ones last.
+
+    For every height the widest with H W <= size^2, as long as neither side is more than
+    ``max_aspect`` times the other; and the same lying down. The square (size, size) is one.
+
+    Args:
+      size: side of the square.
+      step: what sides are multiples of: the autoencoder's factor times the network's.
+      max_aspect: the largest ratio of the sides, at least 1.
+
+    Raises:
+      ValueError: step does not divide size, or max_aspect is below 1.
+    """
+    if step < 1 or size < step or size % step:
+        near = max(1, round(size / max(step, 1))) * max(step, 1)
+        raise ValueError(f"step={step} must divide the size {size}; the nearest size is {near}")
+    if not max_aspect >= 1:
+        raise ValueError(f"max_aspect must be at least 1, got {max_aspect}")
+    shapes = set()
+    for short in range(step, size + 1, step):
+        long = size**2 // short // step * step
+        if long <= max_aspect * short:
+            shapes |= {(short, long), (long, short)}
+    # Of shapes of the same long side only the largest: the others are cut from it.
+    widest = {shape for shape in shapes if not any(_inside(shape, other) for other in shapes)}
+    return tuple(sorted(widest, key=lambda shape: shape[1] / shape[0]))
+
+
+def _inside(shape: Shape, other: Shape) -> bool:
+    return shape != other and shape[0] <= other[0] and shape[1] <= other[1]
+
+
+def nearest(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
+    """Which of ``shapes`` has the aspect ratio nearest to each of ``sizes`` [N, 2]: [N] int."""
+    ratios = np.log([width / height for height, width in shapes])
+    own = np.log(sizes[:, 1] / sizes[:, 0])
+    return np.abs(own[:, None] - ratios).argmin(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which bucket each step takes its batch from: a pure function of (seed, step).
+
+    Epoch e takes floor(n_b (e + 1) / B) - floor(n_b e / B) batches from bucket b, in an order
+    shuffled by (seed, e). After e epochs each bucket has thus given its e n_b examples, less a
+    rest of fewer than B, which the next one begins with: in the long run every example is seen
+    equally often, however small its bucket.
+
+    Attributes:
+      sizes: examples of each bucket.
+      batch_size: B.
+      seed: of the order.
+    """
+
+    sizes: tuple[int, ...]
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"every bucket must hold an example, got {self.sizes}")
+
+    def __call__(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and the number of this batch among those of its bucket."""
+        epoch = step * self.batch_size // sum(self.sizes)  # or later, as rests are left
+        while self._before(epoch + 1) <= step:
+            epoch += 1
+        place = step - self._before(epoch)
+        order = _order(self, epoch)
+        bucket = int(order[place])
+        earlier = self.sizes[bucket] * epoch // self.batch_size
+        return bucket, earlier + int(np.count_nonzero(order[:place] == bucket))
+
+    def _before(self, epoch: int) -> int:
+        """How many batches the epochs before this one have."""
+        return sum(size * epoch // self.batch_size for size in self.sizes)
+
+
+@functools.lru_cache(maxsize=8)
+def _order(schedule: Schedule, epoch: int) -> np.ndarray:
+    size, batch = schedule.sizes, schedule.batch_size
+    counts = [n * (epoch + 1) // batch - n * epoch // batch for n in size]
+    rng = np.random.default_rng((schedule.seed, 3, epoch))
+    return rng.permutation(np.repeat(np.arange(len(size)), counts))

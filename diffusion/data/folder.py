@@ -1,0 +1,277 @@
+"""A folder of images: class subfolders, or captions in ``metadata.jsonl``, or only images.
+
+    DIR/cat/1.png, DIR/dog/2.jpg              subfolders are classes, in alphabetical order
+    DIR/1.png, DIR/metadata.jsonl             {"file_name": "1.png", "text": "a cat"}
+    DIR/train/..., DIR/test/...               either, in splits; also val or validation
+
+Where there are no splits, a share of the images is held out: those whose path has a small hash, so
+that the same ones are held out on every machine, and when others are added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion.data import images
+from diffusion.data.sources import Pictures
+
+METADATA = "metadata.jsonl"
+CAPTIONS = ("text", "caption")
+HELD_OUT = ("test", "val", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The images of one split.
+
+    Attributes:
+      root: the folder.
+      files: paths below it, with slashes.
+      label: [N] int32, or None.
+      class_names: of the labels.
+      captions: one per image, or none at all.
+      ignored: how many images below the root have no line in the metadata.
+    """
+
+    root: Path
+    files: tuple[str, ...]
+    label: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+    ignored: int = 0
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, keep: np.ndarray) -> Listing:
+        """Those at the indices ``keep``, or where it is True."""
+        index = np.arange(len(self))[keep]
+        return dataclasses.replace(
+            self,
+            files=tuple(self.files[i] for i in index),
+            label=None if self.label is None else self.label[index],
+            captions=tuple(self.captions[i] for i in index) if self.captions else (),
+        )
+
+    @property
+    def pictures(self) -> Pictures:
+        """The images, as files."""
+        files = _Files(str(self.root), self.files)
+        columns = {} if self.label is None else {"label": self.label}
+        return Pictures(len(self), files.path, files.name, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    root: str
+    files: tuple[str, ...]
+
+    def path(self, i: int) -> Path:
+        return Path(self.root, self.files[i])
+
+    def name(self, i: int) -> str:
+        return os.path.join(self.root, self.files[i])
+
+
+def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
+    """The images of a split, ``train`` or ``test``; nothing is opened but ``metadata.jsonl``.
+
+    Args:
+      folder: see the module.
+      split: which.
+      held_out: share that is ``test`` where the folder has no split subfolders.
+
+    Raises:
+      FileNotFoundError: no such folder, or no images in it.
+      ValueError: a line of the metadata is wrong, or one subfolder is no set of classes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    tests = [name for name in HELD_OUT if (folder / name).is_dir()][:1]
+    if not (folder / "train").is_dir() and tests and not (folder / METADATA).exists():
+        raise FileNotFoundError(f"{folder} has {tests[0]} but no train beside it")
+    if (folder / METADATA).exists() or not (folder / "train").is_dir():
+        whole = _read_one(folder)
+        parts = {name: _below(whole, name) for name in ("train", *tests)}
+        if not len(parts["train"]):
+            return split_by_hash(whole, split, held_out)
+    else:
+        _check_beside(folder)
+        # A class alone is none, except among those that train has.
+        parts = {name: _read_one(folder / name, name == "train") for name in ("train", *tests)}
+    if not tests or not len(parts[tests[0]]):
+        return split_by_hash(parts["train"], split, held_out)
+    names = parts["train"].class_names
+    return parts["train"] if split == "train" else _with_classes(parts[tests[0]], names)
+
+
+def _below(listing: Listing, name: str) -> Listing:
+    return listing.take(np.array([file.startswith(f"{name}/") for file in listing.files], bool))
+
+
+def _check_beside(folder: Path) -> None:
+    """A class that is called "train" must not pass for a split."""
+    for entry in sorted(folder.iterdir()):
+        known = entry.name in ("train", *HELD_OUT) or entry.name.startswith(".")
+        if not known and entry.is_dir() and any(True for _ in _image_files(entry)):
+            raise ValueError(
+                f"{folder} has images in train, a split, and in {entry.name}, which is none; "
+                f"expected only train and {', '.join(HELD_OUT)}"
+            )
+
+
+def split_by_hash(listing: Listing, split: str, share: float) -> Listing:
+    """The part of ``train`` or ``test``; at least one image each.
+
+    Raises ValueError for a share outside (0, 1), or a single image.
+    """
+    chosen = held_out_by_hash(listing.files, share, str(listing.root))
+    return listing.take(chosen if split == "test" else ~chosen)
+
+
+def held_out_by_hash(names: Sequence[str], share: float, what: str) -> np.ndarray:
+    """[N] bool: whether the hash of each name is among the smallest share; at least one is."""
+    if not 0 < share < 1:
+        raise ValueError(f"the share held out must lie in (0, 1), got {share}")
+    if len(names) < 2:
+        raise ValueError(
+            f"{what} has {len(names)} image, too few to hold one out; expected a test subfolder "
+            "or more images"
+        )
+    place = np.array([_hash(name) for name in names])
+    chosen = place < share
+    if chosen.all() or not chosen.any():
+        chosen = place == place.min()
+    return chosen
+
+
+def _hash(name: str) -> float:
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _read_one(root: Path, several: bool = True) -> Listing:
+    """The whole of a folder that has no splits, or of one split."""
+    files = sorted(_image_files(root))
+    if (root / METADATA).exists():
+        return _read_metadata(root, files)
+    if not files:
+        raise FileNotFoundError(
+            f"no images in {root} or below; expected files that end in {', '.join(images.SUFFIXES)}"
+        )
+    top = [file.partition("/")[0] if "/" in file else "" for file in files]
+    names = sorted(set(top))
+    if names == [""]:
+        return Listing(root, tuple(files))
+    if "" in names:
+        raise ValueError(
+            f"{root} has images both in subfolders ({names[1]}, ...), which are classes, and "
+            f"beside them ({files[top.index('')]}); move the latter, or write {METADATA}"
+        )
+    if len(names) < 2 and several:
+        raise ValueError(
+            f"{root} has one class subfolder only, {names[0]!r}; expected at least two, or images "
+            f"without subfolders (config.data.dir={root / names[0]})"
+        )
+    label = np.array([names.index(name) for name in top], np.int32)
+    return Listing(root, tuple(files), label, tuple(names))
+
+
+def _image_files(root: Path, below: str = "") -> Iterable[str]:
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _image_files(root, f"{below}{entry.name}/")
+            elif entry.name.lower().endswith(images.SUFFIXES):
+                yield below + entry.name
+
+
+def _read_metadata(root: Path, files: Sequence[str]) -> Listing:
+    path, there, seen = root / METADATA, set(files), {}
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        at = f"{path}, line {number}"
+        row = _parse(line, at)
+        name = os.path.normpath(_text(row, "file_name", at)).replace(os.sep, "/")
+        if name in seen:
+            raise ValueError(f"{at}: file_name={name!r} is in line {seen[name]} already")
+        if name not in there and not (root / name).is_file():
+            raise FileNotFoundError(f"{at}: file_name={name!r}: there is no such file")
+        seen[name] = number
+        rows.append({**row, "file_name": name, "at": at})
+    if not rows:
+        raise ValueError(f"{path} is empty; expected lines such as " + _EXAMPLE)
+    key = next((key for key in CAPTIONS if any(key in row for row in rows)), None)
+    captions = tuple(_text(row, key, row["at"]) for row in rows) if key else ()
+    label, names = _labels(rows) if any("label" in row for row in rows) else (None, ())
+    if label is None and not captions:
+        raise ValueError(f"{path} has neither text, caption nor label; expected such as {_EXAMPLE}")
+    return Listing(root, tuple(seen), label, names, captions, ignored=len(there - set(seen)))
+
+
+_EXAMPLE = '{"file_name": "1.png", "text": "a red cat"}'
+
+
+def _parse(line: bytes, at: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{at} is not UTF-8 ({error.reason})") from None
+    except ValueError as error:
+        raise ValueError(f"{at} is not JSON ({error}); expected such as {_EXAMPLE}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{at} is no JSON object; expected such as {_EXAMPLE}")
+    return row
+
+
+def _text(row: dict[str, Any], key: str, at: str) -> str:
+    if key not in row:
+        raise ValueError(f"{at}: {key} is missing; expected such as {_EXAMPLE}")
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise ValueError(f"{at}: {key} must be a text that is not empty, got {row[key]!r}")
+    return row[key]
+
+
+def _labels(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Numbers as they are; names in alphabetical order."""
+    kind = str if isinstance(rows[0].get("label"), str) else int
+    for row in rows:
+        value = row.get("label")
+        wrong = not isinstance(value, kind) or isinstance(value, bool)
+        if wrong or (kind is int and value < 0):
+            raise ValueError(
+                f"{row['at']}: label must be a {'name' if kind is str else 'number from 0'} "
+                f"as in the first line, got {value!r}"
+            )
+    values = [row["label"] for row in rows]
+    if kind is int:
+        names = tuple(str(k) for k in range(max(values) + 1))
+        return np.array(values, np.int32), names
+    names = tuple(sorted(set(values)))
+    number = {name: k for k, name in enumerate(names)}
+    return np.array([number[value] for value in values], np.int32), names
+
+
+def _with_classes(listing: Listing, names: tuple[str, ...]) -> Listing:
+    """With the numbers that the training split gives to classes."""
+    unknown = sorted(set(listing.class_names) - set(names))
+    if unknown:
+        raise ValueError(f"{listing.root} has the class {unknown[0]!r}, which train has not")
+    if listing.label is None:
+        return listing
+    number = np.array([names.index(name) for name in listing.class_names], np.int32)
+    return dataclasses.replace(listing, label=number[listing.label], class_names=names)

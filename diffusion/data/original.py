@@ -1,0 +1,211 @@
+"""MNIST and CIFAR-10 by name: from their original files, or as TFDS has prepared them.
+
+What is nowhere to be found is downloaded; neither needs TensorFlow.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import io
+import itertools
+import os
+import sys
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from diffusion.data import tfds
+from diffusion.data.sources import Source, check_split, from_arrays
+
+CACHE = Path("~", ".cache", "diffusion-jax", "data")
+"""Where downloads go, if no folder is given."""
+
+MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+MNIST_FILES = {  # and their SHA-256
+    "train-images-idx3-ubyte.gz": (
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+    ),
+}
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/"
+CIFAR10_FILES = {
+    "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+}
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer")
+CIFAR10_NAMES += ("dog", "frog", "horse", "ship", "truck")
+
+
+def mnist(split: str, data_dir: str | Path | None = None, *, padding: int = 0) -> Source:
+    """MNIST: [28, 28, 1], or [32, 32, 1] with ``padding=2`` (black); ten classes.
+
+    Args:
+      split: ``train`` (60,000) or ``test`` (10,000).
+      data_dir: a folder with the original ``*-ubyte.gz`` files, or TFDS's folder with MNIST
+        prepared in it; where it has neither, the files are downloaded into it. None: TFDS's own
+        folder, and ``CACHE``.
+      padding: black pixels added on each side.
+
+    Raises:
+      FileNotFoundError: MNIST is neither there nor can be downloaded; says what to do.
+      ValueError: a file is damaged.
+    """
+    check_split(split, "mnist")
+    prefix = "train" if split == "train" else "t10k"
+    files = [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
+    folder = _folder(data_dir, "mnist")
+    x = None
+    if not (folder / files[0]).exists():
+        x, label = _prepared("mnist", split, data_dir)
+    if x is None:
+        x, label = (_read_idx(download(MNIST, f, MNIST_FILES, folder)) for f in files)
+        x = x[..., None]
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    return from_arrays("mnist", x, label, class_names=tuple("0123456789"))
+
+
+def cifar10(split: str, data_dir: str | Path | None = None) -> Source:
+    """CIFAR-10: [32, 32, 3], ten classes, 50,000 ``train`` and 10,000 ``test`` examples.
+
+    Args:
+      split: ``train`` or ``test``.
+      data_dir: a folder with the original ``cifar-10-binary.tar.gz``, or TFDS's folder with the
+        set prepared in it; where it has neither, the file is downloaded into it. None: TFDS's own
+        folder, and ``CACHE``. Or a folder with ``cifar10_jpegq75.npz``, a copy compressed as JPEG
+        at quality 75 (arrays ``train_jpeg``, ``train_offsets``, ``train_labels``, ``test_*``,
+        ``classes``), which is lossy, about 30 dB; the source's ``note`` says so.
+
+    Raises:
+      FileNotFoundError: CIFAR-10 is neither there nor can be downloaded; says what to do.
+      ValueError: a file is damaged.
+    """
+    check_split(split, "cifar10")
+    folder = _folder(data_dir, "cifar10")
+    if (path := folder / "cifar10_jpegq75.npz").exists():
+        return _cifar10_jpeg(path, split)
+    (name,), x = CIFAR10_FILES, None
+    if not (folder / name).exists():
+        x, label = _prepared("cifar10", split, data_dir)
+    if x is None:
+        x, label = _read_cifar10(download(CIFAR10, name, CIFAR10_FILES, folder), split)
+    return from_arrays("cifar10", x, label, class_names=CIFAR10_NAMES)
+
+
+def download(base: str, name: str, sums: Mapping[str, str], folder: Path) -> Path:
+    """The file ``base + name``, in ``folder``; downloaded unless it is there.
+
+    Args:
+      base: of the URL.
+      name: of the file.
+      sums: SHA-256 of this file and of those that belong to it.
+      folder: where it lies, or will.
+
+    Raises:
+      FileNotFoundError: it cannot be downloaded; says how to fetch them all by other means.
+      ValueError: what came is not what was expected.
+    """
+    path = folder / name
+    if path.exists():
+        return path
+    partial = path.with_name(f"{name}.{os.getpid()}.partial")
+    digest, hidden = hashlib.sha256(), not sys.stderr.isatty()
+    try:
+        with urllib.request.urlopen(base + name, timeout=30) as response:
+            folder.mkdir(parents=True, exist_ok=True)
+            total = int(response.headers.get("Content-Length") or 0) or None
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=hidden)
+            with partial.open("wb") as file, bar:
+                while block := response.read(1 << 20):
+                    digest.update(block)
+                    file.write(block)
+                    bar.update(len(block))
+        if digest.hexdigest() != sums[name]:
+            raise ValueError(
+                f"{base}{name} has another content than expected (SHA-256 {digest.hexdigest()}, "
+                f"not {sums[name]})"
+            )
+        os.replace(partial, path)
+    except (OSError, http.client.HTTPException) as error:
+        urls = [base + other for other in sums if not (folder / other).exists()]
+        raise FileNotFoundError(
+            f"{path} is absent and cannot be downloaded ({error}). Where there is a network, run\n"
+            + "".join(f"  curl -LO {url}\n" for url in urls)
+            + f"and put the files into {folder}; or name the folder that has them, or TFDS's "
+            "folder with the set prepared in it: --config.data.dir=DIR"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _folder(data_dir: str | Path | None, name: str) -> Path:
+    return Path(data_dir) if data_dir else CACHE.expanduser() / name
+
+
+def _prepared(
+    name: str, split: str, data_dir: str | Path | None
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """A small set that TFDS has prepared, decoded once; (None, None) if it has not."""
+    try:
+        source = tfds.source(name, split, data_dir)
+    except tfds.NotPreparedError:
+        return None, None
+    images = [source.pictures.get(i) for i in range(len(source))]
+    x = np.stack([_decode(image) if isinstance(image, bytes) else image for image in images])
+    return x, source.pictures.columns["label"][np.arange(len(source))]
+
+
+def _decode(data: bytes) -> np.ndarray:
+    image = np.asarray(Image.open(io.BytesIO(data)))
+    return image if image.ndim == 3 else image[..., None]
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """The idx format of MNIST: 2 zero bytes, type 8 (uint8), rank, big-endian sizes, data."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or fetch it again") from error
+    if raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is not an idx file of bytes")
+    rank = raw[3]
+    shape = np.frombuffer(raw, ">i4", rank, 4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _read_cifar10(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Records of a label and 3 x 32 x 32 bytes, in five files for train and one for test."""
+    names = [f"data_batch_{k}.bin" for k in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    try:
+        with tarfile.open(path) as archive:
+            parts = [archive.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
+        rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    except (OSError, EOFError, KeyError, ValueError, zlib.error, tarfile.TarError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or fetch it again") from error
+    x = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(x), rows[:, 0]
+
+
+def _cifar10_jpeg(path: Path, split: str) -> Source:
+    with np.load(path) as file:
+        data, offsets = file[f"{split}_jpeg"], file[f"{split}_offsets"]
+        label = file[f"{split}_labels"]
+        names = tuple(str(c) for c in file["classes"])
+    images = [_decode(data[a:b].tobytes()) for a, b in itertools.pairwise(offsets)]
+    note = "CIFAR-10 from a lossy copy (JPEG, quality 75, about 30 dB)"
+    return from_arrays("cifar10", np.stack(images), label, class_names=names, note=note)
