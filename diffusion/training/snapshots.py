@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 
 from diffusion.pretrained import files
-from diffusion.training import ema
+from diffusion.training import ema, processes
 from diffusion.training.state import TrainState
 
 FOLDER = "snapshots"
@@ -57,7 +56,7 @@ def writer(
 
     def write(state: TrainState, step: int) -> None:
         nonlocal first
-        trees = {s: jax.tree.map(_on_host, state.ema[_name(s)]) for s in sigma_rels}
+        trees = {s: processes.local(state.ema[_name(s)]) for s in sigma_rels}
         if jax.process_index() != 0:
             return
         folder.mkdir(exist_ok=True)
@@ -109,7 +108,9 @@ def read(snapshot: Snapshot) -> dict[str, Callable[[], np.ndarray]]:
 
 
 def _write(path: Path, tree: Mapping[str, Any]) -> None:
-    arrays = {name: _small(array) for name, array in flatten_dict(tree, sep="/").items()}
+    arrays = {
+        name: _small(np.asarray(array)) for name, array in flatten_dict(tree, sep="/").items()
+    }
     checksums = {name: _checksum(array) for name, array in arrays.items()}
     tensors = {name: files.of_array(array) for name, array in arrays.items()}
     files.write_file(path, tensors, {"format": "pt", "crc32": json.dumps(checksums)})
@@ -118,14 +119,6 @@ def _write(path: Path, tree: Mapping[str, Any]) -> None:
 def _small(array: np.ndarray) -> np.ndarray:
     fits = array.dtype == np.float32 and np.abs(array).max(initial=0) < _LARGEST
     return array.astype(np.float16) if fits else array
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    if array.is_fully_replicated:
-        return np.asarray(array.addressable_data(0))
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _checksum(array: np.ndarray) -> str:
