@@ -6,6 +6,7 @@
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=profile
     python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji --mode=cache
     python main.py --config=configs/mnist.py --workdir=DATA/photos --mode=prepare \
         --config.data.name=folder --config.data.dir=PHOTOS
@@ -34,7 +35,7 @@ from ml_collections import ConfigDict, config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
 _MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache", "inspect", "prepare"]
-_MODES += ["generate"]
+_MODES += ["profile", "generate"]
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
@@ -43,6 +44,7 @@ _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    sys.stdout.reconfigure(line_buffering=True)  # a killed run's last words reach its log
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> None:
     if count > 1 and jax.process_index() > 0:  # one tells
         sys.stdout = io.StringIO()
 
-    from diffusion.experiment import generate, runs
+    from diffusion.experiment import exhaustion, generate, profiling, runs, training
 
     # What was compiled once need not be again: the next run of this config starts sooner.
     cache = os.path.join(os.path.expanduser("~"), ".cache", "diffusion-jax")
@@ -67,19 +69,27 @@ def main(argv: list[str]) -> None:
     )
 
     generates = _MODE.value == "generate"
-    run = generate.generate if generates else getattr(runs, _MODE.value)
+    elsewhere = {
+        "train": training.train,
+        "generate": generate.generate,
+        "profile": profiling.profile,
+    }
+    run = elsewhere.get(_MODE.value) or getattr(runs, _MODE.value)
     try:
         if generates == ("train" in _CONFIG.value):
             fitting = "configs/stable_diffusion.py" if generates else "a config of an experiment"
             raise ValueError(f"--mode={_MODE.value} takes {fitting}")
-        run(_CONFIG.value, _WORKDIR.value)
+        with exhaustion.explained(_CONFIG.value, _MODE.value):
+            run(_CONFIG.value, _WORKDIR.value)
     except Exception as error:
         processes.leave(error)
         # A user's mistake or a diverged run: the message helps, the traceback would bury it.
-        told = isinstance(error, ValueError | FileNotFoundError | ArithmeticError)
+        told = isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
         if os.environ.get("TRACEBACK") or not told:
             raise
-        sys.exit(f"error: {error}\n(with TRACEBACK=1 in the environment: where in the code)")
+        told = isinstance(error, OSError) and error.strerror and error.filename
+        text = f"{error.strerror}: {error.filename}" if told else error
+        sys.exit(f"error: {text}\n(with TRACEBACK=1 in the environment: where in the code)")
 
 
 def parse(argv: list[str]) -> list[str]:

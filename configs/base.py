@@ -128,8 +128,31 @@ def get_config() -> ConfigDict:
     c.train.sample_every = 0  # steps between sample grids; 0: only at the end
     c.train.checkpoint_every = 1000
     c.train.keep = 2  # newest checkpoints kept
+    c.train.validate_every = 0  # steps between losses on held-out data; 0: none
+    c.train.validation_count = 1000  # examples of them, at most
+    c.train.max_skipped = 10  # steps in a row whose loss or gradients may be not finite
+    c.train.keep_best = 0  # checkpoints kept besides, those with the best
+    c.train.best = "loss"  # metric of the log, best when low; "-name": best when high
+    c.train.accept_changes = False  # go on although the workdir's run had another config
+    c.train.snapshot_every = 0  # steps between snapshots of averages, for sampler.average="posthoc"
+    c.train.snapshot_sigma_rel = (0.05, 0.10)  # of those averages
+    c.train.init_from = ""  # a run's workdir, or one of its checkpoints: begin with its parameters
+    c.train.init_what = ""  # regular expression: which of them, by path; empty: all
+    c.train.init_average = "ema"  # or "params", those that were trained
+
+    c.log = ConfigDict()
+    c.log.wandb = ""  # project on Weights & Biases; empty: not there
+    c.log.peak_tflops = 0.0  # TFLOP/s of one device at most; 0: as known of common ones
+
+    c.profile = ConfigDict()  # --mode=profile
+    c.profile.steps = 5
+    c.profile.warmup = 3  # steps before them
 
     c.sampler = ConfigDict()
+    c.sampler.checkpoint = "newest"  # or "best" (train.best), or a step
+    # Which parameters: ema, params (as trained), posthoc(sigma_rel=0.15), or
+    # posthoc_constant(decay=0.999), the last two from train.snapshot_every's snapshots.
+    c.sampler.average = "ema"
     c.sampler.solver = "dpmpp_2m"
     c.sampler.grid = "uniform"
     c.sampler.steps = 20

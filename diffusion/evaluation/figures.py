@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 INK, MUTED, PAPER = "#1f2430", "#6b7280", "#ffffff"
 BLUE, ORANGE, GRAY = "#2563eb", "#ea580c", "#9ca3af"
+SHADES = ("#93c5fd", "#3b82f6", "#1d4ed8", "#172554")  # from clean to noisy
 STYLE = {
     "font.size": 10,
     "text.color": INK,
@@ -132,34 +133,71 @@ def loss_curve(
 ) -> None:
     """Draws ``key`` over the steps, raw and smoothed, from a ``metrics.jsonl`` into a PNG.
 
-    The axis is logarithmic if all values are positive and span more than a factor of four.
+    Beside it ``validation_<key>``, and in a second panel ``<key>_q1`` to ``<key>_q4``, which are
+    quartiles of the noise level, where they were logged. The axes are logarithmic if all values are
+    positive and span more than a factor of four.
     """
     steps, values = read_metrics(metrics, key)
     finite = values[np.isfinite(values)]
-    with new_figure(path, 7.0, 4.0) as figure:
-        axes = figure.subplots()
-        axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
+    quartiles = {k: _logged(metrics, f"{key}_q{k}") for k in range(1, len(SHADES) + 1)}
+    quartiles = {k: found for k, found in quartiles.items() if len(found[0]) > 1}
+    held_out = _logged(metrics, f"validation_{key}")
+    with new_figure(path, 10.5 if quartiles else 7.0, 4.0) as figure:
+        left, *right = np.atleast_1d(figure.subplots(1, 2 if quartiles else 1))
+        left.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
         if len(finite) == len(values) and len(values) >= 8:
             smoothed = smooth(values, max(1.0, len(values) / 80))
-            axes.plot(steps, smoothed, color=BLUE, linewidth=2, label="smoothed")
-            axes.annotate(
-                f"{smoothed[-1]:.3g}",
-                (steps[-1], smoothed[-1]),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                color=BLUE,
-            )
-        if len(finite) and finite.min() > 0 and finite.max() > 4 * finite.min():
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="step", ylabel=key, title=title)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.grid(True)
-        axes.set_axisbelow(True)
-        axes.legend()
+            left.plot(steps, smoothed, color=BLUE, linewidth=2, label="smoothed")
+            if not len(held_out[0]):
+                _annotate_end(left, steps, smoothed, BLUE)
+        if len(held_out[0]):
+            style = {"color": ORANGE, "linewidth": 1.5, "marker": "o", "markersize": 3}
+            left.plot(*held_out, label="held out", **style)
+            _annotate_end(left, *held_out, ORANGE)
+        left.legend()
+        _finish_curves(left, finite, key, title)
+        for axes in right:
+            names = {1: ", cleanest", len(SHADES): ", noisiest"}
+            for (k, (at, curve)), color in zip(quartiles.items(), SHADES):
+                if len(curve) >= 8:
+                    curve = smooth(curve, max(1.0, len(curve) / 80))
+                axes.plot(at, curve, color=color, linewidth=1.5)
+                _annotate_end(axes, at, curve, color, f"q{k}{names.get(k, '')}")
+            every = np.concatenate([curve for _, curve in quartiles.values()])
+            _finish_curves(axes, every, key, "by quartile of the noise level")
+
+
+def _logged(metrics: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """As ``read_metrics``; empty where there is nothing."""
+    try:
+        return read_metrics(metrics, key)
+    except ValueError:
+        return np.zeros(0), np.zeros(0)
+
+
+def _annotate_end(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, text: str = ""
+) -> None:
+    axes.annotate(
+        text or f"{values[-1]:.3g}",
+        (steps[-1], values[-1]),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        color=color,
+    )
+
+
+def _finish_curves(axes: Axes, values: np.ndarray, key: str, title: str) -> None:
+    if len(values) and values.min() > 0 and values.max() > 4 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="step", ylabel=key, title=title)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.grid(True)
+    axes.set_axisbelow(True)
 
 
 def trajectory_strip(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import base
 from diffusion import predictions, specs
 from diffusion.conditioning import Conditioning, from_batch, null_like
 from diffusion.denoiser import Denoise, Stateful, on_schedule
@@ -309,7 +309,7 @@ def _run(
     path = Path(directory)
     if not (path / workdirs.CONFIG).exists() or not workdirs.steps(path):
         raise ValueError(f"{field} is not the workdir of a run with a checkpoint")
-    other = ConfigDict(_tuples(json.loads((path / workdirs.CONFIG).read_text())))
+    other = ConfigDict(_tuples(workdirs.read_config(path, base.get_config().to_dict())))
     try:
         objective, classes, its_shape = load(other)
     except ValueError as error:

@@ -13,6 +13,8 @@ batch that follows is that of the step. Until it is complete a checkpoint lies i
 from __future__ import annotations
 
 import contextlib
+import difflib
+import errno
 import json
 import logging
 import os
@@ -31,7 +33,14 @@ from jax.experimental import multihost_utils
 
 from diffusion.training import manifest, storage
 from diffusion.training import workdir as workdirs
-from diffusion.training.restore import ABOUT, DamagedError, all_damaged, listed, ranked
+from diffusion.training.restore import (
+    ABOUT,
+    DamagedError,
+    all_damaged,
+    different,
+    listed,
+    ranked,
+)
 from diffusion.training.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's errors are told below.
@@ -83,6 +92,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._newest: int | None = None
         self._failed: tuple[int, str] | None = None
+        self._bytes = 0  # of the last one
         self._open = True
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -121,7 +131,8 @@ class Checkpoints:
         self.wait()
         if step == self._newest:
             return
-        about = {
+        self._check_best(step, metrics or {})
+        about = {  # as text at once: its dicts change while this is saved
             "step": step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
@@ -129,9 +140,11 @@ class Checkpoints:
             "extra": dict(extra or {}),
             **self._about,
         }
+        about = workdirs.as_json(about)
         args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
         self._failed = None
         try:
+            self._check_room()
             if self._checkpointer is None:
                 self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             folder = self._directory / SAVING / str(step)
@@ -169,7 +182,8 @@ class Checkpoints:
                 restored = checkpointer.restore(folder, args=ocp.args.Composite(**args))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder} is of another model or optimiser than this configuration's: {error}"
+                f"{folder} is of another model or optimiser than this configuration's:\n"
+                + (different(folder / "params", items["params"]) or str(error))
             ) from error
         about = json.loads((folder / ABOUT).read_text())
         count = jax.device_put(jnp.int32(about["step"]), template.step.sharding)
@@ -183,17 +197,19 @@ class Checkpoints:
             self._thread = None
 
     def finish(self) -> None:
-        """Waits likewise.
+        """Waits likewise, at the end of a run, and removes what a killed one left to remove.
 
         Raises:
           SaveError: the last save failed; names the last good checkpoint.
         """
         self.wait()
+        if jax.process_index() == 0:
+            self._prune()
         if self._failed is not None:
             step, reason = self._failed
             raise SaveError(
-                f"the checkpoint of step {step}, the last, could not be saved: {reason}. "
-                f"{self._last_good()}; make room, and the same command goes on from there"
+                f"the checkpoint of step {step}, the last, could not be saved: {reason}; "
+                f"{self._last_good()}. Make room, and the same command goes on from there"
             )
 
     def close(self) -> None:
@@ -208,14 +224,30 @@ class Checkpoints:
             shutil.rmtree(self._directory / SAVING, ignore_errors=True)
         workdirs.release(self._workdir)
 
-    def _finish(self, step: int, about: Mapping[str, Any]) -> None:
+    def _check_best(self, step: int, metrics: Mapping[str, float]) -> None:
+        name = self._best.removeprefix("-")
+        if self._keep_best and metrics and name not in metrics and jax.process_index() == 0:
+            near = difflib.get_close_matches(name, metrics, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self._say(
+                f"the checkpoint of step {step} cannot be among the best: the log has no {name!r} "
+                f"yet{hint}, only {', '.join(sorted(metrics))}"
+            )
+
+    def _check_room(self) -> None:
+        """Spares a save that cannot succeed; several processes must do the same, so they try."""
+        free = shutil.disk_usage(self._directory).free
+        if free < self._bytes and jax.process_count() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _finish(self, step: int, about: str) -> None:
         """The end of a save, in a thread: its manifest, its name, and room for the next."""
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 folder = self._directory / SAVING / str(step)
-                (folder / ABOUT).write_text(workdirs.as_json(about))
-                manifest.write(folder)
+                (folder / ABOUT).write_text(about)
+                self._bytes = manifest.write(folder)
                 folder.rename(self._directory / str(step))
         except Exception as error:  # any: training must not end for a checkpoint
             self._fail(step, error)

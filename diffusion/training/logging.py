@@ -14,6 +14,7 @@ from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from diffusion.training.storage import Appender
+from diffusion.training.tracking import Tracker
 
 EVENTS = "appended"
 
@@ -36,12 +37,17 @@ class Logger:
 
     Each line of ``metrics.jsonl`` is {"step": s, name: number, ...}. Non-finite numbers are null,
     which JSON knows.
+
+    Args:
+      workdir: made if missing.
+      tracker: told the same, where there is one.
     """
 
-    def __init__(self, workdir: str | os.PathLike):
+    def __init__(self, workdir: str | os.PathLike, tracker: Tracker | None = None):
         self._workdir = Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._file = self._workdir / "metrics.jsonl"
+        self._tracker = tracker
         self._lines = Appender(self._file, self.text)
         self._events: SummaryWriter | None = None
 
@@ -63,6 +69,8 @@ class Logger:
         self._lines.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.scalars(step, values)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """A picture [H, W, 1 or 3], uint8 or float in [0, 1], for TensorBoard."""
@@ -70,6 +78,8 @@ class Logger:
         if image.ndim != 3 or image.shape[-1] not in (1, 3):
             raise ValueError(f"expected an image [H, W, 1 or 3], got shape {image.shape}")
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._tracker is not None:
+            self._tracker.image(name, image, step)
 
     def text(self, message: str) -> None:
         """A line on the terminal, above the progress bar if there is one."""

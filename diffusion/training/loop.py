@@ -49,7 +49,7 @@ def fit(
     workdir: str | os.PathLike,
     seed: int = 0,
     frozen: Any = None,
-    initial_params: Callable[[], Any] | None = None,
+    initial_params: Callable[[Callable[[], Any]], Any] | None = None,
     accumulate: int = 1,
     log_every: int = 100,
     checkpoint_every: int = 1000,
@@ -57,6 +57,7 @@ def fit(
     keep_best: int = 0,
     best: str = "loss",
     about: Mapping[str, Any] | None = None,
+    started: Callable[[int], None] | None = None,
     hooks: Sequence[Hook] = (),
     validate: Validate | None = None,
     max_skipped: int = 10,
@@ -82,7 +83,7 @@ def fit(
       seed: for the initial parameters and all training noise.
       frozen: parameters that the loss needs and that are not trained.
       initial_params: gives what training begins with (a pretrained model), instead of random
-        parameters; not called when a run goes on.
+        parameters, which it can have by calling its argument; not called when a run goes on.
       accumulate: into how many pieces each device cuts its share of a batch, to save memory.
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
@@ -91,6 +92,7 @@ def fit(
       best: a metric of the log, best when low; "-name" for one that is best when high. A
         checkpoint's is the last that was logged before it.
       about: JSON to put into every checkpoint (configuration, code version).
+      started: called with the steps done before, once the state is there and fits.
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
         takes its memory.
@@ -134,20 +136,30 @@ def fit(
         data = batches(start)
         batch = _next(data, start)
 
+        def example():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+
         def initial(key, params=None):
-            example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
-            return create(objective, optimizer, emas, key, example, params)
+            return create(objective, optimizer, emas, key, example(), params)
+
+        def random():
+            return parallel_lib.initialise(
+                layout, lambda key: objective.init(key, example()), init_key
+            )
 
         if start:
             shapes = jax.eval_shape(initial, init_key)
             state, interval = checkpoints.restore(parallel_lib.template(layout, shapes))
         else:
-            given = parallel_lib.place(layout, initial_params()) if initial_params else None
+            given = parallel_lib.place(layout, initial_params(random)) if initial_params else None
             state, interval = parallel_lib.initialise(layout, initial, init_key, given), {}
             del given
         if start >= steps:
+            checkpoints.finish()
             logger.text(f"{workdir}: already done, {start} of {steps} steps")
             return state
+        if started is not None:
+            started(start)
         logger.rewind(start)
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")
@@ -265,7 +277,7 @@ def _too_many(said: str, found: Sequence[str], last_saved: int | None) -> str:
         [
             f"{said}; {saved}. There:",
             *found,
-            "A lower learning rate, longer warm-up or clipping (clip_norm) may help; the same "
-            "command goes on from the last checkpoint.",
+            "Where the data are whole, a lower learning rate, longer warm-up or clipping "
+            "(clip_norm) may help; as it is, the run would come to this step again.",
         ]
     )

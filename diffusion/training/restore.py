@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from diffusion.training import manifest
 from diffusion.training import workdir as workdirs
@@ -122,6 +123,22 @@ def ranked(workdir: str | os.PathLike, steps: list[int], best: str | None = None
         if np.isfinite(value):
             values[step] = (-value if name.startswith("-") else value, -step)
     return sorted(values, key=values.get)
+
+
+def different(path: Path, params: Any) -> str:
+    """How parameters differ in name and shape from those stored, a line each; "" if they don't."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata.tree
+    there, here = (
+        {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
+        for tree in (stored, params)
+    )
+    lines = [
+        f"  {name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    return "\n".join(lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []))
 
 
 def listed(wrong: list[str]) -> str:

@@ -112,13 +112,7 @@ def check_config(
     path = Path(workdir) / CONFIG
     if not path.exists() or not steps(workdir):
         return []
-    try:
-        old = _flatten(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        raise ValueError(
-            f"{path} is damaged, so that nobody knows what the run there is. Each line of "
-            f"{path.with_name(STARTS)} has a copy; put the last one's back"
-        ) from None
+    old = _flatten(_read(path))
     new = _flatten(json.loads(as_json(config)))
     added = _flatten(json.loads(as_json(defaults or {})))
     old = {name: added[name] for name in new.keys() & added.keys()} | old
@@ -137,15 +131,23 @@ def check_config(
     return lines
 
 
+def read_config(workdir: str | os.PathLike, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the run in ``workdir``; ``defaults`` for what its version did not have.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    return _filled(_read(Path(workdir) / CONFIG), defaults)
+
+
 def save_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Writes ``workdir/config.json``, whole or not at all; makes the directory if missing."""
     write_text(Path(workdir) / CONFIG, as_json(config))
 
 
-def record_start(workdir: str | os.PathLike, about: Mapping[str, Any]) -> None:
+def record_start(workdir: str | os.PathLike, step: int, about: Mapping[str, Any]) -> None:
     """Adds a line to ``workdir/starts.jsonl``: when, after which step, and ``about``."""
-    done = steps(workdir)
-    line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "after_step": done[-1] if done else 0}
+    line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "after_step": step}
     with (Path(workdir) / STARTS).open("a") as file:
         file.write(json.dumps({**line, **about}, default=str) + "\n")
 
@@ -163,6 +165,29 @@ def write_text(path: Path, text: str) -> None:
 
 def as_json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, default=str) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+        if isinstance(config, dict):
+            return config
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        pass
+    raise ValueError(
+        f"{path} is damaged, so that nobody knows what the run there is. Each line of "
+        f"{path.with_name(STARTS)} has a copy; put the last one's back"
+    )
+
+
+def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = dict(config)
+    for name, value in defaults.items():
+        if name not in filled:
+            filled[name] = value
+        elif isinstance(value, Mapping) and isinstance(filled[name], Mapping):
+            filled[name] = _filled(filled[name], value)
+    return filled
 
 
 def _shown(flat: Mapping[str, Any], name: str) -> str:

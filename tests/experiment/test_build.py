@@ -85,6 +85,18 @@ MISTAKES = [
     (dict(ema="constant(decay=1.5)"), r"config\.ema: an EMA's decay must lie in \[0, 1\)"),
     (dict(train__batch_size=127), r"config\.train\.batch_size=127 is not divisible by 4.*124 or"),
     (dict(train__steps=0), r"config\.train\.steps must be positive, got 0"),
+    (dict(train__keep_best=-1), r"config\.train\.keep_best must be >= 0, got -1"),
+    (dict(train__init_from="no/such/run"), r"config\.train\.init_from='no/such/run' is not"),
+    (
+        dict(train__snapshot_every=5, train__snapshot_sigma_rel=(0.1, 0.1)),
+        r"config\.train\.snapshot_sigma_rel: expected one or more different widths",
+    ),
+    (
+        dict(train__snapshot_every=5, train__snapshot_sigma_rel=(0.5,)),
+        r"config\.train\.snapshot_sigma_rel: sigma_rel must lie in",
+    ),
+    (dict(sampler__average="emma"), r"config\.sampler\.average: unknown 'emma'.*mean 'ema'"),
+    (dict(sampler__checkpoint="last"), r"config\.sampler\.checkpoint must be newest, best or"),
     (dict(sampler__solver="dpm"), r"config\.sampler\.solver: unknown 'dpm'"),
     (dict(sampler__solver="ddim(eta=2.0)"), r"config\.sampler\.solver='ddim\(eta=2.0\)': eta must"),
     (

@@ -123,7 +123,7 @@ def test_training_begins_with_the_pipelines_network(made):
     c = c.copy_and_resolve_references()
     c.model.remat = True
     experiment = build(c)
-    params = finetuning.initial(c)()
+    params = finetuning.initial(c)(None)
     assert experiment.objective.network.remat
     batch = experiment.train.read(np.arange(2))
     batch = {name: value for name, value in batch.items() if name != "x_std"}

@@ -1,12 +1,6 @@
-"""A tiny run for the tests: a linear model, whose data and noise depend on the step alone.
-
-As a script it trains and is killed: ``linear_run.py WORKDIR STEPS KILL_AT``.
-"""
+"""A tiny run for the tests: a linear model, whose data and noise depend on the step alone."""
 
 import json
-import os
-import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,12 +75,3 @@ def lines(workdir):
 
 def assert_identical(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-if __name__ == "__main__":
-
-    def kill(state, step):
-        if step == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    run(sys.argv[1], int(sys.argv[2]), hooks=[(1, kill)], log_every=1)

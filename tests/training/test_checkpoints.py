@@ -11,7 +11,7 @@ from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.restore import restore_ema
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
-from diffusion.training.workdir import check_config, save_config
+from diffusion.training.workdir import check_config, read_config, record_start, save_config
 
 ADAM = optimizers.make("adam", 0.01)
 KEY = jax.random.key(1)
@@ -106,3 +106,43 @@ def test_some_settings_may_change(tmp_path):
     check_config(tmp_path, other, changeable=("steps", "model.w*"))
     with pytest.raises(ValueError, match=r"(?s)width.*Choose another workdir"):
         check_config(tmp_path, other, changeable=("steps",))
+
+
+def test_a_field_added_since_counts_as_its_default(tmp_path):
+    save_config(tmp_path, CONFIG)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    newer = CONFIG | {"model": CONFIG["model"] | {"depth": 3}, "sizes": (1, 2)}
+    with pytest.raises(ValueError, match=r"model\.depth: \(absent\) there, 3 here"):
+        check_config(tmp_path, newer)
+    defaults = newer | {"name": "x"}
+    assert check_config(tmp_path, newer, defaults=defaults) == []
+    with pytest.raises(ValueError, match=r"model\.depth: 4 there, 3 here"):
+        check_config(tmp_path, newer, defaults={"model": {"depth": 4}} | {"sizes": (1, 2)})
+    assert read_config(tmp_path, defaults) == CONFIG | defaults
+
+
+def test_another_config_can_be_accepted(tmp_path):
+    save_config(tmp_path, CONFIG)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (line,) = check_config(tmp_path, CONFIG | {"steps": 11}, accept=True)
+    assert line.strip() == "steps: 10 there, 11 here"
+    record_start(tmp_path, 0, {"config": CONFIG})
+    record_start(tmp_path, 5, {"config": CONFIG | {"steps": 11}})
+    starts = [json.loads(row) for row in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [row["config"]["steps"] for row in starts] == [10, 11]
+    assert [row["after_step"] for row in starts] == [0, 5]
+
+
+def test_another_model_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(initial().replace(step=jnp.int32(1)))
+    checkpoints.finish()
+    like = template(1)
+    bigger = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=like.step.sharding)}
+    with pytest.raises(
+        ValueError, match=r"checkpoints/1 is of another model .*\n  w: \(3, 2\) there, \(4, 2\)"
+    ):
+        checkpoints.restore(like.replace(params=like.params | bigger))
+    with pytest.raises(ValueError, match="has no ema_slow, which this configuration trains"):
+        checkpoints.restore(like.replace(ema={"slow": like.params}))
+    checkpoints.close()

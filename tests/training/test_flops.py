@@ -36,7 +36,7 @@ SDXL = dict(context=text(2048), pooled=shape(1, 1280), time_ids=shape(1, 6))
     "net, x, signals, published",
     [  # DiT: twice the 118.6 GMAC of Peebles & Xie (2023), table 4
         (XL, 32, {"label": 1}, 237.2),
-        (unet.ddpm_cifar10(), 32, {}, 12.44),
+        pytest.param(unet.ddpm_cifar10(), 32, {}, 12.44, marks=pytest.mark.large),
         (unet.sd15(), 64, {"context": text(768)}, 803),
         pytest.param(unet.sdxl(), 128, SDXL, 6761, marks=pytest.mark.large),  # 9 s of tracing
     ],
