@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     if count > 1 and jax.process_index() > 0:  # one tells
         sys.stdout = io.StringIO()
 
-    from diffusion.experiment import exhaustion, generate, profiling, runs
+    from diffusion.experiment import exhaustion, generate, profiling, runs, training
 
     # What was compiled once need not be again: the next run of this config starts sooner.
     cache = os.path.join(os.path.expanduser("~"), ".cache", "diffusion-jax")
@@ -69,7 +69,11 @@ def main(argv: list[str]) -> None:
     )
 
     generates = _MODE.value == "generate"
-    elsewhere = {"generate": generate.generate, "profile": profiling.profile}
+    elsewhere = {
+        "train": training.train,
+        "generate": generate.generate,
+        "profile": profiling.profile,
+    }
     run = elsewhere.get(_MODE.value) or getattr(runs, _MODE.value)
     try:
         if generates == ("train" in _CONFIG.value):

@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=4",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        # Without the optimiser these emitters take longer to compile, and give slower code.
+        "--xla_cpu_use_fusion_emitters=false",
     ]
 )
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

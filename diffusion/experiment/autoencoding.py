@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from diffusion import pretrained, specs
 from diffusion.data.sources import Source
 from diffusion.evaluation import figures
-from diffusion.experiment.fields import field
+from diffusion.experiment.fields import field, wrong_types
 from diffusion.models import discriminator
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.discriminator import PatchDiscriminator
@@ -50,10 +50,7 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
             f"config.model.name={config.model.name!r}: config.objective.name='autoencoding' trains "
             "an autoencoder"
         )
-    for name in ("kl_weight", "perceptual_weight", "adversary_weight", "adversary_start"):
-        if c[name] < 0:
-            raise ValueError(f"{at}.{name} must be >= 0, got {c[name]}")
-    with field("config.model.autoencoder"):
+    with field("config.model.autoencoder"), wrong_types():
         channels = {"in_channels": shape[-1], "out_channels": shape[-1]}
         network = AutoencoderKL(
             **config.model.autoencoder, **channels, sample_size=shape[0], dtype=dtype

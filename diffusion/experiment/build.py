@@ -20,6 +20,7 @@ from diffusion.evaluation import bits
 from diffusion.experiment import (
     autoencoding,
     averages,
+    checking,
     finetuning,
     guiding,
     latents,
@@ -82,11 +83,13 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
       ValueError: a field has an impossible value, or two do not fit; the message names them.
     """
-    _check_numbers(config)
+    checking.check(config)
+    _check_layout(config)
     _check_judge(config)
     starting.check(config)
     averages.check(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
+    _check_data(config, train, held_out)
     objective, num_classes = make_model(config, train)
     optimizer = _optimizer(config, config.train.steps)
     if isinstance(objective, Autoencoding) and objective.adversary is not None:
@@ -102,6 +105,10 @@ def build(config: ConfigDict) -> Experiment:
         if finetuning.wanted(config):
             finetuning.check(config, objective)
         encode = train.encode if config.objective.conditional else None
+        if config.samples.captions and encode is None:
+            raise ValueError(
+                f"config.samples.captions={config.samples.captions!r}: this model is given none"
+            )
         solver = sampler.make_solver(config, objective)
         drawing = {
             "solver": solver,
@@ -174,27 +181,16 @@ def _check_judge(config: ConfigDict) -> None:
         raise ValueError(f"config.evaluation.weights={c.weights!r}: there is no such file")
 
 
-def _check_numbers(config: ConfigDict) -> None:
-    positive = ["train.steps", "train.batch_size", "train.accumulate", "train.log_every"]
-    positive += ["train.checkpoint_every", "train.keep", "sampler.steps", "sampler.batch_size"]
-    positive += ["evaluation.likelihood_count"]
-    positive += ["samples.count", "samples.columns", "optimizer.learning_rate", "data.std"]
-    for name in positive:
-        section, key = name.split(".")
-        if not config[section][key] > 0:
-            raise ValueError(f"config.{name} must be positive, got {config[section][key]}")
-    if not config.sampler.preview_every >= 0:
+def _check_data(config: ConfigDict, train: Source, held_out: Source) -> None:
+    if config.data.flip and len(train.shape) != 3:
+        raise ValueError(f"config.data.flip=True mirrors images, and {train.name} has none")
+    if config.train.validate_every and not len(held_out):
         raise ValueError(
-            f"config.sampler.preview_every must be >= 0, got {config.sampler.preview_every}"
+            f"config.train.validate_every={config.train.validate_every}: no data are held out"
         )
-    for name in ("keep_best", "snapshot_every"):
-        if not config.train[name] >= 0:
-            raise ValueError(f"config.train.{name} must be >= 0, got {config.train[name]}")
-    if not 0 <= config.objective.label_dropout <= 1:
-        raise ValueError(
-            f"config.objective.label_dropout must lie in [0, 1], got "
-            f"{config.objective.label_dropout}"
-        )
+
+
+def _check_layout(config: ConfigDict) -> None:
     with field("config.parallel"):
         parallel.make(config.parallel)
     pieces = jax.device_count() * config.train.accumulate

@@ -67,14 +67,18 @@ def tell(
     experiment: Experiment,
     description: Description,
     workdir: Path,
-    shardings: Callable[[Any], Any] | None = None,
+    shardings: Callable[[Any], Any],
 ) -> str:
     """In words, for the terminal; every parameter goes into ``workdir/parameters.txt``.
 
-    ``shardings``: of a layout (``training.parallel``); by default all lies whole on each device.
+    Args:
+      experiment: told of.
+      description: of it.
+      workdir: of the run.
+      shardings: of the layout (``training.parallel``).
     """
     train, config, state = experiment.train, experiment.config, description.state
-    devices = jax.devices()
+    devices, several = jax.devices(), jax.process_count()
     names, rows = _rows(state.params)
     count = sum(size for _, size in rows)
     table = [
@@ -87,7 +91,8 @@ def tell(
     memory = ", ".join(f"{name} {_size(n)}" for name, n in sizes.items())
     lines = [
         f"{train.name}: {len(train):,} examples {train.shape}; {config.model.name}: "
-        f"{count:,} parameters; {len(devices)} x {devices[0].device_kind}",
+        f"{count:,} parameters; {len(devices)} x {devices[0].device_kind}"
+        + (f" in {several} processes" if several > 1 else ""),
         *_grouped({name: size for name, (_, size) in zip(names, rows)}, count),
         f"{_giga(description.forward)} GFLOP per image forward, "
         f"{_giga(description.training)} in a training step; on each device: {memory}",
@@ -129,13 +134,10 @@ def _grouped(sizes: Mapping[str, int], count: int) -> list[str]:
     ]
 
 
-def _bytes(tree: Any, shardings: Callable[[Any], Any] | None) -> int:
-    leaves = jax.tree.leaves(tree)
-    shapes = [leaf.shape for leaf in leaves]
-    if shardings is not None:
-        places = jax.tree.leaves(shardings(tree))
-        shapes = [place.shard_shape(shape) for place, shape in zip(places, shapes)]
-    return sum(math.prod(s) * leaf.dtype.itemsize for s, leaf in zip(shapes, leaves))
+def _bytes(tree: Any, shardings: Callable[[Any], Any]) -> int:
+    """On each device."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree)))
+    return sum(math.prod(at.shard_shape(x.shape)) * x.dtype.itemsize for x, at in pairs)
 
 
 def _size(count: int) -> str:

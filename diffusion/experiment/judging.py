@@ -2,17 +2,80 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffusion.data import densities
 from diffusion.data.sources import affordable
-from diffusion.evaluation import bits
+from diffusion.evaluation import bits, classifiers, figures
 from diffusion.evaluation.captions import caption_gap, retrieval
+from diffusion.evaluation.evaluate import evaluate_points, evaluate_samples
 from diffusion.evaluation.frechet import nearest_distances
+from diffusion.evaluation.noisy_accuracy import accuracy_by_level
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.drawing import Drawer
+
+
+def evaluate(drawer: Drawer, params: Any, folder: Path) -> bool:
+    """Writes evaluation.json and prints its main figures; False if there is no judge."""
+    experiment = drawer.experiment
+    c = experiment.config.evaluation
+    result = {}
+    if len(experiment.train.shape) == 1:
+        x, _ = drawer.draw(params, c.count)
+        result = evaluate_points(x, experiment.config.data.density)
+        print(
+            "sliced Wasserstein distance {sliced_wasserstein:.4f} (real data among themselves "
+            "{sliced_wasserstein_real:.4f})".format(**result)
+        )
+    elif experiment.guidance.num_classes and (judged := judge(experiment)) is not None:
+        x, label = drawer.draw(params, c.count)
+        result = evaluate_samples(x, label, judged, experiment.train, experiment.held_out)
+        print(
+            "{classifier} recognises {recognised:.1%} of {num_samples} samples as the class asked "
+            "for ({classifier_accuracy:.1%} of {num_held_out} held-out real ones)\n"
+            "Fréchet distance in {frechet_features}: {frechet_half:.3f} to held-out real data "
+            "({frechet_real_halves:.3f} between two halves of it; {frechet_half_size} each)".format(
+                **result
+            )
+        )
+    elif experiment.guidance.encode is not None:
+        result = follows_captions(drawer, params)
+    if experiment.likelihood is not None:
+        result["likelihood"] = likelihood(experiment, params)
+    if not result:
+        return False
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    return True
+
+
+def classifier(experiment: Experiment, params: Any, folder: Path) -> None:
+    """Writes evaluation.json, with the accuracy by noise level, and prints it."""
+    figures.loss_curve(
+        folder / "loss.png", folder / "metrics.jsonl", title=f"{experiment.train.name}: loss"
+    )
+    results = accuracy_by_level(experiment.objective, params, experiment.held_out)
+    print(f"on {len(experiment.held_out)} held-out examples, by noise level:")
+    for result in results:
+        print(
+            "  t {t:5.2f}  sigma/alpha {sigma_over_alpha:9.3g}  accuracy {accuracy:6.1%}  "
+            "cross-entropy {cross_entropy:.3f}".format(**result)
+        )
+    result = {"levels": results, "num_held_out": len(experiment.held_out)}
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def judge(experiment: Experiment) -> classifiers.Classifier | None:
+    """The classifier that config.evaluation asks for, if any."""
+    c = experiment.config.evaluation
+    if c.classifier == "digits_svc":
+        return classifiers.digits_svc()
+    if c.classifier == "lenet5" and c.weights:
+        return classifiers.measure(classifiers.lenet5(c.weights), experiment.held_out)
+    return None
 
 
 def follows_captions(drawer: Drawer, params: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusion.conditioning import null_like
 from diffusion.data.sources import Source
 from diffusion.experiment import autoencoding, finetuning
 from diffusion.experiment.data import make_source
-from diffusion.experiment.fields import field
+from diffusion.experiment.fields import field, wrong_types
 from diffusion.models.clip import ClipText
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
@@ -97,7 +97,7 @@ def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn
         )
     options = dict(c[c.name], dtype=_dtype(config))
     learned = config.objective.learned_variance
-    with field(f"config.model.{c.name}"):
+    with field(f"config.model.{c.name}"), wrong_types():
         if c.name == "unet":
             network = UNet(
                 **options,
@@ -139,7 +139,7 @@ def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) ->
             f"config.model.name={c.name!r}: a classifier is the encoder of a unet, on images; "
             "choose config.model.name=unet"
         )
-    with field("config.model.unet"):
+    with field("config.model.unet"), wrong_types():
         options = {k: v for k, v in c.unet.items() if k != "up_attention"}  # it has no up blocks
         network = NoisyClassifier(**options, dtype=_dtype(config), classes=num_classes)
         network.check(shape[:2])
@@ -163,6 +163,8 @@ def _shared(config: ConfigDict, schedule: schedules.Schedule) -> dict[str, Any]:
     c, at = config.objective, "config.objective"
     context = {"sigma_data": config.data.std, "schedule": schedule}
     steps = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
+    if not c.t_min < schedule.t_max:
+        raise ValueError(f"{at}.t_min={c.t_min} must lie below the schedule's end {schedule.t_max}")
     return {
         "schedule": schedule,
         "prediction": specs.function(c.prediction, PREDICTIONS, f"{at}.prediction", context),

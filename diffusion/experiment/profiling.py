@@ -51,7 +51,7 @@ def profile(config: ConfigDict, workdir: str) -> None:
     data = batches(config, experiment.train, 0)
     batch = parallel.place_batch(layout, next(data))
     began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, key).compile()
+    compiled = step.lower(state, frozen, batch, key).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
 
     times, waits = [], []  # seconds of each traced step, of them waiting for the batch

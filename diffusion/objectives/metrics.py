@@ -18,8 +18,9 @@ class Weighted(NamedTuple):
     weight is zero does no harm, and pieces count by the weight that they hold.
 
     Attributes:
-      total: () mean over the piece of weight times value.
-      weight: () mean over the piece of the weight.
+      total: () mean over the piece of weight times value; [K] of K kinds of examples, which are
+        logged with 1 to K after their name.
+      weight: () or [K] mean over the piece of the weight.
     """
 
     total: Array
@@ -29,7 +30,7 @@ class Weighted(NamedTuple):
 def by_quartile(
     loss: Array, u: Array, times: TimeDistribution, schedule: Schedule
 ) -> dict[str, Weighted]:
-    """{"loss_q1": ..., "loss_q4": ...}: the mean loss by quartile of the noise level, q1 cleanest.
+    """{"loss_q": [4]}: the mean loss by quartile of the noise level, the first the cleanest.
 
     Times are quantiles of uniform numbers, so that each quartile holds a quarter of the examples.
 
@@ -41,9 +42,7 @@ def by_quartile(
     """
     low, high = times(jnp.array([0.25, 0.75], u.dtype), schedule)
     quartile = jnp.floor(4 * jnp.where(high > low, u, 1 - u))  # mode falls with u
-    members = {f"loss_q{k + 1}": (quartile == k).astype(loss.dtype) for k in range(4)}
+    member = quartile == jnp.arange(4)[:, None]  # [4, B]
     # Where, not a product: a loss that is not finite must not enter the other quartiles.
-    return {
-        name: Weighted(jnp.where(member > 0, loss, 0).mean(), member.mean())
-        for name, member in members.items()
-    }
+    total = jnp.where(member, loss, 0).mean(-1)
+    return {"loss_q": Weighted(total, member.mean(-1, dtype=loss.dtype))}

@@ -277,7 +277,7 @@ def _too_many(said: str, found: Sequence[str], last_saved: int | None) -> str:
         [
             f"{said}; {saved}. There:",
             *found,
-            "A lower learning rate, longer warm-up or clipping (clip_norm) may help; the same "
-            "command goes on from the last checkpoint.",
+            "Where the data are whole, a lower learning rate, longer warm-up or clipping "
+            "(clip_norm) may help; as it is, the run would come to this step again.",
         ]
     )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from diffusion.levels import Array
@@ -85,7 +86,7 @@ class Meter:
     def compiled(self, seconds: float) -> None:
         """Starts the clock: the first step's time is compilation."""
         self._logger.text(f"compiled and ran the first step in {seconds:.1f} s")
-        self._since, self._timed = time.perf_counter(), 0
+        self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
 
     def judged(self, step: int, values: Mapping[str, float]) -> None:
         """Logs numbers as they are, as those of held-out data."""
@@ -117,13 +118,18 @@ class Meter:
         """Takes one step's metrics; writes a line at an interval's end."""
         for name, value in values.items():
             if isinstance(value, Weighted):
-                total, weight = self._sums.get(name, (0.0, 0.0))
-                self._sums[name] = [total + float(value.total), weight + float(value.weight)]
+                self._add_weighted(name, np.asarray(value))  # [2] or [2, K]
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self._count += 1
         self.skipped_in_a_row = 0
         self._done(step)
+
+    def _add_weighted(self, name: str, halves: np.ndarray) -> None:
+        names = [f"{name}{k + 1}" for k in range(halves[0].size)] if halves.ndim > 1 else [name]
+        for name, total, weight in zip(names, *halves.reshape(2, -1).tolist()):
+            old = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = [old[0] + total, old[1] + weight]
 
     def skip(self, step: int) -> int:
         """Counts a step that changed nothing, whose metrics are no numbers; how many in a row."""

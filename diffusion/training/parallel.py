@@ -18,6 +18,7 @@ Both work over the devices of all processes. Every array of a run is then a glob
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -189,10 +190,21 @@ def spec(shape: Sequence[int], devices: int) -> PartitionSpec:
     None where there is no such axis, or fewer than ``SMALL`` elements.
     """
     fitting = [(size, axis) for axis, size in enumerate(shape) if size % devices == 0]
-    if np.prod(shape) < SMALL or not fitting:
+    if math.prod(shape) < SMALL or not fitting:
         return PartitionSpec()
     _, axis = max(fitting)
     return PartitionSpec(*[None] * axis, AXIS)
+
+
+def bytes_per_device(tree: Any, devices: int = 1) -> int:
+    """What a pytree of arrays or shapes takes on one of so many devices under fsdp.
+
+    With one device, and on each device under pmap, it lies there whole.
+    """
+    return sum(
+        math.prod(x.shape) * x.dtype.itemsize // (devices if any(spec(x.shape, devices)) else 1)
+        for x in jax.tree.leaves(tree)
+    )
 
 
 def split(batch: Batch, pieces: int) -> dict[str, Array]:

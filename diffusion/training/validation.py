@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
 from diffusion.data import pipeline
 from diffusion.data.sources import Source
+from diffusion.training import parallel
 from diffusion.training.state import TrainState
 
 KEY = 7919
@@ -24,14 +24,14 @@ def make(
     count: int,
     batch_size: int,
     seed: int,
+    layout: parallel.Layout,
     frozen: Any = None,
     average: str = "ema",
 ) -> Callable[[TrainState, int], dict[str, float]]:
     """A function (state, step) -> {"validation_loss": ..., "validation_loss_params": ...}.
 
     The first is of the average, the second of the parameters themselves. Examples, times and noise
-    are the same each time, so that what changes is the model. The state may lie over the devices
-    in any way: the batches are cut over those that it lies on.
+    are the same each time, so that what changes is the model.
 
     Args:
       objective: with ``loss``.
@@ -39,41 +39,36 @@ def make(
       count: examples, filled up to whole batches.
       batch_size: at most, over all devices.
       seed: for the choice of examples and the noise.
+      layout: how the state lies over the devices.
       frozen: parameters that the loss needs and that are not trained.
       average: the average's name.
     """
-    count = min(count, len(source))
-    key = jax.random.fold_in(jax.random.key(seed), KEY)
-    placed: list[Any] = []
+    size, batches = _batches(min(count, len(source)), batch_size, layout.mesh.size)
+    batch_at = pipeline.batch_function(
+        source,
+        size,
+        seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    base = jax.random.fold_in(jax.random.key(seed), KEY)
+    keys = [jax.random.fold_in(base, i) for i in range(batches)]
+    placed: list[Any] = []  # frozen parameters and keys, once they are needed
 
     @jax.jit
     def loss(params, frozen, batch, key):
-        return objective.loss(params, frozen, batch, key, train=False)[0]
+        with layout.tracing(size):
+            return objective.loss(params, frozen, batch, key, train=False)[0]
 
     def validate(state: TrainState, step: int) -> dict[str, float]:
-        mesh = state.step.sharding.mesh
-        share, batches = _batches(count, batch_size, mesh.size)
-        batch_at = pipeline.batch_function(
-            source,
-            share,
-            seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        over, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (mesh.axis_names, ()))
         if not placed:
-            placed.append(jax.device_put((frozen, key), whole))
+            placed[:] = parallel.place(layout, (frozen, keys))
         trees = {"validation_loss": state.ema[average], "validation_loss_params": state.params}
         totals = dict.fromkeys(trees, 0.0)
-        for i in range(batches):
-            batch = {
-                name: jax.make_array_from_process_local_data(over, value)
-                for name, value in batch_at(i).items()
-            }
-            batch["step"] = jnp.int32(step)
-            held, base = placed[0]
+        for i, key in enumerate(placed[1]):
+            batch = parallel.place_batch(layout, batch_at(i)) | {"step": np.int32(step)}
             for name, params in trees.items():
-                totals[name] += float(loss(params, held, batch, jax.random.fold_in(base, i)))
+                totals[name] += float(loss(params, placed[0], batch, key))
         return {name: total / batches for name, total in totals.items()}
 
     return validate

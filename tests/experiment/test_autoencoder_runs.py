@@ -12,7 +12,7 @@ from PIL import Image
 from configs import base
 from diffusion import pretrained
 from diffusion.data import sources
-from diffusion.experiment import runs
+from diffusion.experiment import training
 from diffusion.experiment.build import build
 from diffusion.training.restore import restore_ema
 
@@ -38,7 +38,7 @@ def config():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoencoder")
-    runs.train(config(), str(folder))
+    training.train(config(), str(folder))
     return folder
 
 

@@ -36,7 +36,7 @@ def test_time_within_a_loop_counts_once():
 
 def test_a_profile_of_points(tmp_path, capsys):
     config = toy2d.get_config()
-    config.model.mlp.width, config.train.batch_size = 16, 32
+    config.model.mlp.depth, config.model.mlp.width, config.train.batch_size = 1, 16, 32
     config.profile.steps, config.profile.warmup = 2, 1
     profiling.profile(config, str(tmp_path))
     summary = json.loads((tmp_path / "profile" / "summary.json").read_text())

@@ -12,7 +12,7 @@ from configs import emoji_text_to_image
 from diffusion import pretrained
 from diffusion.conditioning import from_batch, null_like
 from diffusion.denoiser import as_estimate
-from diffusion.experiment import latents, runs
+from diffusion.experiment import latents, runs, training
 from diffusion.experiment.build import build
 from diffusion.experiment.data import make_images
 from diffusion.experiment.drawing import Drawer
@@ -54,7 +54,7 @@ def config(tmp_path_factory):
 
 
 def test_a_run_leaves_pictures_of_held_out_captions(config, tmp_path):
-    runs.train(config, str(tmp_path))
+    training.train(config, str(tmp_path))
     for name in ("samples.png", "trajectory.png", "loss.png"):
         assert (tmp_path / name).stat().st_size > 0
     judged = json.loads((tmp_path / "evaluation.json").read_text())

@@ -170,6 +170,24 @@ def test_learned_uncertainty_converges_to_the_log_loss():
     np.testing.assert_allclose(learned, np.log(losses), atol=0.12)
 
 
+@pytest.mark.parametrize("stratify", [None, 32])
+def test_levels_are_those_that_the_loss_sees(stratify):
+    """A loss that is the time itself, told by quartile too."""
+    objective = affine_objective(
+        stratify=stratify,
+        weighting=lambda level, c_out: level.t,
+        distance=lambda a, b: jnp.ones(len(a)),
+    )
+    batch, key = batch_of(32), jax.random.key(4)
+    loss, metrics = objective.loss(objective.init(key, batch), {}, batch, key)
+    t = np.asarray(objective.levels(key, jnp.arange(32)).t)
+    assert float(loss) == pytest.approx(t.mean(), rel=1e-5)
+    total, weight = metrics["loss_q"]
+    for k in range(4):
+        inside = t[(t > k / 4) & (t <= (k + 1) / 4)]
+        assert float(total[k] / weight[k]) == pytest.approx(inside.mean(), rel=1e-5)
+
+
 def test_denoiser_uses_the_conventions_of_time():
     level = schedules.linear()(jnp.array([1 / 1000, 0.5, 1.0]))
     np.testing.assert_allclose(ddpm_index(level), [0, 499, 999], atol=1e-3)

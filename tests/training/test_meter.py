@@ -1,6 +1,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from diffusion.objectives.metrics import Weighted
@@ -33,6 +34,14 @@ def test_weighted_means_are_divided_at_last(tmp_path):
     assert "never" not in first and "q" not in second
 
 
+def test_kinds_are_numbered(tmp_path):
+    meter = Meter(Logger(tmp_path), 0, 2, 2, 1, {})
+    meter.add(1, {"q": Weighted(np.array([1.0, 0.0]), np.array([0.5, 0.0]))})
+    meter.add(2, {"q": Weighted(np.array([2.0, 3.0]), np.array([0.5, 0.25]))})
+    (row,) = lines(tmp_path)
+    assert (row["q1"], row["q2"]) == (3.0, 12.0)
+
+
 def test_an_interval_goes_on_after_a_restart(tmp_path):
     interval = json.loads(json.dumps(measured(tmp_path / "a", 3).interval()))
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
@@ -53,7 +62,7 @@ def test_of_the_machine(tmp_path):
         assert row["step_seconds"] == pytest.approx(10 / speed)
         assert row["teraflops_per_second"] == pytest.approx(speed * 1e6 / 1e12)
         assert row["share_of_peak"] == pytest.approx(speed * 1e6 / 1e15)
-        assert 0 < row["waiting_for_data"] <= 1
+        assert row["waiting_for_data"] * row["step_seconds"] == pytest.approx(1e-7)
         assert 0.01 < row["process_memory_gib"] < 1000  # CPUs have no memory of their own
         assert {*row} - {*OF_THE_MACHINE} <= {"step", "loss", "q"}
 

@@ -14,20 +14,23 @@ HELD_OUT = Source("held-out", 21, (3,), lambda i: {"x": POINTS["x"][i], "y": POI
 CHANGED = {"w": 1.0, "b": 2.0}  # what the average has and the parameters have not
 
 
-def state(devices):
+def layout(devices, name="pmap"):
+    return parallel.make(name, jax.devices()[:devices])
+
+
+def state(devices, name="pmap"):
     made = create(Linear(), optimizers.make("sgd", 0.1), EMAS, jax.random.key(0), batch_of(0))
     average = jax.tree.map(lambda p, c: p + c, made.params, CHANGED)
     made = made.replace(ema={"constant": average, "power": made.params})
-    return parallel.place(parallel.make(devices=jax.devices()[:devices]), made)
+    return parallel.place(layout(devices, name), made)
 
 
 @pytest.mark.parametrize(
     "count, batch_size, batches, size", [(21, 8, 3, 8), (12, 8, 2, 8), (99, 64, 1, 24)]
 )
 def test_it_is_the_mean_loss_with_fixed_noise(count, batch_size, batches, size):
-    validate = validation.make(
-        Linear(), HELD_OUT, count=count, batch_size=batch_size, seed=3, average="constant"
-    )
+    settings = dict(batch_size=batch_size, seed=3, layout=layout(4), average="constant")
+    validate = validation.make(Linear(), HELD_OUT, count=count, **settings)
     given = state(4)
     found = validate(given, 5)
     batch_at = pipeline.batch_function(HELD_OUT, size, 3)
@@ -46,13 +49,14 @@ def test_it_is_the_mean_loss_with_fixed_noise(count, batch_size, batches, size):
     assert not given.step.is_deleted()
 
 
-def test_devices_change_nothing():
-    validate = [
-        validation.make(Linear(), HELD_OUT, count=16, batch_size=8, seed=0, average="power")
-        for _ in range(2)
-    ]
-    one, four = (v(state(devices), 1) for v, devices in zip(validate, (1, 4)))
-    assert one == pytest.approx(four, rel=1e-6)
+def test_devices_and_layouts_change_nothing():
+    found = []
+    for where in (layout(1), layout(4), layout(4, "fsdp")):
+        settings = dict(count=16, batch_size=8, seed=0, layout=where, average="power")
+        validate = validation.make(Linear(), HELD_OUT, **settings)
+        found.append(validate(state(where.mesh.size, where.name), 1))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0] == pytest.approx(found[2], rel=1e-6)
 
 
 def test_frozen_parameters_and_the_step_are_given():
@@ -67,6 +71,7 @@ def test_frozen_parameters_and_the_step_are_given():
         count=8,
         batch_size=8,
         seed=0,
+        layout=layout(1),
         frozen={"offset": np.ones(3, np.float32)},
         average="power",
     )
