@@ -87,6 +87,7 @@ RANGES = {
     "log.peak_tflops": NOT_NEGATIVE,
     "profile.steps": POSITIVE,
     "profile.warmup": NOT_NEGATIVE,
+    "inspect.*": POSITIVE,
     "sampler.steps": DEEP,
     "sampler.batch_size": POSITIVE,
     "sampler.seed": Range(0, 2**32 - 1),
