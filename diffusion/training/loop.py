@@ -252,7 +252,8 @@ def fit(
     except NonFiniteError:  # in all processes at once
         raise
     except Exception as error:
-        processes.leave(error)
+        if "RESOURCE_EXHAUSTED" not in str(error):  # of which the caller knows what to say
+            processes.leave(error)
         raise
     finally:
         checkpoints.close()

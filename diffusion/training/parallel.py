@@ -19,12 +19,11 @@ Both work over the devices of all processes. Every array of a run is then a glob
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +31,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion.levels import Array
+from diffusion.sharding import examples_stay
 
 AXIS = "data"
 NAMES = ("pmap", "fsdp")
@@ -150,28 +150,6 @@ def fsdp(mesh: Mesh) -> Layout:
 
         return {name: turn(x) for name, x in shares.items()}
 
-    @contextmanager
-    def tracing(size: int) -> Iterator[None]:
-        """Holds what modules take and give to the batch's layout.
-
-        Else XLA may choose to cut activations along the axes that the parameters are cut along,
-        and to move them instead of the parameters.
-        """
-
-        def hold(x: Any) -> Any:
-            if not isinstance(x, jax.Array) or x.ndim == 0 or x.shape[0] % size:
-                return x
-            return lax.with_sharding_constraint(x, examples) if x.size else x
-
-        def intercept(call, args, kwargs, context):
-            if context.method_name != "__call__":
-                return call(*args, **kwargs)
-            args, kwargs = jax.tree.map(hold, (args, kwargs))
-            return jax.tree.map(hold, call(*args, **kwargs))
-
-        with nn.intercept_methods(intercept):
-            yield
-
     return Layout(
         name="fsdp",
         mesh=mesh,
@@ -180,7 +158,7 @@ def fsdp(mesh: Mesh) -> Layout:
         mean=lambda tree: tree,  # the loss is the mean over the whole batch already
         keep=keep,
         split=pieces,
-        tracing=tracing,
+        tracing=lambda size: examples_stay(examples, size),
     )
 
 
