@@ -160,6 +160,7 @@ def fit(
             return state
         if started is not None:
             started(start)
+        checkpoints.prune()  # a full disk may want room first
         logger.rewind(start)
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")
