@@ -184,10 +184,13 @@ def _check_judge(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict, train: Source, held_out: Source) -> None:
     if config.data.flip and len(train.shape) != 3:
         raise ValueError(f"config.data.flip=True mirrors images, and {train.name} has none")
-    if config.train.validate_every and not len(held_out):
+    c = config.train
+    if c.keep_best and "validation" in c.best and not c.validate_every:
         raise ValueError(
-            f"config.train.validate_every={config.train.validate_every}: no data are held out"
+            f"config.train.best={c.best!r} needs config.train.validate_every, which is 0"
         )
+    if c.validate_every and not len(held_out):
+        raise ValueError(f"config.train.validate_every={c.validate_every}: no data are held out")
 
 
 def _check_layout(config: ConfigDict) -> None:

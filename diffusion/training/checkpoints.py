@@ -16,7 +16,6 @@ import contextlib
 import difflib
 import errno
 import json
-import logging
 import os
 import shutil
 import threading
@@ -42,8 +41,6 @@ from diffusion.training.restore import (
     ranked,
 )
 from diffusion.training.state import TrainState
-
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's errors are told below.
 
 SAVING = ".saving"
 
