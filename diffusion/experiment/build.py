@@ -29,7 +29,7 @@ from diffusion.experiment import (
     starting,
 )
 from diffusion.experiment.data import augmentation, make_source
-from diffusion.experiment.fields import field
+from diffusion.experiment.fields import field, wrong_types
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import Objective, make_model, other_run
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
@@ -97,8 +97,8 @@ def build(config: ConfigDict) -> Experiment:
         start = objective.adversary.start
         late = _optimizer(config, config.train.steps - start)
         optimizer = two_optimizers(optimizer, late, start)
-    with field("config.ema"):
-        profile = specs.function(config.ema, EMAS, "config.ema")()
+    with field("config.ema"), wrong_types():
+        profile = specs.value(config.ema, EMAS, "config.ema")
     drawing, notes = {}, []
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
         notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
