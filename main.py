@@ -24,6 +24,7 @@ import io
 import os
 import runpy
 import sys
+import traceback
 
 if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     # XLA's CPU collectives deadlock without a thread per virtual device; read as JAX is imported.
@@ -93,20 +94,55 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses flags; mistakes end the program with a line that names the field."""
+    """Parses flags; mistakes end the program with a line that names the field or the file."""
     try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError):
-        given = dict(argument.lstrip("-").partition("=")[::2] for argument in argv)
-        config = runpy.run_path(given["config"].split(":")[0])["get_config"]()
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.to_dict()  # a file that is not there shows only now
+        return rest
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    except Exception:
+        given = _given(argv)
+        config = _load(given.get("config", ""))
         for name in given:
             if name.startswith("config."):
                 _check_field(name, config)
         raise
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: --config: {error}")
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """Flags by name, with the values that follow "=" or come next."""
+    given = {}
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        if argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").partition("=")
+            given[name] = value if equals else following
+    return given
+
+
+def _load(path: str) -> ConfigDict:
+    """The config in a file; one that cannot be had ends the program with a line that says why."""
+    file, colon, argument = path.partition(":")
+    if not os.path.isfile(file):
+        sys.exit(f"error: --config={path}: there is no such file")
+    try:
+        module = runpy.run_path(file)
+        if "get_config" not in module:
+            sys.exit(f"error: --config={path}: the file has no function get_config")
+        return module["get_config"](*[argument] if colon else [])
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        sys.exit(f"error: --config={path}{line}: {error.msg}")
+    except Exception as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        line = f", line {lines[-1]}" if lines else ""
+        sys.exit(
+            f"error: --config={path}{line}: {error}\n"
+            "(with TRACEBACK=1 in the environment: where in the code)"
+        )
 
 
 def _check_field(name: str, config: ConfigDict) -> None:

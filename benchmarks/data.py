@@ -38,7 +38,8 @@ from diffusion.training.state import create
 from diffusion.training.step import make_train_step
 
 SIDE = 256  # that photographs are cropped to
-PHOTOS = {"photographs, 500 x 375": (500, 375), "photographs, 2000 x 1500": (2000, 1500)}
+PHOTOS = {"photographs, 500 x 375": ((500, 375), 24), "photographs, 2000 x 1500": ((2000, 1500), 8)}
+"""Width and height, and batches of 32 that are timed."""
 SETTINGS = {"1 thread": (1, 0, 0), "2 threads": (2, 0, 0), "2 processes": (1, 2, 2)}
 """Our threads and workers, and their workers; theirs knows no threads, and has one process then."""
 
@@ -83,7 +84,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5, help="medians are over these")
     parser.add_argument("--photos", type=int, default=256, help="files of each size")
-    parser.add_argument("--batches", type=int, default=20, help="of 32 photographs, in each")
     parser.add_argument(
         "--step_batch", type=int, default=8, help="images of a training step; 0: none"
     )
@@ -94,11 +94,11 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = cifar_like(Path(folder))
-        for name, size in PHOTOS.items():
+        for name, (size, batches) in PHOTOS.items():
             files = write_photos(Path(folder, f"{size[0]}"), arguments.photos, size)
             config = photos_config(files[0].parent)
             theirs = Photos(files, SIDE)
-            rows += compare(name, config, theirs, arguments.batches, arguments.repetitions)
+            rows += compare(name, config, theirs, batches, arguments.repetitions)
         config = arrays_config(path)
         with np.load(path) as file:
             theirs = Arrays(file["x"], file["label"])

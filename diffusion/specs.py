@@ -72,7 +72,7 @@ def value(text: str, functions: Mapping[str, Callable], field: str) -> Any:
     """
     name, positional, options = parse(text, functions, field)
     target = functions[name]
-    _check_options(name, options, inspect.signature(target).parameters, field)
+    _check_options(name, options, inspect.signature(target).parameters, field, with_required=True)
     try:
         inspect.signature(target).bind(*positional, **options)
     except TypeError as error:
@@ -90,7 +90,7 @@ def parse(text: str, functions: Mapping[str, Callable], field: str):
             raise unknown(field, call.func.id, functions)
         positional = [_argument(arg, functions, field) for arg in call.args]
         options = {k.arg: _argument(k.value, functions, field) for k in call.keywords}
-    except (SyntaxError, TypeError):
+    except (SyntaxError, TypeError, UnicodeEncodeError):
         raise ValueError(
             f"{field}: expected a name or name(option=value), got {text!r}; "
             f"names are {', '.join(sorted(functions))}"

@@ -17,7 +17,16 @@ import numpy as np
 
 from diffusion.data.folder import held_out_by_hash
 from diffusion.data.pictures import from_pictures
-from diffusion.data.sources import Batch, Pictures, Source, check_split, subset, to_unit
+from diffusion.data.sources import (
+    MOST_CLASSES,
+    Batch,
+    Pictures,
+    Source,
+    check_split,
+    subset,
+    to_unit,
+    unreadable,
+)
 
 IMAGES = ("x", "image", "images")
 LABELS = ("label", "labels", "y")
@@ -118,7 +127,7 @@ def _read(path: Path) -> dict[str, Held | Mapped]:
             wanted = (*IMAGES, *LABELS, *CAPTIONS)
             return {key: Held(file[key] if key in wanted else None) for key in file.files}
     except Exception as error:  # zipfile's, pickle's, NumPy's, zlib's
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {unreadable(error)}") from error
 
 
 def _source(name: str, path: Path, counted: Path, background: tuple[int, int, int]) -> Source:
@@ -205,8 +214,12 @@ def _check_range(x: np.ndarray, at: str) -> tuple[float, float]:
 def _check_labels(label: np.ndarray, count: int, at: str) -> np.ndarray:
     if label.shape != (count,):
         raise ValueError(f"{at} has the shape {label.shape}; expected ({count},), one per image")
-    if not np.issubdtype(label.dtype, np.integer) or label.min(initial=0) < 0:
-        raise ValueError(f"{at} must be whole numbers from 0, got {label.dtype}, {label.min()}")
+    whole = np.issubdtype(label.dtype, np.integer)
+    if not whole or label.min(initial=0) < 0 or label.max(initial=0) >= MOST_CLASSES:
+        raise ValueError(
+            f"{at} must be whole numbers from 0 (of at most {MOST_CLASSES:,} classes), got "
+            f"{label.dtype}, {label.min()} to {label.max()}"
+        )
     return label.astype(np.int32)
 
 

@@ -57,12 +57,12 @@ def read(path: str | Path, keep: Callable[[dict[str, str]], bool] | None = None)
 
 
 def _read_file(path: Path, keep: Callable[[dict[str, str]], bool] | None) -> Pairs:
-    with np.load(path) as file:
-        names = [name for name in ("images", "image") if name in file.files]
-        if not names or "caption" not in file.files:
-            raise ValueError(f"{path} needs 'images' and 'caption', it has {sorted(file.files)}")
-        images = file[names[0]]
-        texts = {n: file[n] for n in file.files if file[n].dtype.kind == "U" and file[n].ndim == 1}
+    file = sources.read_npz(path)
+    names = [name for name in ("images", "image") if name in file]
+    if not names or "caption" not in file:
+        raise ValueError(f"{path} needs 'images' and 'caption', it has {sorted(file)}")
+    images = file[names[0]]
+    texts = {n: array for n, array in file.items() if array.dtype.kind == "U" and array.ndim == 1}
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(
             f"{path}: 'images' must be uint8 [N, H, W, 1, 3 or 4], got {images.dtype} "

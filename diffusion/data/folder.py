@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.data import images
-from diffusion.data.sources import Pictures
+from diffusion.data.sources import MOST_CLASSES, Pictures
 
 METADATA = "metadata.jsonl"
 CAPTIONS = ("text", "caption")
@@ -209,7 +209,7 @@ def _read_metadata(root: Path, files: Sequence[str]) -> Listing:
         name = os.path.normpath(_text(row, "file_name", at)).replace(os.sep, "/")
         if name in seen:
             raise ValueError(f"{at}: file_name={name!r} is in line {seen[name]} already")
-        if name not in there and not (root / name).is_file():
+        if name not in there and not _is_file(root / name):
             raise FileNotFoundError(f"{at}: file_name={name!r}: there is no such file")
         seen[name] = number
         rows.append({**row, "file_name": name, "at": at})
@@ -223,6 +223,13 @@ def _read_metadata(root: Path, files: Sequence[str]) -> Listing:
     return Listing(root, tuple(seen), label, names, captions, ignored=len(there - set(seen)))
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 _EXAMPLE = '{"file_name": "1.png", "text": "a red cat"}'
 
 
@@ -231,7 +238,7 @@ def _parse(line: bytes, at: str) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{at} is not UTF-8 ({error.reason})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{at} is not JSON ({error}); expected such as {_EXAMPLE}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{at} is no JSON object; expected such as {_EXAMPLE}")
@@ -252,10 +259,10 @@ def _labels(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, tuple[str, ...]
     for row in rows:
         value = row.get("label")
         wrong = not isinstance(value, kind) or isinstance(value, bool)
-        if wrong or (kind is int and value < 0):
+        if wrong or (kind is int and not 0 <= value < MOST_CLASSES):
             raise ValueError(
                 f"{row['at']}: label must be a {'name' if kind is str else 'number from 0'} "
-                f"as in the first line, got {value!r}"
+                f"as in the first line (of at most {MOST_CLASSES:,} classes), got {value!r}"
             )
     values = [row["label"] for row in rows]
     if kind is int:

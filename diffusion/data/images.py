@@ -171,4 +171,6 @@ def _flatten(image: Image.Image, channels: int, background: tuple[int, int, int]
 def _cause(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is no picture, or of an unknown format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return f"{error}" if str(error) else type(error).__name__

@@ -19,6 +19,9 @@ from diffusion.data.images import Picture
 
 Batch = dict[str, np.ndarray]
 
+MOST_CLASSES = 1_000_000
+"""More are a mistake: other numbers taken for labels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
@@ -88,6 +91,31 @@ class Source:
     def all(self) -> Batch:
         """Every example, in order; only for data that fits into memory."""
         return self.read(np.arange(self.size))
+
+
+def read_npz(path: str | Path) -> Batch:
+    """All arrays of an ``.npz``, by name.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it cannot be read; says why.
+    """
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile's, pickle's, NumPy's, zlib's
+        raise ValueError(f"{path} cannot be read: {unreadable(error)}") from error
+
+
+def unreadable(error: Exception) -> str:
+    """Why a file of arrays is, in a few words; libraries' own speak of what is inside them."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "Object arrays" in str(error):
+        return "it has an array of Python objects; expected numbers or texts"
+    return "it is damaged, or not what its name says"
 
 
 def from_arrays(
@@ -213,11 +241,11 @@ def latents(path: str | Path, *, scale: float = 1.0, num_classes: int | None = N
         raise FileNotFoundError(
             f"no latents at {path}: expected an .npz with 'latents' [N, h, w, C] and 'label' [N]"
         )
-    with np.load(path) as file:
-        missing = {"latents", "label"} - set(file.files)
-        if missing:
-            raise ValueError(f"{path} lacks {sorted(missing)}, it has {sorted(file.files)}")
-        x, label = file["latents"], file["label"]
+    file = read_npz(path)
+    missing = {"latents", "label"} - set(file)
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}, it has {sorted(file)}")
+    x, label = file["latents"], file["label"]
     if x.ndim != 4 or not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"'latents' must be float [N, h, w, C], got {x.dtype} {x.shape}")
     return from_arrays(path.stem, x, label, scale=scale, num_classes=num_classes)

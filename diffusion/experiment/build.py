@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import specs
+from diffusion.data import pipeline
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
 from diffusion.experiment import (
@@ -27,8 +28,8 @@ from diffusion.experiment import (
     sampler,
     starting,
 )
-from diffusion.experiment.data import make_source
-from diffusion.experiment.fields import field
+from diffusion.experiment.data import augmentation, make_source
+from diffusion.experiment.fields import field, wrong_types
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import Objective, make_model, other_run
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
@@ -96,8 +97,8 @@ def build(config: ConfigDict) -> Experiment:
         start = objective.adversary.start
         late = _optimizer(config, config.train.steps - start)
         optimizer = two_optimizers(optimizer, late, start)
-    with field("config.ema"):
-        profile = specs.function(config.ema, EMAS, "config.ema")()
+    with field("config.ema"), wrong_types():
+        profile = specs.value(config.ema, EMAS, "config.ema")
     drawing, notes = {}, []
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
         notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
@@ -184,6 +185,8 @@ def _check_judge(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict, train: Source, held_out: Source) -> None:
     if config.data.flip and len(train.shape) != 3:
         raise ValueError(f"config.data.flip=True mirrors images, and {train.name} has none")
+    with field("config.data"):
+        pipeline.check(augmentation(config.data), train)
     c = config.train
     if c.keep_best and "validation" in c.best and not c.validate_every:
         raise ValueError(

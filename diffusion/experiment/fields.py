@@ -23,8 +23,11 @@ def field(name: str) -> Iterator[None]:
     """Names the config field in an error of value or file that does not name one itself."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if str(error).startswith("config."):
             raise
-        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
-        raise kind(f"{name}: {error}") from error
+        kinds = (FileNotFoundError, OSError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        of_system = isinstance(error, OSError) and error.strerror and error.filename
+        text = f"{error.strerror}: {error.filename}" if of_system else error
+        raise kind(f"{name}: {text}") from error

@@ -154,7 +154,7 @@ def _dtype(config: ConfigDict) -> Any:
 
 
 def _schedule(text: str) -> schedules.Schedule:
-    with field(f"config.objective.schedule={text!r}"):
+    with field(f"config.objective.schedule={text!r}"), wrong_types():
         return specs.value(text, SCHEDULES, "config.objective.schedule")
 
 

@@ -168,4 +168,12 @@ def _validation(experiment: Experiment, layout: parallel.Layout) -> Validate | N
 
 def _finished(folder: Path, config: ConfigDict) -> bool:
     done = folder / "done"
-    return done.exists() and int(done.read_text()) >= config.train.steps
+    if not done.exists():
+        return False
+    try:
+        return int(done.read_text()) >= config.train.steps
+    except ValueError:
+        raise ValueError(
+            f"{done} is damaged: expected a number, the steps that are done. Remove it, and the "
+            "same command finds out anew"
+        ) from None

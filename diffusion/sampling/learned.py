@@ -101,12 +101,18 @@ def load(path: str) -> Solver:
       ValueError: for a file that is not a table.
       FileNotFoundError: if there is none.
     """
-    with np.load(path) as data:
-        names = [*(f"level_{n}" for n in NoiseLevel._fields), *Solver._fields[1:]]
-        missing = [name for name in names if name not in data]
-        if missing:
-            raise ValueError(f"{path} is not a solver's table: it has no {', '.join(missing)}")
-        leaves = [data[name] for name in names]
+    try:
+        with np.load(path) as file:
+            data = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile's, pickle's, NumPy's, zlib's
+        raise ValueError(f"{path} is not a solver's table, or damaged") from error
+    names = [*(f"level_{n}" for n in NoiseLevel._fields), *Solver._fields[1:]]
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"{path} is not a solver's table: it has no {', '.join(missing)}")
+    leaves = [data[name] for name in names]
     solver = Solver(NoiseLevel(*leaves[:3]), *leaves[3:])
     if solver.A.shape != (len(solver.level.t), REGISTERS, REGISTERS):
         raise ValueError(f"{path} has registers of shape {solver.A.shape}, expected {REGISTERS}")

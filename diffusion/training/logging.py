@@ -54,9 +54,9 @@ class Logger:
     def rewind(self, step: int) -> None:
         """Forgets what was logged after ``step``, where the run goes on: no step appears twice."""
         if self._file.exists():
-            kept = [line for line in self._file.read_text().splitlines() if _step(line) <= step]
+            kept = [line for line in self._file.read_bytes().splitlines() if _step(line) <= step]
             partial = self._file.with_suffix(".jsonl.partial")
-            partial.write_text("".join(line + "\n" for line in kept))
+            partial.write_bytes(b"".join(line + b"\n" for line in kept))
             partial.replace(self._file)
         self.close()
         self._events = self._writer(purge_step=step + 1)
@@ -124,9 +124,9 @@ class Silent(Logger):
         """Nothing."""
 
 
-def _step(line: str) -> float:
-    """The line's step; infinite for one that was not written to its end."""
+def _step(line: bytes) -> float:
+    """The line's step; infinite for one that was not written to its end, or damaged."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf

@@ -172,7 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         if isinstance(config, dict):
             return config
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         pass
     raise ValueError(
         f"{path} is damaged, so that nobody knows what the run there is. Each line of "

@@ -1,0 +1,128 @@
+"""Commands and configs that cannot be: told in a plain sentence, before anything is written."""
+
+import pytest
+from commands import assert_told, command
+
+NOTHING = "nowhere/at/all"
+
+CASES = [  # overrides, and what the first sentence has to name
+    ("train.stepz=3", "config.train.stepz", "config.train.steps?"),
+    ("foo=3", "config.foo", "train"),
+    ("train.steps.more=3", "config.train.steps"),
+    ("train=3", "config.train"),
+    ("train.steps=many", "config.train.steps=many"),
+    ("train.steps=", "config.train.steps"),
+    ("train.steps=1.5", "config.train.steps=1.5"),
+    ("train.steps=-1", "config.train.steps", "-1"),
+    ("train.steps=0", "config.train.steps", "0"),
+    ("train.batch_size=0", "config.train.batch_size", "positive"),
+    ("train.batch_size=63", "config.train.batch_size=63", "60 or 64"),
+    ("train.accumulate=-2", "config.train.accumulate", "-2"),
+    ("train.log_every=0", "config.train.log_every"),
+    ("train.keep=0", "config.train.keep", "positive"),
+    ("train.init_what=(", "config.train.init_what='('", "regular expression"),
+    ("train.init_what=mlp", "config.train.init_what='mlp'", "init_from"),
+    (f"train.init_from={NOTHING}", "config.train.init_from", NOTHING),
+    ("train.accept_changes=perhaps", "config.train.accept_changes"),
+    ("seed=-1", "config.seed", "-1"),
+    ("seed=1099511627776", "config.seed", "1099511627776"),
+    ("optimizer.learning_rate=nan", "config.optimizer.learning_rate", "nan"),
+    ("optimizer.learning_rate=inf", "config.optimizer.learning_rate", "finite"),
+    ("optimizer.learning_rate=fast", "config.optimizer.learning_rate=fast"),
+    ("optimizer.name=adamm", "config.optimizer", "'adamm'", "adamw"),
+    ("optimizer.decay=cosin", "config.optimizer", "cosine"),
+    ("optimizer.warmup=5000", "config.optimizer", "5000"),
+    ("optimizer.b1=1", "config.optimizer.b1", "[0, 1)"),
+    ("ema=constant(decay=", "config.ema", "'constant(decay='", "name(option=value)"),
+    ("ema=constant(decay=2)", "config.ema", "2"),
+    ("ema=constant(decoy=0.9)", "config.ema", "'decoy'", "decay"),
+    ("ema=constant(decay='much')", "config.ema", "an option has a wrong type"),
+    ("ema=constant()", "config.ema", "decay"),
+    ("ema=constant(0.9, True, 3)", "config.ema", "too many"),
+    ("ema=constant()()", "config.ema", "'constant()()'"),
+    ("ema=[]", "config.ema", "'[]'"),
+    ("ema=", "config.ema", "''"),
+    ("ema=import os", "config.ema", "import os"),
+    ("ema=__import__('os').getcwd()", "config.ema", "getcwd"),
+    ("objective.name=denoisin", "config.objective.name", "denoising"),
+    ("objective.schedule=cosin", "config.objective.schedule", "'cosine'"),
+    ("objective.schedule=shifted(cosine, ", "config.objective.schedule", "shifted(cosine"),
+    ("objective.schedule=shifted(cosine, -1)", "config.objective.schedule", "-1"),
+    ("objective.schedule=shifted(cosine, 'a')", "config.objective.schedule", "shifted"),
+    ("objective.schedule=\udcff\x00ü", "config.objective.schedule"),
+    ("objective.prediction=epsilon", "config.objective.prediction", "'eps'"),
+    ("objective.label_dropout=1.5", "config.objective.label_dropout", "[0, 1]"),
+    ("objective.weighting=min_snr(gamma='x')", "config.objective.weighting", "gamma"),
+    ("model.name=mlpp", "config.model.name", "'mlp'"),
+    ("model.name=unet", "config.model.name", "points"),
+    ("model.mlp.width=0", "config.model.mlp.width", "positive"),
+    ("model.mlp.width=wide", "config.model.mlp.width=wide"),
+    ("model.mlp.depth=99999999", "config.model.mlp.depth", "10,000"),
+    ("data.name=digitz", "config.data.name", "'digits'"),
+    ("data.name=", "config.data.name", "digits"),
+    ("data.density=three_moons", "config.data", "two_moons"),
+    ("data.flip=True", "config.data.flip", "images"),
+    ("data.buckets=aspect(", "config.data.buckets", "aspect("),
+    ("data.background=(1, 2)", "config.data.background", "(1, 2)"),
+    ("data.held_out=1", "config.data.held_out", "[0, 1)"),
+    ("data.std=0", "config.data.std", "positive"),
+    ("data.workers=-1", "config.data.workers", "-1"),
+    ("sampler.solver=dpmpp_4m", "config.sampler.solver", "dpmpp_3m"),
+    ("sampler.solver=ddim(eta='a')", "config.sampler.solver", "eta"),
+    (f"sampler.solver=given(path='{NOTHING}')", "config.sampler.solver", NOTHING),
+    (f"sampler.solver=given(path='{__file__}')", "config.sampler.solver", "not a solver's table"),
+    ("sampler.steps=0", "config.sampler.steps", "positive"),
+    ("sampler.grid=karras(rho=0)", "config.sampler.grid", "rho"),
+    ("sampler.grid=karras(rho=", "config.sampler.grid", "karras(rho="),
+    ("sampler.guidance=strong", "config.sampler.guidance=strong"),
+    ("sampler.guidance_method=linear(", "config.sampler.guidance_method", "linear("),
+    ("sampler.perturbed_blocks=[", "config.sampler.perturbed_blocks", "regular expression"),
+    (f"sampler.autoguidance={NOTHING}", "config.sampler.autoguidance", NOTHING),
+    ("parallel=both", "config.parallel", "fsdp"),
+    ("evaluation.classifier=svm", "config.evaluation.classifier", "digits_svc"),
+    (f"evaluation.weights={NOTHING}", "config.evaluation.weights", NOTHING),
+    ("evaluation.likelihood=odes", "config.evaluation.likelihood", "'ode'"),
+]
+
+
+@pytest.mark.parametrize("override, names", [(c[0], c[1:]) for c in CASES], ids=lambda v: str(v))
+def test_a_config(tmp_path, override, names):
+    workdir = tmp_path / "run"
+    told, _ = command(f"--workdir={workdir}", f"--config.{override}")
+    assert_told(told, *names)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("def get_config(:", ("--config", "broken.py", "line 1")),
+        ("x = 3", ("--config", "broken.py", "get_config")),
+        ("import nothing_of_this_name", ("--config", "broken.py", "nothing_of_this_name")),
+        ("def get_config(): return 3 / 0", ("--config", "broken.py, line 1", "division by zero")),
+        ("\x00\x01", ("--config", "broken.py")),
+        (None, ("--config", "broken.py", "no such file")),
+    ],
+    ids=("syntax", "no get_config", "import", "raises", "null bytes", "absent"),
+)
+def test_a_config_file(tmp_path, text, names):
+    file, workdir = tmp_path / "broken.py", tmp_path / "run"
+    if text is not None:
+        file.write_text(text)
+    told, _ = command(f"--workdir={workdir}", config=file)
+    assert_told(told, *names)
+    assert not workdir.exists()
+
+
+def test_a_mode(tmp_path):
+    told, _ = command(f"--workdir={tmp_path / 'run'}", "--mode=trian")
+    assert_told(told, "mode", "train")
+
+
+@pytest.mark.parametrize("mode", ["train", "sample", "inspect"])
+def test_a_file_in_place_of_the_workdir(tmp_path, mode):
+    file = tmp_path / "run"
+    file.write_text("mine")
+    told, _ = command(f"--workdir={file}", f"--mode={mode}")
+    assert_told(told, file)
+    assert file.read_text() == "mine"

@@ -1,0 +1,127 @@
+"""What a run left, damaged: told in a plain sentence, and what is whole stays."""
+
+import json
+import shutil
+
+import pytest
+from commands import assert_nothing_lost, assert_told, command, contents
+
+TINY = ["--config.model.mlp.width=8", "--config.model.mlp.depth=1", "--config.train.batch_size=8"]
+TINY += ["--config.train.checkpoint_every=2", "--config.optimizer.warmup=1"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run of 4 steps with checkpoints of 2 and 4; pictures are not what is tested here."""
+    folder = tmp_path_factory.mktemp("done") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pictures.finish", "judging.evaluate"):
+            patch.setattr(f"diffusion.experiment.{name}", lambda *_: None)
+        told, _ = command(f"--workdir={folder}", *TINY, "--config.train.steps=4")
+    assert told is None
+    return folder
+
+
+@pytest.fixture
+def run(done, tmp_path):
+    return shutil.copytree(done, tmp_path / "run")
+
+
+def go_on(run, *arguments):
+    return command(f"--workdir={run}", *TINY, "--config.train.steps=6", *arguments)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def absent(path):
+    path.unlink()
+
+
+DAMAGE = [cut, flipped, emptied, absent]
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", ["manifest.json", "about.json", "largest"])
+def test_every_checkpoint(run, file, damage, mode):
+    for folder in (run / "checkpoints").iterdir():
+        data = (p for p in folder.rglob("*") if p.is_file() and "ema" in str(p))
+        largest = max(data, key=lambda p: p.stat().st_size)
+        damage(largest if file == "largest" else folder / file)
+    before = contents(run)
+    told, _ = go_on(run, f"--mode={mode}")
+    assert_told(told, "no checkpoint is whole", run / "checkpoints")
+    assert_nothing_lost(run, before)
+
+
+CONFIGS = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[]",
+    "null": lambda text: "null",
+    "bytes": lambda text: "\x00\x01\udcff",
+    "deep": lambda text: "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+@pytest.mark.parametrize("change", CONFIGS)
+def test_the_config(run, change, mode):
+    file = run / "config.json"
+    file.write_bytes(CONFIGS[change](file.read_text()).encode(errors="surrogateescape"))
+    before = contents(run)
+    told, _ = go_on(run, f"--mode={mode}")
+    assert_told(told, file, "damaged")
+    assert_nothing_lost(run, before)
+
+
+@pytest.mark.parametrize("field, value", [("seed", 3), ("model.mlp.width", 16)])
+def test_another_config(run, field, value):
+    before = contents(run)
+    told, _ = go_on(run, f"--config.{field}={value}")
+    assert_told(told, run, "another configuration")
+    assert field in told and str(value) in told
+    assert_nothing_lost(run, before)
+
+
+@pytest.mark.parametrize("text", ["many\n", "", "\udcff"])
+def test_the_mark_of_a_run_that_is_done(run, text):
+    (run / "done").write_bytes(text.encode(errors="surrogateescape"))
+    before = contents(run)
+    told, _ = go_on(run)
+    assert_told(told, run / "done", "number")
+    assert_nothing_lost(run, before)
+
+
+def test_another_checkpoint_than_there_is(run):
+    told, _ = go_on(run, "--mode=sample", "--config.sampler.checkpoint=3")
+    assert_told(told, "no checkpoint of step 3", "[2, 4]")
+
+
+def test_the_newest_checkpoint_and_the_log(run, monkeypatch):
+    """The run goes on from the checkpoint before, having said so."""
+    for name in ("pictures.finish", "judging.evaluate"):
+        monkeypatch.setattr(f"diffusion.experiment.{name}", lambda *_: None)
+    cut(run / "checkpoints" / "4" / "about.json")
+    log = run / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"step": 4, "lo\xff\xfe\n[]\n3\nnull\n')
+    before = {k: v for k, v in contents(run / "checkpoints").items() if k.parts[0] == "4"}
+    told, printed = go_on(run, "--config.train.log_every=1")
+    assert told is None
+    assert "the checkpoint of step 4 is damaged: about.json" in printed
+    assert "going on after step 2 of 6" in printed
+    assert_nothing_lost(run / "checkpoints", before, moved=[("4", "damaged_4")])
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == [3, 4, 5, 6]
