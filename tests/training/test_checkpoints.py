@@ -133,6 +133,7 @@ def test_another_config_can_be_accepted(tmp_path):
     assert [row["after_step"] for row in starts] == [0, 5]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
 def test_another_model_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(initial().replace(step=jnp.int32(1)))
