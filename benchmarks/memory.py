@@ -116,22 +116,13 @@ def abstract(case: Case) -> TrainState:
     )
 
 
-def size(tree: Any, devices: int = 1) -> int:
-    """Bytes on one of so many devices over which ``parallel.fsdp`` cuts the leaves; 1: whole."""
-    return sum(
-        int(np.prod(x.shape)) * x.dtype.itemsize // (devices if any(cut) else 1)
-        for x in jax.tree.leaves(tree)
-        for cut in [parallel.spec(x.shape, devices)]
-    )
-
-
 def state_bytes(shapes: TrainState, devices: int = 1) -> dict[str, int]:
     """What a step needs whatever the batch; gradients lie as parameters do."""
     parts = {
-        "parameters": size(shapes.params, devices),
-        "gradients": size(shapes.params, devices),
-        "moments": size(shapes.opt_state, devices),
-        "average": size(shapes.ema, devices),
+        "parameters": parallel.bytes_per_device(shapes.params, devices),
+        "gradients": parallel.bytes_per_device(shapes.params, devices),
+        "moments": parallel.bytes_per_device(shapes.opt_state, devices),
+        "average": parallel.bytes_per_device(shapes.ema, devices),
     }
     return parts | {"sum": sum(parts.values())}
 
@@ -175,9 +166,9 @@ def compile_step(case: Case, layout: str, devices: int, per_device: int) -> dict
     """GiB per device: the state as counted and as compiled, and what a step takes besides."""
     began = time.perf_counter()
     found = analyse(case, layout, devices, per_device)
-    counted = size(abstract(case), devices if layout == "fsdp" else 1)
+    counted = parallel.bytes_per_device(abstract(case), devices if layout == "fsdp" else 1)
     return {
-        "counted": (counted + size(case.batch(per_device))) / GIB,
+        "counted": (counted + parallel.bytes_per_device(case.batch(per_device))) / GIB,
         "arguments": found.argument_size_in_bytes / GIB,
         "temporary": found.temp_size_in_bytes / GIB,
         "seconds": time.perf_counter() - began,
@@ -190,7 +181,8 @@ def largest(
     """What fits into devices of so many GiB, of which ``FULL`` is used.
 
     Parameters, in 10^9, whose state and gradients leave a fifth of that to activations; and, for
-    each model, how many examples' activations (with remat) fit beside state and gradients.
+    each model, how many examples' activations (with remat) fit beside state and gradients, at most:
+    the block that is being recomputed comes on top.
     """
     usable = FULL * capacity
     found = {}

@@ -77,7 +77,7 @@ def transformer() -> ConfigDict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=7, help="of windows")
-    parser.add_argument("--seconds", type=float, default=4.0, help="about so long is a window")
+    parser.add_argument("--seconds", type=float, default=3.0, help="about so long is a window")
     parser.add_argument("--part", choices=["all", "layouts"], default="all")
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()

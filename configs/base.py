@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     # metadata.jsonl), arrays (.npz, .npy); any TFDS name; with captions in .npz: captioned, emoji,
     # tiles, emoji_and_tiles
     c.data.name = "digits"
-    c.data.dir = ""  # where the files are, if not in TFDS's own directory
+    c.data.dir = ""  # where the files are, or TFDS's sets; mnist and cifar10 are downloaded to it
     c.data.padding = 0  # zeros around each image (mnist)
     c.data.density = "two_moons"  # points: which density
     c.data.scale = 1.0  # latents: multiplied with this

@@ -2,7 +2,8 @@
 
     python main.py --config=configs/cifar10_ddpm.py --workdir=runs/cifar10_ddpm
 
-The images come from TFDS; or ``--config.data.dir=DIR`` with a ``cifar10_jpegq75.npz``.
+The images are downloaded, or come from ``--config.data.dir=DIR`` with ``cifar-10-binary.tar.gz``,
+``cifar10_jpegq75.npz`` or TFDS's ``cifar10`` in it.
 
 Hardware: one GPU of 16 GB or more. Not yet run. (Published: FID 3.17.)
 """

@@ -2,8 +2,9 @@
 
     python main.py --config=configs/cifar10_edm.py --workdir=runs/cifar10_edm
 
-The images come from TFDS; or ``--config.data.dir=DIR`` with a ``cifar10_jpegq75.npz``. Theirs adds
-non-leaking augmentation and the DDPM++ / NCSN++ backbones.
+The images are downloaded, or come from ``--config.data.dir=DIR`` with ``cifar-10-binary.tar.gz``,
+``cifar10_jpegq75.npz`` or TFDS's ``cifar10`` in it. Theirs adds non-leaking augmentation and the
+DDPM++ / NCSN++ backbones.
 
 Hardware: one GPU of 40 GB or more. Not yet run. (Published: FID 1.79 with 200 M images.)
 """

@@ -2,8 +2,9 @@
 
     python main.py --config=configs/mnist.py --workdir=runs/mnist
 
-The images come from TFDS, or from a folder with the four original idx files:
-``--config.data.dir=DIR``. ``--config.evaluation.weights=FILE.npz`` (LeNet-5) judges the samples.
+The images are downloaded, or come from a folder with the four original idx files, or with TFDS's
+``mnist``: ``--config.data.dir=DIR``. ``--config.evaluation.weights=FILE.npz`` (LeNet-5) judges the
+samples.
 
 Hardware: 2 CPU cores, 7 minutes from command to evaluation, compilation included. Result: LeNet-5
 recognises 98.8 % of 500 samples (99.1 % of the real test images); Fréchet distance in its 84

@@ -52,6 +52,7 @@ def trained(tmp_path_factory):
     """A run of 20 steps, and the arguments that describe it."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     command = [*SMALL, f"--workdir={workdir}"]
+    command += ["--config.train.validate_every=10", "--config.train.validation_count=64"]
     succeed(*command, "--config.train.steps=20", "--config.train.sample_every=10")
     return workdir, command
 
@@ -63,8 +64,11 @@ def test_train_leaves_everything(trained):
     assert list((workdir / "tensorboard").glob("events*"))
     assert (workdir / "samples" / "step_0000010.png").exists()
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [5, 10, 15, 20]
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert list(losses) == [5, 10, 15, 20] and losses[20] < losses[5]
+    held_out = {line["step"]: line["validation_loss"] for line in lines if len(line) == 3}
+    assert list(held_out) == [10, 20] and held_out[20] < held_out[10]
+    assert "in all" in (workdir / "parameters.txt").read_text()
     judged = json.loads((workdir / "evaluation.json").read_text())
     assert 0 <= judged["recognised"] <= 1 and judged["num_samples"] == 100
 

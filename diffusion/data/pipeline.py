@@ -139,7 +139,7 @@ def batch_function(
         raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
     if len(source) == 0:
         raise ValueError(f"{source.name} is empty")
-    _check(augmentation, source)
+    check(augmentation, source)
     local = batch_size // process_count
     random_crop = augmentation.crop == "random"
     streams = tuple(
@@ -159,7 +159,8 @@ def batch_function(
     )
 
 
-def _check(augmentation: Augmentation, source: Source) -> None:
+def check(augmentation: Augmentation, source: Source) -> None:
+    """Raises ValueError where a source cannot be augmented like that."""
     if augmentation.flip and len(source.shape) != 3:
         raise ValueError(f"flip needs images (H, W, C), {source.name} has shape {source.shape}")
     for name, valid in (("crop", CROPS), ("dtype", tuple(DTYPES))):

@@ -113,6 +113,9 @@ def prepare(name: str, data_dir: str | Path, splits: Mapping[str, Source], chann
     if (path := Path(data_dir, name, VERSION)).exists():
         raise ValueError(f"{path} exists already; choose another name, or delete it")
     first = next(iter(splits.values()))
+    if first.pictures is None and (len(first.shape) != 3 or first.levels != 256):
+        what = "no images" if len(first.shape) != 3 else "images of floats"
+        raise ValueError(f"{first.name} has {what}; expected images of 8 bits")
     feature = tensorflow_datasets.features
     features = {"image": feature.Image(shape=(None, None, channels)), "name": feature.Text()}
     if first.num_classes:
@@ -146,11 +149,6 @@ def prepare(name: str, data_dir: str | Path, splits: Mapping[str, Source], chann
 
 def _examples(source: Source, channels: int) -> Iterator[tuple[int, dict[str, Any]]]:
     pictures = source.pictures
-    if pictures is None and (len(source.shape) != 3 or source.levels != 256):
-        raise ValueError(
-            f"{source.name} has {'no images' if len(source.shape) != 3 else 'images of floats'}; "
-            "expected images of 8 bits"
-        )
     for i in range(len(source)):
         if pictures is None:
             batch = source.read(np.array([i]))

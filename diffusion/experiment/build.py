@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import specs
+from diffusion.data import pipeline
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
 from diffusion.experiment import (
@@ -27,7 +28,7 @@ from diffusion.experiment import (
     sampler,
     starting,
 )
-from diffusion.experiment.data import make_source
+from diffusion.experiment.data import augmentation, make_source
 from diffusion.experiment.fields import field, wrong_types
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import Objective, make_model, other_run
@@ -184,10 +185,15 @@ def _check_judge(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict, train: Source, held_out: Source) -> None:
     if config.data.flip and len(train.shape) != 3:
         raise ValueError(f"config.data.flip=True mirrors images, and {train.name} has none")
-    if config.train.validate_every and not len(held_out):
+    with field("config.data"):
+        pipeline.check(augmentation(config.data), train)
+    c = config.train
+    if c.keep_best and "validation" in c.best and not c.validate_every:
         raise ValueError(
-            f"config.train.validate_every={config.train.validate_every}: no data are held out"
+            f"config.train.best={c.best!r} needs config.train.validate_every, which is 0"
         )
+    if c.validate_every and not len(held_out):
+        raise ValueError(f"config.train.validate_every={c.validate_every}: no data are held out")
 
 
 def _check_layout(config: ConfigDict) -> None:

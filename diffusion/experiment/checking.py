@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from diffusion.training import tracking
@@ -50,6 +51,9 @@ RANGES = {
     "data.size": Range(0, DEEP.high),
     "data.padding": Range(0, DEEP.high),
     "data.scale": POSITIVE,
+    "data.threads": Range(0, 1024),
+    "data.workers": Range(0, 1024),
+    "data.prefetch": Range(1, DEEP.high),
     "data.*": NOT_NEGATIVE,
     "model.*dropout": Range(0, BELOW_ONE),
     "model.*eps": POSITIVE,
@@ -83,6 +87,7 @@ RANGES = {
     "log.peak_tflops": NOT_NEGATIVE,
     "profile.steps": POSITIVE,
     "profile.warmup": NOT_NEGATIVE,
+    "inspect.*": POSITIVE,
     "sampler.steps": DEEP,
     "sampler.batch_size": POSITIVE,
     "sampler.seed": Range(0, 2**32 - 1),
@@ -112,6 +117,11 @@ def check(config: ConfigDict) -> None:
             _check_number(name, value, number)
         if name.endswith(".attention_implementation") and value not in ATTENTION:
             raise ValueError(f"config.{name}={value!r}: expected one of None, 'xla', 'cudnn'")
+        used = name.startswith(f"model.{config.model.name}.")
+        if used and value == "cudnn" and jax.default_backend() != "gpu":
+            raise ValueError(
+                f"config.{name}='cudnn' needs an NVIDIA GPU, and this is a {jax.default_backend()}"
+            )
     for name in PATTERNS:
         section, key = name.split(".")
         try:

@@ -22,8 +22,9 @@ from diffusion.data.sources import Batch, Source
 from diffusion.experiment import captions, latents
 from diffusion.experiment.fields import field
 
-NAMES = ("digits", "mnist", "cifar10", "latents", "points", "folder", "arrays", *captions.PAIRS)
+WHOLE = ("digits", "mnist", "cifar10", "latents", "points")  # with splits and sizes of their own
 STORED = ("folder", "arrays")  # and TFDS sets: in any size
+NAMES = (*WHOLE, *STORED, *captions.PAIRS)
 BUCKETS = specs.choices(buckets, "aspect")
 CHECKED = Path("~", ".cache", "diffusion-jax", "checked")  # what on_error=skip has found out
 
@@ -132,9 +133,7 @@ def check(c: ConfigDict) -> None:
     for name, least in {"size": 0, "threads": 0, "workers": 0, "prefetch": 1, "padding": 0}.items():
         if c[name] < least:
             raise ValueError(f"config.data.{name} must be at least {least}, got {c[name]}")
-    if len(c.background) != 3 or not all(0 <= v <= 255 for v in c.background):
-        raise ValueError(f"config.data.background must be (R, G, B) in 0..255, got {c.background}")
-    if not 0 < c.held_out < 1:
+    if c.name not in WHOLE and not 0 < c.held_out < 1:
         raise ValueError(f"config.data.held_out must lie in (0, 1), got {c.held_out}")
     if c.buckets:
         _shapes(c)

@@ -230,7 +230,7 @@ def _notes(config: ConfigDict, report: dict[str, Any], skip: bool) -> list[str]:
         for name, cause in list(bad.items())[:LISTED]:
             notes.append(f"{name}: {cause}")
         if bad:
-            notes.append(f"{len(bad)} images of {split} cannot be decoded; {what}")
+            notes.append(f"{split}: {len(bad)} cannot be decoded; {what}")
     std = (report["trained_on"] or report["pixels"])["std_of_all"]
     if std and not 1 / FAR < c.std / std < FAR:
         notes.append(

@@ -31,7 +31,7 @@ def grid(drawer: Drawer, drawn: tuple[np.ndarray, np.ndarray | None]) -> np.ndar
         rows = label[::columns]
         if len(x) % columns == 0 and np.all(label.reshape(-1, columns) == rows[:, None]):
             names = [name(drawer, row) for row in rows]
-    return figures.imagegrid(drawer.visible(x), columns, row_names=names)
+    return figures.image_grid(drawer.visible(x), columns, row_names=names)
 
 
 def name(drawer: Drawer, label: int) -> str:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from diffusion.data import tfds
 from diffusion.evaluation import figures
 from diffusion.experiment import (
+    checking,
     inspecting,
     judging,
     latents,
@@ -39,6 +40,7 @@ def cache(config: ConfigDict, workdir: str) -> None:
 
 def inspect(config: ConfigDict, workdir: str) -> None:
     """Shows what training would see, in ``workdir/inspect.png``, and in numbers."""
+    checking.check(config)
     inspecting.inspect(config, Path(workdir))
 
 
@@ -49,6 +51,7 @@ def prepare(config: ConfigDict, workdir: str) -> None:
     --config.data.dir=sets``. Images keep their sizes. With config.data.on_error=skip damaged ones
     are left out.
     """
+    checking.check(config)
     folder, c = Path(workdir), config.data
     splits = {split: stored(c, split) for split in ("train", "test")}
     with field(f"--workdir={workdir}"):

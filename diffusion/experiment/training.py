@@ -35,11 +35,13 @@ from diffusion.training.state import TrainState
 def train(config: ConfigDict, workdir: str) -> None:
     """Trains (or goes on, or finds itself done), then draws, plots and evaluates.
 
-    Leaves in ``workdir``: config.json, parameters.txt, checkpoints/, tensorboard/, metrics.jsonl,
-    samples/ (a grid per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif,
-    loss.png and, where samples can be judged, evaluation.json. For points: density.png instead of
-    grids. For autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers
-    saves one. Of a fine-tuned model: pipeline/, likewise.
+    Leaves in ``workdir``: config.json, starts.jsonl (config, code version and command of each
+    start), parameters.txt, checkpoints/, snapshots/ (of averages, per ``train.snapshot_every``
+    steps), tensorboard/, metrics.jsonl, init_from.txt (with ``train.init_from``), samples/ (a grid
+    per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
+    where samples can be judged, evaluation.json. For points: density.png instead of grids. For
+    autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
+    Of a fine-tuned model: pipeline/, likewise.
 
     Of several processes the first writes all this, draws and evaluates, on its own devices;
     ``workdir`` is a folder that all of them see.

@@ -18,6 +18,7 @@ from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling.guidance import conditional
 from diffusion.sampling.langevin import Corrector
 from diffusion.sampling.tables import Solver
+from diffusion.sharding import examples_stay, is_cut
 
 Guide = Callable[..., Denoise | Stateful]  # (ConditionalDenoise, Conditioning, *arguments)
 Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments, x_init) -> images
@@ -195,6 +196,8 @@ def make_sampler(
 
     Each device draws its share of the batch by itself; a batch that does not divide by their
     number is filled up and cut again. It compiles once per batch size and number of evaluations.
+    Parameters that are cut over the devices (fsdp) stay so, and each layer's are gathered where
+    they are used; with a callback, all of them at once.
 
     Args:
       denoiser: params -> conditional denoiser: an objective's ``denoiser``. ``params`` is any
@@ -236,6 +239,12 @@ def make_sampler(
             check_vma=False,
         )(params, solver, keys, cond, arguments, x_init)
 
+    @jax.jit
+    def draw_cut(params, solver, keys, cond, arguments, x_init):
+        with examples_stay(NamedSharding(mesh, split), len(keys)):
+            denoise = guide(denoiser(params), cond, *arguments)
+            return sample(denoise, solver, keys, shape, x_init=x_init, corrector=corrector)
+
     def padded(
         params: Any,
         solver: Solver,
@@ -250,8 +259,17 @@ def make_sampler(
         if extra:
             index = np.arange(count + extra) % count
             batch = jax.tree.map(lambda a: a[index] if jnp.ndim(a) else a, batch)
-        params = jax.device_put(params, NamedSharding(mesh, whole))
-        return draw(params, solver, *batch)[:count]
+        everywhere = NamedSharding(mesh, whole)
+        if callback is None and any(map(is_cut, jax.tree.leaves(params))):
+            params = jax.tree.map(
+                lambda x: x if is_cut(x) else jax.device_put(x, everywhere), params
+            )
+            shares = NamedSharding(mesh, split)
+            batch = jax.tree.map(
+                lambda a: jax.device_put(a, shares if jnp.ndim(a) else everywhere), batch
+            )
+            return draw_cut(params, solver, *batch)[:count]
+        return draw(jax.device_put(params, everywhere), solver, *batch)[:count]
 
     return padded
 

@@ -16,7 +16,6 @@ import contextlib
 import difflib
 import errno
 import json
-import logging
 import os
 import shutil
 import threading
@@ -42,8 +41,6 @@ from diffusion.training.restore import (
     ranked,
 )
 from diffusion.training.state import TrainState
-
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's errors are told below.
 
 SAVING = ".saving"
 
@@ -84,6 +81,7 @@ class Checkpoints:
         if keep_best < 0:
             raise ValueError(f"keep_best must be at least 0, got {keep_best}")
         workdirs.acquire(workdir)
+        storage.quieten()
         self._workdir = Path(workdir).absolute()
         self._directory = self._workdir / workdirs.CHECKPOINTS
         self._keep, self._keep_best, self._best = keep, keep_best, best
@@ -109,6 +107,8 @@ class Checkpoints:
         self.wait()
         if self._newest is None:
             self._newest = _first_decides(self._newest_whole)
+            if self._newest is not None:
+                self._bytes = manifest.size(self._directory / str(self._newest))
         return self._newest
 
     def save(
@@ -144,7 +144,7 @@ class Checkpoints:
         args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
         self._failed = None
         try:
-            self._check_room()
+            self._check_room(state)
             if self._checkpointer is None:
                 self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             folder = self._directory / SAVING / str(step)
@@ -203,8 +203,7 @@ class Checkpoints:
           SaveError: the last save failed; names the last good checkpoint.
         """
         self.wait()
-        if jax.process_index() == 0:
-            self._prune()
+        self.prune()
         if self._failed is not None:
             step, reason = self._failed
             raise SaveError(
@@ -234,10 +233,11 @@ class Checkpoints:
                 f"yet{hint}, only {', '.join(sorted(metrics))}"
             )
 
-    def _check_room(self) -> None:
+    def _check_room(self, state: TrainState) -> None:
         """Spares a save that cannot succeed; several processes must do the same, so they try."""
-        free = shutil.disk_usage(self._directory).free
-        if free < self._bytes and jax.process_count() == 1:
+        sizes = (leaf.nbytes for item in _items(state).values() for leaf in jax.tree.leaves(item))
+        needed = self._bytes or sum(sizes) // 2  # compressed; parameters hardly are
+        if shutil.disk_usage(self._directory).free < needed and jax.process_count() == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _finish(self, step: int, about: str) -> None:
@@ -253,8 +253,7 @@ class Checkpoints:
             self._fail(step, error)
             return
         self._newest = step
-        if jax.process_index() == 0:
-            self._prune()
+        self.prune()
 
     def _fail(self, step: int, error: Exception) -> None:
         reason = storage.reason(error, self._directory)
@@ -273,8 +272,9 @@ class Checkpoints:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self._directory / str(self._newest)}"
 
-    def _prune(self) -> None:
-        if self._keep is None:
+    def prune(self) -> None:
+        """Removes what is neither among the newest nor among the best; saving does so too."""
+        if self._keep is None or jax.process_index() != 0:
             return
         steps = workdirs.steps(self._workdir)
         stay = {*steps[-self._keep :], *self._bests(steps)[: self._keep_best]}

@@ -160,6 +160,7 @@ def fit(
             return state
         if started is not None:
             started(start)
+        checkpoints.prune()  # a full disk may want room first
         logger.rewind(start)
         if start:
             logger.text(f"{workdir}: going on after step {start} of {steps}")
@@ -252,7 +253,8 @@ def fit(
     except NonFiniteError:  # in all processes at once
         raise
     except Exception as error:
-        processes.leave(error)
+        if "RESOURCE_EXHAUSTED" not in str(error):  # of which the caller knows what to say
+            processes.leave(error)
         raise
     finally:
         checkpoints.close()

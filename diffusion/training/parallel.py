@@ -18,12 +18,12 @@ Both work over the devices of all processes. Every array of a run is then a glob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion.levels import Array
+from diffusion.sharding import examples_stay
 
 AXIS = "data"
 NAMES = ("pmap", "fsdp")
@@ -149,28 +150,6 @@ def fsdp(mesh: Mesh) -> Layout:
 
         return {name: turn(x) for name, x in shares.items()}
 
-    @contextmanager
-    def tracing(size: int) -> Iterator[None]:
-        """Holds what modules take and give to the batch's layout.
-
-        Else XLA may choose to cut activations along the axes that the parameters are cut along,
-        and to move them instead of the parameters.
-        """
-
-        def hold(x: Any) -> Any:
-            if not isinstance(x, jax.Array) or x.ndim == 0 or x.shape[0] % size:
-                return x
-            return lax.with_sharding_constraint(x, examples) if x.size else x
-
-        def intercept(call, args, kwargs, context):
-            if context.method_name != "__call__":
-                return call(*args, **kwargs)
-            args, kwargs = jax.tree.map(hold, (args, kwargs))
-            return jax.tree.map(hold, call(*args, **kwargs))
-
-        with nn.intercept_methods(intercept):
-            yield
-
     return Layout(
         name="fsdp",
         mesh=mesh,
@@ -179,7 +158,7 @@ def fsdp(mesh: Mesh) -> Layout:
         mean=lambda tree: tree,  # the loss is the mean over the whole batch already
         keep=keep,
         split=pieces,
-        tracing=tracing,
+        tracing=lambda size: examples_stay(examples, size),
     )
 
 
@@ -189,10 +168,21 @@ def spec(shape: Sequence[int], devices: int) -> PartitionSpec:
     None where there is no such axis, or fewer than ``SMALL`` elements.
     """
     fitting = [(size, axis) for axis, size in enumerate(shape) if size % devices == 0]
-    if np.prod(shape) < SMALL or not fitting:
+    if math.prod(shape) < SMALL or not fitting:
         return PartitionSpec()
     _, axis = max(fitting)
     return PartitionSpec(*[None] * axis, AXIS)
+
+
+def bytes_per_device(tree: Any, devices: int = 1) -> int:
+    """What a pytree of arrays or shapes takes on one of so many devices under fsdp.
+
+    With one device, and on each device under pmap, it lies there whole.
+    """
+    return sum(
+        math.prod(x.shape) * x.dtype.itemsize // (devices if any(spec(x.shape, devices)) else 1)
+        for x in jax.tree.leaves(tree)
+    )
 
 
 def split(batch: Batch, pieces: int) -> dict[str, Array]:

@@ -201,7 +201,7 @@ def leave(error: BaseException) -> None:
             "If another process ended, see what it said: this one cannot go on alone. The same "
             "commands go on from the last checkpoint."
         )
-    elif isinstance(error, ValueError | OSError | ArithmeticError):
+    elif isinstance(error, ValueError | OSError | ArithmeticError | MemoryError):
         tell(f"error in process {jax.process_index()}: {error}")
     else:
         tell("".join(traceback.format_exception(error)))

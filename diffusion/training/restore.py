@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from flax.traverse_util import flatten_dict
 
 from diffusion.training import manifest
 from diffusion.training import workdir as workdirs
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's errors are told in our words.
 
 ABOUT = "about.json"
 

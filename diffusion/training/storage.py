@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,23 @@ def reason(error: BaseException, folder: Path) -> str:
         return (text or type(error).__name__).splitlines()[0]
     free = shutil.disk_usage(folder).free
     return f"the disk is full ({free / 1e6:,.1f} MB free where {folder} is)"
+
+
+def quieten() -> None:
+    """Keeps to itself what asyncio says, a traceback per array, when a save of Orbax's fails.
+
+    The failure itself is raised and told of.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if not hasattr(sys.unraisablehook, "quiet"):
+        before = sys.unraisablehook
+
+        def hook(unraisable):
+            if str(unraisable.exc_value) != "Event loop is closed":
+                before(unraisable)
+
+        hook.quiet = True
+        sys.unraisablehook = hook
 
 
 class Appender:

@@ -226,7 +226,6 @@ def test_sizes_and_channels(tmp_path):
         (dict(workers=-1), r"config\.data\.workers"),
         (dict(prefetch=0), r"config\.data\.prefetch"),
         (dict(held_out=1.0), r"config\.data\.held_out"),
-        (dict(background=(0, 0, 300)), r"config\.data\.background"),
         (dict(buckets="aspect"), r"config\.data\.buckets='aspect' needs config\.data\.size"),
         (dict(size=8, buckets="aspects"), r"config\.data\.buckets: unknown 'aspects'"),
         (dict(size=8, buckets="aspect(step=3)"), r"step=3 must divide the size 8"),

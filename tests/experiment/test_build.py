@@ -83,6 +83,7 @@ MISTAKES = [
     (dict(optimizer__name="adamax"), r"config\.optimizer: unknown optimizer 'adamax'"),
     (dict(optimizer__decay="step"), r"config\.optimizer: unknown decay 'step'"),
     (dict(ema="constant(decay=1.5)"), r"config\.ema: an EMA's decay must lie in \[0, 1\)"),
+    (dict(parallel="zero"), r"config\.parallel: unknown parallel='zero'; choose one of pmap, fsdp"),
     (dict(train__batch_size=127), r"config\.train\.batch_size=127 is not divisible by 4.*124 or"),
     (dict(train__steps=0), r"config\.train\.steps must be positive, got 0"),
     (dict(train__keep_best=-1), r"config\.train\.keep_best must be >= 0, got -1"),

@@ -58,6 +58,7 @@ def test_the_defaults_and_the_configs_pass():
         ("model.dit.dropout", 1.0, r"must lie in \[0, 1\)"),
         ("model.unet.blocks", 10**9, "must be at most 10,000"),
         ("model.unet.attention_implementation", "flash", "expected one of None, 'xla', 'cudnn'"),
+        ("model.unet.attention_implementation", "cudnn", "needs an NVIDIA GPU, and this is a cpu"),
         ("sampler.steps", 10**9, "must be at most 10,000, got 1000000000"),
         ("sampler.seed", -1, "must be >= 0"),
         ("sampler.perturbed_blocks", "mid_(", r"is no regular expression: missing \)"),
@@ -89,6 +90,11 @@ def test_wandb_must_be_there(monkeypatch):
 @pytest.mark.parametrize(
     "module, fields, message",
     [
+        (
+            digits,
+            {"train.keep_best": 2, "train.best": "validation_loss"},
+            r"config\.train\.best='validation_loss' needs config\.train\.validate_every",
+        ),
         (toy2d, {"data.flip": True}, r"config\.data\.flip=True mirrors images, and two_moons has"),
         (digits, {"samples.captions": ("a cat",)}, r"config\.samples\.captions=\('a cat',\): this"),
         (digits, {"objective.t_min": 1.0}, r"config\.objective\.t_min=1\.0 must lie below .*1\.0"),

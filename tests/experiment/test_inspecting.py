@@ -80,7 +80,13 @@ def test_inspect_tells_and_shows(scenes, tmp_path, capsys, monkeypatch):
     page = Image.open(tmp_path / "inspect.png")
     assert page.mode == "RGB" and min(page.size) > 300
     out = capsys.readouterr().out
-    for part in ("05.png", "cut at 6", "note: 1 images of", "occur several times", "12 x 20"):
+    for part in (
+        "05.png",
+        "cut at 6",
+        ": 1 cannot be decoded; training stops",
+        "occur several times",
+        "12 x 20",
+    ):
         assert part in out
 
 

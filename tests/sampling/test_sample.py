@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from diffusion.sampling.analytic import gaussian_mixture
 from diffusion.sampling.guidance import classifier_free
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
 from diffusion.sampling.tables import REGISTERS
+from diffusion.sharding import is_cut
+from diffusion.training import parallel
 
 SHAPE = (4, 4, 1)
 MEANS = np.linspace(-0.8, 0.8, 32).reshape(2, *SHAPE)
@@ -151,6 +154,26 @@ def test_the_same_images_on_one_and_four_devices():
     # Weights that lie on one device are brought to all.
     params = jax.device_put(PARAMS, jax.local_devices()[1])
     np.testing.assert_array_equal(four(params, table, keys, cond, scales), images)
+
+
+def test_parameters_that_are_cut_over_the_devices_stay_so():
+    net = nn.Dense(128)
+    params = net.init(jax.random.key(0), jnp.zeros((1, 128)))
+
+    def denoiser(params):
+        return lambda x, level, cond: net.apply(params, x) * level.alpha
+
+    table, keys, cond = solvers.ddpm(GRID), image_keys(0, range(6)), Conditioning()
+    draw = make_sampler(denoiser, (128,))
+    layout = parallel.make("fsdp", jax.local_devices())
+    cut = parallel.place(layout, params)
+    assert is_cut(cut["params"]["kernel"])
+    with pytest.MonkeyPatch.context() as patch:  # what would gather them whole
+        patch.setattr(jax, "shard_map", None)
+        images = draw(cut, table, keys, cond)
+    np.testing.assert_allclose(draw(params, table, keys, cond), images, rtol=1e-4, atol=1e-5)
+    watched = make_sampler(denoiser, (128,), callback=lambda *_: None)
+    np.testing.assert_allclose(watched(cut, table, keys, cond), images, rtol=1e-4, atol=1e-5)
 
 
 def test_many_images_do_not_depend_on_the_batch_size(capsys):

@@ -109,5 +109,5 @@ def second(workdir):
 
 if __name__ == "__main__":
     which, workdir, port, process_id = sys.argv[1:]
-    processes.join(f"127.0.0.1:{port}", 2, int(process_id), timeout=60, heartbeat=10)
+    processes.join(f"127.0.0.1:{port}", 2, int(process_id))
     {"first": first, "second": second}[which](Path(workdir))

@@ -8,6 +8,7 @@ from linear_run import Linear, batch_of
 from diffusion.training import diagnosis
 
 KEY = jax.random.key(0)
+STEP_KEY = jax.random.key_data(jax.random.fold_in(KEY, 3)).tolist()
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 
 
@@ -19,6 +20,7 @@ class Rooted(Linear):
         return jnp.sqrt(jnp.sum(error**2, -1)).mean(), {}
 
     def levels(self, key, index):
+        assert jax.random.key_data(key).tolist() == STEP_KEY
         t = (index + 1) / 10
         return SimpleNamespace(t=t, alpha=1 - t, sigma=t)
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from linear_run import lines
 
+from diffusion.training import workdir as workdirs
+
 HERE = Path(__file__).parent
 # Kills while it writes any file, its log, a snapshot, a checkpoint; and after some time.
 KILLS = {"": 4, "metrics.jsonl": 3, "snapshots/": 4, "checkpoints/": 6, "time": 5}
@@ -53,14 +55,19 @@ def contents(workdir):
     return found | {"log": lines(workdir), "checkpoints": steps}
 
 
-def test_killed_anywhere_and_started_again_is_the_same_to_the_bit(start, tmp_path):
-    straight = tmp_path / "straight"
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """What a run that was never stopped leaves, and how it ended."""
+    straight, again = tmp_path_factory.mktemp("straight"), tmp_path_factory.mktemp("again")
     assert start(straight)["status"] == 0  # compiles
-    again = tmp_path / "again"
-    whole = start(again)
+    ended = start(again)
     expected = contents(straight)
     assert contents(again) == expected and len(expected["log"]) == 5
+    return expected, ended
 
+
+def test_killed_anywhere_and_started_again_is_the_same_to_the_bit(start, whole, tmp_path):
+    expected, whole = whole
     rng = random.Random(0)
     kills = [place for place, count in KILLS.items() for _ in range(count)]
     rng.shuffle(kills)
@@ -85,3 +92,17 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_bit(start, tmp_pat
             runs += 1
             workdir = tmp_path / str(runs)
     assert killed == sum(KILLS.values()) >= 20
+
+
+def test_terminated_it_saves_and_goes_on_the_same_to_the_bit(start, whole, tmp_path):
+    steps = []
+    # While a snapshot is written, then in the background, while a checkpoint is.
+    for place, event in (("snapshots/", 1), ("checkpoints/", 12)):
+        ended = start(tmp_path, path=place, event=event, by=signal.SIGTERM)
+        assert ended["status"] == 128 + signal.SIGTERM
+        steps += workdirs.steps(tmp_path)[-1:]
+    assert 5 == steps[0] < steps[1] < 14
+    assert start(tmp_path)["status"] == 0
+    found, expected = contents(tmp_path), dict(whole[0])
+    found.pop("checkpoints"), expected.pop("checkpoints")  # there were more to choose the best from
+    assert found == expected

@@ -9,8 +9,8 @@ import pytest
 from linear_run import assert_identical, batches, lines, run
 
 from diffusion.training import loop
-from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.restore import restore_ema
+from diffusion.training.workdir import steps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +50,7 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(tmp_path, straight):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, 10, hooks=[(1, stop)], checkpoint_every=100)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert Checkpoints(tmp_path).latest() == 5
+    assert steps(tmp_path)[-1] == 5
     state = run(tmp_path, 10)
     assert_identical(state, straight[0])
     assert lines(tmp_path) == straight[1]  # though 5 lies within one of the log's intervals
@@ -78,7 +78,7 @@ def test_interrupt_saves(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, 10, hooks=[(1, interrupt)])
     assert signal.getsignal(signal.SIGINT) is before
-    assert Checkpoints(tmp_path).latest() == 2
+    assert steps(tmp_path)[-1] == 2
 
 
 def test_already_done(tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_already_done(tmp_path, capsys):
 def test_not_finite_stops_and_keeps_the_checkpoint(tmp_path, poison):
     with pytest.raises(loop.NonFiniteError, match=f"step {poison + 1} .*last good checkpoint: 5"):
         run(tmp_path, 10, batches=partial(batches, poison=[poison]), max_skipped=0)
-    assert Checkpoints(tmp_path).latest() == 5
+    assert steps(tmp_path)[-1] == 5
     assert all(np.isfinite(row.get("loss", 0)) for row in lines(tmp_path))
     assert int(run(tmp_path, 10).step) == 10  # with whole data it goes on from there
 
@@ -158,15 +158,15 @@ def test_a_failing_hook_costs_no_training(tmp_path):
 
     with pytest.raises(RuntimeError, match="pictures"):
         run(tmp_path, 10, hooks=[(4, fail)])
-    assert Checkpoints(tmp_path).latest() == 4
+    assert steps(tmp_path)[-1] == 4
 
 
 def test_log_holds_means_over_the_interval(tmp_path, straight):
     run(tmp_path, 10, log_every=1)
     each = {row["step"]: row for row in lines(tmp_path)}
-    for row, steps in zip(straight[1], ([1, 2, 3], [4, 5, 6], [7, 8, 9], [10])):
-        assert row["step"] == steps[-1]
-        assert row["loss"] == pytest.approx(np.mean([each[s]["loss"] for s in steps]), rel=1e-6)
+    for row, of in zip(straight[1], ([1, 2, 3], [4, 5, 6], [7, 8, 9], [10])):
+        assert row["step"] == of[-1]
+        assert row["loss"] == pytest.approx(np.mean([each[s]["loss"] for s in of]), rel=1e-6)
 
 
 def test_averages_alone_can_be_read(tmp_path):

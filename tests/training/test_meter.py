@@ -62,7 +62,7 @@ def test_of_the_machine(tmp_path):
         assert row["step_seconds"] == pytest.approx(10 / speed)
         assert row["teraflops_per_second"] == pytest.approx(speed * 1e6 / 1e12)
         assert row["share_of_peak"] == pytest.approx(speed * 1e6 / 1e15)
-        assert 0 < row["waiting_for_data"] <= 1
+        assert row["waiting_for_data"] * row["step_seconds"] == pytest.approx(1e-7)
         assert 0.01 < row["process_memory_gib"] < 1000  # CPUs have no memory of their own
         assert {*row} - {*OF_THE_MACHINE} <= {"step", "loss", "q"}
 

@@ -16,7 +16,7 @@ KEY = jax.random.key(1)
 
 
 @cache
-def step_of(layout, accumulate=1):
+def step_of(layout, accumulate):
     return make_train_step(Regression(), SGD, EMAS, accumulate=accumulate, parallel=layout)
 
 
@@ -75,35 +75,50 @@ def test_the_state_is_cut_and_stays_so():
             assert {shard.data.shape for shard in shards} == {(WIDTH, WIDTH // 4)}
             assert len({shard.device for shard in shards}) == 4
         assert state.params["Dense_0"]["bias"].sharding.is_fully_replicated  # it is small
-    step_of("fsdp")(first, None, batch_of(0), KEY)
+    step_of("fsdp", 1)(first, None, batch_of(0), KEY)
     assert all(x.is_deleted() for x in jax.tree.leaves(first))
 
 
-def test_the_step_gathers_parameters_and_not_activations():
-    layout, state = layout_of("fsdp"), initial("fsdp")
-    lowered = step_of("fsdp").lower(state, None, parallel.place_batch(layout, batch_of(0)), KEY)
-    text = lowered.compile().as_text()
+@cache
+def compiled(name, accumulate):
+    batch = parallel.place_batch(layout_of(name), batch_of(0))
+    return step_of(name, accumulate).lower(initial(name), None, batch, KEY).compile()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_step_gathers_parameters_and_moves_no_examples(accumulate):
+    text = compiled("fsdp", accumulate).as_text()
     gathered = [line for line in text.splitlines() if " all-gather(" in line]
     assert any(f"f32[{WIDTH},{WIDTH}]" in line for line in gathered)
-    assert not any(f"f32[8,{WIDTH}]" in line for line in gathered)  # all examples' activations
+    assert not any(f"f32[{8 // accumulate},{WIDTH}]" in line for line in gathered)  # activations
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text
+
+
+@pytest.mark.parametrize(("name", "devices"), [("pmap", 1), ("fsdp", 4)])
+def test_memory_is_what_the_plan_says(name, devices):
+    shapes = jax.eval_shape(lambda: initial(name))
+    expected = parallel.bytes_per_device(shapes, devices)
+    expected += sum(x.nbytes for x in batch_of(0).values()) // 4 + 8  # and the key
+    assert compiled(name, 1).memory_analysis().argument_size_in_bytes == expected
 
 
 def test_the_step_is_compiled_once():
     trained("fsdp", steps=1)
-    compiled = []
+    told = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+        lambda event, *_, **__: told.append(event) if "backend_compile" in event else None
     )
     layout, state = layout_of("fsdp"), initial("fsdp")
-    compiled.clear()  # of the initialisation
+    told.clear()  # of the initialisation
     for i in range(3):
         batch = parallel.place_batch(layout, batch_of(i))
-        state, _ = step_of("fsdp")(state, None, batch, KEY)
-    assert not compiled
+        state, _ = step_of("fsdp", 1)(state, None, batch, KEY)
+    assert not told
 
 
 def test_a_run_goes_on_in_the_other_layout(tmp_path, monkeypatch):
-    make = {"pmap": step_of("pmap"), "fsdp": step_of("fsdp")}
+    make = {"pmap": step_of("pmap", 1), "fsdp": step_of("fsdp", 1)}
     monkeypatch.setattr(loop, "make_train_step", lambda *_, parallel, **__: make[parallel])
     whole, workdir = run(tmp_path / "whole", "pmap", steps=6), tmp_path / "changing"
     for steps, name in ((2, "pmap"), (4, "fsdp"), (6, "pmap")):

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,10 +15,11 @@ from linear_run import lines
 from processes_run import STEPS, run
 
 from diffusion.training import processes
-from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.restore import restore_ema
+from diffusion.training.workdir import steps
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 180  # seconds; on a quiet machine they take less than ten
 SCRIPT = str(Path(__file__).with_name("processes_run.py"))
 
 
@@ -34,16 +36,20 @@ def start(*arguments):
 
 
 def launch(which, workdir):
-    """Exit codes and output of both."""
+    """Output and exit code of both; those that take too long are killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = [start(SCRIPT, which, workdir, port, process) for process in (0, 1)]
-    try:
-        return [(process.communicate(timeout=120)[0], process.returncode) for process in both]
-    finally:
-        for process in both:
+    end, ended = time.monotonic() + TIMEOUT, []
+    for process in both:
+        try:
+            said, _ = process.communicate(timeout=max(0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
             process.kill()
+            said, _ = process.communicate()
+        ended.append((said, process.returncode))
+    return ended
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +63,28 @@ def alone(tmp_path_factory):
 def together(tmp_path_factory):
     """Two processes, of which one was killed and both were started again: folder and output."""
     workdir = tmp_path_factory.mktemp("together")
-    (said, code), (_, killed) = launch("first", workdir)
-    assert (code, killed) == (1, -signal.SIGKILL), said
-    assert "error in process 0" in said
-    assert "If another process ended" in said
-    assert Checkpoints(workdir / "fsdp").latest() == 4
-    outputs = launch("second", workdir)
-    assert [code for _, code in outputs] == [0, 0], outputs
-    return workdir, [said for said, _ in outputs]
+    first = launch("first", workdir)
+    left = steps(workdir / "fsdp")
+    return workdir, first, left, launch("second", workdir)
 
 
 def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
 
 
+def test_when_one_is_killed_the_other_ends(together):
+    _, ((said, code), (_, killed)), left, _ = together
+    assert (code, killed) == (1, -signal.SIGKILL), said
+    assert "error in process 0" in said
+    assert "If another process ended" in said
+    assert left == [4]
+
+
 @pytest.mark.parametrize("parallel", ["fsdp", "pmap"])
 def test_two_processes_train_as_one(parallel, alone, together):
     state, log = alone
-    workdir, _ = together
+    workdir, _, _, ended = together
+    assert [code for _, code in ended] == [0, 0], ended
     rows = lines(workdir / parallel)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))  # one writes, none twice
     assert [row.keys() for row in rows] == [row.keys() for row in log]
@@ -85,7 +95,7 @@ def test_two_processes_train_as_one(parallel, alone, together):
 
 
 def test_both_stop_at_the_same_step(together):
-    _, (first, second) = together
+    first, second = (said for said, _ in together[-1])
     for said in (first, second):
         assert f"stopped with {128 + signal.SIGTERM}" in said  # though one alone had the signal
     assert "stopped by SIGTERM; checkpoint saved at step" in first
@@ -93,7 +103,7 @@ def test_both_stop_at_the_same_step(together):
 
 
 def test_one_tells(together):
-    _, (first, second) = together
+    first, second = (said for said, _ in together[-1])
     assert "going on after step 4 of 10" in first
     assert "step 10/10" in first
     assert "loss" not in second

@@ -1,11 +1,11 @@
 """Runs that are killed, each in a process of its own that need not import anything.
 
 This process imports everything and touches no device. For each line of JSON on its input,
-{"workdir": ..., "path": ..., "event": n, "seconds": s}, it forks one that trains as
+{"workdir": ..., "path": ..., "event": n, "seconds": s, "by": 9}, it forks one that trains as
 ``linear_run.run`` does, and answers with {"status": how it ended, "seconds": ..., "counts": ...}.
-An event is an operation of Python's on a file of the workdir. The process is killed right before
-the n-th whose path contains ``path``, or after so many seconds, wherever it is then; counts are
-of such events by the paths in ``PATHS``.
+An event is an operation of Python's on a file of the workdir. The signal comes right before the
+n-th whose path contains ``path``, or after so many seconds, wherever the process is then; counts
+are of such events by the paths in ``PATHS``.
 """
 
 import json
@@ -25,7 +25,7 @@ PATHS = ("", "metrics.jsonl", "snapshots/", "checkpoints/", "lock")
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 
 
-def train(workdir, path=None, event=0):
+def train(workdir, path=None, event=0, by=signal.SIGKILL):
     counts = dict.fromkeys(PATHS, 0)
 
     def watch(operation, arguments):
@@ -36,7 +36,7 @@ def train(workdir, path=None, event=0):
         for name in PATHS:
             counts[name] += name in str(arguments[0])
         if path is not None and path in str(arguments[0]) and counts[path] == event:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
     sys.addaudithook(watch)
     state = run(
@@ -65,6 +65,8 @@ def fork(workdir, seconds=None, **kill):
             os.dup2(2, 1)  # its words are not answers
             os.write(write, json.dumps(train(workdir, **kill)).encode())
             status = 0
+        except SystemExit as stopped:
+            status = stopped.code
         finally:
             sys.stderr.flush()
             os._exit(status)

@@ -1,0 +1,41 @@
+"""Arrays cut over devices: examples stay where they are, and parameters come to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import lax
+from jax.sharding import NamedSharding
+
+
+@contextmanager
+def examples_stay(sharding: NamedSharding, size: int) -> Iterator[None]:
+    """While linen modules are traced, what they take and give is laid out by ``sharding``.
+
+    Else XLA may choose to cut activations along the axes that the parameters are cut along, and to
+    move them instead of the parameters. Held are arrays whose first axis is a multiple of ``size``,
+    the number of examples.
+    """
+
+    def hold(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.ndim == 0 or x.shape[0] % size or not x.size:
+            return x
+        return lax.with_sharding_constraint(x, sharding)
+
+    def intercept(call, args, kwargs, context):
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        args, kwargs = jax.tree.map(hold, (args, kwargs))
+        return jax.tree.map(hold, call(*args, **kwargs))
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def is_cut(x: Any) -> bool:
+    """Whether an array lies in pieces over several devices."""
+    return isinstance(x, jax.Array) and not x.is_fully_replicated
