@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 from absl import flags
@@ -37,7 +39,11 @@ def command(*arguments, config="configs/toy2d.py"):
     told, printed, given = None, io.TextIOWrapper(io.BytesIO(), write_through=True), sys.argv
     sys.argv = ["main.py", f"--config={ROOT / config}", *map(str, arguments)]  # the config reads it
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=""),  # none, to find none
+        ):
             main.main(main.parse(sys.argv))
     except SystemExit as end:
         told = end.code
