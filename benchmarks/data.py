@@ -89,6 +89,8 @@ def main() -> None:
     )
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()
+    if arguments.photos < 64:
+        parser.error(f"--photos must be at least 64, two batches; got {arguments.photos}")
     flags.FLAGS.mark_as_parsed()
     torch.set_num_threads(1)  # as in its worker processes: an example is too small to share
     rows = []
