@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion import predictions, schedules
-from diffusion.data import captioned
+from diffusion.data import sources
 from diffusion.denoiser import ddpm_index
 from diffusion.evaluation.captions import caption_gap, retrieval
 from diffusion.objectives.denoising import Denoising
@@ -35,14 +35,14 @@ def tokenize(captions):
 
 def source():
     images = np.zeros((5, 2, 2, 1), np.uint8)
-    made = captioned.source("numbers", captioned.Pairs(images, CAPTIONS), tokenize, 6)
+    made = sources.from_arrays("numbers", images)
     numbers = np.array([float(c) for c in CAPTIONS], np.float32)
 
     def read(index):
         x = np.broadcast_to(numbers[index][:, None, None, None], (len(index), 2, 2, 1))
         return {"x": np.array(x)} | tokenize([CAPTIONS[i] for i in index])
 
-    return dataclasses.replace(made, read=read)
+    return dataclasses.replace(made, read=read, captions=CAPTIONS, encode=tokenize, vocabulary=6)
 
 
 def gap_of(gain):

@@ -164,7 +164,7 @@ MISTAKES = [
         "perturbed_attention=1 perturbed_blocks=attic",
         r"perturbed_blocks='attic' names no self-attention of this unet; it has mid_block/att",
     ),
-    ("perturbed_attention=1 perturbed_blocks=(", r"perturbed_blocks='\(': "),
+    ("perturbed_attention=1 perturbed_blocks=(", r"perturbed_blocks='\(' is no regular"),
 ]
 
 
