@@ -48,9 +48,11 @@ def save(path: str | Path, about: Mapping[str, Any], rows: Sequence[Mapping[str,
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """Markdown: key -> column's head; numbers with three digits."""
+    """Markdown: key -> column's head; numbers with three digits, nothing where a row lacks them."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [f"{v:.3g}" if isinstance(v := row[key], float) else str(v) for key in columns]
+        cells = [
+            f"{v:.3g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

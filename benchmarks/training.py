@@ -63,7 +63,7 @@ def small_unet() -> ConfigDict:
 
 
 def points() -> ConfigDict:
-    """The MLP of configs/toy2d.py, whose step takes about a millisecond."""
+    """The MLP of configs/toy2d.py, whose step is a few milliseconds."""
     return toy2d.get_config()
 
 
@@ -85,13 +85,14 @@ def main() -> None:
     if arguments.part == "layouts":
         print(json.dumps([layouts(transformer, **length), layouts(unet, **length)]))
         return
-    rows = [loop(points, **length), loop(unet, **length), checkpoints(small_unet, **length)]
+    rows = [loop(points, **length), loop(unet, **length)]
+    rows += [checkpoints(small_unet, **length), checkpoints(unet, **length)]
     rows += in_four_devices(**length)
     about = report.environment("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     columns = {"what": "what", "model": "model", "steps": "steps per window", "pairs": "pairs"}
     columns |= {"base": "base [ms/step]", "ours": "compared [ms/step]", "overhead": "overhead [%]"}
-    columns |= {"low": "lowest", "high": "highest"}
+    columns |= {"low": "lowest", "high": "highest", "seconds_per_save": "seconds per save"}
     print(report.table(rows, columns))
     if arguments.json:
         report.save(arguments.json, about | {"arguments": vars(arguments)}, rows)
