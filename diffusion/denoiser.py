@@ -42,10 +42,12 @@ class Stateful(NamedTuple):
     Attributes:
       init: x [B, ...] -> the memory before the first evaluation, a pytree.
       step: (x, level, memory) -> (x_0_hat or Estimate, memory).
+      skip: memory -> memory, at an evaluation that another denoiser answers.
     """
 
     init: Callable[[Array], Any]
     step: Callable[[Array, NoiseLevel, Any], tuple[Array | Estimate, Any]]
+    skip: Callable[[Any], Any] = lambda memory: memory
 
 
 ConditionalDenoise = Callable[[Array, NoiseLevel, Conditioning], Array | Estimate]

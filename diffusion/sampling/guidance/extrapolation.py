@@ -183,35 +183,61 @@ def autoguidance(
 
 
 def interval(
-    guided: Denoise | Stateful, plain: Denoise, low: float = 0.0, high: float = jnp.inf
+    guided: Denoise | Stateful,
+    plain: Denoise | Stateful,
+    low: float = 0.0,
+    high: float = jnp.inf,
 ) -> Denoise | Stateful:
     """``guided`` where low <= sigma / alpha <= high; elsewhere ``plain``.
 
     Kynkäänniemi et al., 2024. For levels with leaves (), as samplers give, only one of the two is
-    evaluated. Outside, a memory stays as it is.
+    evaluated; what the other remembers stays as it is, but for its ``skip``.
     """
     if not 0 <= low < high:
         raise ValueError(f"expected 0 <= low < high, got low={low} and high={high}")
+    (init_guided, inner, skip_guided), (init_plain, outer, skip_plain) = map(
+        _remembering, (guided, plain)
+    )
 
-    def wrap(step: Step) -> Step:
-        def within(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            # low alpha <= sigma, which holds at alpha = 0 too.
-            inside = low * level.alpha <= level.sigma
-            if high != jnp.inf:
-                inside &= level.sigma <= high * level.alpha
+    def within(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+        # low alpha <= sigma, which holds at alpha = 0 too.
+        inside = low * level.alpha <= level.sigma
+        if high != jnp.inf:
+            inside &= level.sigma <= high * level.alpha
 
-            def otherwise(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-                return as_estimate(plain(x, level)), memory
+        def guide(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+            estimate, after = inner(x, level, memory[0])
+            return as_estimate(estimate), (after, skip_plain(memory[1]))
 
-            if jnp.ndim(inside) == 0:
-                return jax.lax.cond(inside, step, otherwise, x, level, memory)
-            mask = inside.reshape((-1,) + (1,) * (x.ndim - 1))
-            both = step(x, level, memory), otherwise(x, level, memory)
-            return jax.tree.map(lambda a, b: jnp.where(mask, a, b), *both)
+        def otherwise(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+            estimate, after = outer(x, level, memory[1])
+            return as_estimate(estimate), (skip_guided(memory[0]), after)
 
-        return within
+        if jnp.ndim(inside) == 0:
+            return jax.lax.cond(inside, guide, otherwise, x, level, memory)
+        mask = inside.reshape((-1,) + (1,) * (x.ndim - 1))
+        (first, one), (second, two) = guide(x, level, memory), otherwise(x, level, memory)
 
-    return lift(guided, wrap)
+        def mix(a: Array, b: Array) -> Array:
+            return jnp.where(mask, a, b) if jnp.shape(a) == x.shape else a
+
+        # Both were evaluated, and each remembers; momentum, of each image by itself, is masked.
+        after = (jax.tree.map(mix, one[0], two[0]), two[1])
+        return jax.tree.map(mix, first, second), after
+
+    if not isinstance(guided, Stateful) and not isinstance(plain, Stateful):
+        return lambda x, level: within(x, level, (None, None))[0]
+    return Stateful(
+        lambda x: (init_guided(x), init_plain(x)),
+        within,
+        lambda memory: (skip_guided(memory[0]), skip_plain(memory[1])),
+    )
+
+
+def _remembering(denoise: Denoise | Stateful) -> Stateful:
+    if isinstance(denoise, Stateful):
+        return denoise
+    return Stateful(lambda x: None, lambda x, level, memory: (denoise(x, level), memory))
 
 
 def _is_one(scale: Scale) -> bool:

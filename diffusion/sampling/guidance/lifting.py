@@ -24,7 +24,7 @@ def lift(denoise: Denoise | Stateful, wrap: Callable[[Step], Step]) -> Denoise |
             result, memory = denoise.step(x, level, memory)
             return as_estimate(result), memory
 
-        return Stateful(denoise.init, wrap(remembered))
+        return denoise._replace(step=wrap(remembered))
     step = wrap(lambda x, level, memory: (as_estimate(denoise(x, level)), memory))
     return lambda x, level: step(x, level, None)[0]
 

@@ -1,0 +1,190 @@
+"""Evaluations that reuse an earlier one's features, whole output or guidance: cheaper sampling.
+
+``cached`` transforms a denoiser, guidance included: at most evaluations its networks' deep parts
+are not evaluated, but what they gave at the last refresh is put in place (``models.reuse``). When
+to refresh is either a schedule, an array [R] that is data to the compiled sampler,
+
+    denoise = cached(guidance.classifier_free(...), every(3, evaluations), keep=1)
+
+or decided as it goes (``adaptive``). Both give ``Stateful`` denoisers, with which ``sample`` runs
+one of two branches at each evaluation: in a scan, ``lax.cond`` evaluates only the one. Under
+``vmap`` it becomes a select, both are evaluated, and nothing is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.denoiser import Denoise, Estimate, Stateful, as_estimate
+from diffusion.levels import Array, NoiseLevel
+from diffusion.models import reuse
+
+Step = Callable[[Array, NoiseLevel, Any], tuple[Estimate, Any]]
+
+
+class Memory(NamedTuple):
+    """What a cached denoiser remembers.
+
+    Attributes:
+      count: () evaluations so far.
+      refreshed: () of them, those that evaluated everything.
+      features: of the last refresh.
+      seen: what ``adaptive`` compares, at the last refresh; empty otherwise.
+      inner: the memory of the denoiser that is cached.
+    """
+
+    count: Array
+    refreshed: Array
+    features: reuse.Features
+    seen: reuse.Features
+    inner: Any
+
+
+def every(n: int, evaluations: int) -> np.ndarray:
+    """Refreshes [R] at each n-th evaluation, beginning with the first (DeepCache's 1:N).
+
+    Raises:
+      ValueError: for n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return np.arange(evaluations) % n == 0
+
+
+def dense(n: int, evaluations: int, center: float = 0.5, power: float = 1.4) -> np.ndarray:
+    """As many refreshes [R] as ``every(n)``, closer to each other around ``center``.
+
+    Refreshes lie at center + u |u|^(power - 1) for evenly spaced u (DeepCache's non-uniform 1:N,
+    Ma et al., 2023, section 3.3), rounded; where two would fall together, the next free one.
+
+    Args:
+      n: evaluations per refresh, on average.
+      evaluations: R.
+      center: share of the evaluations, in [0, 1]; 0 is the noisy end.
+      power: 1 is ``every``, up to rounding.
+
+    Raises:
+      ValueError: for values out of range.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if not 0 <= center <= 1 or not power >= 1:
+        raise ValueError(f"expected center in [0, 1] and power >= 1, got {center} and {power}")
+    count = -(-evaluations // n)
+    low, high = -(center ** (1 / power)), (1 - center) ** (1 / power)
+    u = np.linspace(low, high, count + 1)[:-1]
+    wanted = evaluations * (center + np.sign(u) * np.abs(u) ** power)
+    refresh = np.zeros(evaluations, bool)
+    for place in np.round(wanted).astype(int).clip(0, evaluations - 1):
+        free = np.flatnonzero(~refresh)
+        refresh[free[np.argmin(np.abs(free - place) + 0.1 * (free < place))]] = True
+    return refresh
+
+
+def at(rows: Sequence[int], evaluations: int) -> np.ndarray:
+    """Refreshes [R] at the evaluations of these numbers, from 0; the first one is always.
+
+    Raises:
+      ValueError: for numbers that are no evaluation's.
+    """
+    wrong = [r for r in rows if not isinstance(r, int) or not 0 <= r < evaluations]
+    if wrong:
+        raise ValueError(f"there is no evaluation {wrong[0]!r}; expected 0 to {evaluations - 1}")
+    refresh = np.zeros(evaluations, bool)
+    refresh[[0, *rows]] = True
+    return refresh
+
+
+def cached(denoise: Denoise | Stateful, refresh: Array, keep: int = 1) -> Stateful:
+    """``denoise`` with its networks' deep parts evaluated only where ``refresh`` says so.
+
+    All network calls of one evaluation (guidance's batch of two, a weaker network's) are refreshed
+    together. Each image remains a function of its own noise alone.
+
+    Args:
+      denoise: calls networks in itself; not jitted by itself. Gradients of other networks
+        (``classifier_guidance``) belong outside, as do thresholds.
+      refresh: [R] bool, by number of the evaluation; the first one is always a refresh. Traced or
+        not. After R evaluations the last entry goes on to count.
+      keep: how much of each network is evaluated every time; see ``models.reuse``.
+
+    Raises:
+      ValueError: when used, for a network that has no such part.
+    """
+
+    def due(memory: Memory, look: Callable[[], reuse.Features]) -> tuple[Array, reuse.Features]:
+        return jnp.asarray(refresh)[memory.count], ()
+
+    return _cached(denoise, keep, due, compares=False)
+
+
+def adaptive(denoise: Denoise | Stateful, threshold: Array | float, keep: int = 1) -> Stateful:
+    """``cached``, with refreshes where what the kept part sees has changed by the threshold.
+
+    A refresh is due where |I - I_ref|_1 > threshold |I_ref|_1: I is what the first blocks add to
+    the tokens (first-block cache), a U-Net's last kept skip connection or, with keep = 0, the
+    network's input (``reuse.inputs``), I_ref the same at the last refresh. The norm is over the
+    batch of a device, since one branch is run for all of it: unlike with a schedule, an image
+    depends on those that it is drawn with.
+
+    Args:
+      denoise, keep: as for ``cached``.
+      threshold: (), >= 0, where 0 always refreshes; traced or not.
+    """
+
+    def due(memory: Memory, look: Callable[[], reuse.Features]) -> tuple[Array, reuse.Features]:
+        seen = look()
+        moved = sum(jnp.abs(a - b).astype(jnp.float32).sum() for a, b in zip(seen, memory.seen))
+        size = sum(jnp.abs(b).astype(jnp.float32).sum() for b in memory.seen)
+        return (moved > threshold * size) | (jnp.asarray(threshold) <= 0), seen
+
+    return _cached(denoise, keep, due, compares=True)
+
+
+def _cached(
+    denoise: Denoise | Stateful, keep: int, due: Callable[..., tuple], compares: bool
+) -> Stateful:
+    if isinstance(denoise, Stateful):
+        init_inner, inner = denoise.init, denoise.step
+    else:
+        init_inner, inner = lambda x: None, lambda x, level, memory: (denoise(x, level), memory)
+
+    def step(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+        result, memory = inner(x, level, memory)
+        return as_estimate(result), memory
+
+    def init(x: Array) -> Memory:
+        level = NoiseLevel(*[jnp.ones((), jnp.result_type(float))] * 3)
+        memory = init_inner(x)
+        _, features = jax.eval_shape(reuse.record(step, keep), x, level, memory)
+        seen = ()
+        if compares:
+            looked = partial(reuse.inputs, step, keep)
+            seen = jax.eval_shape(lambda f: looked(f)(x, level, memory), features)
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (features, seen))
+        return Memory(jnp.int32(0), jnp.int32(0), *empty, memory)
+
+    def evaluate(x: Array, level: NoiseLevel, memory: Memory) -> tuple[Estimate, Memory]:
+        look = partial(reuse.inputs(step, keep, memory.features), x, level, memory.inner)
+        needed, seen = due(memory, look)
+        needed |= memory.refreshed == 0
+
+        def full(memory: Memory) -> tuple[Estimate, Memory]:
+            (estimate, after), features = reuse.record(step, keep)(x, level, memory.inner)
+            count = memory.refreshed + 1
+            return estimate, Memory(memory.count + 1, count, features, seen, after)
+
+        def cheap(memory: Memory) -> tuple[Estimate, Memory]:
+            changed = reuse.reuse(step, keep, memory.features)
+            estimate, after = changed(x, level, memory.inner)
+            return estimate, memory._replace(count=memory.count + 1, inner=after)
+
+        return jax.lax.cond(needed, full, cheap, memory)
+
+    return Stateful(init, evaluate, lambda memory: memory._replace(count=memory.count + 1))
