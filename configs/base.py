@@ -170,6 +170,14 @@ def get_config() -> ConfigDict:
     c.sampler.perturbed_blocks = "auto"  # regular expression for the attentions' paths
     c.sampler.classifier = ""  # workdir of a classifier of noised images
     c.sampler.classifier_scale = 1.0
+    # Networks' deep parts (deep features of a U-Net, later blocks of a DiT, or all) are evaluated
+    # at some evaluations and reused in between: every(n=3), dense(n=3), at(rows=(0, 2, 5)) or
+    # adaptive(threshold=0.1); empty: at each.
+    c.sampler.cache = ""
+    c.sampler.cache_keep = 1  # skip connections or blocks evaluated every time; 0: reuse it all
+    c.sampler.guidance_cache = ""  # what guidance steers away from, likewise: every, dense or at
+    c.sampler.merge_tokens = 0.0  # share merged in a U-Net's self-attentions, up to 0.75; 0: none
+    c.sampler.merge_from = 1024  # tokens of the maps from which on they are
     c.sampler.corrector = ""  # langevin(steps=1, snr=0.16) after each step; empty: none
     c.sampler.clip = True  # clip x_0 to [-1, 1] at each step
     c.sampler.threshold = ""  # instead of clip: dynamic_threshold(quantile=0.995, largest=1.5)

@@ -53,6 +53,13 @@ def get_config() -> ConfigDict:
     c.sampler.guidance = 7.5
     c.sampler.image_guidance = 1.5  # InstructPix2Pix
     c.sampler.rescale = 0.0  # 0 to 1, against overexposure
+    # Cheaper, at some loss, as in configs/base.py: what is reused between evaluations, and tokens
+    # merged in the U-Net's largest self-attentions
+    c.sampler.cache = ""  # every(n=3), dense(n=3), at(rows=(0, 2, 5)) or adaptive(threshold=0.1)
+    c.sampler.cache_keep = 1  # skip connections or blocks evaluated every time; 0: reuse it all
+    c.sampler.guidance_cache = ""  # what guidance steers away from, likewise: every, dense or at
+    c.sampler.merge_tokens = 0.0  # share of the tokens, up to 0.75
+    c.sampler.merge_from = 1024  # tokens of the maps from which on they are merged
     c.sampler.hand_over = 0.8  # share of the schedule before the refiner
     c.sampler.batch_size = 1  # pictures at a time
     c.sampler.seed = 0  # picture i of a seed is the same in any batch

@@ -26,6 +26,7 @@ from diffusion.experiment import (
     guiding,
     latents,
     sampler,
+    shortcuts,
     starting,
 )
 from diffusion.experiment.data import augmentation, make_source
@@ -126,7 +127,15 @@ def build(config: ConfigDict) -> Experiment:
                 "from step to step; set its momentum=0.0, or choose one of the two"
             )
         notes += sampler.notes(config, sampler.make_grid(config, objective))
+        if drawing["corrector"] is not None and (
+            config.sampler.cache or config.sampler.guidance_cache
+        ):
+            raise ValueError(
+                f"config.sampler.corrector={config.sampler.corrector!r} cannot correct with "
+                "config.sampler.cache or guidance_cache, which remember the sampler's evaluations"
+            )
         notes += guiding.notes(config, bool(num_classes or encode))
+        notes += shortcuts.notes(config, objective.network, train.shape)
     frozen = autoencoding.frozen(config)
     _check_shapes(objective, train, frozen)
     return Experiment(

@@ -31,7 +31,8 @@ class Range(NamedTuple):
     def asked(self, value: float) -> str:
         """What is wrong with a value that is not in it: "must ..."."""
         if self.high <= 1:
-            return f"must lie in [{self.low:g}, {'1)' if self.high < 1 else '1]'}"
+            high = "1)" if self.high == BELOW_ONE else f"{self.high:g}]"
+            return f"must lie in [{self.low:g}, {high}"
         if not math.isfinite(value):
             return "must be a finite number"
         if value > self.high:
@@ -92,6 +93,7 @@ RANGES = {
     "sampler.batch_size": POSITIVE,
     "sampler.seed": Range(0, 2**32 - 1),
     "sampler.negative": Range(-1),
+    "sampler.merge_tokens": Range(0, 0.75),
     "sampler.guidance*": Range(),
     "sampler.classifier_scale": Range(),
     "sampler.*": NOT_NEGATIVE,

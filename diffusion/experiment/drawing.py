@@ -69,7 +69,7 @@ class Drawer:
         with watch:
             x = sample_many(
                 self._draw,
-                {"model": params, **self._others},
+                self._weights(params, solver),
                 solver,
                 cond,
                 count,
@@ -96,10 +96,15 @@ class Drawer:
             shape, corrector = self.experiment.train.shape, self.experiment.corrector
             return sample(denoise, solver, keys, shape, corrector=corrector, trajectory=True)
 
-        x, path = run({"model": params, **self._others}, solver)
+        x, path = run(self._weights(params, solver), solver)
         scale = np.hypot(solver.level.alpha, solver.level.sigma)
         path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
         return np.concatenate([path, np.asarray(x)[None]]), self.labels(count)
+
+    def _weights(self, params: Any, solver: Solver) -> dict[str, Any]:
+        """All that is an argument of the compiled sampler besides its table."""
+        when = self.experiment.guidance.shortcuts.data(solver.evaluations)
+        return {"model": params, **self._others, "when": when}
 
     @cached_property
     def captions(self) -> tuple[str, ...]:

@@ -17,11 +17,13 @@ from configs import base
 from diffusion import predictions, specs
 from diffusion.conditioning import Conditioning, from_batch, null_like
 from diffusion.denoiser import Denoise, Stateful, on_schedule
+from diffusion.experiment import shortcuts
 from diffusion.levels import Array, NoiseLevel
 from diffusion.models.attention import self_attention_paths, with_identity_maps
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import guidance
+from diffusion.sampling.shortcuts import NONE, Shortcuts
 from diffusion.training import restore
 from diffusion.training import workdir as workdirs
 
@@ -58,6 +60,7 @@ class Guidance:
       classifier: that of classifier guidance, if any.
       num_classes: of the labels asked for, by the model or the classifier; 0 for none.
       encode: captions -> what the model is given of them; None without captions.
+      shortcuts: what makes evaluations cheaper.
     """
 
     sampler: ConfigDict
@@ -69,37 +72,46 @@ class Guidance:
     classifier: Run | None
     num_classes: int
     encode: Callable[[Sequence[str]], dict[str, np.ndarray]] | None = None
+    shortcuts: Shortcuts = NONE
 
     def params(self) -> dict[str, Any]:
         """The other networks' parameters, by name."""
         return {n: run.params() for n, run in self._runs().items()}
 
     def networks(self, params: dict[str, Any]) -> dict[str, Callable]:
-        """Parameters {"model": ..., **self.params()} -> what ``guide`` takes."""
-        networks = {"model": self.objective.denoiser(params["model"])}
+        """Parameters {"model": ..., **self.params()} -> what ``guide`` takes.
+
+        With shortcuts, {"when": shortcuts.data(evaluations)} is one of the parameters.
+        """
+        merged = self.shortcuts.merged
+        networks = {"model": merged(self.objective.denoiser(params["model"]))}
+        networks["when"] = params.get("when", {})
         for name, run in self._runs().items():
             make = run.objective.denoiser if name == "weak" else run.objective.classifier
-            networks[name] = at_its_levels(make(params[name]), run)
+            network = at_its_levels(make(params[name]), run)
+            networks[name] = merged(network) if name == "weak" else network
         return networks
 
     def guide(
         self, networks: dict[str, Callable], cond: Conditioning, scale: Array | float
     ) -> Denoise | Stateful:
         """The guided denoiser; ``scale`` is that of classifier-free guidance or autoguidance."""
-        c, denoise = self.sampler, networks["model"]
+        c, denoise, when = self.sampler, networks["model"], networks.get("when", {})
+        seldom = {"when": when.get("guidance"), "space": self.objective.prediction}
         plain, rule = guidance.conditional(denoise, cond), self.rule
         if c.perturbed_attention:
             perturbed = with_identity_maps(plain, self.blocks)
             rule = guidance.perturbed_attention(perturbed, c.perturbed_attention, rule)
         if self.weak is not None:
             weak = guidance.conditional(networks["weak"], cond)
-            guided = guidance.autoguidance(plain, weak, scale, rule)
+            guided = guidance.autoguidance(plain, weak, scale, rule, **seldom)
         elif c.guidance != 1 and (self.encode or (self.num_classes and cond.label is not None)):
             guided = guidance.classifier_free(
-                denoise, cond, self._bad(cond), scale, rule=rule, split=c.guidance_split
+                denoise, cond, self._bad(cond), scale, rule=rule, split=c.guidance_split, **seldom
             )
         else:
             guided = guidance.classifier_free(denoise, cond, cond, 1, rule=rule)
+        guided = self.shortcuts.cached(guided, when)
         if self.classifier is not None:
             classify = networks["classifier"]
 
@@ -109,6 +121,7 @@ class Guidance:
 
             guided = guidance.classifier_guidance(guided, log_prob, c.classifier_scale)
         if c.guidance_low > 0 or c.guidance_high != float("inf"):
+            plain = self.shortcuts.cached(plain, when)
             guided = guidance.interval(guided, plain, c.guidance_low, c.guidance_high)
         return guided if self.threshold is None else self.threshold(guided)
 
@@ -195,6 +208,11 @@ def make(
         classifier=judge,
         num_classes=num_classes or (judge.num_classes if judge else 0),
         encode=encode,
+        shortcuts=shortcuts.make(
+            config,
+            {"": objective.network} | ({"autoguidance": weak.objective.network} if weak else {}),
+            len(levels.t),
+        ),
     )
 
 

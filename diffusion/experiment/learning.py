@@ -158,6 +158,10 @@ def _check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.learn.evaluations must be whole numbers >= 1, got {c.evaluations}"
         )
+    if config.sampler.cache or config.sampler.guidance_cache:
+        raise ValueError(
+            "config.sampler.cache and guidance_cache: solvers are learned from whole evaluations"
+        )
     if config.sampler.corrector:
         raise ValueError("config.sampler.corrector draws noise: what a teacher says is then chance")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from diffusion import specs
 from diffusion.experiment import sampler as samplers
+from diffusion.experiment import shortcuts
 from diffusion.experiment.fields import field, wrong_types
 from diffusion.pipelines import images, memory, tasks
 from diffusion.pipelines.checkpoints import open_checkpoint
@@ -85,6 +86,7 @@ def read(config: ConfigDict) -> Request:
     size = _size(config, opened.pipeline, task)
     refiner = _open("refiner", config, dtype) if config.refiner else None
     sampler, last = _samplers(config, opened.pipeline, task, refiner)
+    opened, refiner = _shorten(config, task, opened, refiner, sampler)
     batch_size = min(config.sampler.batch_size, len(texts) or len(labels))
     made = tuple(opened.pipeline.autoencoder.factor * side for side in size)
     made = made if task == "upscale" else size
@@ -239,6 +241,22 @@ def _samplers(
         other = refiner.pipeline.scheduler
         other = {**other, **options, "_class_name": name} if c.solver else other
         return tasks.hand_over(own, other, c.steps, c.hand_over)
+
+
+def _shorten(
+    config: ConfigDict, task: str, opened: Opened, refiner: Opened | None, sampler: Sampler
+) -> tuple[Opened, Opened | None]:
+    """The pipelines with the config's shortcuts."""
+    networks = {"": opened.pipeline.network}
+    networks |= {"refiner": refiner.pipeline.network} if refiner else {}
+    made = shortcuts.make(config, networks, sampler.solver.evaluations)
+    if made.guidance and task == "instruct":
+        raise ValueError("config.sampler.guidance_cache: guidance by text and picture takes none")
+
+    def shortened(opened: Opened) -> Opened:
+        return replace(opened, pipeline=replace(opened.pipeline, shortcuts=made))
+
+    return shortened(opened), refiner and shortened(refiner)
 
 
 def _scheduler(text: str) -> tuple[str, dict[str, Any]]:

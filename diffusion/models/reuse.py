@@ -24,13 +24,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from diffusion.levels import Array
-from diffusion.models.attention import SpatialAttention, SpatialTransformer
 from diffusion.models.dit import Block, DiT
 from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
 from diffusion.models.unet_blocks import (
     Downsample,
-    MidBlock,
     ResnetBlock,
     Upsample,
     average_pool,
@@ -281,5 +279,3 @@ def _unet_plan(net: UNet, keep: int) -> _Levels:
     deep |= {path.replace("resnets", "attentions") for path in deep}
     deep |= {path for reader in readers[:-keep] for path in reader}
     return _Levels(frozenset(deep), readers[-keep][0], net.widths[skips[keep - 1][1]])
-
-

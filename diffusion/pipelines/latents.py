@@ -8,7 +8,7 @@ share it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from diffusion.sampling import guidance
 from diffusion.sampling.editing import noised
 from diffusion.sampling.guidance.lifting import Step, lift, per_image
 from diffusion.sampling.sample import Callback, Draw, image_noise, make_sampler
+from diffusion.sampling.shortcuts import NONE, Shortcuts
 
 
 @flax.struct.dataclass
@@ -126,6 +127,7 @@ def draw(
     picture: Array | None = None,
     x_init: Array | None = None,
     rescale: float = 0.0,
+    shortcuts: Shortcuts = NONE,
     devices: Sequence[jax.Device] | None = None,
     callback: Callback | None = None,
 ) -> jax.Array:
@@ -143,6 +145,8 @@ def draw(
         instead of from noise alone.
       x_init: [B, h, w, C] what to start from as it is, at the sampler's first level.
       rescale: phi of ``guidance.rescaled``, in the space of the network's output.
+      shortcuts: what makes evaluations cheaper. Another schedule of refreshes does not compile
+        again.
       devices: by default all local ones.
       callback: as ``make_sampler``'s.
     """
@@ -158,11 +162,13 @@ def draw(
         _comparable(sampler.transform),
         shape,
         float(rescale),
+        replace(shortcuts, cache=None, guidance=None),
         tuple(jax.local_devices() if devices is None else devices),
         callback,
     )
     start = np.float32(sampler.solver.level.t[0])
-    x = compiled(params, sampler.solver, keys, cond, steering, start, x_init=x_init)
+    weights = {"network": params, "when": shortcuts.data(sampler.solver.evaluations)}
+    x = compiled(weights, sampler.solver, keys, cond, steering, start, x_init=x_init)
     if steering.kept is not None:
         kept = steering.kept
         x = kept.mask * kept.x0 + (1 - kept.mask) * x
@@ -177,30 +183,44 @@ def _compiled(
     transform: Callable,
     shape: tuple[int, ...],
     rescale: float,
+    shortcuts: Shortcuts,
     devices: tuple[jax.Device, ...],
     callback: Callback | None,
 ) -> Draw:
-    def denoise(params: Any) -> ConditionalDenoise:
+    def networks(weights: dict[str, Any]) -> tuple[ConditionalDenoise, dict[str, Array]]:
         def apply(x: Array, time: Array, cond: Conditioning) -> Array:
-            return network.apply({"params": params}, x, time, cond)
+            return network.apply({"params": weights["network"]}, x, time, cond)
 
-        return denoiser(apply, prediction, c_noise)
+        return shortcuts.merged(denoiser(apply, prediction, c_noise)), weights["when"]
 
     def guide(
-        denoise: ConditionalDenoise, cond: Conditioning, steering: Steering, start: Array
+        networks: tuple[ConditionalDenoise, dict[str, Array]],
+        cond: Conditioning,
+        steering: Steering,
+        start: Array,
     ) -> Denoise | Stateful:
-        s = steering
+        (denoise, when), s = networks, steering
         if s.middle is not None:
+            if "guidance" in when:
+                raise ValueError("guidance by text and picture is evaluated whole at every step")
             guided = instruct(denoise, cond, s.middle, s.null, s.scale, s.image_scale)
         elif s.null is not None:
             rule = guidance.rescaled(rescale, prediction) if rescale else None
-            guided = guidance.classifier_free(denoise, cond, s.null, s.scale, rule=rule)
+            guided = guidance.classifier_free(
+                denoise,
+                cond,
+                s.null,
+                s.scale,
+                rule=rule,
+                when=when.get("guidance"),
+                space=prediction,
+            )
         else:
             guided = guidance.conditional(denoise, cond)
-        guided = transform(guided)
+        guided = transform(shortcuts.cached(guided, when))
         return guided if s.kept is None else keep(guided, s.kept, start)
 
-    return make_sampler(denoise, shape, guide, devices, callback=callback)
+    return make_sampler(networks, shape, guide, devices, callback=callback)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def text_to_image(
     cond, steering = _steer(pipeline, cond, null, scale)
     return draw(
         pipeline.network, params["network"], sampler, keys, shape, cond, steering,
-        rescale=rescale, callback=callback,
+        rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def image_to_image(
     cond, steering = _steer(pipeline, cond, null, scale)
     return draw(
         pipeline.network, params["network"], sampler, keys, picture.shape[1:], cond, steering,
-        picture=picture, rescale=rescale, callback=callback,
+        picture=picture, rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def refine(
     cond, steering = _steer(pipeline, cond, null, scale)
     return draw(
         pipeline.network, params["network"], sampler, keys, latents.shape[1:], cond, steering,
-        x_init=latents, callback=callback,
+        x_init=latents, shortcuts=pipeline.shortcuts, callback=callback,
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def inpaint(
     return draw(
         pipeline.network, params["network"], sampler, keys, picture.shape[1:], cond,
         steering.replace(kept=kept), picture=None if strength == 1 else picture,
-        rescale=rescale, callback=callback,
+        rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
     )  # fmt: skip
 
 
@@ -206,7 +206,15 @@ def upscale(
     shape = (*images.shape[1:3], pipeline.autoencoder.latent_channels)
     cond, steering = _steer(pipeline, cond, null, scale)
     return draw(
-        pipeline.network, params["network"], sampler, keys, shape, cond, steering, callback=callback
+        pipeline.network,
+        params["network"],
+        sampler,
+        keys,
+        shape,
+        cond,
+        steering,
+        shortcuts=pipeline.shortcuts,
+        callback=callback,
     )
 
 
@@ -239,7 +247,7 @@ def instruct(
     )
     return draw(
         pipeline.network, params["network"], sampler, keys, latents.shape[1:],
-        _with_image(cond, latents), steering, callback=callback,
+        _with_image(cond, latents), steering, shortcuts=pipeline.shortcuts, callback=callback,
     )  # fmt: skip
 
 

@@ -6,9 +6,9 @@ to refresh is either a schedule, an array [R] that is data to the compiled sampl
 
     denoise = cached(guidance.classifier_free(...), every(3, evaluations), keep=1)
 
-or decided as it goes (``adaptive``). Both give ``Stateful`` denoisers, with which ``sample`` runs
-one of two branches at each evaluation: in a scan, ``lax.cond`` evaluates only the one. Under
-``vmap`` it becomes a select, both are evaluated, and nothing is saved.
+or a threshold, by which it is decided as it goes. The result is a ``Stateful`` denoiser, with which
+``sample`` runs one of two branches at each evaluation: in a scan, ``lax.cond`` evaluates only the
+one. Under ``vmap`` it becomes a select, both are evaluated, and nothing is saved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffusion.denoiser import Denoise, Estimate, Stateful, as_estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.models import reuse
 
-Step = Callable[[Array, NoiseLevel, Any], tuple[Estimate, Any]]
+When = Array | np.ndarray | np.float32  # refreshes [R] bool, or a threshold () float
 
 
 class Memory(NamedTuple):
@@ -35,7 +35,7 @@ class Memory(NamedTuple):
       count: () evaluations so far.
       refreshed: () of them, those that evaluated everything.
       features: of the last refresh.
-      seen: what ``adaptive`` compares, at the last refresh; empty otherwise.
+      seen: what a threshold compares, at the last refresh; empty without one.
       inner: the memory of the denoiser that is cached.
     """
 
@@ -52,8 +52,7 @@ def every(n: int, evaluations: int) -> np.ndarray:
     Raises:
       ValueError: for n < 1.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    _check_n(n)
     return np.arange(evaluations) % n == 0
 
 
@@ -72,8 +71,7 @@ def dense(n: int, evaluations: int, center: float = 0.5, power: float = 1.4) -> 
     Raises:
       ValueError: for values out of range.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    _check_n(n)
     if not 0 <= center <= 1 or not power >= 1:
         raise ValueError(f"expected center in [0, 1] and power >= 1, got {center} and {power}")
     count = -(-evaluations // n)
@@ -101,50 +99,59 @@ def at(rows: Sequence[int], evaluations: int) -> np.ndarray:
     return refresh
 
 
-def cached(denoise: Denoise | Stateful, refresh: Array, keep: int = 1) -> Stateful:
-    """``denoise`` with its networks' deep parts evaluated only where ``refresh`` says so.
+def adaptive(threshold: float, evaluations: int) -> np.float32:
+    """Refreshes where what the kept part sees has changed by the threshold, >= 0 (0: always).
+
+    |I - I_ref|_1 > threshold |I_ref|_1: I is what the first blocks add to the tokens (first-block
+    cache), a U-Net's last kept skip connection or, with keep = 0, the network's input
+    (``reuse.inputs``), I_ref the same at the last refresh.
+
+    Raises:
+      ValueError: for a negative threshold.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be >= 0, got {threshold}")
+    return np.float32(threshold)
+
+
+def _check_n(n: int) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n must be a whole number >= 1, got {n!r}")
+
+
+def cached(denoise: Denoise | Stateful, when: When, keep: int = 1) -> Stateful:
+    """``denoise`` with its networks' deep parts evaluated only at refreshes.
 
     All network calls of one evaluation (guidance's batch of two, a weaker network's) are refreshed
-    together. Each image remains a function of its own noise alone.
+    together. By a schedule, each image remains a function of its own noise alone. With a threshold
+    the norms are over the batch of a device, since one branch is run for all of it: there an image
+    depends on those that it is drawn with.
 
     Args:
       denoise: calls networks in itself; not jitted by itself. Gradients of other networks
         (``classifier_guidance``) belong outside, as do thresholds.
-      refresh: [R] bool, by number of the evaluation; the first one is always a refresh. Traced or
-        not. After R evaluations the last entry goes on to count.
+      when: [R] bool, by number of the evaluation; or () float, the threshold of ``adaptive``.
+        Traced or not. The first evaluation is always a refresh; after R the last entry goes on to
+        count.
       keep: how much of each network is evaluated every time; see ``models.reuse``.
 
     Raises:
       ValueError: when used, for a network that has no such part.
     """
-
-    def due(memory: Memory, look: Callable[[], reuse.Features]) -> tuple[Array, reuse.Features]:
-        return jnp.asarray(refresh)[memory.count], ()
-
-    return _cached(denoise, keep, due, compares=False)
+    if jnp.ndim(when) == 0:
+        return _cached(denoise, keep, partial(_moved, when), compares=True)
+    return _cached(denoise, keep, lambda memory, look: (jnp.asarray(when)[memory.count], ()), False)
 
 
-def adaptive(denoise: Denoise | Stateful, threshold: Array | float, keep: int = 1) -> Stateful:
-    """``cached``, with refreshes where what the kept part sees has changed by the threshold.
+def _moved(
+    threshold: Array, memory: Memory, look: Callable[[], reuse.Features]
+) -> tuple[Array, reuse.Features]:
+    def size(tree: reuse.Features) -> Array:
+        return sum(jnp.abs(a).astype(jnp.float32).sum() for a in jax.tree.leaves(tree))
 
-    A refresh is due where |I - I_ref|_1 > threshold |I_ref|_1: I is what the first blocks add to
-    the tokens (first-block cache), a U-Net's last kept skip connection or, with keep = 0, the
-    network's input (``reuse.inputs``), I_ref the same at the last refresh. The norm is over the
-    batch of a device, since one branch is run for all of it: unlike with a schedule, an image
-    depends on those that it is drawn with.
-
-    Args:
-      denoise, keep: as for ``cached``.
-      threshold: (), >= 0, where 0 always refreshes; traced or not.
-    """
-
-    def due(memory: Memory, look: Callable[[], reuse.Features]) -> tuple[Array, reuse.Features]:
-        seen = look()
-        moved = sum(jnp.abs(a - b).astype(jnp.float32).sum() for a, b in zip(seen, memory.seen))
-        size = sum(jnp.abs(b).astype(jnp.float32).sum() for b in memory.seen)
-        return (moved > threshold * size) | (jnp.asarray(threshold) <= 0), seen
-
-    return _cached(denoise, keep, due, compares=True)
+    seen = look()
+    change = size(jax.tree.map(jnp.subtract, seen, memory.seen))
+    return (change > threshold * size(memory.seen)) | (jnp.asarray(threshold) <= 0), seen
 
 
 def _cached(

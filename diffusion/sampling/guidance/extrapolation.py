@@ -22,7 +22,7 @@ from diffusion.conditioning import Conditioning, concatenate
 from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate, Stateful, as_estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction
-from diffusion.sampling.guidance.lifting import Step, dot, lift, move, per_image
+from diffusion.sampling.guidance.lifting import dot, move, per_image
 
 Scale = Array | float | Callable[[NoiseLevel], Array]  # (), [B], or a function of the level
 Pair = Callable[[Array, NoiseLevel], tuple[Estimate, Estimate]]  # good, bad
@@ -135,6 +135,8 @@ def classifier_free(
     *,
     rule: Rule | None = None,
     split: bool = False,
+    when: Array | None = None,
+    space: Prediction = predictions.x0,
 ) -> Denoise | Stateful:
     """D = D_null + scale (D_cond - D_null) (Ho & Salimans, 2022), in one call on twice the batch.
 
@@ -147,11 +149,17 @@ def classifier_free(
         Python number 1, ``null`` is not evaluated; 0 is ``null`` alone.
       rule: by default ``linear()``. With momentum the result is ``Stateful``.
       split: two calls instead, which need half the memory.
+      when: [R] bool, by number of the evaluation: where both are evaluated. In between ``cond`` is
+        alone, and the difference is that of the last time (the cache of FasterCache, Lyu et al.,
+        2024, without its extrapolation). The first evaluation always has both. None: each has.
+      space: of a network's output, in which the difference stays the same.
     """
+    good_alone = conditional(denoise, cond)
     if _is_one(scale):
-        return _alone(conditional(denoise, cond), rule)
+        return _alone(good_alone, rule)
     if split:
-        return autoguidance(conditional(denoise, cond), conditional(denoise, null), scale, rule)
+        bad_alone = conditional(denoise, null)
+        return autoguidance(good_alone, bad_alone, scale, rule, when=when, space=space)
     both = concatenate(cond, null)
 
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
@@ -161,17 +169,24 @@ def classifier_free(
         good, bad = (Estimate(*(h if h is None else h[i] for h in halves)) for i in (0, 1))
         return good, bad
 
-    return _guide(pair, scale, rule)
+    return _guide(pair if when is None else _seldom(pair, good_alone, when, space), scale, rule)
 
 
 def autoguidance(
-    strong: Denoise, weak: Denoise, scale: Scale, rule: Rule | None = None
+    strong: Denoise,
+    weak: Denoise,
+    scale: Scale,
+    rule: Rule | None = None,
+    *,
+    when: Array | None = None,
+    space: Prediction = predictions.x0,
 ) -> Denoise | Stateful:
     """D = D_weak + scale (D_strong - D_weak) (Karras et al., 2024, "a bad version"), in two calls.
 
     ``weak`` is worse in the same way, only more so: smaller or trained for less time. Both get the
     same conditioning, so that the images do not lose variety as with classifier-free guidance. Its
-    parameters should be arguments of what is jitted, as ``strong``'s are.
+    parameters should be arguments of what is jitted, as ``strong``'s are. ``when`` and ``space``
+    are ``classifier_free``'s.
     """
     if _is_one(scale):
         return _alone(strong, rule)
@@ -179,7 +194,37 @@ def autoguidance(
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
         return as_estimate(strong(x, level)), as_estimate(weak(x, level))
 
-    return _guide(pair, scale, rule)
+    return _guide(pair if when is None else _seldom(pair, strong, when, space), scale, rule)
+
+
+def _seldom(pair: Pair, good_alone: Denoise, when: Array, space: Prediction) -> Stateful:
+    """``pair``, whose bad estimate is evaluated at some evaluations only.
+
+    Its memory: the number of the evaluation, how many had both, and good - bad in ``space`` at the
+    last of these.
+    """
+
+    def step(x: Array, level: NoiseLevel, memory: tuple) -> tuple[tuple, tuple]:
+        count, asked, difference = memory
+        c_out = jnp.asarray(predictions.precondition(space, level.expand(x.ndim)).c_out, x.dtype)
+
+        def both(x: Array, difference: Array) -> tuple[Estimate, Estimate, Array]:
+            good, bad = pair(x, level)
+            return good, bad.x0, ((good.x0 - bad.x0) / c_out).astype(x.dtype)
+
+        def one(x: Array, difference: Array) -> tuple[Estimate, Estimate, Array]:
+            good = as_estimate(good_alone(x, level))
+            return good, good.x0 - c_out * difference, difference
+
+        needed = jnp.asarray(when)[count] | (asked == 0)
+        good, bad, difference = jax.lax.cond(needed, both, one, x, difference)
+        return (good, Estimate(bad)), (count + 1, asked + needed, difference)
+
+    return Stateful(
+        lambda x: (jnp.int32(0), jnp.int32(0), jnp.zeros_like(x)),
+        step,
+        lambda memory: (memory[0] + 1, *memory[1:]),
+    )
 
 
 def interval(
@@ -234,7 +279,7 @@ def interval(
     )
 
 
-def _remembering(denoise: Denoise | Stateful) -> Stateful:
+def _remembering(denoise: Denoise | Pair | Stateful) -> Stateful:
     if isinstance(denoise, Stateful):
         return denoise
     return Stateful(lambda x: None, lambda x, level, memory: (denoise(x, level), memory))
@@ -256,22 +301,28 @@ def _alone(good: Denoise, rule: Rule | None) -> Denoise:
     return _guide(pair, 1.0, linear()._replace(away=rule.away))
 
 
-def _guide(pair: Pair, scale: Scale, rule: Rule | None) -> Denoise | Stateful:
+def _guide(pair: Pair | Stateful, scale: Scale, rule: Rule | None) -> Denoise | Stateful:
     combine, momentum, away = linear() if rule is None else rule
+    init, ask, skip = _remembering(pair)
 
-    def evaluate(x: Array, level: NoiseLevel, memory: Array | None) -> tuple[Estimate, Any]:
-        good, bad = pair(x, level)
+    def evaluate(x: Array, level: NoiseLevel, memory: tuple) -> tuple[Estimate, tuple]:
+        before, memory = memory
+        (good, bad), memory = ask(x, level, memory)
         difference = good.x0 - bad.x0
         if momentum:
-            difference = difference + momentum * memory
+            difference = difference + momentum * before
         x0 = combine(x, level, good.x0, difference, _weight(scale, level, x))
         for other, s in away:
             x0 = x0 + _weight(s, level, x) * (good.x0 - as_estimate(other(x, level)).x0)
-        return move(good, x0 - good.x0), difference
+        return move(good, x0 - good.x0), (difference if momentum else None, memory)
 
-    if momentum:
-        return Stateful(jnp.zeros_like, evaluate)
-    return lambda x, level: evaluate(x, level, None)[0]
+    if momentum or isinstance(pair, Stateful):
+        return Stateful(
+            lambda x: (jnp.zeros_like(x) if momentum else None, init(x)),
+            evaluate,
+            lambda memory: (memory[0], skip(memory[1])),
+        )
+    return lambda x, level: evaluate(x, level, (None, None))[0]
 
 
 def _weight(scale: Scale, level: NoiseLevel, x: Array) -> Array:
