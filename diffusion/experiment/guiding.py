@@ -327,7 +327,7 @@ def _run(
     path = Path(directory)
     if not (path / workdirs.CONFIG).exists() or not workdirs.steps(path):
         raise ValueError(f"{field} is not the workdir of a run with a checkpoint")
-    other = ConfigDict(_tuples(workdirs.read_config(path, base.get_config().to_dict())))
+    other = ConfigDict(tuples(workdirs.read_config(path, base.get_config().to_dict())))
     try:
         objective, classes, its_shape = load(other)
     except ValueError as error:
@@ -359,11 +359,11 @@ def at_its_levels(network: Callable, run: Run) -> Callable:
     return translated
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """JSON's lists as the tuples that they were."""
     if isinstance(value, dict):
-        return {name: _tuples(entry) for name, entry in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {name: tuples(entry) for name, entry in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def _named(error: ValueError, field: str) -> ValueError:

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from diffusion import predictions, schedules
 from diffusion.conditioning import Conditioning, null_like
-from diffusion.denoiser import Stateful, denoiser, thousand_t
+from diffusion.denoiser import denoiser, thousand_t
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.reuse import check, record, reuse
@@ -26,11 +27,10 @@ COND = Conditioning(label=jnp.array([0, 1]))
 NULL = null_like(COND, label=2)
 SHAPE = (8, 8, 1)
 X, TIME = jax.random.normal(jax.random.key(0), (2, *SHAPE)), jnp.array([0.1, 0.7])
-FIELDS = {"widths": (4, 8), "blocks": 1, "norm_groups": 2, "num_classes": 2, "attention": (0, "self")}
+FIELDS = {"widths": (4, 8), "blocks": 1, "norm_groups": 2, "num_classes": 2, "mid_attention": 0}
 UNET = UNet(**FIELDS)
-ADM = UNet(**FIELDS, resnet_resampling=True, remat=True)
-DIT = DiT(width=16, depth=4, heads=2, patch=2, num_classes=2)
-MLP_ = MLP(width=16, depth=2, num_classes=2)
+ADM = UNet(**FIELDS, attention=(0, "self"), resnet_resampling=True, remat=True)
+DIT = DiT(width=16, depth=3, heads=2, patch=4, num_classes=2)
 
 
 def params_of(module, *args):
@@ -48,43 +48,39 @@ def guided(net, params, scale=2.0, split=False):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def draw(net, keep, params, refresh, threshold):
-    """Images in full, by a schedule, and adaptively."""
-    denoise, keys = guided(net, params), image_keys(0, np.arange(2))
-    ways = [
-        denoise,
-        caching.cached(denoise, refresh, keep),
-        caching.adaptive(denoise, threshold, keep),
-    ]
-    return [sample(way, SOLVER, keys, SHAPE) for way in ways]
+def draw(net, keep, params, when):
+    denoise, keys = caching.cached(guided(net, params), when, keep), image_keys(0, np.arange(2))
+    return sample(denoise, SOLVER, keys, SHAPE)
 
 
-@pytest.mark.parametrize("net, keep", [(UNET, 1), (UNET, 3), (ADM, 2), (DIT, 1), (DIT, 0)])
-def test_refreshing_at_each_evaluation_is_the_full_sampler(net, keep):
-    full, cached, adaptive = draw(net, keep, PARAMS[net], np.ones(STEPS, bool), 0.0)
-    np.testing.assert_allclose(cached, full, atol=1e-5)
-    np.testing.assert_allclose(adaptive, full, atol=1e-5)
-    # The same compiled function, with other data:
-    refresh = caching.every(3, STEPS)
-    same, cached, adaptive = draw(net, keep, PARAMS[net], refresh, np.inf)
-    np.testing.assert_array_equal(same, full)
-    assert np.abs(cached - full).max() > 1e-3 and np.abs(adaptive - full).max() > 1e-3
-    # A threshold that nothing reaches is one refresh.
-    once = draw(net, keep, PARAMS[net], caching.every(STEPS, STEPS), 0.0)[1]
-    np.testing.assert_allclose(adaptive, once, atol=1e-5)
+@pytest.mark.parametrize("net, keep, middle", [(UNET, 2, 0.02), (DIT, 1, 1.2), (DIT, 0, 0.5)])
+def test_refreshing_at_each_evaluation_is_the_full_sampler(net, keep, middle):
+    run, before = partial(draw, net, keep, PARAMS[net]), draw._cache_size()
+    full = jax.jit(lambda p: sample(guided(net, p), SOLVER, image_keys(0, np.arange(2)), SHAPE))
+    full = full(PARAMS[net])
+    np.testing.assert_allclose(run(np.ones(STEPS, bool)), full, atol=1e-5)
+    np.testing.assert_allclose(run(np.float32(0)), full, atol=1e-5)
+    once = run(caching.every(STEPS, STEPS))
+    assert np.abs(once - full).max() > 1e-3
+    # A threshold that nothing reaches is one refresh, one that little reaches some.
+    np.testing.assert_allclose(run(np.float32(np.inf)), once, atol=1e-5)
+    some = run(np.float32(middle))
+    assert np.abs(some - once).max() > 1e-3 and np.abs(some - full).max() > 1e-3
+    # Other schedules are other data of the same compiled function; so are other thresholds.
+    assert draw._cache_size() == before + 2
 
 
-@pytest.mark.parametrize("net, most", [(UNET, 4), (ADM, 4), (DIT, 3)])
-def test_features_of_the_same_input_give_the_same_output(net, most):
-    """And those of another input another one, unless the deep part does not read it."""
+@pytest.mark.parametrize("net, keeps", [(UNET, (1, 4)), (ADM, (2,)), (DIT, (2,))])
+def test_features_of_the_same_input_give_the_same_output(net, keeps):
+    """And other features another one."""
 
     @jax.jit
     def run(params, x):
         apply = partial(net.apply, params)
         found = []
-        for keep in (0, 2, most):
+        for keep in keeps:
             full, features = record(apply, keep)(x, TIME, COND)
-            other = jax.tree.map(lambda a: a + 1, features)
+            other = jax.tree.map(lambda a: -2 * a, features)
             found.append([full] + [reuse(apply, keep, f)(x, TIME, COND) for f in (features, other)])
         return found
 
@@ -95,32 +91,118 @@ def test_features_of_the_same_input_give_the_same_output(net, most):
 
 def test_how_much_is_evaluated():
     """Counted as operations of what is traced: the deep part is not there."""
-    for net in (UNET, ADM, DIT):
+
+    def cost(net, keep):
         apply = partial(net.apply, PARAMS[net])
-        full = flops.count(apply, X, TIME, COND)
-        cost = []
-        for keep in range(4):
-            features = jax.eval_shape(record(apply, keep), X, TIME, COND)[1]
-            cost.append(
-                flops.count(lambda f, k=keep, a=apply: reuse(a, k, f)(X, TIME, COND), features)
-            )
-        assert cost[0] == 0 and cost == sorted(cost) and cost[3] < full
-    # DiT: of four blocks one is evaluated, besides embeddings and last layer.
-    parts = [flops.count(partial(n.apply, params_of(n, X, TIME, COND)), X, TIME, COND)
-             for n in (DIT, DIT.clone(depth=3))]  # fmt: skip
-    assert cost[1] == full - 3 * (parts[0] - parts[1])
+        features = jax.eval_shape(record(apply, keep), X, TIME, COND)[1]
+        return flops.count(lambda f: reuse(apply, keep, f)(X, TIME, COND), features)
+
+    for net in (UNET, DIT):
+        full = flops.count(partial(net.apply, PARAMS[net]), X, TIME, COND)
+        assert 0 == cost(net, 0) < cost(net, 1) < cost(net, 2) < full
+    # Of three blocks, all alike, two are not evaluated.
+    assert 2 * (full - cost(net, 2)) == full - cost(net, 1)
 
 
-def calls(way, level=SOLVER.level):
-    """Which evaluations asked the network: along a sampler, counted on the host."""
-    noted = []
+def test_the_network_is_called_as_often_as_said():
+    """Counted on the host, at each evaluation; within an interval with two memories, too."""
+    calls = []
 
     def network(x, time, cond):
-        jax.debug.callback(lambda t: noted.append(float(t)), time[0])
-        return UNET.apply(PARAMS[UNET], x, time, cond)
+        if len(x) == 4:  # guided
+            jax.debug.callback(lambda: calls.append(1), ordered=True)
+        return 0.1 * x * cond.label.reshape(-1, 1, 1, 1)
 
-    denoise = way(denoiser(network, predictions.v, thousand_t))
-    run = jax.jit(lambda keys: sample(denoise, SOLVER, keys, SHAPE))
-    jax.block_until_ready(run(image_keys(0, np.arange(2))))
-    jax.effects_barrier()
-    return [int(np.argmin(np.abs(1000 * level.t - t))) for t in noted]
+    class Network(nn.Module):
+        def __call__(self, x, time, cond):
+            return network(x, time, cond)
+
+    model = denoiser(partial(Network().apply, {}), predictions.v, thousand_t)
+
+    def counted(when, **interval):
+        way = caching.cached(guidance.classifier_free(model, COND, NULL, 2.0), when, 0)
+        if interval:
+            plain = caching.cached(guidance.conditional(model, COND), when, 0)
+            way = guidance.interval(way, plain, **interval)
+        del calls[:]
+        run = jax.jit(lambda keys: sample(way, SOLVER, keys, SHAPE))
+        jax.block_until_ready(run(image_keys(0, np.arange(2))))
+        jax.effects_barrier()
+        return len(calls)
+
+    assert counted(caching.every(1, STEPS)) == STEPS
+    assert counted(caching.every(4, STEPS)) == 2
+    assert counted(caching.at((0, 1, 5), STEPS)) == 3
+    assert counted(np.float32(np.inf)) == 1
+    # sigma / alpha falls to 1 after half of the evaluations: 0 and 2 lie before, 4 after.
+    assert counted(caching.every(2, STEPS), low=1.1) == 2
+    # The first one inside, number 3, is a refresh whatever the schedule says, as is number 4.
+    assert counted(caching.every(4, STEPS), high=1.1) == 2
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model = denoiser(partial(DIT.apply, PARAMS[DIT]), predictions.v, thousand_t)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(count, labels):
+        cond = Conditioning(label=labels)
+        way = caching.cached(guidance.conditional(model, cond), caching.every(3, STEPS), 1)
+        return sample(way, SOLVER, image_keys(0, np.arange(count)), SHAPE)
+
+    np.testing.assert_allclose(run(1, COND.label[:1])[0], run(2, COND.label)[0], atol=1e-5)
+
+
+def test_reused_guidance():
+    """The difference in the network's output stays; all at each evaluation is plain guidance."""
+
+    def model(x, level, cond):
+        a = jnp.where(cond.label < 2, 1.0, 0.2).reshape(-1, 1, 1, 1)
+        return predictions.to_x0(predictions.v, level, x, a * jnp.ones_like(x))  # v = a
+
+    @jax.jit
+    def run(when):
+        def way(**options):
+            d = guidance.classifier_free(model, COND, NULL, 3.0, **options)
+            return sample(d, SOLVER, image_keys(0, np.arange(2)), SHAPE)
+
+        return way(), way(when=when, space=predictions.v), way(when=when)
+
+    first = caching.at((), STEPS)
+    full, in_v, in_x0 = run(first)
+    np.testing.assert_allclose(in_v, full, atol=1e-5)  # v's difference never changes
+    assert np.abs(in_x0 - full).max() > 1e-2
+    full, in_v, in_x0 = run(np.ones(STEPS, bool))
+    np.testing.assert_allclose(in_x0, full, atol=1e-5)
+
+
+def test_schedules():
+    assert list(np.flatnonzero(caching.every(3, 8))) == [0, 3, 6]
+    assert list(np.flatnonzero(caching.at((5, 2), 8))) == [0, 2, 5]
+    for n, evaluations, center in [(3, 20, 0.5), (1, 7, 0.3), (5, 50, 0.0), (2, 2, 1.0)]:
+        refresh = caching.dense(n, evaluations, center)
+        assert refresh.sum() == -(-evaluations // n) and refresh[0]
+    gaps = np.diff(np.flatnonzero(caching.dense(5, 100, 0.5, 2.0)))
+    assert gaps[0] > gaps[len(gaps) // 2] < gaps[-1]
+    for make in (
+        lambda: caching.every(0, 8),
+        lambda: caching.every(2.5, 8),
+        lambda: caching.dense(2, 8, center=2),
+        lambda: caching.at((8,), 8),
+        lambda: caching.adaptive(-1.0, 8),
+    ):
+        with pytest.raises(ValueError, match=r"must|expected"):
+            make()
+
+
+def test_what_cannot_be_kept():
+    check(TextToImage(text=MLP(), image=UNET), 4)
+    check(MLP(), 0)
+    for network, keep, told in [
+        (UNET, 5, "it has 4 skip connections"),
+        (DIT, 3, "2 blocks before the last"),
+        (DIT.clone(scan=True), 1, "scan"),
+        (MLP(), 1, "only U-Nets and DiTs"),
+        (UNET, -1, "keep=-1"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            check(network, keep)

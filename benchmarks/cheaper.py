@@ -1,0 +1,302 @@
+"""Cheaper sampling at stated quality: guidance interval, caching, token merging against full cost.
+
+    python benchmarks/cheaper.py --json=runs/benchmarks/cheaper.json
+
+Every setting draws the same images, from the same noise and parameters, as the trained run in
+--workdir does at full cost; without one, ``configs/digits.py`` is trained first. Its time is the
+median, over alternating repetitions, of a batch's time over that of a batch at full cost in the
+same repetition. Operations are those of matrix products and convolutions in the networks,
+counted from what is traced, over all evaluations. Recognised and Fréchet distance are the run's own
+evaluation, "RMS" is the root mean squared difference to the images at full cost. Fewer steps are
+the rival of every cache, and stand beside.
+
+    python benchmarks/cheaper.py --sd15 --json=runs/benchmarks/cheaper_sd15.json
+
+times a forward pass of Stable Diffusion 1.5's U-Net with random weights instead: what is left of it
+with deep features reused and with tokens merged. That says nothing about quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+from ml_collections import ConfigDict
+
+from configs import base
+from diffusion.conditioning import Conditioning
+from diffusion.evaluation import figures
+from diffusion.evaluation.evaluate import evaluate_samples
+from diffusion.evaluation.sweep import rmse
+from diffusion.experiment import judging
+from diffusion.experiment.build import Experiment, build
+from diffusion.experiment.drawing import Drawer
+from diffusion.experiment.guiding import tuples
+from diffusion.levels import NoiseLevel
+from diffusion.models import reuse
+from diffusion.models.token_merging import with_merged_tokens
+from diffusion.models.unet import sd15
+from diffusion.sampling.sample import image_keys, sample
+from diffusion.training import flops, restore
+from diffusion.training import workdir as workdirs
+
+ROOT = Path(__file__).parent.parent
+Setting = dict[str, Any]  # fields of config.sampler
+SETTINGS: tuple[Setting, ...] = (
+    {"steps": 10},
+    {"steps": 7},
+    {"steps": 5},
+    {"guidance_high": 2.0},
+    {"guidance_low": 0.3, "guidance_high": 2.0},
+    {"guidance_cache": "every(n=2)"},
+    {"guidance_cache": "every(n=4)"},
+    {"cache": "every(n=2)"},
+    {"cache": "every(n=3)"},
+    {"cache": "every(n=5)"},
+    {"cache": "dense(n=3)"},
+    {"cache": "every(n=3)", "cache_keep": 2},
+    {"cache": "every(n=2)", "cache_keep": 0},
+    {"cache": "every(n=3)", "cache_keep": 0},
+    {"cache": "adaptive(threshold=0.1)"},
+    {"cache": "adaptive(threshold=0.2)"},
+    {"cache": "adaptive(threshold=0.4)"},
+    {"cache": "every(n=2)", "guidance_high": 2.0},
+    {"merge_tokens": 0.25},
+    {"merge_tokens": 0.5},
+    {"merge_tokens": 0.75},
+    {"merge_tokens": 0.5, "cache": "every(n=3)"},
+)
+MERGED = (0.25, 0.5, 0.75)
+KEPT = (1, 2, 3, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", default="", help="of a trained run; by default digits")
+    parser.add_argument("--count", type=int, default=1000, help="images judged")
+    parser.add_argument("--repetitions", type=int, default=7, help="of timed batches")
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--merge-from", type=int, default=256, help="tokens of merged maps")
+    parser.add_argument("--images", default="", help="folder for a grid of each setting")
+    parser.add_argument("--sd15", action="store_true", help="time Stable Diffusion's U-Net")
+    parser.add_argument("--latents", type=int, default=64, help="its input's side")
+    parser.add_argument("--json", default="", help="where to write the results")
+    arguments = parser.parse_args()
+    about = report.environment("jax", "jaxlib", "flax", "numpy", "scikit-learn")
+    print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
+    if arguments.sd15:
+        rows = forwards(arguments)
+        columns = {"what": "", "time": "time", "flops": "operations"}
+    elif arguments.workdir:
+        rows = settings(Path(arguments.workdir), arguments)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            config = ROOT / "configs" / "digits.py"
+            command = [sys.executable, "main.py", f"--config={config}", f"--workdir={folder}"]
+            subprocess.run(command, check=True, cwd=ROOT)
+            rows = settings(Path(folder), arguments)
+    if not arguments.sd15:
+        columns = {"what": "", "time": "time", "flops": "operations"}
+        columns |= {"recognised": "recognised", "frechet": "Fréchet", "rms": "RMS to full"}
+    print(report.table(rows, columns))
+    if arguments.json:
+        report.save(arguments.json, about | {"arguments": vars(arguments)}, rows)
+
+
+def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per setting."""
+    config = ConfigDict(tuples(workdirs.read_config(workdir, base.get_config().to_dict())))
+    config.sampler.batch_size = arguments.batch
+    params, step = restore.restore_ema(workdir, "ema")
+    print(f"{workdir}: {config.data.name}, {config.model.name}, step {step}")
+
+    def make(setting: Setting) -> Drawer:
+        changed = config.copy_and_resolve_references()
+        changed.sampler.merge_from = arguments.merge_from
+        changed.sampler.update(setting)
+        return Drawer(build(changed))
+
+    full = make({})
+    judge = judging.judge(full.experiment)
+    target, labels = full.draw(params, arguments.count)
+    cost = operations(full.experiment, params)
+    rows = [
+        quality({}, target, target, labels, judge, full.experiment) | {"time": 1.0, "flops": 1.0}
+    ]
+    print(rows[-1], flush=True)
+    for setting in SETTINGS:
+        drawer = make(setting)
+        if unusable(drawer.experiment, arguments.merge_from):
+            print(f"{setting}: not for this model")
+            continue
+        x, _ = drawer.draw(params, arguments.count)
+        row = quality(setting, x, target, labels, judge, drawer.experiment)
+        row["time"], row["all"] = ratio(full, drawer, params, arguments)
+        row["flops"] = operations(drawer.experiment, params) / cost
+        if arguments.images:
+            name = "_".join(f"{k}={v}" for k, v in setting.items())
+            grid = figures.image_grid(x[:50], 10, scale=3)
+            Path(arguments.images).mkdir(parents=True, exist_ok=True)
+            figures.save_png(Path(arguments.images) / f"{name}.png", grid)
+        rows.append(row)
+        print(json.dumps({k: v for k, v in row.items() if k != "all"}), flush=True)
+    if arguments.images:
+        grid = figures.image_grid(target[:50], 10, scale=3)
+        figures.save_png(Path(arguments.images) / "full.png", grid)
+    return rows
+
+
+def quality(
+    setting: Setting, x: np.ndarray, target: np.ndarray, labels: Any, judge: Any, e: Experiment
+) -> dict[str, Any]:
+    """What the setting is, and how good its images are."""
+    what = ", ".join(f"{name} {value}" for name, value in setting.items()) or "full"
+    row = {"what": what, "setting": setting, "rms": rmse(x, target)}
+    if judge is not None and labels is not None:
+        found = evaluate_samples(x, labels, judge, e.train, e.held_out)
+        row |= {"recognised": found["recognised"], "frechet": found["frechet_half"]}
+        row["frechet_real"] = found["frechet_real_halves"]
+    return row
+
+
+def ratio(
+    full: Drawer, drawer: Drawer, params: Any, arguments: argparse.Namespace
+) -> tuple[float, list[float]]:
+    """Of the times of a batch, each repetition's beside; both are compiled by now."""
+
+    def seconds(d: Drawer) -> float:
+        began = time.perf_counter()
+        d.draw(params, arguments.batch)
+        return time.perf_counter() - began
+
+    both = [(seconds(drawer), seconds(full)) for _ in range(arguments.repetitions)]
+    ratios = [a / b for a, b in both]
+    return statistics.median(ratios), ratios
+
+
+def unusable(experiment: Experiment, merge_from: int) -> bool:
+    """Whether the setting changes nothing for this model."""
+    c = experiment.config.sampler
+    unguided = c.guidance == 1 or not experiment.num_classes
+    guides = c.guidance_cache or c.guidance_low > 0 or c.guidance_high != float("inf")
+    told = " ".join(experiment.notes)
+    return bool(guides and unguided) or ("merge_tokens" in told and "no effect" in told)
+
+
+def operations(experiment: Experiment, params: Any) -> int:
+    """Of all evaluations, per image, as this sampler's settings and branches have them."""
+    c, guidance, level = experiment.config.sampler, experiment.guidance, experiment.solver.level
+    evaluations = experiment.solver.evaluations
+    when = guidance.shortcuts.data(evaluations)
+    model = guidance.networks({"model": params})["model"]
+    x = jnp.zeros((1, *experiment.train.shape))
+    cond = Conditioning(label=jnp.zeros(1, jnp.int32)) if experiment.num_classes else Conditioning()
+    half = NoiseLevel(*map(jnp.float32, (0.5, 0.7, 0.7)))
+    evaluate = partial(model, x, half, cond)
+    whole = part = flops.count(evaluate)
+    if "cache" in when:
+        features = jax.eval_shape(lambda: reuse.record(evaluate, c.cache_keep)()[1])
+        part = flops.count(lambda f: reuse.reuse(evaluate, c.cache_keep, f)(), features)
+    inside = (c.guidance_low * level.alpha <= level.sigma) & (
+        level.sigma <= np.where(np.isinf(c.guidance_high), np.inf, c.guidance_high * level.alpha)
+    )
+    pairs = bool(experiment.num_classes) and c.guidance != 1
+    calls = np.where(inside & pairs & when.get("guidance", True), 2, 1)
+    refresh = when.get("cache", np.ones(evaluations, bool))
+    if np.ndim(refresh) == 0:
+        refresh = decided(experiment, params, evaluations)
+    return int(np.sum(calls * np.where(refresh, whole, part)))
+
+
+def decided(experiment: Experiment, params: Any, evaluations: int) -> np.ndarray:
+    """At which evaluations a threshold refreshes: of the first batch of images."""
+    c, guidance, seen = experiment.config.sampler, experiment.guidance, []
+    drawer = Drawer(experiment)
+    keys = image_keys(c.seed, np.arange(c.batch_size))
+    cond = drawer.conditioning(c.batch_size)
+    weights = {"model": params, "when": guidance.shortcuts.data(evaluations)}
+
+    @jax.jit
+    def run(weights: Any) -> jax.Array:
+        denoise = guidance.guide(guidance.networks(weights), cond, c.guidance)
+
+        def step(x: jax.Array, level: NoiseLevel, memory: Any) -> tuple:
+            estimate, after = denoise.step(x, level, memory)
+            jax.debug.callback(lambda n: seen.append(int(n)), after.refreshed, ordered=True)
+            return estimate, after
+
+        watched = denoise._replace(step=step)
+        return sample(watched, experiment.solver, keys, experiment.train.shape)
+
+    jax.block_until_ready(run(weights))
+    jax.effects_barrier()
+    return np.diff([0, *seen]) > 0
+
+
+def forwards(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows about a forward pass of Stable Diffusion 1.5's U-Net."""
+    gpu = jax.default_backend() == "gpu"
+    dtype = jnp.bfloat16 if gpu else jnp.float32
+    network = sd15(dtype=dtype)
+    rng = np.random.default_rng(0)
+    side = arguments.latents
+    x = jnp.asarray(rng.standard_normal((1, side, side, 4)), dtype)
+    cond = Conditioning(context=jnp.asarray(rng.standard_normal((1, 77, 768)), dtype))
+    t = jnp.full(1, 500.0)
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, t, cond))
+    params = jax.tree.map(
+        lambda s: jnp.asarray(0.02 * rng.standard_normal(s.shape, np.float32), dtype), shapes
+    )
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return network.apply(params, x, t, cond)
+
+    ways: dict[str, Callable] = {"full": apply}
+    for keep in KEPT:
+        features = jax.eval_shape(lambda k=keep: reuse.record(apply, k)(params, x)[1])
+        features = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), features)
+        ways[f"deep features reused, {keep} kept"] = reuse.reuse(apply, keep, features)
+    for share in MERGED:
+        ways[f"merged {share}"] = with_merged_tokens(apply, share, side**2, jax.random.key(0))
+    compiled = {name: jax.jit(way) for name, way in ways.items()}
+    seconds = {name: [] for name in ways}
+    for repetition in range(arguments.repetitions + 1):
+        for name, way in compiled.items():
+            began = time.perf_counter()
+            jax.block_until_ready(way(params, x))
+            if repetition:
+                seconds[name].append(time.perf_counter() - began)
+            print(f"{name}: {time.perf_counter() - began:.3g} s", flush=True)
+    cost = {name: flops.count(way, params, x) for name, way in ways.items()}
+    rows = []
+    for name in ways:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["full"])]
+        rows.append({
+            "what": name, "time": statistics.median(ratios), "flops": cost[name] / cost["full"],
+            "gflop": cost[name] / 1e9, "seconds": seconds[name],
+        })  # fmt: skip
+    for keep in KEPT:
+        one = next(row for row in rows if row["what"].endswith(f", {keep} kept"))
+        for n in (2, 3, 5):
+            mean = {k: (1 + (n - 1) * one[k]) / n for k in ("time", "flops")}
+            rows.append({"what": f"every({n}), {keep} kept: mean of an evaluation", **mean})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
