@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--merge-from", type=int, default=256, help="tokens of merged maps")
     parser.add_argument("--images", default="", help="folder for a grid of each setting")
+    parser.add_argument("--only", default="", help="settings in which this regular expression is")
     parser.add_argument("--sd15", action="store_true", help="time Stable Diffusion's U-Net")
     parser.add_argument("--latents", type=int, default=64, help="its input's side")
     parser.add_argument("--json", default="", help="where to write the results")
@@ -139,7 +141,8 @@ def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any
         quality({}, target, target, labels, judge, full.experiment) | {"time": 1.0, "flops": 1.0}
     ]
     print(rows[-1], flush=True)
-    for setting in SETTINGS:
+    chosen = [s for s in SETTINGS if re.search(arguments.only, describe(s))]
+    for setting in chosen:
         drawer = make(setting)
         if unusable(drawer.experiment, arguments.merge_from):
             print(f"{setting}: not for this model")
@@ -161,12 +164,16 @@ def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any
     return rows
 
 
+def describe(setting: Setting) -> str:
+    """In words."""
+    return ", ".join(f"{name} {value}" for name, value in setting.items()) or "full"
+
+
 def quality(
     setting: Setting, x: np.ndarray, target: np.ndarray, labels: Any, judge: Any, e: Experiment
 ) -> dict[str, Any]:
     """What the setting is, and how good its images are."""
-    what = ", ".join(f"{name} {value}" for name, value in setting.items()) or "full"
-    row = {"what": what, "setting": setting, "rms": rmse(x, target)}
+    row = {"what": describe(setting), "setting": setting, "rms": rmse(x, target)}
     if judge is not None and labels is not None:
         found = evaluate_samples(x, labels, judge, e.train, e.held_out)
         row |= {"recognised": found["recognised"], "frechet": found["frechet_half"]}
@@ -267,11 +274,11 @@ def forwards(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         return network.apply(params, x, t, cond)
 
     ways: dict[str, Callable] = {"full": apply}
-    for keep in KEPT:
+    for keep in KEPT if re.search(arguments.only, "deep features") else ():
         features = jax.eval_shape(lambda k=keep: reuse.record(apply, k)(params, x)[1])
         features = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), features)
         ways[f"deep features reused, {keep} kept"] = reuse.reuse(apply, keep, features)
-    for share in MERGED:
+    for share in MERGED if re.search(arguments.only, "merged") else ():
         ways[f"merged {share}"] = with_merged_tokens(apply, share, side**2, jax.random.key(0))
     compiled = {name: jax.jit(way) for name, way in ways.items()}
     seconds = {name: [] for name in ways}
@@ -291,7 +298,9 @@ def forwards(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "gflop": cost[name] / 1e9, "seconds": seconds[name],
         })  # fmt: skip
     for keep in KEPT:
-        one = next(row for row in rows if row["what"].endswith(f", {keep} kept"))
+        one = next((row for row in rows if row["what"].endswith(f", {keep} kept")), None)
+        if one is None:
+            continue
         for n in (2, 3, 5):
             mean = {k: (1 + (n - 1) * one[k]) / n for k in ("time", "flops")}
             rows.append({"what": f"every({n}), {keep} kept: mean of an evaluation", **mean})

@@ -53,6 +53,22 @@ def test_pictures_with_their_settings(folder, tmp_path, capsys):
     np.testing.assert_array_equal(again, np.asarray(Image.open(paths[0])))
 
 
+def test_shortcuts(folder, tmp_path):
+    """A refresh at each evaluation is the full sampler; other schedules compile nothing anew."""
+
+    def picture(**changes):
+        generate(config(folder, steps=4, count=2, batch_size=2, **changes), tmp_path / "out")
+        last = sorted((tmp_path / "out").glob("0*.png"))[-1]
+        return np.asarray(Image.open(last), np.int32)
+
+    full = picture(negative="blurry")
+    fields = {"negative": "blurry", "merge_from": 64}
+    assert np.abs(picture(**fields, cache="every(n=1)") - full).max() <= 1
+    assert np.abs(picture(**fields, cache="every(n=4)") - full).max() > 1
+    with pytest.raises(ValueError, match=r"cache_keep=9.*skip connections"):
+        picture(cache="every(n=2)", cache_keep=9)
+
+
 def image_file(tmp_path, size=(20, 37)):
     path = tmp_path / "picture.png"
     Image.fromarray(np.full((*size, 3), 200, np.uint8)).save(path)

@@ -104,31 +104,32 @@ def test_how_much_is_evaluated():
     assert 2 * (full - cost(net, 2)) == full - cost(net, 1)
 
 
-def test_the_network_is_called_as_often_as_said():
-    """Counted on the host, at each evaluation; within an interval with two memories, too."""
-    calls = []
+CALLS = []
 
-    def network(x, time, cond):
-        if len(x) == 4:  # guided
-            jax.debug.callback(lambda: calls.append(1), ordered=True)
+
+class Scaled(nn.Module):
+    """A network that notes when it is called for guidance."""
+
+    def __call__(self, x, time, cond):
+        if len(x) == 4:
+            jax.debug.callback(lambda: CALLS.append(1), ordered=True)
         return 0.1 * x * cond.label.reshape(-1, 1, 1, 1)
 
-    class Network(nn.Module):
-        def __call__(self, x, time, cond):
-            return network(x, time, cond)
 
-    model = denoiser(partial(Network().apply, {}), predictions.v, thousand_t)
+def test_the_network_is_called_as_often_as_said():
+    """Counted on the host, at each evaluation; within an interval with two memories, too."""
+    model = denoiser(partial(Scaled().apply, {}), predictions.v, thousand_t)
 
     def counted(when, **interval):
         way = caching.cached(guidance.classifier_free(model, COND, NULL, 2.0), when, 0)
         if interval:
             plain = caching.cached(guidance.conditional(model, COND), when, 0)
             way = guidance.interval(way, plain, **interval)
-        del calls[:]
+        del CALLS[:]
         run = jax.jit(lambda keys: sample(way, SOLVER, keys, SHAPE))
         jax.block_until_ready(run(image_keys(0, np.arange(2))))
         jax.effects_barrier()
-        return len(calls)
+        return len(CALLS)
 
     assert counted(caching.every(1, STEPS)) == STEPS
     assert counted(caching.every(4, STEPS)) == 2
@@ -141,12 +142,11 @@ def test_the_network_is_called_as_often_as_said():
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    model = denoiser(partial(DIT.apply, PARAMS[DIT]), predictions.v, thousand_t)
-
     @partial(jax.jit, static_argnums=0)
     def run(count, labels):
         cond = Conditioning(label=labels)
-        way = caching.cached(guidance.conditional(model, cond), caching.every(3, STEPS), 1)
+        model = denoiser(partial(Scaled().apply, {}), predictions.v, thousand_t)
+        way = caching.cached(guidance.conditional(model, cond), caching.every(3, STEPS), 0)
         return sample(way, SOLVER, image_keys(0, np.arange(count)), SHAPE)
 
     np.testing.assert_allclose(run(1, COND.label[:1])[0], run(2, COND.label)[0], atol=1e-5)
