@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.training import checkpoints as checkpoints_lib
-from diffusion.training import diagnosis, processes, storage
+from diffusion.training import diagnosis, flops, processes, storage
 from diffusion.training import ema as ema_lib
 from diffusion.training import parallel as parallel_lib
 from diffusion.training.interrupts import deferred_signals
@@ -61,7 +61,6 @@ def fit(
     hooks: Sequence[Hook] = (),
     validate: Validate | None = None,
     max_skipped: int = 10,
-    flops: float | None = None,
     peak: float | None = None,
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -98,7 +97,6 @@ def fit(
         takes its memory.
       validate: such a pair whose function gives numbers by name, for the log.
       max_skipped: how many steps in a row may be skipped because loss or gradients were not finite.
-      flops: floating-point operations of a step per example, for the log's FLOP/s.
       peak: FLOP/s that one device is capable of, for the log's share of it.
       logger: default ``Logger(workdir)``.
       devices: default all, of all processes.
@@ -167,14 +165,15 @@ def fit(
         frozen, key = parallel_lib.place(layout, (frozen, run_key))
         batch = parallel_lib.place_batch(layout, batch)
         places = layout.mesh.devices.tolist()
+        size = len(next(iter(batch.values())))
         meter = Meter(
             logger,
             start,
             steps,
             log_every,
-            len(next(iter(batch.values()))),
+            size,
             interval,
-            flops=flops,
+            flops=flops.of(step_fn.trace(state, frozen, batch, key).jaxpr) / size,
             peak=peak and peak * len(places),
             devices=layout.mesh.local_devices,
         )
@@ -185,9 +184,8 @@ def fit(
         def drain(keep_pending: int = 0):
             nonlocal agreed
             while len(pending) > keep_pending:
-                done, values = pending.popleft()
-                values = jax.device_get(values)
-                agreed = max(agreed, int(values.pop("stop", 0)))
+                done, metrics, stop = pending.popleft()
+                values, agreed = metrics.fetched(), max(agreed, int(stop))
                 if values.pop("finite"):
                     meter.add(done, values)
                     continue
@@ -207,9 +205,8 @@ def fit(
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 state, metrics = step_fn(state, frozen, batch, key)
-                if agree is not None:
-                    metrics["stop"] = agree(stopped[0] if stopped else 0)
-                pending.append((step, metrics))
+                wanted = 0 if agree is None else agree(stopped[0] if stopped else 0)
+                pending.append((step, metrics, wanted))
                 if step < steps:  # the next batch goes to the devices while they work on this one
                     asked = time.perf_counter()
                     batch = _next(data, step)
