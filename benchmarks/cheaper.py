@@ -140,7 +140,8 @@ def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any
     rows = [
         quality({}, target, target, labels, judge, full.experiment) | {"time": 1.0, "flops": 1.0}
     ]
-    print(rows[-1], flush=True)
+    show(arguments.images, {}, target)
+    print(json.dumps(rows[0]), flush=True)
     chosen = [s for s in SETTINGS if re.search(arguments.only, describe(s))]
     for setting in chosen:
         drawer = make(setting)
@@ -151,17 +152,18 @@ def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any
         row = quality(setting, x, target, labels, judge, drawer.experiment)
         row["time"], row["all"] = ratio(full, drawer, params, arguments)
         row["flops"] = operations(drawer.experiment, params) / cost
-        if arguments.images:
-            name = "_".join(f"{k}={v}" for k, v in setting.items())
-            grid = figures.image_grid(x[:50], 10, scale=3)
-            Path(arguments.images).mkdir(parents=True, exist_ok=True)
-            figures.save_png(Path(arguments.images) / f"{name}.png", grid)
+        show(arguments.images, setting, x)
         rows.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "all"}), flush=True)
-    if arguments.images:
-        grid = figures.image_grid(target[:50], 10, scale=3)
-        figures.save_png(Path(arguments.images) / "full.png", grid)
     return rows
+
+
+def show(folder: str, setting: Setting, x: np.ndarray) -> None:
+    """The first 50 images as a PNG, if a folder is given."""
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        name = describe(setting).replace(", ", "_").replace(" ", "=")
+        figures.save_png(Path(folder) / f"{name}.png", figures.image_grid(x[:50], 10, scale=3))
 
 
 def describe(setting: Setting) -> str:
