@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 # What may read XLA_FLAGS, and the versions, major.minor, that have these options.
 KNOWN = {
-    "jaxlib": ("0.10", "0.11"),
+    "jaxlib": ("0.10", "0.11", "0.12"),
     "jax-cuda12-pjrt": ("0.10", "0.11"),
     "jax-cuda13-pjrt": ("0.10", "0.11"),
     "jax-rocm7-pjrt": (),

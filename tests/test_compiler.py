@@ -27,7 +27,7 @@ def test_the_users_stay(flags):
     "versions",
     [
         {"jaxlib": "0.9.2"},
-        {"jaxlib": "0.12.0.1"},
+        {"jaxlib": "0.13.0"},
         NOW | {"jax-cuda13-pjrt": "0.12.0"},
         NOW | {"libtpu": "0.0.30"},
     ],
@@ -45,7 +45,7 @@ def test_twice_is_once():
 
 
 @pytest.mark.skipif(
-    any(version[:4] not in ("0.10", "0.11") for version in compiler.installed().values()),
+    any(version[:4] not in ("0.10", "0.11", "0.12") for version in compiler.installed().values()),
     reason="another JAX, for which nothing is set",
 )
 def test_importing_the_package_sets_them_and_this_jax_takes_them():
