@@ -7,12 +7,15 @@ their ResNet, attention and resampling layers and only say how these are wired.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.nn.initializers import lecun_normal, zeros
 
 from diffusion.levels import Array
+from diffusion.models.convolution import of_doubled
 from diffusion.models.layers import GroupNorm, Pointwise
 
 Constructor = Callable[..., nn.Module]
@@ -99,14 +102,19 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a 3 x 3 convolution; called as ``Downsample``."""
+    """Nearest-neighbour doubling and a 3 x 3 convolution; called as ``Downsample``.
+
+    On a CPU the two are one (``convolution.of_doubled``), which halves their time.
+    """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, emb: Array | None = None, train: bool = False) -> Array:
-        conv = nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name="conv")
-        return conv(nearest_upsample(x))
+        conv = partial(nn.Conv, x.shape[-1], (3, 3), dtype=self.dtype, name="conv")
+        if jax.default_backend() == "cpu":
+            return conv(conv_general_dilated=of_doubled)(x)
+        return conv()(nearest_upsample(x))
 
 
 class DownBlock(nn.Module):
