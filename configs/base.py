@@ -85,6 +85,10 @@ def get_config() -> ConfigDict:
     c.objective.stratified = True  # spread a batch's times evenly
     c.objective.weighting = "simple"
     c.objective.distance = "l2"
+    # Which noise an image is mixed with, in training: independent; optimal_transport(group=64,
+    # same_label=False), handed out within groups, by default a device's share of the batch; or
+    # nearest(k=4), the nearest of k. Not for samplers that draw noise (objectives/couplings.py).
+    c.objective.coupling = "independent"
     c.objective.t_min = 1e-5  # smallest time trained on
     c.objective.conditional = True  # use labels or captions, where the data have them
     # Share trained without label or caption, for classifier-free guidance.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from diffusion import conditioning, predictions
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.objectives import distances, metrics, times, weightings
+from diffusion.objectives import couplings, distances, metrics, times, weightings
 from diffusion.objectives.variance import VariationalBound
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
@@ -56,6 +57,7 @@ class Denoising:
       times: time distribution.
       weighting: factor of the distance, a function of (level, c_out).
       distance: [B, ...] x [B, ...] -> [B].
+      coupling: which noise an example is mixed with, in training alone.
       null: makes the null conditioning (for classifier-free guidance) from a conditioning.
       dropout: probability that an example is trained with the null conditioning.
       stratify: the global batch size, to spread times evenly over it; None draws independently.
@@ -76,6 +78,7 @@ class Denoising:
     times: times.TimeDistribution = times.uniform
     weighting: weightings.Weighting = weightings.simple
     distance: distances.Distance = distances.l2
+    coupling: couplings.Coupling = couplings.independent
     null: Callable[[Conditioning], Conditioning] = lambda cond: cond
     dropout: float = 0.0
     stratify: int | None = None
@@ -117,11 +120,8 @@ class Denoising:
 
         u = self._uniforms(key, index)
         level = self._levels(u)
-        noise = normal(key_noise, index, x0.shape[1:], x0.dtype)
-        if self.noise_offset:
-            means = (*(1,) * (x0.ndim - 2), x0.shape[-1])  # one number per channel
-            offset = normal(jax.random.fold_in(key_noise, 2**31), index, means, x0.dtype)
-            noise = noise + self.noise_offset * offset
+        draw = partial(self._noise, key_noise, index, x0)
+        noise = self.coupling(x0, draw, batch.get("label")) if train else draw(0)
         seen = noise
         if self.input_perturbation:
             more = normal(jax.random.fold_in(key_noise, 2**31 + 1), index, x0.shape[1:], x0.dtype)
@@ -173,6 +173,16 @@ class Denoising:
             return self.network.apply({"params": params["network"]}, x, c_noise, cond)
 
         return denoiser(network, self.prediction, self.c_noise)
+
+    def _noise(self, key: Array, index: Array, x0: Array, j: int) -> Array:
+        """The j-th noise of each example."""
+        key = key if j == 0 else jax.random.fold_in(key, 2**30 + j)
+        noise = normal(key, index, x0.shape[1:], x0.dtype)
+        if self.noise_offset:
+            means = (*(1,) * (x0.ndim - 2), x0.shape[-1])  # one number per channel
+            offset = normal(jax.random.fold_in(key, 2**31), index, means, x0.dtype)
+            noise = noise + self.noise_offset * offset
+        return noise
 
     def _uniforms(self, key: Array, index: Array) -> Array:
         key = jax.random.split(key, 4)[0]
