@@ -147,7 +147,7 @@ def test_layouts_and_pieces_train_alike():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="group=10 does not divide the 24 .*; nearest: 8 or 12"):
+    with pytest.raises(ValueError, match=r"group=10 does not divide the 24 .*; nearest: 8 or 12"):
         handed_out(X0, group=10)
     with pytest.raises(ValueError, match="same_label=True needs labels"):
         handed_out(X0, same_label=True)
