@@ -99,6 +99,16 @@ def get_config() -> ConfigDict:
     c.objective.learned_variance = False  # improved DDPM's hybrid loss; needs discrete times
     c.objective.vlb_weight = 1e-3
 
+    c.alignment = ConfigDict()  # REPA: inner tokens are aligned with an encoder's, in training
+    # Folder of transformers' DINOv2 or CLIP vision model, or a classifier's workdir; empty: none
+    c.alignment.encoder = ""
+    # Whose tokens, counted from 1: a dit's blocks; a unet's levels going down, then its mid block.
+    # 0: a third of a dit's blocks, the mid block
+    c.alignment.block = 0
+    c.alignment.weight = 0.5
+    c.alignment.stop = 0  # steps after which it ends; 0: none
+    c.alignment.hidden = 2048  # width of the projector, which is trained too
+
     c.autoencoding = ConfigDict()  # objective.name="autoencoding"
     c.autoencoding.distance = "l1"  # or l2
     c.autoencoding.kl_weight = 1e-6

@@ -20,6 +20,7 @@ from diffusion.data.sources import Source
 from diffusion.evaluation import bits
 from diffusion.evaluation.sweep import deterministic
 from diffusion.experiment import (
+    aligning,
     autoencoding,
     averages,
     checking,
@@ -136,6 +137,8 @@ def build(config: ConfigDict) -> Experiment:
                 "draws noise; ddim, heun and dpmpp_2m do not"
             )
     frozen = autoencoding.frozen(config)
+    if aligning.wanted(config):
+        objective, train, frozen = aligning.attach(config, objective, train)
     _check_shapes(objective, train, frozen)
     return Experiment(
         config=config,

@@ -33,7 +33,8 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = nn.silu(nn.Dense(self.hidden)(x.astype(jnp.float32)))
-        return nn.Dense(self.features)(nn.silu(nn.Dense(self.hidden)(x)))
+        x = nn.silu(nn.Dense(self.hidden)(x))
+        return nn.Dense(self.features)(x)
 
 
 @dataclasses.dataclass(frozen=True)
