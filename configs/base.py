@@ -85,6 +85,10 @@ def get_config() -> ConfigDict:
     c.objective.stratified = True  # spread a batch's times evenly
     c.objective.weighting = "simple"
     c.objective.distance = "l2"
+    # Which noise an image is mixed with, in training: independent; optimal_transport(group=64,
+    # same_label=False), handed out within groups, by default a device's share of the batch; or
+    # nearest(k=4), the nearest of k. Not for samplers that draw noise (objectives/couplings.py).
+    c.objective.coupling = "independent"
     c.objective.t_min = 1e-5  # smallest time trained on
     c.objective.conditional = True  # use labels or captions, where the data have them
     # Share trained without label or caption, for classifier-free guidance.
@@ -94,6 +98,16 @@ def get_config() -> ConfigDict:
     c.objective.uncertainty = False  # weight each noise level by its learned uncertainty (EDM2)
     c.objective.learned_variance = False  # improved DDPM's hybrid loss; needs discrete times
     c.objective.vlb_weight = 1e-3
+
+    c.alignment = ConfigDict()  # REPA: inner tokens are aligned with an encoder's, in training
+    # Folder of transformers' DINOv2 or CLIP vision model, or a classifier's workdir; empty: none
+    c.alignment.encoder = ""
+    # Whose tokens, counted from 1: a dit's blocks; a unet's levels going down, then its mid block.
+    # 0: a third of a dit's blocks, the mid block
+    c.alignment.block = 0
+    c.alignment.weight = 0.5
+    c.alignment.stop = 0  # steps after which it ends; 0: none
+    c.alignment.hidden = 2048  # width of the projector, which is trained too
 
     c.autoencoding = ConfigDict()  # objective.name="autoencoding"
     c.autoencoding.distance = "l1"  # or l2

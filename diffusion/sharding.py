@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)  # within ``examples_stay``
 
 
 @contextmanager
@@ -32,8 +35,23 @@ def examples_stay(sharding: NamedSharding, size: int) -> Iterator[None]:
         args, kwargs = jax.tree.map(hold, (args, kwargs))
         return jax.tree.map(hold, call(*args, **kwargs))
 
-    with nn.intercept_methods(intercept):
-        yield
+    token = _mesh.set(sharding.mesh)
+    try:
+        with nn.intercept_methods(intercept):
+            yield
+    finally:
+        _mesh.reset(token)
+
+
+def everywhere(tree: Any) -> Any:
+    """Arrays, within ``examples_stay`` whole on every device: for loops over small ones.
+
+    Cut over the devices, each round of such a loop would wait for all of them.
+    """
+    mesh = _mesh.get()
+    if mesh is None:
+        return tree
+    return lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def is_cut(x: Any) -> bool:

@@ -8,6 +8,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
     T5Config,
     T5EncoderModel,
 )
@@ -28,6 +30,14 @@ VISION = dict(
     num_hidden_layers=3,
     num_attention_heads=4,
     projection_dim=24,
+    image_size=24,
+    patch_size=8,
+)
+DINOV2 = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    mlp_ratio=2,
     image_size=24,
     patch_size=8,
 )
@@ -65,6 +75,11 @@ def clip_text(seed=0, projection=False, **changes):
 def clip_vision(seed=0, **changes):
     """An image encoder with projection."""
     return randomise(CLIPVisionModelWithProjection(CLIPVisionConfig(**{**VISION, **changes})), seed)
+
+
+def dinov2(seed=0, **changes):
+    """An image encoder without text."""
+    return randomise(Dinov2Model(Dinov2Config(**{**DINOV2, **changes})), seed)
 
 
 def t5(seed=0, **changes):

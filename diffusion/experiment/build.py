@@ -18,7 +18,9 @@ from diffusion import specs
 from diffusion.data import pipeline
 from diffusion.data.sources import Source
 from diffusion.evaluation import bits
+from diffusion.evaluation.sweep import deterministic
 from diffusion.experiment import (
+    aligning,
     autoencoding,
     averages,
     checking,
@@ -33,6 +35,7 @@ from diffusion.experiment.data import augmentation, make_source
 from diffusion.experiment.fields import field, wrong_types
 from diffusion.experiment.guiding import Guidance
 from diffusion.experiment.model import Objective, make_model, other_run
+from diffusion.objectives import couplings
 from diffusion.objectives.autoencoding import Autoencoding, two_optimizers
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling import langevin
@@ -135,8 +138,19 @@ def build(config: ConfigDict) -> Experiment:
                 "config.sampler.cache or guidance_cache, which remember the sampler's evaluations"
             )
         notes += guiding.notes(config, bool(num_classes or encode))
+<<<<<<< HEAD
         notes += shortcuts.notes(config, objective.network, train.shape)
+=======
+        if objective.coupling is not couplings.independent and not deterministic(solver):
+            notes.append(
+                f"config.objective.coupling={config.objective.coupling!r}: the model's flow is "
+                f"right, its score is not, and config.sampler.solver={config.sampler.solver!r} "
+                "draws noise; ddim, heun and dpmpp_2m do not"
+            )
+>>>>>>> faster
     frozen = autoencoding.frozen(config)
+    if aligning.wanted(config):
+        objective, train, frozen = aligning.attach(config, objective, train)
     _check_shapes(objective, train, frozen)
     return Experiment(
         config=config,

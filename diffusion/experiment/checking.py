@@ -69,6 +69,8 @@ RANGES = {
     "model.*": Range(1),
     "objective.label_dropout": Range(0, 1),
     "objective.*": NOT_NEGATIVE,
+    "alignment.hidden": Range(1, 2**17),
+    "alignment.*": NOT_NEGATIVE,
     "autoencoding.discriminator.*": DEEP,
     "autoencoding.*": NOT_NEGATIVE,
     "optimizer.learning_rate": POSITIVE,

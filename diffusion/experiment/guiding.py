@@ -162,8 +162,12 @@ def make(
       ValueError: for impossible combinations; the message names the field.
     """
     c = config.sampler
-    weak = _run(c.autoguidance, "autoguidance", config, Denoising, num_classes, shape, load)
-    judge = _run(c.classifier, "classifier", config, Classification, num_classes, shape, load)
+    others = num_classes, shape, load
+    weak = judge = None
+    if c.autoguidance:
+        weak = opened(c.autoguidance, "config.sampler.autoguidance", config, Denoising, *others)
+    if c.classifier:
+        judge = opened(c.classifier, "config.sampler.classifier", config, Classification, *others)
     if not 0 <= c.guidance_low < c.guidance_high:
         raise ValueError(
             "expected 0 <= config.sampler.guidance_low < guidance_high (sigma / alpha), got "
@@ -312,7 +316,7 @@ def _blocks(
     return blocks
 
 
-def _run(
+def opened(
     directory: str,
     name: str,
     config: ConfigDict,
@@ -320,10 +324,13 @@ def _run(
     num_classes: int,
     shape: tuple[int, ...],
     load: Callable,
-) -> Run | None:
-    if not directory:
-        return None
-    field = f"config.sampler.{name}={directory!r}"
+) -> Run:
+    """Another run, in the workdir that the field ``name`` gives; the rest as for ``make``.
+
+    Raises:
+      ValueError: it is none, of another kind, or of other data.
+    """
+    field = f"{name}={directory!r}"
     path = Path(directory)
     if not (path / workdirs.CONFIG).exists() or not workdirs.steps(path):
         raise ValueError(f"{field} is not the workdir of a run with a checkpoint")

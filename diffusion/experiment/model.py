@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -21,7 +22,7 @@ from diffusion.models.mlp import MLP
 from diffusion.models.noisy_classifier import NoisyClassifier
 from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
-from diffusion.objectives import distances, times, weightings
+from diffusion.objectives import couplings, distances, times, weightings
 from diffusion.objectives.autoencoding import Autoencoding
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising, Uncertainty
@@ -44,6 +45,7 @@ WEIGHTINGS = specs.choices(
     weightings, "simple snr truncated_snr min_snr soft_min_snr p2 sigmoid edm elbo"
 )
 DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
+COUPLINGS = specs.choices(couplings, "independent optimal_transport nearest")
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 OBJECTIVES = ("denoising", "classification", "autoencoding")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -199,6 +201,7 @@ def _objective(
         **_shared(config, schedule),
         weighting=specs.function(c.weighting, WEIGHTINGS, f"{at}.weighting", context),
         distance=specs.function(c.distance, DISTANCES, f"{at}.distance"),
+        coupling=_coupling(config, bool(nulls.get("label")), train.shape),
         null=partial(null_like, **nulls),
         dropout=c.label_dropout if nulls else 0.0,
         noise_offset=c.noise_offset,
@@ -206,6 +209,22 @@ def _objective(
         bound=bound,
         uncertainty=Uncertainty() if c.uncertainty else None,
     )
+
+
+def _coupling(config: ConfigDict, labels: bool, shape: tuple[int, ...]) -> couplings.Coupling:
+    """That of config.objective, by default within what a device takes at once."""
+    name, text = "config.objective.coupling", config.objective.coupling
+    size = config.train.batch_size // (jax.device_count() * config.train.accumulate)
+    coupling = specs.function(text, COUPLINGS, name, {"group": size})
+    if coupling is not couplings.independent and config.objective.learned_variance:
+        raise ValueError(
+            f"{name}={text!r}: the bound of config.objective.learned_variance=True takes noise to "
+            "be independent of the data"
+        )
+    x, label = (jax.ShapeDtypeStruct(s, d) for s, d in (((size, *shape), "f4"), ((size,), "i4")))
+    with field(f"{name}={text!r}"):
+        jax.eval_shape(lambda x, y: coupling(x, lambda _: x, y), x, label if labels else None)
+    return coupling
 
 
 def _c_noise(text: str, schedule: schedules.Schedule) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
-from diffusion.experiment import averages
+from diffusion.experiment import aligning, averages
 from diffusion.experiment.build import Experiment, build
 from diffusion.experiment.drawing import Drawer
 from diffusion.sampling.progress import Preview
@@ -56,7 +56,7 @@ def restore(
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
     check(config, workdir, (*TRAINING, "train.*"))
-    experiment = announced(config)
+    experiment = announced(aligning.without(config))
     params, step, text = averages.parameters(config, workdir)
     if experiment.guidance is None:
         raise ValueError(

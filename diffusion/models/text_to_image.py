@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 
 from diffusion.conditioning import Conditioning
@@ -22,10 +24,19 @@ class TextToImage(nn.Module):
     text: nn.Module
     image: nn.Module
 
-    def __call__(self, x: Array, time: Array, cond: Conditioning, *, train: bool = False) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        time: Array,
+        cond: Conditioning,
+        *,
+        train: bool = False,
+        features: Sequence[int] = (),
+    ) -> Array | tuple[Array, tuple[Array, ...]]:
         """``image``'s output; ``cond.context_mask`` [B, L] is True where there is text."""
         if cond.tokens is None:
             raise ValueError("this network reads captions: cond.tokens [B, L] is missing")
         text = self.text(cond.tokens, cond.context_mask)
         seen = cond.replace(tokens=None, context=text.last, pooled=text.pooled)
-        return self.image(x, time, seen, train=train)
+        inner = {"features": features} if features else {}
+        return self.image(x, time, seen, train=train, **inner)

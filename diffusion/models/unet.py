@@ -38,8 +38,10 @@ class UNet(Encoder):
         cond: Conditioning,
         train: bool = False,
         control: Sequence[Array] | None = None,
-    ) -> Array:
-        """F [B, H, W, out_channels], in x's dtype.
+        *,
+        features: Sequence[int] = (),
+    ) -> Array | tuple[Array, tuple[Array, ...]]:
+        """F [B, H, W, out_channels], in x's dtype; with ``features``, F and what these blocks give.
 
         Signals in ``cond`` that the network has no input for are ignored, those that it needs are
         required.
@@ -51,6 +53,9 @@ class UNet(Encoder):
           train: whether dropout is active (it then needs an rng named 'dropout').
           control: residuals to add to the features of the skip connections, in the encoder's
             order, and, last, to the mid block's output.
+          features: numbers of blocks whose outputs [B, h, w, C] are wanted too, for representation
+            alignment: 1 to L are the levels' down blocks (before their downsampling), L + 1 is the
+            mid block.
         """
         if time.shape != x.shape[:1]:
             raise ValueError(
@@ -59,33 +64,48 @@ class UNet(Encoder):
         out_channels = self.out_channels or x.shape[-1]
         dtype = x.dtype
         emb = self.embed(time, cond)
-        features, x = self.encode(x, emb, cond, train)
+        skips, x = self.encode(x, emb, cond, train)
+        wanted = self._wanted(features, skips, x)
         if control is not None:
-            if len(control) != len(features) + 1:
+            if len(control) != len(skips) + 1:
                 raise ValueError(
-                    f"control holds {len(control)} residuals; expected {len(features)} for the "
+                    f"control holds {len(control)} residuals; expected {len(skips)} for the "
                     "skip connections and one for the mid block"
                 )
-            features = [f + c.astype(f.dtype) for f, c in zip(features, control[:-1])]
+            skips = [f + c.astype(f.dtype) for f, c in zip(skips, control[:-1])]
             x = x + control[-1].astype(x.dtype)
 
         levels = len(self.widths)
         for i, level in enumerate(reversed(range(levels))):
             count = per_level(self.blocks, level) + 1
-            features, skips = features[:-count], features[-count:]
+            skips, last = skips[:-count], skips[-count:]
             block = UpBlock(
                 self.make_resnet(level),
                 self.make_attentions(self.up_kinds(level), level),
                 self.make_upsample(level) if level > 0 else None,
                 name=f"up_blocks_{i}",
             )
-            x = block(x, skips, emb, cond.context, cond.context_mask, train)
+            x = block(x, last, emb, cond.context, cond.context_mask, train)
 
         x = GroupNorm(self.norm_groups, self.norm_eps, self.dtype, name="conv_norm_out")(x)
         conv_out = nn.Conv(
             out_channels, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_out"
         )
-        return conv_out(nn.silu(x)).astype(dtype)
+        out = conv_out(nn.silu(x)).astype(dtype)
+        return (out, wanted) if features else out
+
+    def _wanted(
+        self, numbers: Sequence[int], skips: Sequence[Array], mid: Array
+    ) -> tuple[Array, ...]:
+        """The outputs of the blocks with these numbers (see ``features``)."""
+        levels, at, outputs = len(self.widths), 0, []
+        for level in range(levels):
+            at += per_level(self.blocks, level)
+            outputs.append(skips[at])
+            at += 1  # the downsampling's
+        if any(not 1 <= i <= levels + 1 for i in numbers):
+            raise ValueError(f"features={tuple(numbers)} must be blocks 1..{levels + 1}")
+        return tuple([*outputs, mid][i - 1] for i in numbers)
 
     def up_kinds(self, level: int) -> tuple[AttentionKind, ...]:
         """What follows each ResNet block of the level's up block."""

@@ -94,6 +94,21 @@ class Classification:
         """(x_t [B, ...], level with leaves () or [B]) -> logits [B, K]."""
         return lambda x, level: self._apply(params, x, level)
 
+    def features(self, params: Params, x: Array) -> Array:
+        """[B, h, w, C] in the middle of the network, of x [B, H, W, C] as at the smallest time.
+
+        For networks that are an ``Encoder``.
+        """
+        level = self.schedule(jnp.full(len(x), self.t_min))
+
+        def middle(network: nn.Module, x: Array, time: Array) -> Array:
+            cond = Conditioning()
+            return network.encode(x, network.embed(time, cond), cond, train=False)[1]
+
+        c_in = self.prediction(level.expand(x.ndim)).c_in
+        variables = {"params": params["network"]}
+        return self.network.apply(variables, c_in * x, self.c_noise(level), method=middle)
+
     def _apply(self, params: Params, x: Array, level: NoiseLevel, **options: Any) -> Array:
         c_in = self.prediction(level.expand(x.ndim)).c_in
         noise = jnp.broadcast_to(self.c_noise(level), x.shape[:1])

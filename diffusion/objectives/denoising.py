@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,8 @@ from diffusion import conditioning, predictions
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.objectives import distances, metrics, times, weightings
+from diffusion.objectives import couplings, distances, metrics, times, weightings
+from diffusion.objectives.alignment import Alignment
 from diffusion.objectives.variance import VariationalBound
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
@@ -56,6 +58,7 @@ class Denoising:
       times: time distribution.
       weighting: factor of the distance, a function of (level, c_out).
       distance: [B, ...] x [B, ...] -> [B].
+      coupling: which noise an example is mixed with, in training alone.
       null: makes the null conditioning (for classifier-free guidance) from a conditioning.
       dropout: probability that an example is trained with the null conditioning.
       stratify: the global batch size, to spread times evenly over it; None draws independently.
@@ -66,6 +69,7 @@ class Denoising:
         al., 2023).
       bound: given if the network also learns its variances (twice the channels); times must then
         be discrete with the bound's number of steps.
+      alignment: given if inner tokens are aligned with an encoder's, in training alone.
       uncertainty: given if the loss L at each level is weighted by a learned exp(-u) with + u.
     """
 
@@ -76,6 +80,7 @@ class Denoising:
     times: times.TimeDistribution = times.uniform
     weighting: weightings.Weighting = weightings.simple
     distance: distances.Distance = distances.l2
+    coupling: couplings.Coupling = couplings.independent
     null: Callable[[Conditioning], Conditioning] = lambda cond: cond
     dropout: float = 0.0
     stratify: int | None = None
@@ -83,10 +88,11 @@ class Denoising:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     bound: VariationalBound | None = None
+    alignment: Alignment | None = None
     uncertainty: Uncertainty | None = None
 
     def init(self, key: Array, batch: Mapping[str, Array]) -> Params:
-        """Initial parameters: {"network": ...} and, if learned, {"uncertainty": ...}."""
+        """Initial parameters: {"network": ...} and, if there, "uncertainty" and "projector"."""
         x = jnp.asarray(batch["x"])
         level = self.schedule(jnp.full(len(x), 0.5 * self.schedule.t_max))
         cond = conditioning.from_batch(batch)
@@ -95,6 +101,13 @@ class Denoising:
         params = {"network": variables["params"]}
         if self.uncertainty is not None:
             params["uncertainty"] = self.uncertainty.init(key_uncertainty, level)["params"]
+        if self.alignment is not None:
+            blocks = (self.alignment.block,)
+            _, (tokens,) = jax.eval_shape(
+                lambda v: self.network.apply(v, x, self.c_noise(level), cond, features=blocks),
+                variables,
+            )
+            params["projector"] = self.alignment.init(jax.random.fold_in(key, 1), tokens)
         return params
 
     def loss(
@@ -107,21 +120,19 @@ class Denoising:
     ) -> tuple[Array, dict[str, Array]]:
         """The mean loss over a batch, and metrics: also the loss by quartile of the noise level.
 
+        ``frozen`` is read for ``alignment`` alone.
+
         What is drawn for an example depends on ``key`` and on ``batch["index"]``, its place in the
         global batch (by default its place in this one), not on the device it lies on.
         """
-        del frozen  # nothing here is held fixed
         x0 = batch["x"]
         index = batch.get("index", jnp.arange(len(x0)))
         _, key_noise, key_drop, key_network = jax.random.split(key, 4)
 
         u = self._uniforms(key, index)
         level = self._levels(u)
-        noise = normal(key_noise, index, x0.shape[1:], x0.dtype)
-        if self.noise_offset:
-            means = (*(1,) * (x0.ndim - 2), x0.shape[-1])  # one number per channel
-            offset = normal(jax.random.fold_in(key_noise, 2**31), index, means, x0.dtype)
-            noise = noise + self.noise_offset * offset
+        draw = partial(self._noise, key_noise, index, x0)
+        noise = self.coupling(x0, draw, batch.get("label")) if train else draw(0)
         seen = noise
         if self.input_perturbation:
             more = normal(jax.random.fold_in(key_noise, 2**31 + 1), index, x0.shape[1:], x0.dtype)
@@ -134,6 +145,7 @@ class Denoising:
             cond = conditioning.drop(cond, self.null(cond), dropped)
 
         c = predictions.precondition(self.prediction, level)
+        aligned = train and self.alignment is not None
         output = self.network.apply(
             {"params": params["network"]},
             c.c_in.reshape((-1,) + (1,) * (x0.ndim - 1)) * x_t,
@@ -141,7 +153,10 @@ class Denoising:
             cond,
             train=train,
             rngs={"dropout": jax.random.fold_in(key_network, index[0])},
-        ).astype(x0.dtype)
+            **({"features": (self.alignment.block,)} if aligned else {}),
+        )
+        output, (tokens,) = output if aligned else (output, (None,))
+        output = output.astype(x0.dtype)
 
         variance = None
         if self.bound is not None:
@@ -159,7 +174,11 @@ class Denoising:
         if self.uncertainty is not None:
             u = self.uncertainty.apply({"params": params["uncertainty"]}, level)
             loss = loss * jnp.exp(-u) + u
-        return loss.mean(), measured | metrics.by_quartile(loss, u, self.times, self.schedule)
+        total = loss.mean()
+        if aligned:
+            added, similarity = self.alignment.loss(params["projector"], frozen, tokens, batch)
+            total, measured["alignment"] = total + added, similarity
+        return total, measured | metrics.by_quartile(loss, u, self.times, self.schedule)
 
     def levels(self, key: Array, index: Array) -> NoiseLevel:
         """The noise levels [B] at which ``loss`` with this key sees examples ``index`` [B]."""
@@ -173,6 +192,16 @@ class Denoising:
             return self.network.apply({"params": params["network"]}, x, c_noise, cond)
 
         return denoiser(network, self.prediction, self.c_noise)
+
+    def _noise(self, key: Array, index: Array, x0: Array, j: int) -> Array:
+        """The j-th noise of each example."""
+        key = key if j == 0 else jax.random.fold_in(key, 2**30 + j)
+        noise = normal(key, index, x0.shape[1:], x0.dtype)
+        if self.noise_offset:
+            means = (*(1,) * (x0.ndim - 2), x0.shape[-1])  # one number per channel
+            offset = normal(jax.random.fold_in(key, 2**31), index, means, x0.dtype)
+            noise = noise + self.noise_offset * offset
+        return noise
 
     def _uniforms(self, key: Array, index: Array) -> Array:
         key = jax.random.split(key, 4)[0]

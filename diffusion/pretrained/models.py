@@ -26,6 +26,7 @@ CLASSES = {
     "CLIPTextModel": "clip",
     "CLIPTextModelWithProjection": "clip",
     "CLIPVisionModelWithProjection": "clip",
+    "Dinov2Model": "dinov2",
     "T5EncoderModel": "t5",
     "T5ForConditionalGeneration": "t5",
     "T5Model": "t5",
@@ -39,6 +40,7 @@ MODULES = {
     "DiT": "dit",
     "ClipText": "clip",
     "ClipVision": "clip",
+    "DinoV2": "dinov2",
     "T5Encoder": "t5",
 }
 """The same by our own class."""

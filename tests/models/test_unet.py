@@ -3,6 +3,7 @@
 import dataclasses
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,3 +303,29 @@ def test_a_conditioning_image_must_have_the_size_of_x():
     cond = Conditioning(image=jnp.zeros((2, 2, 2, 1)))
     with pytest.raises(ValueError, match=r"cond\.image has shape \(2, 2, 2, 1\)"):
         jax.eval_shape(lambda: UNet(**BASE).init(KEY, X, TIME, cond))
+
+
+def test_features_are_what_the_blocks_give():
+    """1 and 2 are the levels' last ResNet or attention blocks, 3 is the mid block."""
+    net = UNet(widths=(8, 16), blocks=2, attention=(0, "self"), norm_groups=4)
+    x, time, given = jnp.zeros((2, 8, 8, 3)), jnp.zeros(2), {}
+    variables = {"params": shapes(net, 3)}
+
+    def note(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.method_name == "__call__":
+            given["/".join(context.module.path)] = out
+        return out
+
+    def check(variables):
+        with nn.intercept_methods(note):
+            out, found = net.apply(variables, x, time, Conditioning(), features=(3, 1, 2))
+        names = ("mid_block", "down_blocks_0/resnets_1", "down_blocks_1/attentions_1")
+        assert all(a is given[name] for a, name in zip(found, names, strict=True))
+        return out, found
+
+    out, found = jax.eval_shape(check, variables)
+    assert out.shape == (2, 8, 8, 3)
+    assert [f.shape for f in found] == [(2, 4, 4, 16), (2, 8, 8, 8), (2, 4, 4, 16)]
+    with pytest.raises(ValueError, match=r"features=\(4,\) must be blocks 1\.\.3"):
+        jax.eval_shape(lambda v: net.apply(v, x, time, Conditioning(), features=(4,)), variables)

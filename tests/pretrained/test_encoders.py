@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from diffusion.models.t5 import buckets
-from diffusion.pretrained import clip, t5
+from diffusion.pretrained import clip, dinov2, t5
 from diffusion.pretrained.folders import TRANSFORMERS, open_folder, write_folder, write_json
 from diffusion.pretrained.names import from_tensors, to_tensors
 from diffusion.pretrained.weights import load_params, save_params
@@ -32,12 +32,16 @@ CASES = {
     ),
     "vision": (tiny_encoders.clip_vision, {}),
     "vision, gelu": (tiny_encoders.clip_vision, {"hidden_act": "gelu", "patch_size": 6}),
+    "dinov2": (tiny_encoders.dinov2, {}),
+    "dinov2, swiglu, other size": (tiny_encoders.dinov2, {"use_swiglu_ffn": True}),
     "t5": (tiny_encoders.t5, {}),
     "t5 v1.1": (tiny_encoders.t5, {"feed_forward_proj": "gated-gelu", "num_layers": 3}),
 }
 
 
 def module_of(model):
+    if isinstance(model, transformers.Dinov2Model):
+        return dinov2
     return t5 if isinstance(model, transformers.T5EncoderModel) else clip
 
 
@@ -47,6 +51,9 @@ def shapes(module, net):
 
 def inputs(net):
     rng = np.random.default_rng(0)
+    if isinstance(net, dinov2.DinoV2):
+        sides = (40, 32) if net.swiglu else (net.size, net.size)
+        return (rng.normal(size=(2, *sides, 3)).astype(np.float32),)
     if isinstance(net, clip.ClipVision):
         return (rng.normal(size=(2, net.size, net.size, 3)).astype(np.float32),)
     ids = rng.integers(8, 90, (3, LENGTH))
@@ -65,6 +72,8 @@ def outputs(model, arguments):
     with torch.no_grad():
         if isinstance(model, transformers.T5EncoderModel):
             return {"": model(tensors[0], attention_mask=tensors[1].long()).last_hidden_state}
+        if isinstance(model, transformers.Dinov2Model):
+            return {"": model(tensors[0].movedim(-1, 1)).last_hidden_state}
         vision = isinstance(model, transformers.CLIPVisionModelWithProjection)
         tensors = [tensors[0].movedim(-1, 1) if vision else tensors[0]]
         out = model(*tensors, output_hidden_states=True)
