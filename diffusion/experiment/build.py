@@ -138,16 +138,13 @@ def build(config: ConfigDict) -> Experiment:
                 "config.sampler.cache or guidance_cache, which remember the sampler's evaluations"
             )
         notes += guiding.notes(config, bool(num_classes or encode))
-<<<<<<< HEAD
         notes += shortcuts.notes(config, objective.network, train.shape)
-=======
         if objective.coupling is not couplings.independent and not deterministic(solver):
             notes.append(
                 f"config.objective.coupling={config.objective.coupling!r}: the model's flow is "
                 f"right, its score is not, and config.sampler.solver={config.sampler.solver!r} "
                 "draws noise; ddim, heun and dpmpp_2m do not"
             )
->>>>>>> faster
     frozen = autoencoding.frozen(config)
     if aligning.wanted(config):
         objective, train, frozen = aligning.attach(config, objective, train)
