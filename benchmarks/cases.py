@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +41,7 @@ class Case:
       signals: conditioning, name -> shape without the batch; label is an integer.
       forward, train: what is measured.
       variants: fields of the network for our side, by name ("remat": {"remat": True}).
+      settings: of a sampler: "scheduler" (a diffusers config), "steps" and, guided, "scale".
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case:
     forward: bool = True
     train: bool = True
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> int | None:
@@ -191,3 +193,39 @@ def decoders(gpu: bool, small: bool) -> list[Case]:
         )
         for size in sizes
     ]
+
+
+DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
+DPM_SOLVER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def samplers(gpu: bool, small: bool) -> list[Case]:
+    """Networks and the samplers around them."""
+    guided = {"scheduler": DPM_SOLVER, "steps": 4 if small else 20 if gpu else 8, "scale": 7.5}
+    plain = {"scheduler": DDIM, "steps": 4 if small else 50 if gpu else 10}
+    label = {"label": ()}
+    if small:
+        tiny = {case.name: case for case in networks(gpu, small)}
+        return [
+            replace(tiny["tiny U-Net"], name="tiny U-Net, DDIM", settings=plain),
+            replace(tiny["tiny SD"], name="tiny SD, DPM-Solver++, guided", settings=guided),
+        ]
+    cifar, side = "DDPM's U-Net, CIFAR-10, DDIM", 64 if gpu else 16
+    found = [
+        Case("digits' U-Net, DDIM", DIGITS, (8, 8, 1), 64, label, settings=plain),
+        Case(cifar, CIFAR10, (32, 32, 3), 64 if gpu else 4, settings=plain),
+    ]
+    text = f"SD 1.5's U-Net, {side} × {side}, DPM-Solver++, guided"
+    found.append(Case(text, SD15, (side, side, 4), 1, _text(768), settings=guided))
+    if gpu:
+        text = "SDXL's U-Net, 128 × 128, DPM-Solver++, guided"
+        found.append(Case(text, SDXL, (128, 128, 4), 1, SDXL_TEXT, settings=guided))
+        found.reverse()
+    return found

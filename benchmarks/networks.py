@@ -27,7 +27,7 @@ COLUMNS = {
     "bare": "bare JAX",
     "eager": "eager",
     "channels_last": "channels_last",
-    "compile": "torch.compile",
+    "compile": "compiled",
     "ratio": "best PyTorch / here",
     "utilisation": "here, of the peak [%]",
     "theirs_utilisation": "PyTorch [%]",
@@ -37,26 +37,20 @@ COLUMNS = {
 
 def main() -> None:
     parser = report.arguments(__doc__, "networks")
-    parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--does", default="forward,train", help="what is measured")
-    parser.add_argument("--batch", type=int, default=0, help="for all of the cases")
     parser.add_argument("--apart", action="store_true", help="one side after the other")
     arguments = parser.parse_args()
     with report.Report(arguments, COLUMNS, "diffusers", "torch", "triton") as told:
-        sides, why = worker.sides()
-        if why:
-            told.note(why)
-        gpu = report.has_gpu()
-        import cases
+        measure("networks", arguments, told)
 
-        for index, case in enumerate(cases.networks(gpu, arguments.small)):
-            if arguments.only not in case.name:
-                continue
-            request = {"list": "networks", "index": index, "gpu": gpu, "small": arguments.small}
-            request["batch"] = arguments.batch or None
-            turns = [[side] for side in sides] if arguments.apart else [sides]
-            for row in rows(case, request, turns, arguments, told.log):
-                told.add(row)
+
+def measure(which: str, arguments: argparse.Namespace, told: report.Report) -> None:
+    """Rows of every case of a list in ``cases``."""
+    sides = worker.sides(arguments, told.note)
+    for case, request in worker.requests(which, arguments):
+        turns = [[side] for side in sides] if arguments.apart else [sides]
+        for row in rows(case, request, turns, arguments, told.log):
+            told.add(row)
 
 
 def rows(
@@ -74,6 +68,7 @@ def rows(
             log(f"{case.name}, batch of {request['batch'] or case.batch}")
             for what in does:
                 names = commands(case, what, together)
+                names = {k: v for k, v in names.items() if not skipped(k, arguments)}
                 found[what] |= worker.alternate(
                     workers, names, arguments.repetitions, arguments.seconds, log
                 )
@@ -115,6 +110,11 @@ def commands(case: Any, what: str, sides: list[str]) -> dict[str, tuple[str, str
             found["channels_last"] = ("torch", f"{name}:channels_last")
         found["compile"] = ("torch", f"{name}:compile")
     return found
+
+
+def skipped(name: str, arguments: argparse.Namespace) -> bool:
+    """Whether the command line leaves a variant out."""
+    return any(word and word in name for word in arguments.skip.split(";"))
 
 
 def row(
@@ -163,9 +163,9 @@ def output_of(process: worker.Worker, command: str, log: Any) -> Any:
 def peak(process: worker.Worker) -> float:
     """FLOP/s of the largest matrix product, at best of ten."""
     process.ask("run", "matmul", times=2)
-    seconds = min(process.ask("run", "matmul", times=2) / 2 for _ in range(10))
-    size = 8192 if report.has_gpu() else 2048
-    return 2 * size**3 / seconds
+    times = 10 if report.has_gpu() else 2
+    seconds = min(process.ask("run", "matmul", times=times) / times for _ in range(10))
+    return 2 * worker.matmul_size(report.has_gpu()) ** 3 / seconds
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from worker import host_peak
+from worker import host_peak, matmul_size
 
 from diffusion import denoiser, predictions, schedules
 from diffusion.conditioning import Conditioning
@@ -38,7 +38,7 @@ class Side:
         self.dtype = jnp.bfloat16 if self.gpu else jnp.float32
         self.inputs = {name: jnp.asarray(x) for name, x in case.inputs().items()}
         self.params: dict[Any, Any] = {}
-        self.seconds: dict[str, float] = {}  # of compiling
+        self.settings = case.settings
 
     def make(self, command: str) -> Run:
         """The function of "forward", "step:remat" and so on."""
@@ -221,8 +221,6 @@ class Side:
             return cond, None
         return cond, cond.replace(context=cond.context[:, ::-1])  # any other text
 
-    settings: dict[str, Any] = {}
-
 
 def wait(output: Any) -> None:
     """Until it is computed."""
@@ -238,11 +236,6 @@ def schedule_table() -> tuple[jax.Array, jax.Array]:
     """alpha and sigma [1000] of DDPM's linear schedule."""
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     return jnp.asarray(kept**0.5, jnp.float32), jnp.asarray((1 - kept) ** 0.5, jnp.float32)
-
-
-def matmul_size(gpu: bool) -> int:
-    """Rows of the matrices whose product is the device's peak."""
-    return 8192 if gpu else 2048
 
 
 def device() -> str:

@@ -25,6 +25,9 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--small", action="store_true", help="tiny cases, to try the script")
     parser.add_argument("--repetitions", type=int, default=5, help="medians are over these")
     parser.add_argument("--seconds", type=float, default=0.3, help="of calls at a time, at least")
+    parser.add_argument("--only", default="", help="cases whose names contain one of these (a;b)")
+    parser.add_argument("--skip", default="", help="variants whose names contain one of these")
+    parser.add_argument("--batch", type=int, default=0, help="of all cases, not their own")
     return parser
 
 

@@ -16,7 +16,7 @@ import cases
 import diffusers
 import numpy as np
 import torch
-from worker import host_peak
+from worker import host_peak, matmul_size
 
 from diffusion.models.dit import DiT
 from diffusion.pretrained import models
@@ -29,17 +29,17 @@ Run = Callable[[], Any]
 class Side:
     """diffusers' side of a case; every command is made when it is first asked for."""
 
-    settings: dict[str, Any] = {}
-
     def __init__(self, case: cases.Case):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.case, self.gpu = case, torch.cuda.is_available()
+        self.settings = case.settings
         self.device = "cuda" if self.gpu else "cpu"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
         self.inputs = {name: self.tensor(x) for name, x in case.inputs().items()}
         self.state: dict[str, torch.Tensor] | None = None
+        self.kept: dict[str, Callable] = {}  # networks that several commands share
 
     def make(self, command: str) -> Run:
         """The function of "forward:eager", "step:compile" and so on."""
@@ -49,6 +49,7 @@ class Side:
     def free(self) -> None:
         """Lets go of the weights that new networks are made of, and of the cache."""
         self.state = None
+        self.kept.clear()
         if self.gpu:
             torch.cuda.empty_cache()
 
@@ -124,8 +125,10 @@ class Side:
         config = dict(settings["scheduler"])
         scheduler = getattr(diffusers, config.pop("_class_name"))(**config)
         scheduler.set_timesteps(settings["steps"], device=self.device)
-        network = self.network(variant).to(self.dtype).eval()
-        call = self.compiled(self.call(network), variant)
+        if variant not in self.kept:
+            network = self.network(variant).to(self.dtype).eval()
+            self.kept[variant] = self.compiled(self.call(network), variant)
+        call = self.kept[variant]
         inputs, scale = self._in_dtype(), settings.get("scale")
         noise = self.inputs["x"]
         cond = {k: v for k, v in inputs.items() if k not in ("x", "time")}
@@ -137,6 +140,8 @@ class Side:
             scheduler.set_timesteps(settings["steps"], device=self.device)
             x = noise * scheduler.init_noise_sigma
             for t in scheduler.timesteps:
+                if variant == "compile" and self.gpu:
+                    torch.compiler.cudagraph_mark_step_begin()
                 model_input = x if scale is None else torch.cat([x, x])
                 model_input = scheduler.scale_model_input(model_input, t).to(self.dtype)
                 out = call(cond | {"x": model_input, "time": t.expand(len(model_input))})
@@ -165,7 +170,7 @@ class Side:
 
     def matmul(self, _: str) -> Run:
         """A large product of random matrices."""
-        size = 8192 if self.gpu else 2048
+        size = matmul_size(self.gpu)
         a, b = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
         return lambda: a @ b
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -18,9 +19,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import report
 
 SIDES = {"jax": "ours", "torch": "theirs"}
 BEHIND = 1.4  # times as slow as the best of the side
@@ -146,12 +149,31 @@ def close_all(workers: Mapping[str, Worker]) -> None:
         worker.close()
 
 
-def sides() -> tuple[list[str], str]:
-    """The sides that can be measured here, and why not the other one."""
+def sides(arguments: Any, note: Any) -> list[str]:
+    """The sides that can be measured here; tells why not the other one."""
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+    if "torch" in arguments.skip.split(";"):
+        return ["jax"]
     if missing:
-        return ["jax"], f"no {' and no '.join(missing)} here: our side alone"
-    return ["jax", "torch"], ""
+        note(f"no {' and no '.join(missing)} here: our side alone")
+        return ["jax"]
+    return ["jax", "torch"]
+
+
+def requests(which: str, arguments: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The cases of a list in ``cases`` that the command line asks for, and their requests."""
+    import cases
+
+    gpu, only = report.has_gpu(), arguments.only.split(";")
+    for index, case in enumerate(getattr(cases, which)(gpu, arguments.small)):
+        if any(word in f"{case.name}, batch {case.batch}" for word in only):
+            request = {"list": which, "index": index, "gpu": gpu, "small": arguments.small}
+            yield case, request | {"batch": arguments.batch or None, "settings": case.settings}
+
+
+def matmul_size(gpu: bool) -> int:
+    """Rows of the matrices whose product gives the device's peak."""
+    return 8192 if gpu else 2048
 
 
 def host_peak() -> int:
@@ -182,14 +204,14 @@ def case_of(request: Mapping[str, Any]) -> Any:
     import cases
 
     found = getattr(cases, request["list"])(request["gpu"], request["small"])[request["index"]]
-    return dataclasses.replace(found, batch=request.get("batch") or found.batch)
+    own = {name: request[name] for name in ("batch", "settings") if request.get(name)}
+    return dataclasses.replace(found, **own)
 
 
 def work(side: str, request: Mapping[str, Any], lines: Sequence[str] | Any, answers: Any) -> None:
     """What a side's process does: it answers commands until there are no more."""
     module = importlib.import_module(SIDES[side])
     measured = module.Side(case_of(request))
-    measured.settings = request.get("settings") or {}
     made: dict[str, Any] = {}
 
     def answer(asked: Mapping[str, Any]) -> Any:
@@ -229,6 +251,5 @@ def work(side: str, request: Mapping[str, Any], lines: Sequence[str] | Any, answ
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     replies, sys.stdout = sys.stdout, sys.stderr  # libraries print, too
     work(sys.argv[1], json.loads(sys.argv[2]), sys.stdin, replies)
