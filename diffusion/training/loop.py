@@ -185,9 +185,8 @@ def fit(
         def drain(keep_pending: int = 0):
             nonlocal agreed
             while len(pending) > keep_pending:
-                done, values = pending.popleft()
-                values = jax.device_get(values)
-                agreed = max(agreed, int(values.pop("stop", 0)))
+                done, metrics, stop = pending.popleft()
+                values, agreed = metrics.fetched(), max(agreed, int(stop))
                 if values.pop("finite"):
                     meter.add(done, values)
                     continue
@@ -207,9 +206,8 @@ def fit(
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
                 state, metrics = step_fn(state, frozen, batch, key)
-                if agree is not None:
-                    metrics["stop"] = agree(stopped[0] if stopped else 0)
-                pending.append((step, metrics))
+                wanted = 0 if agree is None else agree(stopped[0] if stopped else 0)
+                pending.append((step, metrics, wanted))
                 if step < steps:  # the next batch goes to the devices while they work on this one
                     asked = time.perf_counter()
                     batch = _next(data, step)

@@ -113,7 +113,7 @@ def pmap(mesh: Mesh) -> Layout:
         mesh=mesh,
         shardings=lambda tree: jax.tree.map(lambda _: whole, tree),
         compile=compile,
-        mean=lambda tree: lax.pmean(tree, AXIS),
+        mean=lambda tree: lax.pmean(tree, AXIS) if mesh.size > 1 else tree,
         keep=lambda tree: tree,
         split=split,
         tracing=lambda size: nullcontext(),

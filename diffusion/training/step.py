@@ -18,9 +18,10 @@ from diffusion.levels import Array
 from diffusion.training import ema as ema_lib
 from diffusion.training import parallel as parallel_lib
 from diffusion.training.optimizers import Optimizer
+from diffusion.training.packing import Packed
 from diffusion.training.state import TrainState
 
-Step = Callable[[TrainState, Any, Mapping[str, Array], Array], tuple[TrainState, dict[str, Array]]]
+Step = Callable[[TrainState, Any, Mapping[str, Array], Array], tuple[TrainState, Packed]]
 
 
 def widened(batch: Mapping[str, Array]) -> dict[str, Array]:
@@ -52,7 +53,7 @@ def make_train_step(
       parallel: the layout, "pmap" or "fsdp" (see ``parallel``).
 
     The returned function takes batch leaves [B, ...] and the *run's* key, from which each step
-    derives its own, fold_in(key, step). Its metrics are scalars on the device: the objective's,
+    derives its own, fold_in(key, step). Its metrics are packed scalars: the objective's,
     ``loss``, ``gradient_norm`` (before clipping), ``parameter_norm``, ``learning_rate`` and
     ``finite``: 0 where loss or gradients were not finite. Then parameters, optimiser and averages
     stay as they were; the step still counts, since it has used its data and its key.
@@ -108,6 +109,6 @@ def make_train_step(
         }
         new = TrainState(state.step + 1, params, opt_state, averages)
         kept = state.replace(step=state.step + 1)
-        return jax.tree.map(lambda n, k: jnp.where(finite, n, k), new, kept), metrics
+        return jax.tree.map(lambda n, k: jnp.where(finite, n, k), new, kept), Packed.of(metrics)
 
     return layout.compile(step)
