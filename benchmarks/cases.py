@@ -77,9 +77,7 @@ class Case:
     def flops(self) -> int:
         """Of a forward pass (of an autoencoder: of decoding), counted."""
         network = self.network.clone(attention_implementation="xla")
-        arrays = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.inputs().items()
-        }
+        arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.inputs().items()}
         params = models.shapes(self.network)
         return flops.count(function(network), params, arrays)
 

@@ -57,9 +57,7 @@ def rows(
     case: Any, request: dict[str, Any], turns: list[list[str]], arguments: argparse.Namespace, log
 ) -> list[dict[str, Any]]:
     """A row for the forward pass, one for the training step; sides of one turn alternate."""
-    does = [
-        what for what in ("forward", "train") if getattr(case, what) and what in arguments.does
-    ]
+    does = [what for what in ("forward", "train") if getattr(case, what) and what in arguments.does]
     found: dict[str, dict[str, Any]] = {what: {} for what in does}
     peaks, outputs, flops = {}, {}, 0
     for together in turns:

@@ -22,7 +22,7 @@ from diffusion.objectives.denoising import Denoising
 from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.sampling import guidance
 from diffusion.sampling.sample import image_keys, sample
-from diffusion.training import ema, optimizers
+from diffusion.training import ema, optimizers, parallel
 from diffusion.training.state import TrainState
 from diffusion.training.step import make_train_step
 
@@ -63,12 +63,17 @@ class Side:
         objective = self.objective(network)
         optimizer = optimizers.make("adamw", LEARNING_RATE)
         averages = {"ema": ema.constant(DECAY, ramp=False)}
-        train = make_train_step(objective, optimizer, averages, devices=jax.devices()[:1])
+        devices = jax.devices()[:1]
+        layout = parallel.make("pmap", devices)
+        train = make_train_step(objective, optimizer, averages, devices=devices)
         params = {"network": jax.tree.map(jnp.copy, self.given(network, jnp.float32))}
         average = {"ema": jax.tree.map(jnp.copy, params)}
         state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), average)
         self.free()
-        kept, batch, key = [state], self.batch(), jax.random.key(2)
+        kept = [parallel.place(layout, state)]
+        del params, average, state
+        batch = parallel.place_batch(layout, self.batch())
+        key = parallel.place(layout, jax.random.key(2))
 
         def run() -> Any:
             kept[0], metrics = train(kept[0], None, batch, key)

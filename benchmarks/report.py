@@ -120,10 +120,15 @@ def environment(*packages: str) -> dict[str, Any]:
 
 def save(path: str | Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Both into a JSON file, which is whole at any time."""
+    save_json(path, {"environment": about, "rows": list(rows)})
+
+
+def save_json(path: str | Path, found: Mapping[str, Any]) -> None:
+    """Into a file that is whole at any time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
-    new.write_text(json.dumps({"environment": about, "rows": list(rows)}, indent=2) + "\n")
+    new.write_text(json.dumps(found, indent=2, default=str) + "\n")
     new.replace(path)
 
 

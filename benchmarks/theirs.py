@@ -30,6 +30,7 @@ class Side:
     """diffusers' side of a case; every command is made when it is first asked for."""
 
     def __init__(self, case: cases.Case):
+        diffusers.utils.logging.set_verbosity_error()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.case, self.gpu = case, torch.cuda.is_available()
         self.settings = case.settings
