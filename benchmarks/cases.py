@@ -16,7 +16,6 @@ from typing import Any
 import flax.linen as nn
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion.conditioning import Conditioning

@@ -58,6 +58,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """A row for the forward pass, one for the training step; sides of one turn alternate."""
     does = [what for what in ("forward", "train") if getattr(case, what) and what in arguments.does]
+    if not does:
+        return []
     found: dict[str, dict[str, Any]] = {what: {} for what in does}
     peaks, outputs, flops = {}, {}, 0
     for together in turns:
@@ -82,12 +84,11 @@ def rows(
                 flops = workers["jax"].ask("flops")
         finally:
             worker.close_all(workers)
-    return [
-        row(case, request, what, found[what], peaks, flops, {
-            side: outputs[what, side] for side in sum(turns, [])
-        })
-        for what in does
-    ]  # fmt: skip
+    done = []
+    for what in does:
+        compared = {side: outputs[what, side] for together in turns for side in together}
+        done.append(row(case, request, what, found[what], peaks, flops, compared))
+    return done
 
 
 def commands(case: Any, what: str, sides: list[str]) -> dict[str, tuple[str, str]]:

@@ -133,7 +133,7 @@ def alternate(
             found[name]["all"].append(taken / calls[name])
         if turn == 1:
             best = {
-                side: min((min(found[n]["all"]) for n in alive if commands[n][0] == side))
+                side: min(min(found[n]["all"]) for n in alive if commands[n][0] == side)
                 for side in {commands[n][0] for n in alive}
             }
             alive = [n for n in alive if min(found[n]["all"]) < BEHIND * best[commands[n][0]]]

@@ -92,7 +92,7 @@ def test_unfused_functions_can_be_differentiated_forwards(hopper):
 
     q = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.eval_shape(lambda q: jax.jvp(map_of, (q,), (q,)), q)
+        lowered(lambda q: jax.jvp(map_of, (q,), (q,)), q)
     jax.jvp(unfused(map_of), (q,), (q,))
     assert lowered(map_of, q)[0]  # afterwards as before
 
