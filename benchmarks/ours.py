@@ -39,6 +39,7 @@ class Side:
         self.inputs = {name: jnp.asarray(x) for name, x in case.inputs().items()}
         self.params: dict[Any, Any] = {}
         self.settings = case.settings
+        self.texts: dict[str, Callable[[], str]] = {}  # compiled programs
 
     def make(self, command: str) -> Run:
         """The function of "forward", "step:remat" and so on."""
@@ -56,6 +57,7 @@ class Side:
         call = jax.jit(cases.function(network))
         params = self.given(network, self.dtype)
         inputs = self._in_dtype()
+        self.texts["forward"] = lambda: call.lower(params, inputs).compile().as_text()
         return lambda: call(params, inputs)
 
     def step(self, network: Any) -> Run:
@@ -74,6 +76,7 @@ class Side:
         del params, average, state
         batch = parallel.place_batch(layout, self.batch())
         key = parallel.place(layout, jax.random.key(2))
+        self.texts["step"] = lambda: train.lower(kept[0], None, batch, key).compile().as_text()
 
         def run() -> Any:
             kept[0], metrics = train(kept[0], None, batch, key)
