@@ -46,9 +46,7 @@ def main() -> None:
     from diffusion.models.attention import attend
 
     with report.Report(arguments, COLUMNS) as told:
-        for name, (b, length, keys, heads, width) in (
-            SMALL if arguments.small else SHAPES
-        ).items():
+        for name, (b, length, keys, heads, width) in (SMALL if arguments.small else SHAPES).items():
             random = [
                 jax.random.normal(jax.random.key(i), (b, n, heads, width))
                 for i, n in enumerate((length, keys, keys))
@@ -59,9 +57,7 @@ def main() -> None:
             if report.has_gpu() and keys % 8:
                 kinds["not filled up"] = partial(attend, implementation="cudnn")
             for what, of in (("forward", jax.jit), ("gradient", gradient)):
-                told.add(
-                    {"case": name, "what": what} | measured(of, kinds, half, exact, arguments)
-                )
+                told.add({"case": name, "what": what} | measured(of, kinds, half, exact, arguments))
 
 
 def gradient(function: Callable) -> Callable:
