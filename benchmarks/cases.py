@@ -129,7 +129,7 @@ DIGITS = UNet(
     out_channels=1,
     image_size=8,
 )
-TINY = DIGITS.clone(widths=(16, 16), image_size=8)
+TINY = DIGITS.clone(widths=(16,), attention=("self",))
 VAE = AutoencoderKL()
 
 

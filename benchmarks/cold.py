@@ -2,12 +2,12 @@
 
     python benchmarks/cold.py
 
-prints a table and writes runs/benchmarks/cold.json. Ours is what a user types, ``python main.py
---config=configs/digits.py``; beside it ``plain_torch.py``, the same as a plain PyTorch script, eager
-and compiled. Seconds from the start of the process until it says that its first step is done, or
-until it has ended with the samples drawn and written (of a checkpoint, 16 images). "cold" begins
-with an empty cache of compiled code, "warm" with that which the run before has left. Sides take
-turns; medians. Steps are the time that main.py itself gives for parts of it.
+prints a table and writes runs/benchmarks/cold.json. Ours is what a user types,
+``python main.py --config=configs/digits.py``; beside it ``plain_torch.py``, the same as a plain
+PyTorch script, eager and compiled. Seconds from the start of the process until it says that its
+first step is done, or until it has ended with the samples drawn and written (of a checkpoint, 16
+images). "cold" begins with an empty cache of compiled code, "warm" with that which the run before
+has left. Sides take turns; medians.
 """
 
 from __future__ import annotations
@@ -52,20 +52,23 @@ def main() -> None:
 def rows(folder: Path, sides: list[str], arguments: Any, log: Any) -> list[dict[str, Any]]:
     """The first step, then the first image; each cold and warm."""
     kinds = ["ours"] + (["eager", "compile"] if "torch" in sides else [])
+    kinds = kinds[: 2 if arguments.small else 3]
     kinds = [kind for kind in kinds if kind not in arguments.skip.split(";")]
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for turn in range(arguments.repetitions):
         for kind in kinds:
             if kind == "compile" and turn >= max(1, arguments.repetitions // 2):
                 continue  # it takes long
-            for what in ("first step", "first image"):
+            for what in ("first step",) if arguments.small else ("first step", "first image"):
                 cache = folder / f"{kind} {what} {turn}"
                 for state in ("cold", "warm"):
                     command, until = commands(kind, what, folder)
                     seconds = until_said(command, until, environment(cache))
                     found.setdefault((what, state), {}).setdefault(kind, []).append(seconds)
                     log(f"{what}, {state}, {kind}: {seconds:.3g} s")
-                if turn == 0 and what == "first step":  # whole, for the images' weights
+                if (
+                    turn == 0 and what == "first step" and not arguments.small
+                ):  # whole, for the images' weights
                     command, _ = commands(kind, "weights", folder)
                     until_said(command, None, environment(cache))
     done = []

@@ -61,9 +61,7 @@ def main() -> None:
         raise SystemExit(f"--parts: unknown {unknown}; choose from {', '.join(PARTS)}")
     if not report.has_gpu() and not arguments.small:
         raise SystemExit("there is no GPU here; --small tries the script on a CPU")
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    Run(out, wanted, arguments).go()
+    Run(Path(arguments.out), wanted, arguments).go()
 
 
 class Run:
@@ -74,6 +72,7 @@ class Run:
         self.began = time.monotonic()
         self.parts: dict[str, dict[str, Any]] = {}
         self.about = report.environment("jax", "jaxlib", "flax", "torch", "diffusers", "triton")
+        out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "log.txt").open("w")
 
     def go(self) -> None:

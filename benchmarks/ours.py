@@ -244,8 +244,3 @@ def schedule_table() -> tuple[jax.Array, jax.Array]:
     """alpha and sigma [1000] of DDPM's linear schedule."""
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     return jnp.asarray(kept**0.5, jnp.float32), jnp.asarray((1 - kept) ** 0.5, jnp.float32)
-
-
-def device() -> str:
-    """What it runs on."""
-    return jax.devices()[0].device_kind

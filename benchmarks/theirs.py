@@ -289,8 +289,3 @@ def schedule_table() -> tuple[np.ndarray, np.ndarray]:
     """alpha and sigma [1000] of DDPM's linear schedule."""
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     return (kept**0.5).astype(np.float32), ((1 - kept) ** 0.5).astype(np.float32)
-
-
-def device() -> str:
-    """What it runs on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -19,9 +19,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import report
 
@@ -208,16 +208,14 @@ def case_of(request: Mapping[str, Any]) -> Any:
     return dataclasses.replace(found, **own)
 
 
-def work(side: str, request: Mapping[str, Any], lines: Sequence[str] | Any, answers: Any) -> None:
-    """What a side's process does: it answers commands until there are no more."""
+def server(side: str, request: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """What answers a side's commands about a case."""
     module = importlib.import_module(SIDES[side])
     measured = module.Side(case_of(request))
     made: dict[str, Any] = {}
 
     def answer(asked: Mapping[str, Any]) -> Any:
         do, command = asked["do"], asked["command"]
-        if do == "device":
-            return module.device()
         if do == "flops":
             return measured.case.flops()
         if do == "peak":
@@ -227,20 +225,24 @@ def work(side: str, request: Mapping[str, Any], lines: Sequence[str] | Any, answ
             measured.free()
             gc.collect()
             return None
-        began = time.perf_counter()
         if command not in made:
             made[command] = measured.make(command)
-            if do == "run":  # of the first call, the compilation counts, the weights do not
-                began = time.perf_counter()
         if do == "save":
             import numpy as np
 
             return np.save(asked["path"], module.to_numpy(made[command]()))
+        began = time.perf_counter()
         for _ in range(asked["times"]):
             output = made[command]()
         module.wait(output)
         return time.perf_counter() - began
 
+    return answer
+
+
+def work(side: str, request: Mapping[str, Any], lines: Iterable[str], answers: TextIO) -> None:
+    """What a side's process does: it answers commands until there are no more."""
+    answer = server(side, request)
     for line in lines:
         try:
             reply = {"answer": answer(json.loads(line))}
