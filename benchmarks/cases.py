@@ -160,7 +160,9 @@ def networks(gpu: bool, small: bool) -> list[Case]:
             Case("SD 1.5's U-Net, 64 × 64", SD15, (64, 64, 4), 1, _text(768), train=False),
         ]
     xl = dit(**preset("XL/2"))
-    variants = {"remat": {"remat": True}, "scan, remat": {"scan": True, "remat": True}}
+    keeping = {"remat": True, "remat_keeps_products": True}
+    variants = {"remat, products kept": keeping, "remat": {"remat": True}}
+    variants |= {"scan, remat, products kept": {"scan": True, **keeping}}
     return [
         Case("DiT-XL/2, 256 px", xl, (32, 32, 4), 256, label, variants=variants),
         Case("DDPM's U-Net, CIFAR-10", CIFAR10, (32, 32, 3), 256),
