@@ -298,9 +298,10 @@ def test_remat_that_keeps_products_computes_only_attention_anew():
 
     plain, all_anew = of_gradient(), of_gradient(remat=True)
     keeps = of_gradient(remat=True, remat_keeps_products=True)
-    tokens = (inputs()[0].shape[1] // SMALL().patch) ** 2
-    attention = 2 * 2 * len(inputs()[0]) * tokens**2 * SMALL().width * SMALL().depth
-    assert plain < keeps <= plain + attention < all_anew
+    batch, height, width, _ = inputs()[0].shape
+    tokens = height * width // SMALL().patch ** 2
+    attention = 2 * 2 * batch * tokens**2 * SMALL().width * SMALL().depth
+    assert plain < keeps == plain + attention < all_anew
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
