@@ -159,20 +159,18 @@ def networks(gpu: bool, small: bool) -> list[Case]:
             Case("DiT-S/2, 32 × 32 latents", dit(**preset("S/2")), (32, 32, 4), 4, label),
             Case("SD 1.5's U-Net, 64 × 64", SD15, (64, 64, 4), 1, _text(768), train=False),
         ]
-    xl = dit(**preset("XL/2"))
-    keeping = {"remat": True, "remat_keeps_products": True}
-    variants = {"remat, products kept": keeping, "remat": {"remat": True}}
-    variants |= {"scan, remat, products kept": {"scan": True, **keeping}}
+    xl = dit(**preset("XL/2"), remat=True, remat_keeps_products=True)
+    variants = {"scan": {"scan": True}, "nothing recomputed": {"remat": False}}
     return [
         Case("DiT-XL/2, 256 px", xl, (32, 32, 4), 256, label, variants=variants),
         Case("DDPM's U-Net, CIFAR-10", CIFAR10, (32, 32, 3), 256),
         *(
-            Case("SD 1.5's U-Net, 64 × 64", SD15, (64, 64, 4), batch, _text(768), train=False)
+            case
             for batch in (1, 4, 16)
-        ),
-        *(
-            Case("SDXL's U-Net, 128 × 128", SDXL, (128, 128, 4), batch, SDXL_TEXT, train=False)
-            for batch in (1, 4, 16)
+            for case in (
+                Case("SD 1.5's U-Net, 64 × 64", SD15, (64, 64, 4), batch, _text(768), train=False),
+                Case("SDXL's U-Net, 128 × 128", SDXL, (128, 128, 4), batch, SDXL_TEXT, train=False),
+            )
         ),
     ]
 

@@ -44,6 +44,8 @@ def main() -> None:
             command = "step" if case.train else "forward"
             with worker.Worker("jax", request) as base:
                 for flags in arguments.flags.split(";"):
+                    if told.late(flags):
+                        continue
                     row = {"case": f"{case.name}, batch {case.batch}", "what": command}
                     told.add(row | compared(base, request, command, flags, arguments.repetitions))
 

@@ -31,11 +31,11 @@ HERE = Path(__file__).parent
 
 # Part -> (seconds at most, script and arguments). {small} becomes --small, or nothing.
 PARTS = {
-    "attention": (60, "attention.py {small}"),
-    "dit train": (150, "networks.py --only=DiT --does=train --apart {small} {turns}"),
+    "attention": (45, "attention.py {small}"),
+    "dit train": (200, "networks.py --only=DiT --does=train --apart {small} {turns}"),
     "dit forward": (60, "networks.py --only=DiT --does=forward --apart {small} {turns}"),
-    "cifar10 train": (110, "networks.py --only=CIFAR;tiny_U --does=train {small} {turns}"),
-    "sd": (140, "networks.py --only=SD_1.5;SDXL;tiny_SD --does=forward {small} {turns}"),
+    "cifar10 train": (100, "networks.py --only=CIFAR;tiny_U --does=train {small} {turns}"),
+    "sd": (180, "networks.py --only=SD_1.5;SDXL;tiny_SD --does=forward {small} {turns}"),
     "sampler": (80, "samplers.py --only=CIFAR;SD_1.5;tiny {small} {turns}"),
     "decode": (60, "decode.py {small} {turns}"),
     "overhead": (60, "training.py --part=loop --pairs=5 --seconds=2 {small}"),
@@ -95,8 +95,10 @@ class Run:
         small = "--small" if self.arguments.small else ""
         words = line.format(small=small, turns=self.arguments.turns).split()
         script, *options = [word.replace("_", " ") if "only" in word else word for word in words]
-        command = [sys.executable, str(HERE / script), *options, f"--json={path}"]
         limit = min(limit if not self.arguments.small else 600, left)
+        if script != "training.py":  # it begins nothing more some time before it is ended
+            options.append(f"--limit={0.6 * limit:.0f}")
+        command = [sys.executable, str(HERE / script), *options, f"--json={path}"]
         began = time.monotonic()
         self.parts[name] = {"status": "running", "command": " ".join(command)}
         self.say(f"--- {name}: {' '.join(command)}")

@@ -48,47 +48,49 @@ def measure(which: str, arguments: argparse.Namespace, told: report.Report) -> N
     """Rows of every case of a list in ``cases``."""
     sides = worker.sides(arguments, told.note)
     for case, request in worker.requests(which, arguments):
-        turns = [[side] for side in sides] if arguments.apart else [sides]
-        for row in rows(case, request, turns, arguments, told.log):
-            told.add(row)
+        does = [what for what in ("forward", "train") if getattr(case, what)]
+        does = [what for what in does if what in arguments.does]
+        if does and not told.late(f"{case.name}, batch of {case.batch}"):
+            turns = [[side] for side in sides] if arguments.apart else [sides]
+            rows(case, request, does, turns, arguments, told)
 
 
 def rows(
-    case: Any, request: dict[str, Any], turns: list[list[str]], arguments: argparse.Namespace, log
-) -> list[dict[str, Any]]:
+    case: Any,
+    request: dict[str, Any],
+    does: list[str],
+    turns: list[list[str]],
+    arguments: argparse.Namespace,
+    told: report.Report,
+) -> None:
     """A row for the forward pass, one for the training step; sides of one turn alternate."""
-    does = [what for what in ("forward", "train") if getattr(case, what) and what in arguments.does]
-    if not does:
-        return []
     found: dict[str, dict[str, Any]] = {what: {} for what in does}
     peaks, outputs, flops = {}, {}, 0
     for together in turns:
         workers = {side: worker.Worker(side, request) for side in together}
         try:
-            log(f"{case.name}, batch of {request['batch'] or case.batch}")
-            for what in does:
-                names = commands(case, what, together)
-                names = {k: v for k, v in names.items() if not skipped(k, arguments)}
-                found[what] |= worker.alternate(
-                    workers, names, arguments.repetitions, arguments.seconds, log
-                )
-                checked = {"forward": "forward", "train": "check"}[what]
-                for side in together:
-                    variant = ":eager" if side == "torch" else ""
-                    outputs[what, side] = output_of(workers[side], checked + variant, log)
-                for side in together:
-                    workers[side].ask("free")
+            told.log(f"{case.name}, batch of {request['batch'] or case.batch}")
             for side in together:
                 peaks[side] = peak(workers[side])
             if "jax" in workers:
                 flops = workers["jax"].ask("flops")
+            for what in does:
+                names = commands(case, what, together)
+                names = {k: v for k, v in names.items() if not skipped(k, arguments)}
+                found[what] |= worker.alternate(
+                    workers, names, arguments.repetitions, arguments.seconds, told
+                )
+                told.add(row(case, request, what, found[what], peaks, flops, {}))
+                checked = {"forward": "forward", "train": "check"}[what]
+                for side in together:
+                    variant = ":eager" if side == "torch" else ""
+                    workers[side].ask("free")
+                    outputs[what, side] = output_of(workers[side], checked + variant, told.log)
+                    workers[side].ask("free")
+                compared = {side: outputs.get((what, side)) for side in ("jax", "torch")}
+                told.add(row(case, request, what, found[what], peaks, flops, compared))
         finally:
             worker.close_all(workers)
-    done = []
-    for what in does:
-        compared = {side: outputs[what, side] for together in turns for side in together}
-        done.append(row(case, request, what, found[what], peaks, flops, compared))
-    return done
 
 
 def commands(case: Any, what: str, sides: list[str]) -> dict[str, tuple[str, str]]:
@@ -145,7 +147,7 @@ def row(
         told["ratio"] = min(theirs.values()) / min(ours.values())
     if "bare" in seconds and "ours" in seconds:
         told["overhead"] = 100 * (seconds["ours"] / seconds["bare"] - 1)
-    if len(outputs) == 2 and all(value is not None for value in outputs.values()):
+    if outputs and all(value is not None for value in outputs.values()):
         told["difference"] = worker.difference(outputs["jax"], outputs["torch"])
     return told | {"runs": found}
 

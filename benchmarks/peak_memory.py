@@ -49,7 +49,7 @@ def main() -> None:
                 if report.has_gpu() or arguments.small:
                     kinds["compiled"] = ("torch", "step:compile")
             for kind, (side, command) in kinds.items():
-                if kind in arguments.skip.split(";"):
+                if kind in arguments.skip.split(";") or told.late(f"{case.name}, {kind}"):
                     continue
                 found = measured(side, command, request, case.batch)
                 told.add({"case": case.name, "side": kind} | found)

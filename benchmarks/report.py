@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,9 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=0.3, help="of calls at a time, at least")
     parser.add_argument("--only", default="", help="cases whose names contain one of these (a;b)")
     parser.add_argument("--skip", default="", help="variants whose names contain one of these")
+    parser.add_argument(
+        "--limit", type=float, default=0, help="begin nothing after so many seconds"
+    )
     parser.add_argument("--batch", type=int, default=0, help="of all cases, not their own")
     return parser
 
@@ -42,6 +46,7 @@ class Report:
 
     def __init__(self, arguments: argparse.Namespace, columns: Mapping[str, str], *packages: str):
         self._path, self._columns = arguments.json, columns
+        self._began = time.monotonic()
         self._rows: list[Mapping[str, Any]] = []
         self._about = environment("jax", "jaxlib", "flax", "optax", *packages)
         self._about |= {"arguments": vars(arguments), "notes": []}
@@ -59,7 +64,11 @@ class Report:
         print(f"results: {self._path}", flush=True)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Takes a row."""
+        """Takes a row; one of the same case that came before, and knew less, makes way."""
+        same = ("case", "batch", "what")
+        last = self._rows[-1] if self._rows else {}
+        if "runs" in row and "runs" in last and all(last.get(k) == row.get(k) for k in same):
+            self._rows.pop()
         self._rows.append(row)
         save(self._path, self._about, self._rows)
         self.log(table([row], {k: v for k, v in self._columns.items() if k in row}))
@@ -69,6 +78,14 @@ class Report:
         self._about["notes"].append(text)
         save(self._path, self._about, self._rows)
         self.log(text)
+
+    def late(self, what: str = "") -> bool:
+        """Whether --limit is over; then notes what is therefore left out."""
+        limit = self._about["arguments"]["limit"]
+        over = bool(limit) and time.monotonic() - self._began > limit
+        if over and what:
+            self.note(f"{what}: not measured, the time was over")
+        return over
 
     def log(self, text: str) -> None:
         """A line about what goes on."""

@@ -37,6 +37,8 @@ def main() -> None:
     with report.Report(arguments, COLUMNS, "diffusers", "torch", "triton") as told:
         sides = worker.sides(arguments, told.note)
         for case, request in worker.requests("samplers", arguments):
+            if told.late(case.name):
+                continue
             workers = {side: worker.Worker(side, request) for side in sides}
             try:
                 told.log(case.name)
@@ -45,7 +47,7 @@ def main() -> None:
                     commands(sides, arguments.skip.split(";")),
                     arguments.repetitions,
                     arguments.seconds,
-                    told.log,
+                    told,
                 )
                 told.add(row(case, found, workers))
             finally:

@@ -16,6 +16,7 @@ import cases
 import diffusers
 import numpy as np
 import torch
+import torch._inductor.config as inductor
 from worker import host_peak, matmul_size
 
 from diffusion.models.dit import DiT
@@ -223,11 +224,8 @@ class Side:
             return function
         if not self.gpu:
             return torch.compile(function)
-        inductor = torch._inductor.config
         inductor.conv_1x1_as_mm = True
         inductor.epilogue_fusion = False
-        inductor.coordinate_descent_tuning = True
-        inductor.coordinate_descent_check_all_directions = True
         mode = self.settings.get("mode", "max-autotune")
         return torch.compile(function, mode=mode, fullgraph=True)
 

@@ -96,7 +96,7 @@ def alternate(
     commands: Mapping[str, tuple[str, str]],
     repetitions: int,
     seconds: float,
-    log: Any = print,
+    told: report.Report,
 ) -> dict[str, dict[str, Any]]:
     """Seconds per call of every command, taken in turn.
 
@@ -105,7 +105,7 @@ def alternate(
       commands: name -> (side, the worker's command).
       repetitions: turns.
       seconds: a turn lasts about so long, of many calls if they are short.
-      log: is told of every command.
+      told: is told of every command; when its time is over, those that are left are left out.
 
     Returns:
       name -> {"seconds": median, "all": [...], "compile": seconds of the first call}, or {"failed":
@@ -113,7 +113,10 @@ def alternate(
     """
     found: dict[str, dict[str, Any]] = {}
     calls: dict[str, int] = {}
+    log = told.log
     for name, (side, command) in commands.items():
+        if calls and told.late(name):
+            continue
         try:
             first = workers[side].ask("run", command, times=1)
             second = workers[side].ask("run", command, times=1)
