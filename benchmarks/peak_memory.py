@@ -46,7 +46,7 @@ def main() -> None:
                     kinds[f"here, {name}"] = ("jax", f"step:{name}")
             if "torch" in sides:
                 kinds["eager"] = ("torch", "step:eager")
-                if report.has_gpu() or arguments.small:
+                if report.has_gpu():
                     kinds["compiled"] = ("torch", "step:compile")
             for kind, (side, command) in kinds.items():
                 if kind in arguments.skip.split(";") or told.late(f"{case.name}, {kind}"):
