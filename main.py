@@ -20,6 +20,7 @@ given --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import difflib
+import importlib
 import io
 import os
 import runpy
@@ -61,21 +62,22 @@ def main(argv: list[str]) -> None:
     if count > 1 and jax.process_index() > 0:  # one tells
         sys.stdout = io.StringIO()
 
-    from diffusion.experiment import exhaustion, generate, profiling, runs, training
+    from diffusion.experiment import exhaustion
 
     # What was compiled once need not be again: the next run of this config starts sooner.
     cache = os.path.join(os.path.expanduser("~"), ".cache", "diffusion-jax")
     jax.config.update(
         "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
     )
+    # By default what compiles in less than a second is not kept; a run has dozens of such.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
     generates = _MODE.value == "generate"
-    elsewhere = {
-        "train": training.train,
-        "generate": generate.generate,
-        "profile": profiling.profile,
-    }
-    run = elsewhere.get(_MODE.value) or getattr(runs, _MODE.value)
+    # Only what the mode needs: all of it would take a second more to import.
+    modules = {"train": "training", "generate": "generate", "profile": "profiling"}
+    module = f"diffusion.experiment.{modules.get(_MODE.value, 'runs')}"
+    run = getattr(importlib.import_module(module), _MODE.value)
     try:
         if generates == ("train" in _CONFIG.value):
             fitting = "configs/stable_diffusion.py" if generates else "a config of an experiment"

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from diffusion.experiment.build import Experiment
 from diffusion.training import flops
@@ -27,18 +28,14 @@ class Description:
     Attributes:
       state: of ``jax.ShapeDtypeStruct``.
       forward: floating-point operations of the loss, of one example.
-      training: of the loss and its gradient.
-      peak: FLOP/s that one device is capable of; None if it is not known.
     """
 
     state: TrainState
     forward: int
-    training: int
-    peak: float | None
 
 
 def describe(experiment: Experiment) -> Description:
-    """Traces initialisation, loss and gradient of one example."""
+    """Traces initialisation and the loss of one example."""
     batch = {
         name: jax.ShapeDtypeStruct((1, *np.shape(value)), np.asarray(value).dtype)
         for name, value in experiment.train[0].items()
@@ -55,12 +52,13 @@ def describe(experiment: Experiment) -> Description:
 
     shapes = jax.eval_shape(state, key, batch)
     args = shapes.params, experiment.frozen, batch
-    config = experiment.config
-    peak = config.log.peak_tflops * 1e12 or flops.peak(
-        jax.local_devices()[0].device_kind, config.model.dtype
-    )
-    forward, training = flops.count(loss, *args), flops.count(jax.grad(loss), *args)
-    return Description(shapes, forward, training, peak)
+    return Description(shapes, flops.count(loss, *args))
+
+
+def peak(config: ConfigDict) -> float | None:
+    """FLOP/s that one device is capable of; None if it is not known."""
+    kind = jax.local_devices()[0].device_kind
+    return config.log.peak_tflops * 1e12 or flops.peak(kind, config.model.dtype)
 
 
 def tell(
@@ -94,8 +92,7 @@ def tell(
         f"{count:,} parameters; {len(devices)} x {devices[0].device_kind}"
         + (f" in {several} processes" if several > 1 else ""),
         *_grouped({name: size for name, (_, size) in zip(names, rows)}, count),
-        f"{_giga(description.forward)} GFLOP per image forward, "
-        f"{_giga(description.training)} in a training step; on each device: {memory}",
+        f"{_giga(description.forward)} GFLOP per image forward; on each device: {memory}",
     ]
     return "\n".join(lines)
 

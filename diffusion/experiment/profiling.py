@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from diffusion.experiment import describe
 from diffusion.experiment.build import Experiment, build
 from diffusion.experiment.data import batches
-from diffusion.training import parallel
+from diffusion.training import flops, parallel
 from diffusion.training.meter import memory
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
@@ -45,13 +45,13 @@ def profile(config: ConfigDict, workdir: str) -> None:
     """
     experiment, folder = build(config), Path(workdir) / "profile"
     folder.mkdir(parents=True, exist_ok=True)
-    described = describe.describe(experiment)
     layout = parallel.make(config.parallel)
     step, state, frozen, key = _prepare(experiment, layout)
     data = batches(config, experiment.train, 0)
     batch = parallel.place_batch(layout, next(data))
     began = time.perf_counter()
-    compiled = step.lower(state, frozen, batch, key).compile()
+    traced = step.trace(state, frozen, batch, key)
+    compiled = traced.lower().compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
 
     times, waits = [], []  # seconds of each traced step, of them waiting for the batch
@@ -79,20 +79,19 @@ def profile(config: ConfigDict, workdir: str) -> None:
 
     trace = max(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     seconds, devices = float(np.median(times)), jax.local_devices()
-    images = config.train.batch_size / seconds
+    rate = flops.of(traced.jaxpr) / seconds
     summary = {
         "device": devices[0].device_kind,
         "devices": len(devices),
         "batch_size": config.train.batch_size,
         "steps": config.profile.steps,
         "step_seconds": seconds,
-        "images_per_second": images,
+        "images_per_second": config.train.batch_size / seconds,
         "waiting_for_data": sum(waits) / sum(times),
-        "teraflops_per_second": images * described.training / 1e12,
+        "teraflops_per_second": rate / 1e12,
     }
-    if described.peak:
-        most = described.peak * len(devices)
-        summary["share_of_peak"] = images * described.training / most
+    if most := describe.peak(config):
+        summary["share_of_peak"] = rate / (most * len(devices))
     summary |= memory(devices) | _compiled_memory(compiled)
     count = config.profile.steps * len(devices)
     summary["operations"] = operations(trace, count, origins(compiled.as_text()))

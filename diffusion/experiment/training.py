@@ -127,8 +127,7 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         hooks=hooks,
         validate=_validation(experiment, layout),
         max_skipped=config.train.max_skipped,
-        flops=described.training,
-        peak=described.peak,
+        peak=describe.peak(config),
         logger=logger,
         parallel=config.parallel,
     )

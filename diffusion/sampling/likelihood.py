@@ -39,7 +39,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +131,8 @@ def log_likelihood(
     Raises:
       ValueError: for keys of another shape, or not 0 < sigma_min < sigma_max <= the schedule's.
     """
+    import diffrax  # half a second, which those who only train need not wait
+
     if keys is None:
         keys = jax.random.split(jax.random.key(0), len(x))
     if keys.shape != (len(x),):

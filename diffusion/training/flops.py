@@ -50,7 +50,12 @@ def count(function: Callable, *args: Any) -> int:
       function: anything that can be traced.
       args: arrays or ``jax.ShapeDtypeStruct``s, nested.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return of(jax.make_jaxpr(function)(*args))
+
+
+def of(traced: ClosedJaxpr) -> int:
+    """The same of what has been traced already."""
+    return _count(traced.jaxpr)
 
 
 def peak(kind: str, dtype: str = "bfloat16") -> float | None:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
-from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from diffusion.training.storage import Appender
 from diffusion.training.tracking import Tracker
+
+# tensorboardX imports PyTorch where it is installed, which takes seconds, and does without it.
+_hidden = {"torch": None} if "torch" not in sys.modules else {}
+sys.modules.update(_hidden)
+try:
+    from tensorboardX import SummaryWriter
+    from tensorboardX.record_writer import register_writer_factory
+finally:
+    for _name in _hidden:
+        del sys.modules[_name]
 
 EVENTS = "appended"
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.training import checkpoints as checkpoints_lib
-from diffusion.training import diagnosis, processes, storage
+from diffusion.training import diagnosis, flops, processes, storage
 from diffusion.training import ema as ema_lib
 from diffusion.training import parallel as parallel_lib
 from diffusion.training.interrupts import deferred_signals
@@ -61,7 +61,6 @@ def fit(
     hooks: Sequence[Hook] = (),
     validate: Validate | None = None,
     max_skipped: int = 10,
-    flops: float | None = None,
     peak: float | None = None,
     logger: Logger | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -98,7 +97,6 @@ def fit(
         takes its memory.
       validate: such a pair whose function gives numbers by name, for the log.
       max_skipped: how many steps in a row may be skipped because loss or gradients were not finite.
-      flops: floating-point operations of a step per example, for the log's FLOP/s.
       peak: FLOP/s that one device is capable of, for the log's share of it.
       logger: default ``Logger(workdir)``.
       devices: default all, of all processes.
@@ -167,14 +165,15 @@ def fit(
         frozen, key = parallel_lib.place(layout, (frozen, run_key))
         batch = parallel_lib.place_batch(layout, batch)
         places = layout.mesh.devices.tolist()
+        size = len(next(iter(batch.values())))
         meter = Meter(
             logger,
             start,
             steps,
             log_every,
-            len(next(iter(batch.values()))),
+            size,
             interval,
-            flops=flops,
+            flops=flops.of(step_fn.trace(state, frozen, batch, key).jaxpr) / size,
             peak=peak and peak * len(places),
             devices=layout.mesh.local_devices,
         )

@@ -85,7 +85,8 @@ class Meter:
 
     def compiled(self, seconds: float) -> None:
         """Starts the clock: the first step's time is compilation."""
-        self._logger.text(f"compiled and ran the first step in {seconds:.1f} s")
+        work = f"; a step takes {self._flops / 1e9:.3g} GFLOP per image" if self._flops else ""
+        self._logger.text(f"compiled and ran the first step in {seconds:.1f} s{work}")
         self._since, self._timed, self._waited = time.perf_counter(), 0, 0.0
 
     def judged(self, step: int, values: Mapping[str, float]) -> None:

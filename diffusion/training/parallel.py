@@ -39,6 +39,9 @@ SMALL = 2**14
 """Leaves of fewer elements lie whole on every device under fsdp: gathering them costs more time
 than they cost memory."""
 
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options for what runs once."""
+
 Batch = Mapping[str, Array]
 Body = Callable[[Any, Any, Batch, Array], tuple[Any, Any]]  # (state, frozen, batch, key)
 
@@ -214,7 +217,9 @@ def nearest(size: int, pieces: int) -> str:
 def initialise(layout: Layout, make: Callable[..., Any], *args: Any) -> Any:
     """``make(*args)``, computed where it is to lie: no device ever holds the whole of it."""
     shardings = layout.shardings(jax.eval_shape(make, *args))
-    return jax.jit(make, out_shardings=shardings)(*args)
+    # It runs once: compiling it well would take longer than running it. (Level 0 is the CPU's; to
+    # others these options mean little.)
+    return jax.jit(make, out_shardings=shardings, compiler_options=QUICKLY)(*args)
 
 
 def place(layout: Layout, tree: Any) -> Any:

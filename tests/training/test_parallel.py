@@ -97,8 +97,7 @@ def test_the_step_gathers_parameters_and_moves_no_examples(accumulate):
 
 @pytest.mark.parametrize(("name", "devices"), [("pmap", 1), ("fsdp", 4)])
 def test_memory_is_what_the_plan_says(name, devices):
-    shapes = jax.eval_shape(lambda: initial(name))
-    expected = parallel.bytes_per_device(shapes, devices)
+    expected = parallel.bytes_per_device(initial(name), devices)
     expected += sum(x.nbytes for x in batch_of(0).values()) // 4 + 8  # and the key
     assert compiled(name, 1).memory_analysis().argument_size_in_bytes == expected
 
