@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ("networks", "samplers", "decode", "cold", "peak_memory")
+# Script -> seconds after which it begins no further case.
+SCRIPTS = {"networks": 420, "samplers": 200, "decode": 180, "cold": 0, "peak_memory": 150}
 LONG = ("training", "data", "memory")
 
 
@@ -23,8 +24,9 @@ def main() -> None:
     parser.add_argument("--with_long", action="store_true", help=f"also {', '.join(LONG)}")
     arguments = parser.parse_args()
     failed = []
-    for name in SCRIPTS + (LONG if arguments.with_long else ()):
-        options = ["--small"] if arguments.small and name in SCRIPTS else []
+    for name in (*SCRIPTS, *(LONG if arguments.with_long else ())):
+        options = [f"--limit={SCRIPTS[name]}"] if name in SCRIPTS else []
+        options += ["--small"] if arguments.small and name in SCRIPTS else []
         command = [sys.executable, str(Path(__file__).parent / f"{name}.py"), *options]
         if name in LONG:
             command.append(f"--json=runs/benchmarks/{name}.json")
