@@ -88,8 +88,9 @@ def commands(kind: str, what: str, folder: Path) -> tuple[list[str], str | None]
             fresh = tempfile.mkdtemp(dir=folder)
             return [*MAIN, f"--workdir={fresh}"], "first step"
         if what == "weights":
-            short = ["--config.train.steps=2", "--config.evaluation.count=50"]
-            return [*MAIN, f"--workdir={workdir}", *short, "--config.evaluation.classifier="], None
+            short = ["--config.train.steps=2", "--config.optimizer.warmup=0"]
+            short += ["--config.evaluation.count=50", "--config.evaluation.classifier="]
+            return [*MAIN, f"--workdir={workdir}", *short], None
         options = ["--config.samples.count=16"]
         return [*MAIN, f"--workdir={workdir}", "--mode=sample", *options], None
     weights, image = str(folder / "plain.pt"), str(folder / "plain.png")
