@@ -84,15 +84,15 @@ def commands(kind: str, what: str, folder: Path) -> tuple[list[str], str | None]
     """What is typed, and what is waited for; None: for its end."""
     if kind == "ours":
         workdir = folder / "ours"
+        short = ["--config.train.steps=2", "--config.optimizer.warmup=0"]
         if what == "first step":
             fresh = tempfile.mkdtemp(dir=folder)
             return [*MAIN, f"--workdir={fresh}"], "first step"
         if what == "weights":
-            short = ["--config.train.steps=2", "--config.optimizer.warmup=0"]
             short += ["--config.evaluation.count=50", "--config.evaluation.classifier="]
             return [*MAIN, f"--workdir={workdir}", *short], None
-        options = ["--config.samples.count=16"]
-        return [*MAIN, f"--workdir={workdir}", "--mode=sample", *options], None
+        options = ["--mode=sample", "--config.samples.count=16"]
+        return [*MAIN, f"--workdir={workdir}", *short, *options], None
     weights, image = str(folder / "plain.pt"), str(folder / "plain.png")
     options = ["--compile"] if kind == "compile" else []
     if what == "first step":
