@@ -2,17 +2,111 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jax
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+RESULTS = "runs/benchmarks"
+
+
+def arguments(doc: str, name: str) -> argparse.ArgumentParser:
+    """A parser with what all scripts have."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--json", default=f"{RESULTS}/{name}.json", help="where results go")
+    parser.add_argument("--small", action="store_true", help="tiny cases, to try the script")
+    parser.add_argument("--repetitions", type=int, default=5, help="medians are over these")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of calls at a time, at least")
+    parser.add_argument("--only", default="", help="cases whose names contain one of these (a;b)")
+    parser.add_argument("--skip", default="", help="variants whose names contain one of these")
+    parser.add_argument(
+        "--limit", type=float, default=0, help="begin nothing after so many seconds"
+    )
+    parser.add_argument("--batch", type=int, default=0, help="of all cases, not their own")
+    return parser
+
+
+class Report:
+    """A table that grows: every row is in the JSON file as soon as it is there.
+
+    Args:
+      arguments: what the script was called with.
+      columns: key -> head, of the table.
+      packages: whose versions are told besides JAX's.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, columns: Mapping[str, str], *packages: str):
+        self._path, self._columns = arguments.json, columns
+        self._began = time.monotonic()
+        self._rows: list[Mapping[str, Any]] = []
+        self._about = environment("jax", "jaxlib", "flax", "optax", *packages)
+        self._about |= {"arguments": vars(arguments), "notes": []}
+
+    def __enter__(self) -> Report:
+        about = self._about
+        self.log(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; "
+                 f"{', '.join(about['devices'])}")  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rows:
+            shown = {k: v for k, v in self._columns.items() if any(k in row for row in self._rows)}
+            print(table(self._rows, shown))
+        print(f"results: {self._path}", flush=True)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Takes a row; one of the same case that came before, and knew less, makes way."""
+        same = ("case", "batch", "what")
+        last = self._rows[-1] if self._rows else {}
+        if "runs" in row and "runs" in last and all(last.get(k) == row.get(k) for k in same):
+            self._rows.pop()
+        self._rows.append(row)
+        save(self._path, self._about, self._rows)
+        self.log(table([row], {k: v for k, v in self._columns.items() if k in row}))
+
+    def note(self, text: str) -> None:
+        """Something that is missing, or otherwise to be known."""
+        self._about["notes"].append(text)
+        save(self._path, self._about, self._rows)
+        self.log(text)
+
+    def late(self, what: str = "") -> bool:
+        """Whether --limit is over; then notes what is therefore left out."""
+        limit = self._about["arguments"]["limit"]
+        over = bool(limit) and time.monotonic() - self._began > limit
+        if over and what:
+            self.note(f"{what}: not measured, the time was over")
+        return over
+
+    def log(self, text: str) -> None:
+        """A line about what goes on."""
+        print(text, file=sys.stderr, flush=True)
+
+
+@cache
+def has_gpu() -> bool:
+    """Whether JAX computes on an NVIDIA GPU here; asks no library that would take its memory."""
+    if os.environ.get("JAX_PLATFORMS", "cuda") in ("cpu",):
+        return False
+    try:
+        return bool(_gpus())
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return False
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
 def environment(*packages: str) -> dict[str, Any]:
@@ -34,7 +128,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "load": os.getloadavg()[0],
-        "devices": [device.device_kind for device in jax.devices()],
+        "devices": _gpus() if has_gpu() else ["cpu"],
         "versions": versions,
         "commit": commit or None,
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
@@ -42,9 +136,17 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def save(path: str | Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Both into a JSON file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({"environment": about, "rows": list(rows)}, indent=2) + "\n")
+    """Both into a JSON file, which is whole at any time."""
+    save_json(path, {"environment": about, "rows": list(rows)})
+
+
+def save_json(path: str | Path, found: Mapping[str, Any]) -> None:
+    """Into a file that is whole at any time."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(found, indent=2, default=str) + "\n")
+    new.replace(path)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:

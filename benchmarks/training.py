@@ -78,16 +78,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=7, help="of windows")
     parser.add_argument("--seconds", type=float, default=3.0, help="about so long is a window")
-    parser.add_argument("--part", choices=["all", "layouts"], default="all")
+    parser.add_argument("--part", choices=["all", "loop", "layouts"], default="all")
+    parser.add_argument("--small", action="store_true", help="short windows, to try the script")
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()
+    if arguments.small:
+        arguments.pairs, arguments.seconds = 1, 0.05
     length = {"pairs": arguments.pairs, "seconds": arguments.seconds}
     if arguments.part == "layouts":
         print(json.dumps([layouts(transformer, **length), layouts(unet, **length)]))
         return
     rows = [loop(points, **length), loop(unet, **length)]
-    rows += [checkpoints(small_unet, **length), checkpoints(unet, **length)]
-    rows += in_four_devices(**length)
+    if arguments.part == "all":
+        rows += [checkpoints(small_unet, **length), checkpoints(unet, **length)]
+        rows += in_four_devices(**length)
     about = report.environment("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     columns = {"what": "what", "model": "model", "steps": "steps per window", "pairs": "pairs"}

@@ -1,6 +1,10 @@
 """Four virtual CPU devices, and quick compilation; must run before JAX is imported."""
 
 import os
+from importlib.metadata import version
+
+# An option that a version does not know ends the process.
+EMITTERS = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA's CPU collectives deadlock when there are fewer threads than virtual devices need.
@@ -13,7 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         # Without the optimiser these emitters take longer to compile, and give slower code.
-        "--xla_cpu_use_fusion_emitters=false",
+        *(["--xla_cpu_use_fusion_emitters=false"] if EMITTERS else []),
     ]
 )
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

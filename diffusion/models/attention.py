@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import lecun_normal, zeros
 
 from diffusion.levels import Array
+from diffusion.models import fused_attention
 from diffusion.models.layers import GroupNorm, Pointwise
 
 
@@ -38,8 +39,8 @@ def attend(
       k, v: keys and values [B, Lk, H, D].
       mask: [B, Lk] bool, True where a key is attended to; at least one per example.
       implementation: as in ``jax.nn.dot_product_attention``: 'xla', 'cudnn' (fp16 or bf16 only,
-        D a multiple of 8), or None, which lets JAX choose, but on a CPU takes large maps (without
-        the options below) in blocks.
+        D a multiple of 8), or None for what is best here: without mask and the options below
+        cuDNN's where it can (``fused_attention.suits``), and on a CPU large maps in blocks.
       causal: whether a token attends only to itself and to those before it.
       bias: added to the logits, [1 or B, 1 or H, L, Lk].
       scale: of the logits; 1 / sqrt(D) by default.
@@ -54,6 +55,8 @@ def attend(
             )
         mask = mask.astype(jnp.bool_)
     plain = implementation is None and not causal and bias is None and scale is None
+    if plain and mask is None and fused_attention.suits(q, k, v):
+        return fused_attention.attend_cudnn(q, k, v)
     large = q.shape[1] * k.shape[1] >= 2**18
     if plain and large and jax.default_backend() == "cpu":
         return attend_in_blocks(q, k, v, mask)

@@ -152,6 +152,8 @@ class DiT(nn.Module):
       dropout: rate on what each attention and MLP adds, in training.
       dtype: compute type of blocks; embeddings, modulation and the last layer are float32.
       remat: recomputes blocks in the backward pass rather than storing their activations.
+      remat_keeps_products: with ``remat``, the dense layers' results are stored, and only what is
+        quick to compute from them (norms, modulation, activations, attention) is recomputed.
       scan: one compiled block looped over layers: compiles faster, parameters are stacked.
       attention_implementation: as for `attend`.
       time_freq_shift: see `layers.sinusoidal`; 0 in the original code, 1 in diffusers.
@@ -181,6 +183,7 @@ class DiT(nn.Module):
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    remat_keeps_products: bool = False
     scan: bool = False
     attention_implementation: str | None = None
     time_freq_shift: float = 0.0
@@ -283,7 +286,11 @@ class DiT(nn.Module):
         self, x: Array, inputs: tuple, train: bool, features: Sequence[int]
     ) -> tuple[Array, list[Array]]:
         """The tokens after all blocks, and after those that ``features`` names."""
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        block, policy = Block, None
+        if self.remat_keeps_products:
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        if self.remat:
+            block = nn.remat(Block, prevent_cse=not self.scan, policy=policy)
         fields = {
             "heads": self.heads,
             "mlp_ratio": self.mlp_ratio,

@@ -17,6 +17,7 @@ from diffusion.models.dit import (
 )
 from diffusion.models.positions import rotary_2d, rotate, sincos_2d
 from diffusion.models.transformer_layers import SelfAttention, layer_norm, rms_norm
+from diffusion.training import flops
 
 B, H, W, C, CLASSES = 2, 4, 6, 3, 5
 SMALL = functools.partial(DiT, width=16, depth=1, heads=2, patch=2, num_classes=CLASSES)
@@ -274,7 +275,7 @@ def test_remat_gives_the_same_gradients_unrolled_and_scanned():
         return jnp.square(net.apply({"params": params}, x, time, cond) - 1).mean()
 
     plain, remat = SMALL(), SMALL(remat=True)
-    scanned = SMALL(remat=True, scan=True)
+    scanned = SMALL(remat=True, scan=True, remat_keeps_products=True)
     params = perturbed(plain)
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     expected = grad(params, plain)
@@ -286,6 +287,21 @@ def test_remat_gives_the_same_gradients_unrolled_and_scanned():
     for net, tree in ((plain, params), (remat, params), (scanned, stack_blocks(params))):
         program = str(jax.make_jaxpr(loss, static_argnums=1)(tree, net))
         assert ("remat" in program) == net.remat
+
+
+def test_remat_that_keeps_products_computes_only_attention_anew():
+    def of_gradient(**options):
+        net = SMALL(attention_implementation="xla", **options)
+        x, time, cond = inputs()
+        params = jax.eval_shape(net.init, jax.random.key(0), x, time, cond)
+        return flops.count(jax.grad(lambda p: net.apply(p, x, time, cond).sum()), params)
+
+    plain, all_anew = of_gradient(), of_gradient(remat=True)
+    keeps = of_gradient(remat=True, remat_keeps_products=True)
+    batch, height, width, _ = inputs()[0].shape
+    tokens = height * width // SMALL().patch ** 2
+    attention = 2 * 2 * batch * tokens**2 * SMALL().width * SMALL().depth
+    assert plain < keeps == plain + attention < all_anew
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -1,0 +1,108 @@
+"""Attention as the networks call it, against float32 and against plain XLA: errors and times.
+
+    python benchmarks/attention.py
+
+prints a table and writes runs/benchmarks/attention.json. "default" is ``attend``: on an NVIDIA GPU
+cuDNN's kernel, with 77 keys of text filled up to 80. "not filled up" asks for cuDNN by name. Errors
+are ||a - b|| / ||b|| of the output and of the gradients of its sum of squares, b in float32.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import report
+
+SHAPES = {  # B, L, Lk, H, D
+    "DiT-XL/2": (32, 256, 256, 16, 72),
+    "DDPM, 16 × 16": (64, 256, 256, 1, 256),
+    "SD 1.5, 64 × 64": (2, 4096, 4096, 8, 40),
+    "SD 1.5, text": (2, 4096, 77, 8, 40),
+    "SDXL, 64 × 64": (2, 4096, 4096, 10, 64),
+    "SDXL, text": (2, 1024, 77, 20, 64),
+}
+SMALL = {"self": (2, 64, 64, 2, 8), "text": (2, 64, 77, 2, 8)}
+COLUMNS = {
+    "case": "map",
+    "what": "",
+    "xla": "XLA [ms]",
+    "default": "default",
+    "not filled up": "not filled up",
+    "xla_error": "XLA's error",
+    "default_error": "default's error",
+    "failed": "failed",
+}
+
+
+def main() -> None:
+    arguments = report.arguments(__doc__, "attention").parse_args()
+    import jax
+    import jax.numpy as jnp
+
+    from diffusion.models.attention import attend
+
+    with report.Report(arguments, COLUMNS) as told:
+        for name, (b, length, keys, heads, width) in (SMALL if arguments.small else SHAPES).items():
+            random = [
+                jax.random.normal(jax.random.key(i), (b, n, heads, width))
+                for i, n in enumerate((length, keys, keys))
+            ]
+            half = [a.astype(jnp.bfloat16) for a in random]
+            exact = [a.astype(jnp.float32) for a in half]
+            kinds = {"xla": partial(attend, implementation="xla"), "default": attend}
+            if report.has_gpu() and keys % 8:
+                kinds["not filled up"] = partial(attend, implementation="cudnn")
+            for what, of in (("forward", jax.jit), ("gradient", gradient)):
+                told.add({"case": name, "what": what} | measured(of, kinds, half, exact, arguments))
+
+
+def gradient(function: Callable) -> Callable:
+    """Of the sum of squares, by q, k and v."""
+    import jax
+    import jax.numpy as jnp
+
+    def total(q: Any, k: Any, v: Any) -> Any:
+        return jnp.sum(function(q, k, v).astype(jnp.float32) ** 2)
+
+    return jax.jit(jax.grad(total, (0, 1, 2)))
+
+
+def measured(
+    of: Callable, kinds: dict[str, Callable], half: list, exact: list, arguments: Any
+) -> dict[str, Any]:
+    """Milliseconds and errors of each kind; what failed, and why."""
+    import jax
+    import numpy as np
+
+    def flat(tree: Any) -> np.ndarray:
+        return np.concatenate([np.asarray(a, np.float32).ravel() for a in jax.tree.leaves(tree)])
+
+    found: dict[str, Any] = {}
+    with jax.default_matmul_precision("highest"):
+        true = flat(of(kinds["xla"])(*exact))
+    calls = {}
+    for kind, function in kinds.items():
+        try:
+            call = of(function)
+            error = np.linalg.norm(flat(call(*half)) - true) / np.linalg.norm(true)
+            found[f"{kind}_error"] = float(error)
+            calls[kind] = call
+        except Exception as problem:
+            found["failed"] = f"{kind}: {str(problem).strip().splitlines()[:1]}"
+    times: dict[str, list[float]] = {kind: [] for kind in calls}
+    for _ in range(arguments.repetitions):
+        for kind, call in calls.items():
+            began = time.perf_counter()
+            for _ in range(5):
+                out = call(*half)
+            jax.block_until_ready(out)
+            times[kind].append((time.perf_counter() - began) / 5)
+    return found | {kind: 1e3 * statistics.median(all_) for kind, all_ in times.items()}
+
+
+if __name__ == "__main__":
+    main()
