@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(which: str, arguments: argparse.Namespace, told: report.Report) -> None:
-    """Rows of every case of a list in ``cases``."""
+    """Rows of every case of a list in ``workloads``."""
     sides = worker.sides(arguments, told.note)
     for case, request in worker.requests(which, arguments):
         does = [what for what in ("forward", "train") if getattr(case, what)]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import workloads
 from worker import host_peak, matmul_size
 
 from diffusion import denoiser, predictions, schedules
@@ -33,7 +33,7 @@ Run = Callable[[], Any]
 class Side:
     """Our side of a case; every command is made when it is first asked for."""
 
-    def __init__(self, case: cases.Case):
+    def __init__(self, case: workloads.Case):
         self.case, self.gpu = case, jax.default_backend() == "gpu"
         self.dtype = jnp.bfloat16 if self.gpu else jnp.float32
         self.inputs = {name: jnp.asarray(x) for name, x in case.inputs().items()}
@@ -54,7 +54,7 @@ class Side:
 
     def forward(self, network: Any) -> Run:
         """One call of the network."""
-        call = jax.jit(cases.function(network))
+        call = jax.jit(workloads.function(network))
         params = self.given(network, self.dtype)
         inputs = self._in_dtype()
         self.texts["forward"] = lambda: call.lower(params, inputs).compile().as_text()
@@ -129,7 +129,7 @@ class Side:
 
     def check(self, network: Any) -> Run:
         """Loss and norm of the gradient at given inputs, without dropout: the same on all sides."""
-        call, params = cases.function(network), self.given(network, jnp.float32)
+        call, params = workloads.function(network), self.given(network, jnp.float32)
         target = jnp.asarray(np.random.default_rng(3).normal(size=self.inputs["x"].shape))
 
         @jax.jit
@@ -194,7 +194,7 @@ class Side:
         """The case's weights, on the device."""
         scan = bool(getattr(network, "scan", False))
         if (scan, dtype) not in self.params:
-            tree = cases.weights(self.case.network)
+            tree = workloads.weights(self.case.network)
             if scan:
                 tree = jax.tree.map(np.asarray, stack_blocks(tree))
             self.params[scan, dtype] = jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)

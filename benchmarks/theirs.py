@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import cases
 import diffusers
 import numpy as np
 import torch
 import torch._inductor.config as inductor
+import workloads
 from worker import host_peak, matmul_size
 
 from diffusion.models.dit import DiT
@@ -30,7 +30,7 @@ Run = Callable[[], Any]
 class Side:
     """diffusers' side of a case; every command is made when it is first asked for."""
 
-    def __init__(self, case: cases.Case):
+    def __init__(self, case: workloads.Case):
         diffusers.utils.logging.set_verbosity_error()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.case, self.gpu = case, torch.cuda.is_available()
@@ -181,7 +181,7 @@ class Side:
         if self.state is None:
             ours = self.case.network
             table = models._file(ours).names(ours)
-            arrays = dict(to_tensors(table, cases.weights(ours)))
+            arrays = dict(to_tensors(table, workloads.weights(ours)))
             self.state = {key: torch.from_numpy(array) for key, array in arrays.items()}
         config = models.to_config(self.case.network)
         cls = getattr(diffusers, config["_class_name"])

@@ -164,11 +164,11 @@ def sides(arguments: Any, note: Any) -> list[str]:
 
 
 def requests(which: str, arguments: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The cases of a list in ``cases`` that the command line asks for, and their requests."""
-    import cases
+    """The cases of a list in ``workloads`` that the command line asks for, and their requests."""
+    import workloads
 
     gpu, only = report.has_gpu(), arguments.only.split(";")
-    for index, case in enumerate(getattr(cases, which)(gpu, arguments.small)):
+    for index, case in enumerate(getattr(workloads, which)(gpu, arguments.small)):
         if any(word in f"{case.name}, batch {case.batch}" for word in only):
             request = {"list": which, "index": index, "gpu": gpu, "small": arguments.small}
             yield case, request | {"batch": arguments.batch or None, "settings": case.settings}
@@ -204,9 +204,9 @@ def case_of(request: Mapping[str, Any]) -> Any:
     """The case that a request names."""
     import dataclasses
 
-    import cases
+    import workloads
 
-    found = getattr(cases, request["list"])(request["gpu"], request["small"])[request["index"]]
+    found = getattr(workloads, request["list"])(request["gpu"], request["small"])[request["index"]]
     own = {name: request[name] for name in ("batch", "settings") if request.get(name)}
     return dataclasses.replace(found, **own)
 

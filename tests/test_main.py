@@ -159,7 +159,7 @@ def test_points(tmp_path):
     "arguments, message",
     [
         (["--config.train.stepz=3"], "Did you mean config.train.steps?"),
-        (["--config.foo=3"], "unknown field config.foo; config has autoencoding, data, ema"),
+        (["--config.foo=3"], "unknown field config.foo; config has alignment, autoencoding, data"),
         (["--config.train.steps=many"], "--config.train.steps=many: invalid literal for int"),
         (["--mode=trian"], "train|sample|evaluate|sweep|learn"),
         (["--config.objective.schedule=cosin"], "Did you mean 'cosine'?"),

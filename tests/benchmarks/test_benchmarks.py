@@ -13,11 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import cases
 import gpu
 import networks
 import report
 import worker
+import workloads
 
 
 class InThisProcess:
@@ -72,8 +72,8 @@ def test_networks_are_measured_on_both_sides_and_agree(tiny, what, monkeypatch, 
 
 
 def test_weights_are_the_same_everywhere_and_neither_tiny_nor_huge():
-    network = cases.TINY
-    one, other = cases.weights(network), cases.weights(network)
+    network = workloads.TINY
+    one, other = workloads.weights(network), workloads.weights(network)
     jax.tree.map(np.testing.assert_array_equal, one, other)
     kernel = one["conv_in"]["kernel"]
     assert np.std(kernel) == pytest.approx((9 * 1) ** -0.5, rel=0.2)
@@ -81,10 +81,10 @@ def test_weights_are_the_same_everywhere_and_neither_tiny_nor_huge():
 
 
 def test_the_gpus_cases_are_the_published_networks():
-    found = {(c.name, c.batch): c for c in cases.networks(gpu=True, small=False)}
+    found = {(c.name, c.batch): c for c in workloads.networks(gpu=True, small=False)}
     assert [b for name, b in found if "SDXL" in name] == [1, 4, 16]
     network = found["DDPM's U-Net, CIFAR-10", 256].network
-    shapes = cases.models.shapes(network)
+    shapes = workloads.models.shapes(network)
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 35_746_307
 
 
