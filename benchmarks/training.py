@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("NPROC", "16")  # for virtual devices; read as JAX is imported
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
@@ -144,7 +143,7 @@ def in_four_devices(pairs: int, seconds: float) -> list[dict[str, Any]]:
     command = [sys.executable, __file__, "--part=layouts", f"--pairs={pairs}"]
     done = subprocess.run(
         [*command, f"--seconds={seconds}"],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -1,5 +1,7 @@
 """Diffusion and flow models in JAX."""
 
-from diffusion.compiler import set_options
+from diffusion import allocator, compiler
 
-set_options()  # before JAX asks for a device
+compiler.set_options()  # before JAX asks for a device
+if compiler.for_cpus_alone():
+    allocator.keep_freed()

@@ -38,6 +38,11 @@ def installed() -> dict[str, str]:
     return found
 
 
+def for_cpus_alone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether JAX will use CPUs: it is told to, or nothing for accelerators is installed."""
+    return environment.get("JAX_PLATFORMS") == "cpu" or set(installed()) <= {"jaxlib"}
+
+
 def with_options(flags: str, versions: Mapping[str, str]) -> str:
     """``flags``, XLA_FLAGS' value, with those ``OPTIONS`` that it does not name.
 

@@ -11,6 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -201,17 +202,22 @@ def fit(
         def report(state, step):
             meter.judged(step, validate[1](state, step))
 
-        with deferred_signals() as stopped, meter:
+        def read(step):
+            return parallel_lib.place_batch(layout, _next(data, step))
+
+        with deferred_signals() as stopped, meter, ThreadPoolExecutor(1) as reader:
             for step in range(start + 1, steps + 1):
                 began = time.perf_counter()
+                # The next batch goes to the devices while they work on this one. In a thread, since
+                # a CPU's step occupies this one.
+                coming = reader.submit(read, step) if step < steps else None
                 state, metrics = step_fn(state, frozen, batch, key)
                 wanted = 0 if agree is None else agree(stopped[0] if stopped else 0)
                 pending.append((step, metrics, wanted))
-                if step < steps:  # the next batch goes to the devices while they work on this one
+                if coming:
                     asked = time.perf_counter()
-                    batch = _next(data, step)
+                    batch = coming.result()
                     meter.waited(time.perf_counter() - asked)
-                    batch = parallel_lib.place_batch(layout, batch)
                 if step == start + 1:
                     drain()
                     meter.compiled(time.perf_counter() - began)
