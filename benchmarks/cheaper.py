@@ -47,7 +47,7 @@ from diffusion.evaluation.sweep import rmse
 from diffusion.experiment import judging
 from diffusion.experiment.build import Experiment, build
 from diffusion.experiment.drawing import Drawer
-from diffusion.experiment.guiding import tuples
+from diffusion.experiment.others import tuples
 from diffusion.levels import NoiseLevel
 from diffusion.models import reuse
 from diffusion.models.token_merging import with_merged_tokens

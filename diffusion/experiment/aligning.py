@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from diffusion import pretrained
 from diffusion.data.sources import Batch, Source
-from diffusion.experiment import guiding, latents
+from diffusion.experiment import latents, others
 from diffusion.experiment.data import make_images
 from diffusion.experiment.fields import field
 from diffusion.experiment.model import DTYPES, other_run
@@ -160,7 +160,7 @@ def _both(read: Callable, images: Callable, index: np.ndarray) -> Batch:
 def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> tuple[Encoder, Any]:
     path, name = config.alignment.encoder, "config.alignment.encoder"
     if workdirs.steps(path):
-        run = guiding.opened(path, name, config, Classification, 0, shape, other_run)
+        run = others.opened(path, name, config, Classification, 0, shape, other_run)
         return Middle(run.objective), run.params()
     folder = latents.located(path, name)
     with field(f"{name}={path!r}"):

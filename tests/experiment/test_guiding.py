@@ -7,7 +7,7 @@ import pytest
 
 from configs import digits, digits_classifier, toy2d
 from diffusion.conditioning import Conditioning
-from diffusion.experiment import guiding
+from diffusion.experiment import others
 from diffusion.experiment.build import build
 from diffusion.experiment.drawing import Drawer
 from diffusion.levels import NoiseLevel
@@ -126,7 +126,7 @@ def test_other_schedules_are_translated(runs):
     guide = build(small(digits, **setting(runs, "classifier=@edm_classifier"))).guidance
     run = guide.classifier
     assert not run.same_schedule
-    guiding.at_its_levels(classify, run)(X, LEVEL)
+    others.at_its_levels(classify, run)(X, LEVEL)
     x, level = asked[0]
     np.testing.assert_allclose([level.alpha, level.sigma], [1.0, 0.75], rtol=1e-5)
     np.testing.assert_allclose(x, X / 0.8, rtol=1e-5)
@@ -134,7 +134,7 @@ def test_other_schedules_are_translated(runs):
 
 def test_draws_with_everything_at_once(runs, monkeypatch):
     """An unconditional model told what to draw by a classifier; memory, PAG, two networks."""
-    monkeypatch.setattr(guiding.Run, "params", lambda run: parameters(run.objective, 0.2))
+    monkeypatch.setattr(others.Run, "params", lambda run: parameters(run.objective, 0.2))
     text = "autoguidance=@unconditional classifier=@classifier perturbed_attention=1 "
     text += "guidance_high=5 guidance_method=adaptive_projected(eta=0.5)"
     fields = setting(runs, text) | {"objective__conditional": False}
