@@ -14,6 +14,7 @@ measured in between. Float32 on a CPU; bfloat16 on a GPU, where parameters in tr
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import report
@@ -66,20 +67,24 @@ def rows(
     """A row for the forward pass, one for the training step; sides of one turn alternate."""
     found: dict[str, dict[str, Any]] = {what: {} for what in does}
     peaks, outputs, flops = {}, {}, 0
+    product = 2 * worker.matmul_size(report.has_gpu()) ** 3
     for together in turns:
         workers = {side: worker.Worker(side, request) for side in together}
         try:
             told.log(f"{case.name}, batch of {request['batch'] or case.batch}")
-            for side in together:
-                peaks[side] = peak(workers[side])
             if "jax" in workers:
                 flops = workers["jax"].ask("flops")
             for what in does:
                 names = commands(case, what, together)
                 names = {k: v for k, v in names.items() if not skipped(k, arguments)}
-                found[what] |= worker.alternate(
-                    workers, names, arguments.repetitions, arguments.seconds, told
+                rulers = {f"matmul, {side}": (side, "matmul") for side in together}
+                times = worker.alternate(
+                    workers, rulers | names, arguments.repetitions, arguments.seconds, told, rulers
                 )
+                for name, (side, _) in rulers.items():
+                    fastest = min(times.pop(name, {}).get("all", [math.inf]))
+                    peaks[side] = max(peaks.get(side, 0.0), product / fastest)
+                found[what] |= times
                 told.add(row(case, request, what, found[what], peaks, flops, {}))
                 checked = {"forward": "forward", "train": "check"}[what]
                 for side in together:
@@ -135,14 +140,14 @@ def row(
     theirs = {n: s for n, s in seconds.items() if n in ("eager", "channels_last", "compile")}
     work = flops * (3 if what == "train" else 1)
     told |= {"gflop": work / 1e9, "peak_tflops": {side: p / 1e12 for side, p in peaks.items()}}
+    rate = max(peaks.values(), default=0.0) or math.nan
     if ours:
         best = min(ours, key=ours.get)
-        told |= {"best": best, "utilisation": 100 * work / ours[best] / max(peaks.values())}
+        told |= {"best": best, "utilisation": 100 * work / ours[best] / rate}
         told["examples_per_second"] = told["batch"] / ours[best]
     if theirs:
         best = min(theirs, key=theirs.get)
-        told["theirs_utilisation"] = 100 * work / theirs[best] / max(peaks.values())
-        told["best_theirs"] = best
+        told |= {"best_theirs": best, "theirs_utilisation": 100 * work / theirs[best] / rate}
     if ours and theirs:
         told["ratio"] = min(theirs.values()) / min(ours.values())
     if "bare" in seconds and "ours" in seconds:
@@ -159,14 +164,6 @@ def output_of(process: worker.Worker, command: str, log: Any) -> Any:
     except worker.Failed as failure:
         log(f"  {command}: {failure}")
         return None
-
-
-def peak(process: worker.Worker) -> float:
-    """FLOP/s of the largest matrix product, at best of ten."""
-    process.ask("run", "matmul", times=2)
-    times = 10 if report.has_gpu() else 2
-    seconds = min(process.ask("run", "matmul", times=times) / times for _ in range(10))
-    return 2 * worker.matmul_size(report.has_gpu()) ** 3 / seconds
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -97,6 +97,7 @@ def alternate(
     repetitions: int,
     seconds: float,
     told: report.Report,
+    rulers: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Seconds per call of every command, taken in turn.
 
@@ -106,6 +107,7 @@ def alternate(
       repetitions: turns.
       seconds: a turn lasts about so long, of many calls if they are short.
       told: is told of every command; when its time is over, those that are left are left out.
+      rulers: names of commands that are no variants, and have all turns.
 
     Returns:
       name -> {"seconds": median, "all": [...], "compile": seconds of the first call}, or {"failed":
@@ -135,11 +137,13 @@ def alternate(
             taken = workers[side].ask("run", command, times=calls[name])
             found[name]["all"].append(taken / calls[name])
         if turn == 1:
+            variants = [n for n in alive if n not in rulers]
             best = {
-                side: min(min(found[n]["all"]) for n in alive if commands[n][0] == side)
-                for side in {commands[n][0] for n in alive}
+                side: min(min(found[n]["all"]) for n in variants if commands[n][0] == side)
+                for side in {commands[n][0] for n in variants}
             }
-            alive = [n for n in alive if min(found[n]["all"]) < BEHIND * best[commands[n][0]]]
+            behind = {n for n in variants if min(found[n]["all"]) >= BEHIND * best[commands[n][0]]}
+            alive = [n for n in alive if n not in behind]
     for name in calls:
         found[name]["seconds"] = statistics.median(found[name]["all"])
         found[name]["calls"] = calls[name]

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from diffusion.conditioning import Conditioning
+from diffusion.models import convolution
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.dit import DiT, preset
 from diffusion.models.unet import UNet, ddpm_cifar10, sd15, sdxl
@@ -78,7 +79,8 @@ class Case:
         network = self.network.clone(attention_implementation="xla")
         arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.inputs().items()}
         params = models.shapes(self.network)
-        return flops.count(function(network), params, arrays)
+        with convolution.direct():
+            return flops.count(function(network), params, arrays)
 
 
 def function(network: nn.Module) -> Callable[[Any, Mapping[str, jax.Array]], jax.Array]:

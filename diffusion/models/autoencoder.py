@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from diffusion.levels import Array
 from diffusion.models.attention import SpatialAttention
+from diffusion.models.convolution import three_by_three
 from diffusion.models.layers import GroupNorm, Pointwise
 from diffusion.models.unet_blocks import (
     Constructor,
@@ -232,7 +233,9 @@ class Half(nn.Module):
         return (self.attention if self.attends[level] else None,) * count
 
     def conv(self, features: int, name: str) -> nn.Conv:
-        return nn.Conv(features, (3, 3), dtype=self.dtype, name=name)
+        return nn.Conv(
+            features, (3, 3), dtype=self.dtype, conv_general_dilated=three_by_three, name=name
+        )
 
     def output(self, x: Array) -> Array:
         """Norm, SiLU and convolution to ``features``."""

@@ -1,13 +1,126 @@
-"""Convolutions in forms that take less work."""
+"""Convolutions in forms that take less work on a CPU.
+
+They take the place of ``lax.conv_general_dilated`` in ``nn.Conv``, which calls them as it calls
+that.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from diffusion.levels import Array
+
+# Measured (benchmarks/README.md): with fewer tiles the transformed kernels, with fewer channels the
+# transformed images take more time than their products save.
+MIN_TILES, MIN_CHANNELS, TILES_PER_CHANNEL = 512, 64, 2
+MAX_BYTES = 2**30  # of the transformed image
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+_direct: ContextVar[bool] = ContextVar("direct", default=False)
+
+
+@contextmanager
+def direct() -> Iterator[None]:
+    """Within, networks are traced with plain convolutions: published counts of FLOPs are theirs."""
+    token = _direct.set(True)
+    try:
+        yield
+    finally:
+        _direct.reset(token)
+
+
+def fewer_products() -> bool:
+    """Whether these forms pay: on a CPU. A GPU's libraries choose between such forms themselves."""
+    return jax.default_backend() == "cpu" and not _direct.get()
+
+
+def three_by_three(
+    x: Array, kernel: Array, strides: Sequence[int], padding: Any, *args: Any, **kwargs: Any
+) -> Array:
+    """3 x 3 convolution of x [B, H, W, C], stride 1, padded by zeros: by tiles where that pays.
+
+    Whatever else is asked for, ``lax.conv_general_dilated`` does.
+    """
+    plain = {
+        *(tuple(strides), tuple(kwargs.get("lhs_dilation") or (1, 1))),
+        tuple(kwargs.get("rhs_dilation") or (1, 1)),
+    } == {(1, 1)}
+    if fewer_products() and plain and padding in ("SAME", [(1, 1)] * 2):
+        b, h, w, c = x.shape
+        tiles, most = b * (-(-h // 2)) * (-(-w // 2)), max(kernel.shape[2:])
+        if (
+            x.dtype == kernel.dtype == jnp.float32
+            and kernel.shape[:3] == (3, 3, c)
+            and min(kernel.shape[2:]) >= MIN_CHANNELS
+            and tiles >= max(MIN_TILES, TILES_PER_CHANNEL * most)
+            and 16 * tiles * most * x.dtype.itemsize <= MAX_BYTES
+        ):
+            return by_tiles(x, kernel)
+    return lax.conv_general_dilated(x, kernel, strides, padding, *args, **kwargs)
+
+
+@jax.custom_jvp
+def by_tiles(x: Array, kernel: Array) -> Array:
+    """3 x 3 convolution of x [B, H, W, C] with kernel [3, 3, C, O], stride 1, padded by zeros.
+
+    Winograd's F(2 x 2, 3 x 3) (Lavin & Gray, 2015): of each 4 x 4 tile, overlapping the next by 2,
+    sums of pixels are multiplied with sums of the kernel, and sums of those products are 2 x 2
+    pixels of the result: 16 products for each and not 36. Derivatives are those of the plain
+    convolution.
+    """
+    b, h, w, c = x.shape
+    rows, columns = -(-h // 2), -(-w // 2)
+    x = jnp.pad(x, ((0, 0), (1, 2 * rows - h + 1), (1, 2 * columns - w + 1), (0, 0)))
+    pixels = [
+        [
+            x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2].reshape(-1, c)
+            for j in range(4)
+        ]
+        for i in range(4)
+    ]
+    image = _both_ways(_of_image, pixels)
+    weights = _both_ways(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
+    products = [[image[i][j] @ weights[i][j] for j in range(4)] for i in range(4)]
+    (y00, y01), (y10, y11) = _both_ways(_of_products, products)
+    # Pixel (2r + i, 2s + j) is y_ij of tile (r, s).
+    pairs = [jnp.stack([y00, y01], axis=1), jnp.stack([y10, y11], axis=1)]
+    y = jnp.stack([pair.reshape(b, rows, 2 * columns, -1) for pair in pairs], axis=2)
+    return y.reshape(b, 2 * rows, 2 * columns, -1)[:, :h, :w]
+
+
+@by_tiles.defjvp
+def _derivative(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+
+    def plain(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+
+    return by_tiles(x, kernel), plain(dx, kernel) + plain(x, dkernel)
+
+
+def _of_image(a: Array, b: Array, c: Array, d: Array) -> list[Array]:
+    return [a - c, b + c, c - b, b - d]
+
+
+def _of_kernel(a: Array, b: Array, c: Array) -> list[Array]:
+    return [a, (a + b + c) / 2, (a - b + c) / 2, c]
+
+
+def _of_products(a: Array, b: Array, c: Array, d: Array) -> list[Array]:
+    return [a + b + c, b - c - d]
+
+
+def _both_ways(transform: Any, table: Sequence[Sequence[Array]]) -> list[list[Array]]:
+    """A transform along the columns of a table of arrays, then along its rows."""
+    down = zip(*[transform(*column) for column in zip(*table)])
+    return [transform(*row) for row in down]
 
 
 def of_doubled(x: Array, kernel: Array, *_: Any, dimension_numbers: Any, **__: Any) -> Array:
@@ -18,8 +131,7 @@ def of_doubled(x: Array, kernel: Array, *_: Any, dimension_numbers: Any, **__: A
     2i + 1; columns likewise. Each of the four kinds of output pixels is thus a convolution of x
     with 2 x 2 sums of the kernel: 16 products per pixel of x and not 36.
 
-    Takes the place of ``lax.conv_general_dilated`` in ``nn.Conv``, whose further arguments are
-    those of the plain convolution; returns [B, 2H, 2W, O].
+    Returns [B, 2H, 2W, O].
     """
     b, h, w, _ = x.shape
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from diffusion.levels import Array
+from diffusion.models.convolution import three_by_three
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG16's widths and convolutions
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet in [0, 1]
@@ -35,7 +36,13 @@ class LPIPS(nn.Module):
                 h = nn.max_pool(h, (2, 2), (2, 2))
                 index += 1
             for _ in range(convolutions):
-                h = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"features_{index}")(h)
+                h = nn.Conv(
+                    width,
+                    (3, 3),
+                    dtype=self.dtype,
+                    conv_general_dilated=three_by_three,
+                    name=f"features_{index}",
+                )(h)
                 h = nn.relu(h)
                 index += 2
             f = h.astype(jnp.float32)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.nn.initializers import lecun_normal, zeros
 
 from diffusion.levels import Array
-from diffusion.models.convolution import of_doubled
+from diffusion.models.convolution import fewer_products, of_doubled, three_by_three
 from diffusion.models.layers import GroupNorm, Pointwise
 
 Constructor = Callable[..., nn.Module]
@@ -57,7 +56,14 @@ class ResnetBlock(nn.Module):
             return GroupNorm(self.groups, self.eps, self.dtype, name=name)
 
         def conv(name: str, init: nn.initializers.Initializer) -> nn.Conv:
-            return nn.Conv(self.width, (3, 3), dtype=self.dtype, kernel_init=init, name=name)
+            return nn.Conv(
+                self.width,
+                (3, 3),
+                dtype=self.dtype,
+                kernel_init=init,
+                conv_general_dilated=three_by_three,
+                name=name,
+            )
 
         h = nn.silu(norm("norm1")(x))
         if self.resample is not None:
@@ -112,7 +118,7 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Array, emb: Array | None = None, train: bool = False) -> Array:
         conv = partial(nn.Conv, x.shape[-1], (3, 3), dtype=self.dtype, name="conv")
-        if jax.default_backend() == "cpu":
+        if fewer_products():
             return conv(conv_general_dilated=of_doubled)(x)
         return conv()(nearest_upsample(x))
 

@@ -1,4 +1,4 @@
-"""The folded convolution against the plain one, values and gradients."""
+"""Convolutions with fewer products against the plain ones, values and derivatives."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models.convolution import of_doubled
+from diffusion.models import convolution
+from diffusion.models.convolution import by_tiles, direct, of_doubled, three_by_three
 from diffusion.models.unet_blocks import Upsample, nearest_upsample
 
 
@@ -45,3 +46,76 @@ def test_upsampling_is_the_same_on_every_device(monkeypatch):
     there = layer.init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, variables, there)  # names, too
     np.testing.assert_allclose(here, layer.apply(variables, x), atol=1e-5)
+
+
+def plain(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=convolution.LAYOUT
+    )
+
+
+@pytest.mark.parametrize("height, width", [(6, 4), (5, 7), (1, 1), (2, 3)])
+def test_by_tiles(height, width):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.normal(size=(2, height, width, 3)))
+        kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 4)))
+        given, directions = (x, kernel), (jnp.sin(x), jnp.cos(kernel))
+        cotangent = jnp.asarray(rng.normal(size=(2, height, width, 4)))
+
+        @jax.jit
+        def both():
+            results = []
+            for function in (by_tiles, plain):
+                y, back = jax.vjp(function, *given)
+                results.append((y, back(cotangent), jax.jvp(function, given, directions)[1]))
+            return results
+
+        ours, expected = both()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, expected)
+
+
+def products(shape, features, padding="SAME", **settings):
+    """How many matrix products and convolutions a layer is traced to."""
+    layer = nn.Conv(
+        features, (3, 3), padding=padding, conv_general_dilated=three_by_three, **settings
+    )
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    text = str(jax.make_jaxpr(layer.apply)(params, x))
+    return text.count("dot_general["), text.count("conv_general_dilated[")
+
+
+@pytest.mark.parametrize("settings", [{}, {"padding": ((1, 1), (1, 1))}])
+def test_large_images_of_many_channels_go_by_tiles(settings):
+    assert products((1, 64, 64, 64), 128, **settings) == (16, 0)
+    with direct():
+        assert products((1, 64, 64, 64), 128, **settings) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "shape, features, settings",
+    [
+        ((1, 64, 64, 32), 64, {}),
+        ((1, 64, 64, 64), 4, {}),
+        ((1, 32, 32, 64), 64, {}),  # too few tiles
+        ((1, 64, 64, 64), 640, {}),  # too few for so many channels
+        ((4, 1024, 1024, 64), 64, {}),  # more memory than it may take
+        ((1, 64, 64, 64), 128, {"strides": 2}),
+        ((1, 64, 64, 64), 128, {"padding": ((0, 1), (0, 1))}),
+        ((1, 64, 64, 64), 128, {"kernel_dilation": 2}),
+        ((1, 64, 64, 128), 128, {"feature_group_count": 2}),
+        ((1, 64, 64, 64), 128, {"dtype": jnp.bfloat16}),
+    ],
+)
+def test_all_others_are_plain(shape, features, settings):
+    assert products(shape, features, **settings) == (0, 1)
+
+
+def test_a_layer_gives_the_same_either_way():
+    layer = nn.Conv(64, (3, 3), conv_general_dilated=three_by_three)
+    x = jax.random.normal(jax.random.key(0), (1, 45, 47, 64))
+    params = layer.init(jax.random.key(1), x)
+    with direct():
+        expected = layer.apply(params, x)
+    np.testing.assert_allclose(layer.apply(params, x), expected, atol=2e-5)
