@@ -80,9 +80,13 @@ def _schedule(
         return None
     filled = ("evaluations",)
     schedule = specs.function(text, known, called, filled=filled)
-    with field(f"{called}={text!r}"), wrong_types():
-        schedule(evaluations=evaluations)
-    return lambda evaluations: schedule(evaluations=evaluations)
+
+    def made(evaluations: int) -> When:
+        with field(f"{called}={text!r}"), wrong_types():
+            return schedule(evaluations=evaluations)
+
+    made(evaluations)  # to find mistakes in time
+    return made
 
 
 def _image(network: nn.Module) -> nn.Module:

@@ -45,6 +45,8 @@ def sweep(
     rough = make(c.reference, max(c.reference_steps // 2, 1), "config.sweep.reference")
     if not library.deterministic(exact):
         raise ValueError(f"config.sweep.reference={c.reference!r} must be a deterministic solver")
+    for evaluations in {exact.evaluations, *(entry.budget for entry in entries)}:
+        experiment.guidance.shortcuts.data(evaluations)  # finds schedules that do not fit them
     for note in notes:
         print(f"note: {note}")
 
