@@ -60,7 +60,7 @@ def rows(folder: Path, sides: list[str], arguments: Any, log: Any) -> list[dict[
             if kind == "compile" and turn >= max(1, arguments.repetitions // 2):
                 continue  # it takes long
             for what in ("first step",) if arguments.small else ("first step", "first image"):
-                cache = folder / f"{kind} {what} {turn}"
+                cache = folder / f"{kind}-{what.split()[1]}-{turn}"  # compilers dislike spaces
                 for state in ("cold", "warm"):
                     command, until = commands(kind, what, folder)
                     seconds = until_said(command, until, environment(cache))
