@@ -6,6 +6,7 @@ that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from diffusion.levels import Array
 # transformed images take more time than their products save.
 MIN_TILES, MIN_CHANNELS, TILES_PER_CHANNEL = 512, 64, 2
 MAX_BYTES = 2**30  # of the transformed image
+MAX_PIXELS = 64  # of a batch, up to which a product of patches is the fastest
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 _direct: ContextVar[bool] = ContextVar("direct", default=False)
@@ -44,7 +46,7 @@ def fewer_products() -> bool:
 def three_by_three(
     x: Array, kernel: Array, strides: Sequence[int], padding: Any, *args: Any, **kwargs: Any
 ) -> Array:
-    """3 x 3 convolution of x [B, H, W, C], stride 1, padded by zeros: by tiles where that pays.
+    """3 x 3 convolution of x [B, H, W, C], stride 1, padded by zeros, as it is the fastest.
 
     Whatever else is asked for, ``lax.conv_general_dilated`` does.
     """
@@ -52,18 +54,31 @@ def three_by_three(
         *(tuple(strides), tuple(kwargs.get("lhs_dilation") or (1, 1))),
         tuple(kwargs.get("rhs_dilation") or (1, 1)),
     } == {(1, 1)}
-    if fewer_products() and plain and padding in ("SAME", [(1, 1)] * 2):
-        b, h, w, c = x.shape
+    plain = plain and padding in ("SAME", [(1, 1)] * 2) and kernel.shape[:3] == (3, 3, x.shape[-1])
+    if fewer_products() and plain and min(kernel.shape[2:]) >= MIN_CHANNELS:
+        b, h, w, _ = x.shape
+        if b * h * w <= MAX_PIXELS or min(h, w) < 3:
+            return by_patches(x, kernel)
         tiles, most = b * (-(-h // 2)) * (-(-w // 2)), max(kernel.shape[2:])
         if (
             x.dtype == kernel.dtype == jnp.float32
-            and kernel.shape[:3] == (3, 3, c)
-            and min(kernel.shape[2:]) >= MIN_CHANNELS
             and tiles >= max(MIN_TILES, TILES_PER_CHANNEL * most)
             and 16 * tiles * most * x.dtype.itemsize <= MAX_BYTES
         ):
             return by_tiles(x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, *args, **kwargs)
+
+
+def by_patches(x: Array, kernel: Array) -> Array:
+    """``by_tiles``' convolution as one matrix product, of each pixel's 3 x 3 neighbours.
+
+    For images so small that reading the kernel takes the time; XLA's CPU compiler, besides, turns
+    convolutions of images smaller than their kernel into slow ones.
+    """
+    _, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    near = [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    return jnp.concatenate(near, axis=-1) @ kernel.reshape(9 * c, -1)
 
 
 @jax.custom_jvp
@@ -121,6 +136,11 @@ def _both_ways(transform: Any, table: Sequence[Sequence[Array]]) -> list[list[Ar
     """A transform along the columns of a table of arrays, then along its rows."""
     down = zip(*[transform(*column) for column in zip(*table)])
     return [transform(*row) for row in down]
+
+
+def doubling_pays(x: Array) -> bool:
+    """Whether ``of_doubled`` is faster: not where summing the kernel takes the time."""
+    return fewer_products() and math.prod(x.shape[:-1]) > MAX_PIXELS
 
 
 def of_doubled(x: Array, kernel: Array, *_: Any, dimension_numbers: Any, **__: Any) -> Array:

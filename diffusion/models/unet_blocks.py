@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import lecun_normal, zeros
 
 from diffusion.levels import Array
-from diffusion.models.convolution import fewer_products, of_doubled, three_by_three
+from diffusion.models.convolution import doubling_pays, of_doubled, three_by_three
 from diffusion.models.layers import GroupNorm, Pointwise
 
 Constructor = Callable[..., nn.Module]
@@ -118,9 +118,9 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Array, emb: Array | None = None, train: bool = False) -> Array:
         conv = partial(nn.Conv, x.shape[-1], (3, 3), dtype=self.dtype, name="conv")
-        if fewer_products():
+        if doubling_pays(x):
             return conv(conv_general_dilated=of_doubled)(x)
-        return conv()(nearest_upsample(x))
+        return conv(conv_general_dilated=three_by_three)(nearest_upsample(x))
 
 
 class DownBlock(nn.Module):

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from diffusion.models import convolution
-from diffusion.models.convolution import by_tiles, direct, of_doubled, three_by_three
+from diffusion.models.convolution import (
+    by_patches,
+    by_tiles,
+    direct,
+    of_doubled,
+    three_by_three,
+)
 from diffusion.models.unet_blocks import Upsample, nearest_upsample
 
 
@@ -38,7 +44,8 @@ def test_convolution_of_the_doubled_image(shape):
 
 
 def test_upsampling_is_the_same_on_every_device(monkeypatch):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 4)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 9, 4)), jnp.float32)
+    assert convolution.doubling_pays(x) and not convolution.doubling_pays(x[:, :7])
     layer = Upsample()
     variables = layer.init(jax.random.key(0), x)
     here = layer.apply(variables, x)
@@ -54,8 +61,9 @@ def plain(x, kernel):
     )
 
 
+@pytest.mark.parametrize("form", [by_tiles, by_patches])
 @pytest.mark.parametrize("height, width", [(6, 4), (5, 7), (1, 1), (2, 3)])
-def test_by_tiles(height, width):
+def test_values_and_derivatives_are_those_of_the_plain_convolution(form, height, width):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         x = jnp.asarray(rng.normal(size=(2, height, width, 3)))
@@ -66,7 +74,7 @@ def test_by_tiles(height, width):
         @jax.jit
         def both():
             results = []
-            for function in (by_tiles, plain):
+            for function in (form, plain):
                 y, back = jax.vjp(function, *given)
                 results.append((y, back(cotangent), jax.jvp(function, given, directions)[1]))
             return results
@@ -93,10 +101,19 @@ def test_large_images_of_many_channels_go_by_tiles(settings):
         assert products((1, 64, 64, 64), 128, **settings) == (0, 1)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 8, 64), (100, 2, 5, 64)])
+def test_small_images_are_one_product(shape):
+    assert products(shape, 64) == (1, 0)
+    with direct():
+        assert products(shape, 64) == (0, 1)
+
+
 @pytest.mark.parametrize(
     "shape, features, settings",
     [
         ((1, 64, 64, 32), 64, {}),
+        ((2, 4, 8, 32), 64, {}),
+        ((2, 8, 8, 64), 64, {}),
         ((1, 64, 64, 64), 4, {}),
         ((1, 32, 32, 64), 64, {}),  # too few tiles
         ((1, 64, 64, 64), 640, {}),  # too few for so many channels
@@ -112,9 +129,10 @@ def test_all_others_are_plain(shape, features, settings):
     assert products(shape, features, **settings) == (0, 1)
 
 
-def test_a_layer_gives_the_same_either_way():
+@pytest.mark.parametrize("height", [2, 45])
+def test_a_layer_gives_the_same_either_way(height):
     layer = nn.Conv(64, (3, 3), conv_general_dilated=three_by_three)
-    x = jax.random.normal(jax.random.key(0), (1, 45, 47, 64))
+    x = jax.random.normal(jax.random.key(0), (1, height, 47, 64))
     params = layer.init(jax.random.key(1), x)
     with direct():
         expected = layer.apply(params, x)
