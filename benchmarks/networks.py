@@ -89,9 +89,7 @@ def rows(
                 checked = {"forward": "forward", "train": "check"}[what]
                 for side in together:
                     variant = ":eager" if side == "torch" else ""
-                    workers[side].ask("free")
                     outputs[what, side] = output_of(workers[side], checked + variant, told.log)
-                    workers[side].ask("free")
                 compared = {side: outputs.get((what, side)) for side in ("jax", "torch")}
                 told.add(row(case, request, what, found[what], peaks, flops, compared))
         finally:
@@ -115,7 +113,7 @@ def commands(case: Any, what: str, sides: list[str]) -> dict[str, tuple[str, str
         if type(case.network).__name__ != "DiT" and not report.has_gpu():
             found["channels_last"] = ("torch", f"{name}:channels_last")
         found["compile"] = ("torch", f"{name}:compile")
-    return found
+    return {name: command for name, command in found.items() if name not in case.without}
 
 
 def skipped(name: str, arguments: argparse.Namespace) -> bool:
@@ -160,7 +158,10 @@ def row(
 def output_of(process: worker.Worker, command: str, log: Any) -> Any:
     """What it computes, or None if that fails."""
     try:
-        return process.output(command)
+        process.ask("free")
+        output = process.output(command)
+        process.ask("free")
+        return output
     except worker.Failed as failure:
         log(f"  {command}: {failure}")
         return None

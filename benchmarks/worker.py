@@ -7,6 +7,7 @@ turns no more turns are taken.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -51,6 +52,8 @@ class Worker:
         if side == "torch":
             own["JAX_PLATFORMS"] = "cpu"
             own["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+            # Importing ``diffusion`` there must leave the allocator as PyTorch's users have it.
+            own["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "")
         self.folder = tempfile.TemporaryDirectory()
         self.process = subprocess.Popen(
             [sys.executable, __file__, side, json.dumps(dict(request))],
@@ -62,9 +65,12 @@ class Worker:
 
     def ask(self, do: str, command: str = "", **arguments: Any) -> Any:
         """Its answer; raises Failed if it did not work out."""
-        print(json.dumps({"do": do, "command": command, **arguments}), file=self.process.stdin)
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        try:
+            print(json.dumps({"do": do, "command": command, **arguments}), file=self.process.stdin)
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         answer = json.loads(line) if line else {"failed": f"{self.side}'s process ended"}
         if "failed" in answer:
             raise Failed(answer["failed"])
@@ -80,7 +86,8 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.folder.cleanup()
 
@@ -134,8 +141,13 @@ def alternate(
         for name in alive:
             side, command = commands[name]
             time.sleep(0.02)  # the other side's threads go to sleep
-            taken = workers[side].ask("run", command, times=calls[name])
+            try:
+                taken = workers[side].ask("run", command, times=calls[name])
+            except Failed as failure:  # a process that ended, for want of memory, say
+                log(f"  {name}: failed: {failure}")
+                continue
             found[name]["all"].append(taken / calls[name])
+        alive = [n for n in alive if len(found[n]["all"]) > turn]
         if turn == 1:
             variants = [n for n in alive if n not in rulers]
             best = {
@@ -145,6 +157,8 @@ def alternate(
             behind = {n for n in variants if min(found[n]["all"]) >= BEHIND * best[commands[n][0]]}
             alive = [n for n in alive if n not in behind]
     for name in calls:
+        if not found[name]["all"]:
+            continue
         found[name]["seconds"] = statistics.median(found[name]["all"])
         found[name]["calls"] = calls[name]
     return found

@@ -41,6 +41,7 @@ class Case:
       signals: conditioning, name -> shape without the batch; label is an integer.
       forward, train: what is measured.
       variants: fields of the network for our side, by name ("remat": {"remat": True}).
+      without: names of variants that are left out, for want of memory.
       settings: of a sampler: "scheduler" (a diffusers config), "steps" and, guided, "scale".
     """
 
@@ -52,6 +53,7 @@ class Case:
     forward: bool = True
     train: bool = True
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -159,7 +161,15 @@ def networks(gpu: bool, small: bool) -> list[Case]:
             Case("digits' U-Net", DIGITS, (8, 8, 1), 64, label),
             Case("DDPM's U-Net, CIFAR-10", CIFAR10, (32, 32, 3), 8),
             Case("DiT-S/2, 32 × 32 latents", dit(**preset("S/2")), (32, 32, 4), 4, label),
-            Case("SD 1.5's U-Net, 64 × 64", SD15, (64, 64, 4), 1, _text(768), train=False),
+            Case(
+                "SD 1.5's U-Net, 64 × 64",
+                SD15,
+                (64, 64, 4),
+                1,
+                _text(768),
+                train=False,
+                without=("compile",),  # 14 GiB of PyTorch's
+            ),
         ]
     xl = dit(**preset("XL/2"), remat=True, remat_keeps_products=True)
     variants = {"scan": {"scan": True}, "nothing recomputed": {"remat": False}}
