@@ -18,7 +18,7 @@ from jax.nn.initializers import lecun_normal, zeros
 
 from diffusion.levels import Array
 from diffusion.models import fused_attention
-from diffusion.models.layers import GroupNorm, Pointwise
+from diffusion.models.layers import GroupNorm, LayerNorm, Pointwise
 
 
 def attend(
@@ -40,7 +40,8 @@ def attend(
       mask: [B, Lk] bool, True where a key is attended to; at least one per example.
       implementation: as in ``jax.nn.dot_product_attention``: 'xla', 'cudnn' (fp16 or bf16 only,
         D a multiple of 8), or None for what is best here: without mask and the options below
-        cuDNN's where it can (``fused_attention.suits``), and on a CPU large maps in blocks.
+        cuDNN's where it can (``fused_attention.suits``), and on a CPU ``attend_by_products``,
+        large maps in blocks.
       causal: whether a token attends only to itself and to those before it.
       bias: added to the logits, [1 or B, 1 or H, L, Lk].
       scale: of the logits; 1 / sqrt(D) by default.
@@ -57,19 +58,30 @@ def attend(
     plain = implementation is None and not causal and bias is None and scale is None
     if plain and mask is None and fused_attention.suits(q, k, v):
         return fused_attention.attend_cudnn(q, k, v)
-    large = q.shape[1] * k.shape[1] >= 2**18
-    if plain and large and jax.default_backend() == "cpu":
-        return attend_in_blocks(q, k, v, mask)
+    if plain and jax.default_backend() == "cpu":
+        large = q.shape[1] * k.shape[1] >= 2**18
+        return (attend_in_blocks if large else attend_by_products)(q, k, v, mask)
     mask = None if mask is None else mask[:, None, None, :]
     return jax.nn.dot_product_attention(
         q, k, v, bias, mask, scale=scale, is_causal=causal, implementation=implementation
     )
 
 
+def attend_by_products(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """``attend`` as two matrix products per head; weights are divided by their sum at the end.
+
+    On a CPU it takes 0.6 to 0.8 of the time of ``jax.nn.dot_product_attention``.
+    """
+    b, length, heads, width = q.shape
+    mask = None if mask is None else jnp.repeat(mask, heads, axis=0)[:, None, :]
+    out = _weighted_mean(_by_head(q), _by_head(k), _by_head(v), mask)
+    return out.reshape(b, heads, length, width).swapaxes(1, 2)
+
+
 def attend_in_blocks(
     q: Array, k: Array, v: Array, mask: Array | None = None, entries: int = 2**20
 ) -> Array:
-    """``attend``, one head and one block of queries at a time.
+    """``attend_by_products``, one head and one block of queries at a time.
 
     A block's map has at most ``entries`` numbers, so that it stays in a processor's cache: at 4096
     pixels 5 to 10 times as fast there as all maps at once, and without their memory.
@@ -78,23 +90,31 @@ def attend_in_blocks(
     count = min(-(-length * k.shape[1] // entries), length)
     size = -(-length // count)  # queries per block; the last block is filled up
     q = jnp.pad(q, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
-    q, k, v = (a.swapaxes(1, 2).reshape(b * heads, -1, width) for a in (q, k, v))
 
     def of_head(head: tuple[Array, Array, Array, Array | None]) -> Array:
         q, k, v, mask = head
-
-        def of_block(q: Array) -> Array:  # [size, D] -> [size, D]
-            scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) / width**0.5
-            scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
-            weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-            out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
-
-        return jax.lax.map(of_block, q.reshape(count, size, width))
+        blocks = q.reshape(count, size, width)
+        return jax.lax.map(lambda block: _weighted_mean(block, k, v, mask), blocks)
 
     mask = None if mask is None else jnp.repeat(mask, heads, axis=0)
-    out = jax.lax.map(of_head, (q, k, v, mask)).reshape(b, heads, count * size, width)
-    return out.swapaxes(1, 2)[:, :length]
+    out = jax.lax.map(of_head, (_by_head(q), _by_head(k), _by_head(v), mask))
+    return out.reshape(b, heads, count * size, width).swapaxes(1, 2)[:, :length]
+
+
+def _by_head(a: Array) -> Array:
+    """[B, L, H, D] -> [B H, L, D]."""
+    b, length, heads, width = a.shape
+    return a.swapaxes(1, 2).reshape(b * heads, length, width)
+
+
+def _weighted_mean(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Attention of one head, or of several along the first axis: q [..., L, D] -> [..., L, D]."""
+    scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    scores = scores / q.shape[-1] ** 0.5
+    scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
 class Attend(nn.Module):
@@ -286,8 +306,8 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
         def attention(name: str) -> Attention:
             return Attention(self.heads, self.implementation, self.dtype, self.upcast, name=name)

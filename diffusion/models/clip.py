@@ -17,6 +17,7 @@ from jax.nn.initializers import normal
 
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
+from diffusion.models.layers import LayerNorm
 
 
 def quick_gelu(x: Array) -> Array:
@@ -107,8 +108,8 @@ class ClipLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> Array:
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
 
         attention = ClipAttention(
             self.heads, self.depth, self.causal, self.implementation, self.dtype, name="self_attn"
@@ -253,7 +254,7 @@ class ClipText(nn.Module):
             self.implementation,
             self.dtype,
         )
-        self.final_layer_norm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype)
+        self.final_layer_norm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
         if self.projection is not None:
             self.text_projection = _projection(self.projection, self.width, self.dtype)
 
@@ -305,7 +306,7 @@ class ClipVision(nn.Module):
     def setup(self) -> None:
         _check(self.width, self.heads, self.activation)
         self.embeddings = PatchEmbeddings(self.size, self.patch, self.width, self.dtype)
-        self.pre_layrnorm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype)  # their spelling
+        self.pre_layrnorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)  # their spelling
         self.encoder = ClipTransformer(
             self.depth,
             self.heads,
@@ -317,7 +318,7 @@ class ClipVision(nn.Module):
             self.implementation,
             self.dtype,
         )
-        self.post_layernorm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype)
+        self.post_layernorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
         self.visual_projection = _projection(self.projection, self.width, self.dtype)
 
     def __call__(self, images: Array) -> Encoded:

@@ -13,6 +13,7 @@ from jax.nn.initializers import normal, ones, zeros
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
 from diffusion.models.clip import gelu
+from diffusion.models.layers import LayerNorm
 
 
 class DinoSelfAttention(nn.Module):
@@ -100,8 +101,8 @@ class DinoLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
 
         attention = DinoAttention(
             self.heads, self.bias, self.implementation, self.dtype, name="attention"
@@ -215,7 +216,7 @@ class DinoV2(nn.Module):
         )
         fields = (self.depth, self.heads, self.ratio, self.swiglu, self.qkv_bias, self.eps)
         self.encoder = DinoEncoder(*fields, self.implementation, self.dtype)
-        self.layernorm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype)
+        self.layernorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
 
     def __call__(self, images: Array) -> Array:
         height, width, channels = images.shape[1:]

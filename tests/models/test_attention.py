@@ -13,6 +13,7 @@ from diffusion.models.attention import (
     SpatialTransformer,
     TransformerBlock,
     attend,
+    attend_by_products,
     attend_in_blocks,
 )
 
@@ -45,7 +46,7 @@ def test_attend_is_softmax_attention(masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocks_of_queries_give_the_same_attention_and_gradient(masked):
+def test_forms_for_a_cpu_give_the_same_attention_and_gradient(masked):
     q, k, v = normal(2, 5, 3, 4), normal(2, 7, 3, 4, seed=1), normal(2, 7, 3, 4, seed=2)
     mask = jnp.arange(7)[None] < jnp.array([[4], [7]]) if masked else None
 
@@ -54,7 +55,9 @@ def test_blocks_of_queries_give_the_same_attention_and_gradient(masked):
         return function(q, k, v, mask), jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
 
     blocks = partial(attend_in_blocks, entries=14)  # two queries in each of three blocks
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), both(blocks), both(attend))
+    plain = both(partial(attend, implementation="xla"))
+    for function in (blocks, attend_by_products):
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), both(function), plain)
 
 
 def test_large_maps_are_taken_in_blocks_on_a_cpu():

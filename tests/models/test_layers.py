@@ -1,12 +1,14 @@
 """Shared layers against Flax's own and against their formulas."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models.layers import EmbeddingMLP, GroupNorm, Pointwise, sinusoidal
+from diffusion.models.layers import EmbeddingMLP, GroupNorm, LayerNorm, Pointwise, sinusoidal
 
 
 def normal(*shape, seed=0):
@@ -66,3 +68,22 @@ def test_a_second_input_of_an_embedding_starts_without_effect():
     np.testing.assert_array_equal(module.apply(params, x, second), module.apply(params, x))
     params["params"]["cond_proj"]["kernel"] = jnp.ones((4, 6))
     assert jnp.abs(module.apply(params, x, second) - module.apply(params, x)).max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 12), (1, 5, 5, 12), (1, 8, 12)])
+@pytest.mark.parametrize(
+    "norms", [(GroupNorm(4), nn.GroupNorm(4, epsilon=1e-5)), (LayerNorm(), nn.LayerNorm())]
+)
+def test_norms_of_one_example_have_the_gradients_of_flax(norms, shape):
+    x, weights = 3 * normal(*shape) + 2, normal(*shape, seed=3)
+    params = {"params": {"scale": normal(12, seed=1), "bias": normal(12, seed=2)}}
+
+    def gradients(module):
+        return jax.grad(lambda p, x: (weights * module.apply(p, x)).sum(), (0, 1))(params, x)
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *map(gradients, norms))
+    ours, theirs = (
+        jax.jvp(jax.vmap(partial(module.apply, params)), (x[None],), (weights[None],))[1]
+        for module in norms
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
