@@ -17,13 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffusion.levels import Array
+from diffusion.models import winograd
 
-# Measured (benchmarks/README.md): with fewer tiles the transformed kernels, with fewer channels the
-# transformed images take more time than their products save.
-MIN_TILES, MIN_CHANNELS, TILES_PER_CHANNEL = 512, 64, 2
-MAX_BYTES = 2**30  # of the transformed image
+MAX_BYTES = 2**30  # that Winograd's form may take for a transformed image
 MAX_PIXELS = 64  # of a batch, up to which a product of patches is the fastest
-LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 _direct: ContextVar[bool] = ContextVar("direct", default=False)
 
@@ -55,22 +52,29 @@ def three_by_three(
         tuple(kwargs.get("rhs_dilation") or (1, 1)),
     } == {(1, 1)}
     plain = plain and padding in ("SAME", [(1, 1)] * 2) and kernel.shape[:3] == (3, 3, x.shape[-1])
-    if fewer_products() and plain and min(kernel.shape[2:]) >= MIN_CHANNELS:
-        b, h, w, _ = x.shape
-        if b * h * w <= MAX_PIXELS or min(h, w) < 3:
+    if fewer_products() and plain:
+        b, h, w, c = x.shape
+        if min(kernel.shape[2:]) >= 64 and (b * h * w <= MAX_PIXELS or min(h, w) < 3):
             return by_patches(x, kernel)
-        tiles, most = b * (-(-h // 2)) * (-(-w // 2)), max(kernel.shape[2:])
-        if (
-            x.dtype == kernel.dtype == jnp.float32
-            and tiles >= max(MIN_TILES, TILES_PER_CHANNEL * most)
-            and 16 * tiles * most * x.dtype.itemsize <= MAX_BYTES
-        ):
-            return by_tiles(x, kernel)
+        tiles = b * (-(-h // 2)) * (-(-w // 2))
+        if x.dtype == kernel.dtype == jnp.float32 and tiles_pay(tiles, c, kernel.shape[-1]):
+            return winograd.convolve(x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, *args, **kwargs)
 
 
+def tiles_pay(tiles: int, c: int, o: int) -> bool:
+    """Whether Winograd's form, of so many tiles and channels, is faster (benchmarks/README.md).
+
+    With fewer tiles transforming the kernel, with fewer channels transforming the image takes more
+    time than fewer products save.
+    """
+    products = c * o / (c + o)  # for each number that is transformed
+    enough = products >= (20 if tiles >= 512 else 38) and tiles >= max(64, max(c, o) / 10)
+    return enough and 16 * tiles * max(c, o) * 4 <= MAX_BYTES
+
+
 def by_patches(x: Array, kernel: Array) -> Array:
-    """``by_tiles``' convolution as one matrix product, of each pixel's 3 x 3 neighbours.
+    """3 x 3 convolution, padded by zeros, as one matrix product of each pixel's 3 x 3 neighbours.
 
     For images so small that reading the kernel takes the time; XLA's CPU compiler, besides, turns
     convolutions of images smaller than their kernel into slow ones.
@@ -79,63 +83,6 @@ def by_patches(x: Array, kernel: Array) -> Array:
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     near = [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
     return jnp.concatenate(near, axis=-1) @ kernel.reshape(9 * c, -1)
-
-
-@jax.custom_jvp
-def by_tiles(x: Array, kernel: Array) -> Array:
-    """3 x 3 convolution of x [B, H, W, C] with kernel [3, 3, C, O], stride 1, padded by zeros.
-
-    Winograd's F(2 x 2, 3 x 3) (Lavin & Gray, 2015): of each 4 x 4 tile, overlapping the next by 2,
-    sums of pixels are multiplied with sums of the kernel, and sums of those products are 2 x 2
-    pixels of the result: 16 products for each and not 36. Derivatives are those of the plain
-    convolution.
-    """
-    b, h, w, c = x.shape
-    rows, columns = -(-h // 2), -(-w // 2)
-    x = jnp.pad(x, ((0, 0), (1, 2 * rows - h + 1), (1, 2 * columns - w + 1), (0, 0)))
-    pixels = [
-        [
-            x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2].reshape(-1, c)
-            for j in range(4)
-        ]
-        for i in range(4)
-    ]
-    image = _both_ways(_of_image, pixels)
-    weights = _both_ways(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
-    products = [[image[i][j] @ weights[i][j] for j in range(4)] for i in range(4)]
-    (y00, y01), (y10, y11) = _both_ways(_of_products, products)
-    # Pixel (2r + i, 2s + j) is y_ij of tile (r, s).
-    pairs = [jnp.stack([y00, y01], axis=1), jnp.stack([y10, y11], axis=1)]
-    y = jnp.stack([pair.reshape(b, rows, 2 * columns, -1) for pair in pairs], axis=2)
-    return y.reshape(b, 2 * rows, 2 * columns, -1)[:, :h, :w]
-
-
-@by_tiles.defjvp
-def _derivative(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, kernel), (dx, dkernel) = primals, tangents
-
-    def plain(x: Array, kernel: Array) -> Array:
-        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
-
-    return by_tiles(x, kernel), plain(dx, kernel) + plain(x, dkernel)
-
-
-def _of_image(a: Array, b: Array, c: Array, d: Array) -> list[Array]:
-    return [a - c, b + c, c - b, b - d]
-
-
-def _of_kernel(a: Array, b: Array, c: Array) -> list[Array]:
-    return [a, (a + b + c) / 2, (a - b + c) / 2, c]
-
-
-def _of_products(a: Array, b: Array, c: Array, d: Array) -> list[Array]:
-    return [a + b + c, b - c - d]
-
-
-def _both_ways(transform: Any, table: Sequence[Sequence[Array]]) -> list[list[Array]]:
-    """A transform along the columns of a table of arrays, then along its rows."""
-    down = zip(*[transform(*column) for column in zip(*table)])
-    return [transform(*row) for row in down]
 
 
 def doubling_pays(x: Array) -> bool:

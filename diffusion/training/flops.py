@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from diffusion.models import winograd
 
 PEAKS = {
     # Dense TFLOP/s of matrix products in (bfloat16, float32) per JAX device. float32 is what JAX
@@ -86,6 +89,9 @@ def _of(equation: Any) -> int:
         return params["mesh"].size * _count(params["jaxpr"])
     if name.startswith("dot_product_attention"):
         return _fused_attention(equation)
+    if name == winograd.three_by_three_p.name:
+        operands = [variable.aval for variable in equation.invars]
+        return count(partial(winograd.compute, **params), *operands)
     return sum(_count(inner) for inner in _inner(params))
 
 
