@@ -3,8 +3,9 @@
     python benchmarks/attention.py
 
 prints a table and writes runs/benchmarks/attention.json. "default" is ``attend``: on an NVIDIA GPU
-cuDNN's kernel, with 77 keys of text filled up to 80. "not filled up" asks for cuDNN by name. Errors
-are ||a - b|| / ||b|| of the output and of the gradients of its sum of squares, b in float32.
+cuDNN's kernel, with 77 keys of text filled up to 80; on a CPU products by head, large maps in
+blocks. "not filled up" asks for cuDNN by name. Inputs are bfloat16, on a CPU float32. Errors are
+||a - b|| / ||b|| of the output and of the gradients of its sum of squares, b in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ SHAPES = {  # B, L, Lk, H, D
     "SD 1.5, text": (2, 4096, 77, 8, 40),
     "SDXL, 64 × 64": (2, 4096, 4096, 10, 64),
     "SDXL, text": (2, 1024, 77, 20, 64),
+}
+ON_CPU = {
+    "digits' U-Net, 4 × 4": (64, 16, 16, 4, 16),
+    "DDPM, 16 × 16": (8, 256, 256, 1, 256),
+    "DiT-S/2": (4, 256, 256, 6, 64),
+    "SD 1.5, 64 × 64": (1, 4096, 4096, 8, 40),
+    "SD 1.5, text": (1, 4096, 77, 8, 40),
 }
 SMALL = {"self": (2, 64, 64, 2, 8), "text": (2, 64, 77, 2, 8)}
 COLUMNS = {
@@ -46,18 +54,21 @@ def main() -> None:
     from diffusion.models.attention import attend
 
     with report.Report(arguments, COLUMNS) as told:
-        for name, (b, length, keys, heads, width) in (SMALL if arguments.small else SHAPES).items():
+        shapes = SMALL if arguments.small else SHAPES if report.has_gpu() else ON_CPU
+        for name, (b, length, keys, heads, width) in shapes.items():
             random = [
                 jax.random.normal(jax.random.key(i), (b, n, heads, width))
                 for i, n in enumerate((length, keys, keys))
             ]
-            half = [a.astype(jnp.bfloat16) for a in random]
-            exact = [a.astype(jnp.float32) for a in half]
+            dtype = jnp.bfloat16 if report.has_gpu() else jnp.float32
+            given = [a.astype(dtype) for a in random]
+            exact = [a.astype(jnp.float32) for a in given]
             kinds = {"xla": partial(attend, implementation="xla"), "default": attend}
             if report.has_gpu() and keys % 8:
                 kinds["not filled up"] = partial(attend, implementation="cudnn")
             for what, of in (("forward", jax.jit), ("gradient", gradient)):
-                told.add({"case": name, "what": what} | measured(of, kinds, half, exact, arguments))
+                found = measured(of, kinds, given, exact, arguments)
+                told.add({"case": name, "what": what} | found)
 
 
 def gradient(function: Callable) -> Callable:
@@ -72,7 +83,7 @@ def gradient(function: Callable) -> Callable:
 
 
 def measured(
-    of: Callable, kinds: dict[str, Callable], half: list, exact: list, arguments: Any
+    of: Callable, kinds: dict[str, Callable], given: list, exact: list, arguments: Any
 ) -> dict[str, Any]:
     """Milliseconds and errors of each kind; what failed, and why."""
     import jax
@@ -88,7 +99,7 @@ def measured(
     for kind, function in kinds.items():
         try:
             call = of(function)
-            error = np.linalg.norm(flat(call(*half)) - true) / np.linalg.norm(true)
+            error = np.linalg.norm(flat(call(*given)) - true) / np.linalg.norm(true)
             found[f"{kind}_error"] = float(error)
             calls[kind] = call
         except Exception as problem:
@@ -98,7 +109,7 @@ def measured(
         for kind, call in calls.items():
             began = time.perf_counter()
             for _ in range(5):
-                out = call(*half)
+                out = call(*given)
             jax.block_until_ready(out)
             times[kind].append((time.perf_counter() - began) / 5)
     return found | {kind: 1e3 * statistics.median(all_) for kind, all_ in times.items()}

@@ -44,7 +44,7 @@ def main() -> None:
                 told.log(case.name)
                 found = worker.alternate(
                     workers,
-                    commands(sides, arguments.skip.split(";")),
+                    commands(sides, [*arguments.skip.split(";"), *case.without]),
                     arguments.repetitions,
                     arguments.seconds,
                     told,

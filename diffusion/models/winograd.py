@@ -44,12 +44,19 @@ def compute(a: Array, b: Array, of: str, differentiated: bool) -> Array:
     'x' and 'kernel' are the cotangents that belong to a cotangent y of the convolution.
     """
     c, o = (a.shape[-1], b.shape[-1]) if of == "kernel" else b.shape[2:]
-    if differentiated and c * o < DERIVATIVES_PAY * (c + o):
-        return _directly(a, b, of)
+    if differentiated and not derivatives_pay(c, o):
+        return directly(a, b, of)
     return _kernel(a, b) if of == "kernel" else _pixels(a, b, transposed=of == "x")
 
 
-def _directly(a: Array, b: Array, of: str) -> Array:
+def derivatives_pay(c: int, o: int) -> bool:
+    """Whether convolutions of c to o channels are by tiles where derivatives are taken."""
+    return c * o >= DERIVATIVES_PAY * (c + o)
+
+
+def directly(a: Array, b: Array, of: str) -> Array:
+    """``compute`` as XLA does it."""
+
     def plain(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
 

@@ -13,6 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import attention
+import convolutions
 import gpu
 import networks
 import report
@@ -109,3 +111,12 @@ def test_a_part_that_ends_early_loses_nothing(tmp_path, monkeypatch):
     assert found["parts"]["two"]["status"] == "not run: the time was over"
     assert "| a | 1.5 |" in (tmp_path / "out" / "report.md").read_text()
     assert "one row" in (tmp_path / "out" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("part", [attention, convolutions])
+def test_forms_of_one_operation_agree(part, tiny, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--small", "--repetitions=1", "--json=p.json"])
+    part.main()
+    for row in json.loads(Path("p.json").read_text())["rows"]:
+        assert max(value for key, value in row.items() if key.endswith("error")) < 1e-4
+        assert "failed" not in row and any(isinstance(value, float) for value in row.values())

@@ -1,0 +1,84 @@
+"""3 x 3 convolutions and their gradients: XLA's own, and by Winograd's tiles.
+
+    python benchmarks/convolutions.py
+
+prints a table and writes runs/benchmarks/convolutions.json; a minute on a CPU. "y" is the
+convolution, "x" and "kernel" are its gradients; "used" tells what ``three_by_three`` takes for
+values alone and, after the slash, where derivatives are taken.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import report
+
+SHAPES = (  # images, pixels per side, channels in, channels out
+    *((64, 8, 32, 32), (64, 8, 64, 32), (64, 8, 96, 32), (64, 8, 64, 64)),
+    *((64, 4, 64, 64), (64, 4, 96, 64), (64, 4, 128, 64)),
+    *((8, 32, 128, 128), (8, 16, 256, 256), (8, 16, 512, 256), (8, 8, 256, 256), (8, 4, 256, 256)),
+    *((1, 64, 320, 320), (1, 32, 640, 640), (1, 16, 1280, 1280), (1, 8, 1280, 1280)),
+    *((1, 64, 512, 512), (1, 256, 128, 128)),
+)
+SMALL = ((2, 8, 16, 8),)
+COLUMNS = {
+    "case": "images, pixels, channels",
+    "y": "y [ms]",
+    "y, tiles": "by tiles",
+    "x": "x [ms]",
+    "x, tiles": "by tiles",
+    "kernel": "kernel [ms]",
+    "kernel, tiles": "by tiles",
+    "used": "used",
+    "error": "errors up to",
+}
+
+
+def main() -> None:
+    arguments = report.arguments(__doc__, "convolutions").parse_args()
+    with report.Report(arguments, COLUMNS) as told:
+        for shape in SMALL if arguments.small else SHAPES:
+            told.add(measured(*shape, arguments))
+
+
+def measured(b: int, size: int, c: int, o: int, arguments: Any) -> dict[str, Any]:
+    """Milliseconds of both forms of all three, in turns; and whether they agree."""
+    import jax
+    import numpy as np
+
+    from diffusion.models import winograd
+    from diffusion.models.convolution import tiles_pay
+
+    shapes = {"x": (b, size, size, c), "kernel": (3, 3, c, o), "y": (b, size, size, o)}
+    arrays = {k: jax.random.normal(jax.random.key(i), s) for i, (k, s) in enumerate(shapes.items())}
+    operands = {"y": ("x", "kernel"), "x": ("y", "kernel"), "kernel": ("x", "y")}
+    calls, error = {}, 0.0
+    for of, names in operands.items():
+        given = [arrays[name] for name in names]
+        directly = jax.jit(lambda a, b, of=of: winograd.directly(a, b, of))
+        tiles = jax.jit(lambda a, b, of=of: winograd.compute(a, b, of, differentiated=False))
+        expected, out = (np.asarray(function(*given)) for function in (directly, tiles))
+        error = max(error, float(np.abs(out - expected).max() / np.abs(expected).max()))
+        calls[of] = (directly, given)
+        calls[f"{of}, tiles"] = (tiles, given)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(max(arguments.repetitions, 9)):
+        for name, (function, given) in calls.items():
+            began = time.perf_counter()
+            for _ in range(3):
+                function(*given).block_until_ready()
+            times[name].append((time.perf_counter() - began) / 3)
+    pays = tiles_pay(b * (-(-size // 2)) ** 2, c, o)
+    used = [pays, pays and winograd.derivatives_pay(c, o)]
+    return {
+        "case": f"{b}, {size} × {size}, {c} → {o}",
+        "used": " / ".join("tiles" if tiles else "plain" for tiles in used),
+        "error": error,
+        **{name: 1e3 * statistics.median(all_) for name, all_ in times.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
