@@ -7,6 +7,7 @@ that.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ from jax import lax
 from diffusion.levels import Array
 from diffusion.models import winograd
 
+VARIABLE, FORMS = "DIFFUSION_CONVOLUTIONS", ("fastest", "direct")
 MAX_BYTES = 2**30  # that Winograd's form may take for a transformed image
 MAX_PIXELS = 64  # of a batch, up to which a product of patches is the fastest
 
@@ -36,8 +38,16 @@ def direct() -> Iterator[None]:
 
 
 def fewer_products() -> bool:
-    """Whether these forms pay: on a CPU. A GPU's libraries choose between such forms themselves."""
-    return jax.default_backend() == "cpu" and not _direct.get()
+    """Whether these forms pay: on a CPU. A GPU's libraries choose between such forms themselves.
+
+    With ``DIFFUSION_CONVOLUTIONS=direct`` in the environment they are not used.
+    """
+    form = os.environ.get(VARIABLE) or FORMS[0]
+    if form not in FORMS:
+        raise ValueError(
+            f"{VARIABLE} is {form!r} in the environment; expected {' or '.join(FORMS)}"
+        )
+    return form == "fastest" and jax.default_backend() == "cpu" and not _direct.get()
 
 
 def three_by_three(

@@ -77,6 +77,15 @@ def test_many_tiles_of_many_channels(shape, features, settings):
         assert forms(shape, features, **settings) == [0, 1, 0]
 
 
+def test_the_environment_can_ask_for_direct_convolutions(monkeypatch):
+    monkeypatch.setenv("DIFFUSION_CONVOLUTIONS", "direct")
+    assert forms((1, 64, 64, 64), 128) == [0, 1, 0]
+    assert not convolution.doubling_pays(jnp.zeros((1, 16, 16, 4)))
+    monkeypatch.setenv("DIFFUSION_CONVOLUTIONS", "drect")
+    with pytest.raises(ValueError, match="'drect' in the environment; expected fastest or direct"):
+        forms((1, 64, 64, 64), 128)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 8, 64), (100, 2, 5, 64)])
 def test_small_images_are_one_product(shape):
     assert forms(shape, 64) == [1, 0, 0]
