@@ -10,8 +10,6 @@ blocks. "not filled up" asks for cuDNN by name. Inputs are bfloat16, on a CPU fl
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -101,18 +99,10 @@ def measured(
             call = of(function)
             error = np.linalg.norm(flat(call(*given)) - true) / np.linalg.norm(true)
             found[f"{kind}_error"] = float(error)
-            calls[kind] = call
+            calls[kind] = partial(call, *given)
         except Exception as problem:
             found["failed"] = f"{kind}: {str(problem).strip().splitlines()[:1]}"
-    times: dict[str, list[float]] = {kind: [] for kind in calls}
-    for _ in range(arguments.repetitions):
-        for kind, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(5):
-                out = call(*given)
-            jax.block_until_ready(out)
-            times[kind].append((time.perf_counter() - began) / 5)
-    return found | {kind: 1e3 * statistics.median(all_) for kind, all_ in times.items()}
+    return found | report.in_turns(calls, arguments.repetitions)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ values alone and, after the slash, where derivatives are taken.
 
 from __future__ import annotations
 
-import statistics
-import time
+from functools import partial
 from typing import Any
 
 import report
@@ -61,22 +60,14 @@ def measured(b: int, size: int, c: int, o: int, arguments: Any) -> dict[str, Any
         tiles = jax.jit(lambda a, b, of=of: winograd.compute(a, b, of, differentiated=False))
         expected, out = (np.asarray(function(*given)) for function in (directly, tiles))
         error = max(error, float(np.abs(out - expected).max() / np.abs(expected).max()))
-        calls[of] = (directly, given)
-        calls[f"{of}, tiles"] = (tiles, given)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(max(arguments.repetitions, 9)):
-        for name, (function, given) in calls.items():
-            began = time.perf_counter()
-            for _ in range(3):
-                function(*given).block_until_ready()
-            times[name].append((time.perf_counter() - began) / 3)
-    pays = tiles_pay(b * (-(-size // 2)) ** 2, c, o)
+        calls[of], calls[f"{of}, tiles"] = partial(directly, *given), partial(tiles, *given)
+    pays = tiles_pay(shapes["x"], o)
     used = [pays, pays and winograd.derivatives_pay(c, o)]
     return {
         "case": f"{b}, {size} × {size}, {c} → {o}",
         "used": " / ".join("tiles" if tiles else "plain" for tiles in used),
         "error": error,
-        **{name: 1e3 * statistics.median(all_) for name, all_ in times.items()},
+        **report.in_turns(calls, arguments.repetitions),
     }
 
 

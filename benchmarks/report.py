@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -90,6 +91,21 @@ class Report:
     def log(self, text: str) -> None:
         """A line about what goes on."""
         print(text, file=sys.stderr, flush=True)
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+    """Milliseconds of each of these calls of JAX: medians of turns of five calls."""
+    import jax
+
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            for _ in range(5):
+                out = call()
+            jax.block_until_ready(out)
+            times[name].append((time.perf_counter() - began) / 5)
+    return {name: 1e3 * statistics.median(all_) for name, all_ in times.items()}
 
 
 @cache

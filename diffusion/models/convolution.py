@@ -22,7 +22,8 @@ from diffusion.models import winograd
 
 VARIABLE, FORMS = "DIFFUSION_CONVOLUTIONS", ("fastest", "direct")
 MAX_BYTES = 2**30  # that Winograd's form may take for a transformed image
-MAX_PIXELS = 64  # of a batch, up to which a product of patches is the fastest
+# A product of patches is the fastest up to so many pixels in a batch, from so many channels on.
+MAX_PIXELS, MIN_CHANNELS = 64, 64
 
 _direct: ContextVar[bool] = ContextVar("direct", default=False)
 
@@ -63,21 +64,23 @@ def three_by_three(
     } == {(1, 1)}
     plain = plain and padding in ("SAME", [(1, 1)] * 2) and kernel.shape[:3] == (3, 3, x.shape[-1])
     if fewer_products() and plain:
-        b, h, w, c = x.shape
-        if min(kernel.shape[2:]) >= 64 and (b * h * w <= MAX_PIXELS or min(h, w) < 3):
+        b, h, w, _ = x.shape
+        small = b * h * w <= MAX_PIXELS or min(h, w) < 3
+        if small and min(kernel.shape[2:]) >= MIN_CHANNELS:
             return by_patches(x, kernel)
-        tiles = b * (-(-h // 2)) * (-(-w // 2))
-        if x.dtype == kernel.dtype == jnp.float32 and tiles_pay(tiles, c, kernel.shape[-1]):
+        if x.dtype == kernel.dtype == jnp.float32 and tiles_pay(x.shape, kernel.shape[-1]):
             return winograd.convolve(x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, *args, **kwargs)
 
 
-def tiles_pay(tiles: int, c: int, o: int) -> bool:
-    """Whether Winograd's form, of so many tiles and channels, is faster (benchmarks/README.md).
+def tiles_pay(shape: Sequence[int], o: int) -> bool:
+    """Whether Winograd's form is faster, from [B, H, W, C] to o channels (benchmarks/README.md).
 
     With fewer tiles transforming the kernel, with fewer channels transforming the image takes more
     time than fewer products save.
     """
+    b, h, w, c = shape
+    tiles = b * (-(-h // 2)) * (-(-w // 2))
     products = c * o / (c + o)  # for each number that is transformed
     enough = products >= (20 if tiles >= 512 else 38) and tiles >= max(64, max(c, o) / 10)
     return enough and 16 * tiles * max(c, o) * 4 <= MAX_BYTES

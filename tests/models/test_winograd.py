@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion.models import winograd
 from diffusion.models.convolution import by_patches
@@ -113,7 +114,11 @@ def test_one_device_of_several_computes_its_part():
     x, kernel = normal(4, 1, 5, 4, 3).astype(jnp.float32), normal(3, 3, 3, 4).astype(jnp.float32)
     gradient = jax.grad(lambda kernel, x: (winograd.convolve(x, kernel) ** 2).sum())
     parts = jax.pmap(gradient, in_axes=(None, 0), devices=jax.devices()[:4])(kernel, x)
-    np.testing.assert_allclose(parts.sum(0), gradient(kernel, x[:, 0]), rtol=1e-4, atol=1e-4)
+    expected = gradient(kernel, x[:, 0])
+    np.testing.assert_allclose(parts.sum(0), expected, rtol=1e-4, atol=1e-4)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    x = jax.device_put(x[:, 0], NamedSharding(mesh, PartitionSpec("data")))
+    np.testing.assert_allclose(jax.jit(gradient)(kernel, x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_it_saves_is_counted():
