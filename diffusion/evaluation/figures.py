@@ -161,8 +161,8 @@ def loss_curve(
             for (k, (at, curve)), color in zip(quartiles.items(), SHADES):
                 if len(curve) >= 8:
                     curve = smooth(curve, max(1.0, len(curve) / 80))
-                axes.plot(at, curve, color=color, linewidth=1.5)
-                _annotate_end(axes, at, curve, color, f"q{k}{names.get(k, '')}")
+                axes.plot(at, curve, color=color, linewidth=1.5, label=f"q{k}{names.get(k, '')}")
+            axes.legend()
             every = np.concatenate([curve for _, curve in quartiles.values()])
             _finish_curves(axes, every, key, "by quartile of the noise level")
 
@@ -175,11 +175,9 @@ def _logged(metrics: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0), np.zeros(0)
 
 
-def _annotate_end(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, text: str = ""
-) -> None:
+def _annotate_end(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
     axes.annotate(
-        text or f"{values[-1]:.3g}",
+        f"{values[-1]:.3g}",
         (steps[-1], values[-1]),
         xytext=(5, 0),
         textcoords="offset points",
