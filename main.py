@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
 
-    from diffusion.training import processes
+    from diffusion import processes
 
     try:  # before anything can use a device
         count = processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     if count > 1 and jax.process_index() > 0:  # one tells
         sys.stdout = io.StringIO()
 
-    from diffusion.experiment import exhaustion
+    from diffusion.config import memory_advice
 
     # What was compiled once need not be again: the next run of this config starts sooner.
     cache = os.path.join(os.path.expanduser("~"), ".cache", "diffusion-jax")
@@ -75,14 +75,14 @@ def main(argv: list[str]) -> None:
 
     generates = _MODE.value == "generate"
     # Only what the mode needs: all of it would take a second more to import.
-    modules = {"train": "training", "generate": "generate", "profile": "profiling"}
-    module = f"diffusion.experiment.{modules.get(_MODE.value, 'runs')}"
+    modules = {"train": "train", "generate": "generate", "profile": "profile"}
+    module = f"diffusion.modes.{modules.get(_MODE.value, 'others')}"
     run = getattr(importlib.import_module(module), _MODE.value)
     try:
         if generates == ("train" in _CONFIG.value):
             fitting = "configs/stable_diffusion.py" if generates else "a config of an experiment"
             raise ValueError(f"--mode={_MODE.value} takes {fitting}")
-        with exhaustion.explained(_CONFIG.value, _MODE.value):
+        with memory_advice.explained(_CONFIG.value, _MODE.value):
             run(_CONFIG.value, _WORKDIR.value)
     except Exception as error:
         processes.leave(error)

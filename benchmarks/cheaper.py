@@ -41,20 +41,21 @@ from ml_collections import ConfigDict
 
 from configs import base
 from diffusion.conditioning import Conditioning
+from diffusion.config.experiment import Experiment, build
+from diffusion.config.reference_runs import tuples
 from diffusion.evaluation import figures
-from diffusion.evaluation.evaluate import evaluate_samples
-from diffusion.evaluation.sweep import rmse
-from diffusion.experiment import judging
-from diffusion.experiment.build import Experiment, build
-from diffusion.experiment.drawing import Drawer
-from diffusion.experiment.others import tuples
+from diffusion.evaluation.convergence import rmse
+from diffusion.evaluation.metrics.samples import evaluate_samples
 from diffusion.levels import NoiseLevel
 from diffusion.models import reuse
 from diffusion.models.token_merging import with_merged_tokens
 from diffusion.models.unet import sd15
+from diffusion.modes import judge as judging
+from diffusion.modes.drawer import Drawer
+from diffusion.runs import restore
+from diffusion.runs import workdir as workdirs
 from diffusion.sampling.sample import image_keys, sample
-from diffusion.training import flops, restore
-from diffusion.training import workdir as workdirs
+from diffusion.training import flops
 
 ROOT = Path(__file__).parent.parent
 Setting = dict[str, Any]  # fields of config.sampler

@@ -32,12 +32,13 @@ import numpy as np
 import report
 
 from configs import digits, digits_classifier
-from diffusion.data import pipeline
-from diffusion.evaluation.evaluate import evaluate_samples
-from diffusion.experiment import judging, sampler
-from diffusion.experiment.build import Experiment, build
-from diffusion.experiment.drawing import Drawer
-from diffusion.experiment.training import train
+from diffusion.config import sampler
+from diffusion.config.experiment import Experiment, build
+from diffusion.data import batches as pipeline
+from diffusion.evaluation.metrics.samples import evaluate_samples
+from diffusion.modes import judge as judging
+from diffusion.modes.drawer import Drawer
+from diffusion.modes.train import train
 from diffusion.training import parallel, validation
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step

@@ -47,8 +47,8 @@ def measured(b: int, size: int, c: int, o: int, arguments: Any) -> dict[str, Any
     import jax
     import numpy as np
 
-    from diffusion.models import winograd
-    from diffusion.models.convolution import tiles_pay
+    from diffusion.models.kernels import winograd
+    from diffusion.models.kernels.convolution import tiles_pay
 
     shapes = {"x": (b, size, size, c), "kernel": (3, 3, c, o), "y": (b, size, size, o)}
     arrays = {k: jax.random.normal(jax.random.key(i), s) for i, (k, s) in enumerate(shapes.items())}

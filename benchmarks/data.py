@@ -31,8 +31,8 @@ from absl import flags
 from PIL import Image
 
 from configs import base, cifar10_ddpm
-from diffusion.experiment import data
-from diffusion.experiment.build import build
+from diffusion.config import data
+from diffusion.config.experiment import build
 from diffusion.training import parallel
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step

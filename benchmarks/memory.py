@@ -36,11 +36,11 @@ import numpy as np
 import report
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion import denoiser, predictions, schedules
+from diffusion import denoiser, ema, predictions, schedules
 from diffusion.models import unet
 from diffusion.models.dit import DiT, preset
 from diffusion.objectives.denoising import Denoising
-from diffusion.training import ema, optimizers, parallel
+from diffusion.training import optimizers, parallel
 from diffusion.training.state import TrainState, create
 from diffusion.training.step import make_train_step
 

@@ -13,7 +13,7 @@ import optax
 import workloads
 from worker import host_peak, matmul_size
 
-from diffusion import denoiser, predictions, schedules
+from diffusion import denoiser, ema, predictions, schedules
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import denoiser as as_denoiser
 from diffusion.models.dit import stack_blocks
@@ -22,7 +22,7 @@ from diffusion.objectives.denoising import Denoising
 from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.sampling import guidance
 from diffusion.sampling.sample import image_keys, sample
-from diffusion.training import ema, optimizers, parallel
+from diffusion.training import optimizers, parallel
 from diffusion.training.state import TrainState
 from diffusion.training.step import make_train_step
 

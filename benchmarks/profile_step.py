@@ -33,7 +33,7 @@ def main() -> None:
     import jax
     import ours
 
-    from diffusion.experiment.profiling import operations, origins
+    from diffusion.modes.profile import operations, origins
 
     with report.Report(arguments, COLUMNS) as told:
         for case, request in worker.requests("networks", arguments):

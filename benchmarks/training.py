@@ -39,9 +39,10 @@ import report
 from ml_collections import ConfigDict
 
 from configs import digits, toy2d
-from diffusion.data import pipeline
-from diffusion.experiment.build import Experiment, build
-from diffusion.training import ema, parallel
+from diffusion import ema
+from diffusion.config.experiment import Experiment, build
+from diffusion.data import batches as pipeline
+from diffusion.training import parallel
 from diffusion.training.loop import fit
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step

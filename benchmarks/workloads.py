@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from diffusion.conditioning import Conditioning
-from diffusion.models import convolution
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.dit import DiT, preset
+from diffusion.models.kernels import convolution
 from diffusion.models.unet import UNet, ddpm_cifar10, sd15, sdxl
 from diffusion.pretrained import models
 from diffusion.training import flops

@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
     c.autoencoding.distance = "l1"  # or l2
     c.autoencoding.kl_weight = 1e-6
     c.autoencoding.learned_variance = False  # of the reconstruction
-    c.autoencoding.perceptual = ""  # .safetensors of LPIPS (pretrained/lpips.py); empty: none
+    c.autoencoding.perceptual = ""  # .safetensors of LPIPS (see pretrained/networks/lpips.py)
     c.autoencoding.perceptual_weight = 1.0
     c.autoencoding.adversary = ""  # hinge or vanilla; empty: none
     c.autoencoding.adversary_weight = 0.5  # times the adaptive weight

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion.data.folder import held_out_by_hash
-from diffusion.data.pictures import from_pictures
+from diffusion.data.image_source import from_pictures
 from diffusion.data.sources import (
     MOST_CLASSES,
     Batch,

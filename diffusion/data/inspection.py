@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.data import images, pictures
+from diffusion.data import image_source, images
 from diffusion.data.sources import Batch, Pictures, Source
 
 BLOCK = 256  # examples read at once
@@ -47,7 +47,7 @@ def look(stored: Pictures, *, progress: bool = False) -> list[Look]:
         except (images.UnreadableError, OSError) as error:
             return Look((0, 0), "", b"", str(error))
 
-    return pictures.each(stored, one, "looking at images", progress)
+    return image_source.each(stored, one, "looking at images", progress)
 
 
 def digests(source: Source) -> list[bytes]:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion.data import images
-from diffusion.data.pictures import from_pictures, unreadable
+from diffusion.data.image_source import from_pictures, unreadable
 from diffusion.data.sources import Pictures, Source
 
 HELD_OUT = ("test", "validation", "val")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import lecun_normal, zeros
 
 from diffusion.levels import Array
-from diffusion.models import fused_attention
+from diffusion.models.kernels import fused_attention
 from diffusion.models.layers import GroupNorm, LayerNorm, Pointwise
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from diffusion.levels import Array
 from diffusion.models.attention import SpatialAttention
-from diffusion.models.convolution import three_by_three
+from diffusion.models.kernels.convolution import three_by_three
 from diffusion.models.layers import GroupNorm, Pointwise
 from diffusion.models.unet_blocks import (
     Constructor,

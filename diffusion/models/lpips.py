@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from diffusion.levels import Array
-from diffusion.models.convolution import three_by_three
+from diffusion.models.kernels.convolution import three_by_three
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG16's widths and convolutions
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet in [0, 1]

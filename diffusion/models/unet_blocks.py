@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import lecun_normal, zeros
 
 from diffusion.levels import Array
-from diffusion.models.convolution import doubling_pays, of_doubled, three_by_three
+from diffusion.models.kernels.convolution import doubling_pays, of_doubled, three_by_three
 from diffusion.models.layers import GroupNorm, Pointwise
 
 Constructor = Callable[..., nn.Module]

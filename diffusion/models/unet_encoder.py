@@ -26,13 +26,7 @@ from diffusion.models.unet_blocks import (
     average_pool,
     nearest_upsample,
 )
-from diffusion.models.unet_fields import (
-    AttentionKind,
-    all_kinds,
-    level_kinds,
-    per_level,
-    validate,
-)
+from diffusion.models.unet_fields import AttentionKind, all_kinds, level_kinds, per_level, validate
 
 
 class Encoder(nn.Module):

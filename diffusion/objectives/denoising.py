@@ -22,9 +22,9 @@ from diffusion import conditioning, predictions
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.objectives import couplings, distances, metrics, times, weightings
-from diffusion.objectives.alignment import Alignment
-from diffusion.objectives.variance import VariationalBound
+from diffusion.objectives import couplings, distances, quartiles, times, weightings
+from diffusion.objectives.terms.alignment import Alignment
+from diffusion.objectives.terms.variance import VariationalBound
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
 
@@ -178,7 +178,7 @@ class Denoising:
         if aligned:
             added, similarity = self.alignment.loss(params["projector"], frozen, tokens, batch)
             total, measured["alignment"] = total + added, similarity
-        return total, measured | metrics.by_quartile(loss, u, self.times, self.schedule)
+        return total, measured | quartiles.by_quartile(loss, u, self.times, self.schedule)
 
     def levels(self, key: Array, index: Array) -> NoiseLevel:
         """The noise levels [B] at which ``loss`` with this key sees examples ``index`` [B]."""

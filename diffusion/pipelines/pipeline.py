@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from diffusion.models.autoencoder import AutoencoderKL
-from diffusion.sampling.shortcuts import NONE, Shortcuts
+from diffusion.sampling.acceleration import NONE, Shortcuts
 
 Params = Mapping[str, Any]
 """Parameters by component: network, autoencoder, and encoders, a list like the pipeline's."""

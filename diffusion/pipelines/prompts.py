@@ -19,8 +19,8 @@ import numpy as np
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.clip import ClipText
+from diffusion.pipelines.emphasis import parse, weigh
 from diffusion.pipelines.pipeline import Pipeline
-from diffusion.pipelines.weighting import parse, weigh
 
 Texts = str | Sequence[str]
 

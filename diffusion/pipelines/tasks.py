@@ -22,8 +22,8 @@ import numpy as np
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.pipelines.coding import encode, folded
-from diffusion.pipelines.latents import Kept, Steering, draw
+from diffusion.pipelines.codec import encode, folded
+from diffusion.pipelines.draw import Kept, Steering, draw
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
 from diffusion.sampling.sample import Callback, image_noise

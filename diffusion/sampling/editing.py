@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from diffusion.denoiser import Denoise, Estimate, Stateful
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.sampling.guidance.lifting import Step, lift
+from diffusion.sampling.guidance.transform import Step, lift
 from diffusion.sampling.measurements import Measure
 from diffusion.sampling.sample import image_noise, sample
 from diffusion.sampling.tables import Solver

@@ -47,7 +47,7 @@ from jax.scipy.stats import norm
 
 from diffusion.denoiser import ConditionalDenoise, Denoise, as_estimate
 from diffusion.levels import Array, NoiseLevel
-from diffusion.models.fused_attention import unfused
+from diffusion.models.kernels.fused_attention import unfused
 from diffusion.schedules import Schedule, Table
 
 Field = Callable[[Array], Array]

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from diffusion.models import winograd
+from diffusion.models.kernels import winograd
 
 PEAKS = {
     # Dense TFLOP/s of matrix products in (bfloat16, float32) per JAX device. float32 is what JAX

@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.training import checkpoints as checkpoints_lib
-from diffusion.training import diagnosis, flops, processes, storage
-from diffusion.training import ema as ema_lib
+from diffusion import ema as ema_lib
+from diffusion import processes
+from diffusion.runs import checkpoints as checkpoints_lib
+from diffusion.runs import storage
+from diffusion.runs.logging import Logger, Silent
+from diffusion.training import diagnosis, flops
 from diffusion.training import parallel as parallel_lib
 from diffusion.training.interrupts import deferred_signals
-from diffusion.training.logging import Logger, Silent
 from diffusion.training.meter import Meter
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState, create

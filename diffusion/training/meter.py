@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion.levels import Array
-from diffusion.objectives.metrics import Weighted
-from diffusion.training.logging import Logger
+from diffusion.objectives.quartiles import Weighted
+from diffusion.runs.logging import Logger
 
 OF_THE_MACHINE = (
     "images_per_second",

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from diffusion import ema as ema_lib
 from diffusion.levels import Array
-from diffusion.training import ema as ema_lib
 from diffusion.training import parallel as parallel_lib
 from diffusion.training.optimizers import Optimizer
-from diffusion.training.packing import Packed
+from diffusion.training.packed_metrics import Packed
 from diffusion.training.state import TrainState
 
 Step = Callable[[TrainState, Any, Mapping[str, Array], Array], tuple[TrainState, Packed]]

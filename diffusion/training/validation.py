@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion.data import pipeline
+from diffusion.data import batches as pipeline
 from diffusion.data.sources import Source
 from diffusion.training import parallel
 from diffusion.training.state import TrainState

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import base
+from diffusion.config.data import make_source
 from diffusion.data import arrays
-from diffusion.experiment.data import make_source
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (40, 6, 5, 3), np.uint8)

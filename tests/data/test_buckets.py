@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from configs import base
-from diffusion.data import buckets, pipeline
-from diffusion.data.pictures import from_pictures
-from diffusion.data.pipeline import Augmentation
+from diffusion.config.data import make_source
+from diffusion.data import batches as pipeline
+from diffusion.data import buckets
+from diffusion.data.batches import Augmentation
+from diffusion.data.image_source import from_pictures
 from diffusion.data.sources import Pictures, from_arrays
-from diffusion.experiment.data import make_source
 
 SIZES = (7, 1, 12)
 

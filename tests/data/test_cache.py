@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion.data import cache
+from diffusion.data import array_cache
 
 
 def rows(index):
@@ -11,7 +11,7 @@ def rows(index):
 
 
 def compute(folder, function=rows, of="squares"):
-    return cache.compute(folder, 10, function, {"of": of}, batch_size=4, progress=False)
+    return array_cache.compute(folder, 10, function, {"of": of}, batch_size=4, progress=False)
 
 
 def check(table):
@@ -47,7 +47,7 @@ def test_an_interrupted_computation_goes_on(tmp_path):
         compute(tmp_path / "a", stops)
     assert not (tmp_path / "a").exists()
     with pytest.raises(FileNotFoundError, match="nothing is cached"):
-        cache.read(tmp_path / "a", {})
+        array_cache.read(tmp_path / "a", {})
     seen = []
     check(compute(tmp_path / "a", lambda index: seen.append(index[0]) or rows(index)))
     assert seen == [8]
@@ -69,4 +69,4 @@ def test_a_table_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"of: 'squares' there, 'cubes' here.*delete it"):
         compute(tmp_path / "a", of="cubes")
     with pytest.raises(ValueError, match=r"count: 10 there, 11 here"):
-        cache.read(tmp_path / "a", {"of": "squares", "count": 11})
+        array_cache.read(tmp_path / "a", {"of": "squares", "count": 11})

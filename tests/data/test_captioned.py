@@ -7,8 +7,9 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 
 from configs import base
-from diffusion.data import captioned, tokens
-from diffusion.experiment.data import make_source
+from diffusion.config.data import make_source
+from diffusion.data import captions as captioned
+from diffusion.data import tokens
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 BPE = REAL / "tokenizer" / "bpe_simple_vocab_16e6.txt.gz"

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from configs import base
+from diffusion.config import data as experiment_data
+from diffusion.config.data import make_source
 from diffusion.data import folder
-from diffusion.experiment import data as experiment_data
-from diffusion.experiment.data import make_source
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from configs import base
-from diffusion.data import original, pictures, tfds
+from diffusion.config.data import make_source
+from diffusion.data import image_source, mnist_cifar, tfds
 from diffusion.data.sources import from_arrays
-from diffusion.experiment.data import make_source
 
 pytest.importorskip("tensorflow_datasets")
 RNG = np.random.default_rng(0)
@@ -42,47 +42,47 @@ def server(tmp_path, monkeypatch):
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
             info.size = len(record)
             archive.addfile(info, io.BytesIO(record))
-    monkeypatch.setattr(original, "MNIST", files.as_uri() + "/")
-    monkeypatch.setattr(original, "CIFAR10", files.as_uri() + "/")
+    monkeypatch.setattr(mnist_cifar, "MNIST", files.as_uri() + "/")
+    monkeypatch.setattr(mnist_cifar, "CIFAR10", files.as_uri() + "/")
     sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files.iterdir()}
-    monkeypatch.setattr(original, "CIFAR10_FILES", {archive_name: sums.pop(archive_name)})
-    monkeypatch.setattr(original, "MNIST_FILES", sums)
+    monkeypatch.setattr(mnist_cifar, "CIFAR10_FILES", {archive_name: sums.pop(archive_name)})
+    monkeypatch.setattr(mnist_cifar, "MNIST_FILES", sums)
     return files, target, digits, photos
 
 
 def test_original_files_are_downloaded_once(server, monkeypatch):
     files, target, digits, photos = server
-    mnist = original.mnist("test", target)
+    mnist = mnist_cifar.mnist("test", target)
     np.testing.assert_array_equal(np.round((mnist.all()["x"][..., 0] + 1) * 127.5), digits)
     assert mnist.all()["label"].tolist() == [3, 1, 4] and mnist.num_classes == 10
     assert sorted(f.name for f in target.iterdir()) == sorted(
         f.name for f in files.iterdir() if f.name.startswith("t10k")
     )
-    train, test = (original.cifar10(split, target) for split in ("train", "test"))
+    train, test = (mnist_cifar.cifar10(split, target) for split in ("train", "test"))
     both = np.concatenate([train.all()["x"], test.all()["x"]])
     np.testing.assert_array_equal(np.round((both + 1) * 127.5), photos)
     assert train.all()["label"].tolist() == [0, 1, 2, 3, 4] and train.num_classes == 10
     for file in files.iterdir():
         file.unlink()
-    assert len(original.cifar10("train", target)) == 5
+    assert len(mnist_cifar.cifar10("train", target)) == 5
     # Without a folder they go where downloads go.
-    monkeypatch.setattr(original, "CACHE", target.parent / "cache")
+    monkeypatch.setattr(mnist_cifar, "CACHE", target.parent / "cache")
     with pytest.raises(FileNotFoundError, match=r"cache/mnist/train-images"):
-        original.mnist("train")
+        mnist_cifar.mnist("train")
 
 
 def test_a_download_that_fails_says_what_to_do(server):
     files, target, *_ = server
     (files / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(FileNotFoundError) as error:
-        original.mnist("train", target)
+        mnist_cifar.mnist("train", target)
     for part in ("train-labels-idx1-ubyte.gz is absent", "curl -LO file:", "--config.data.dir"):
         assert part in str(error.value)
     # All that are needed are named at once; the images came.
     assert str(error.value).count("curl -LO") == 3
     (files / "train-images-idx3-ubyte.gz").unlink()
     with pytest.raises(FileNotFoundError):
-        original.mnist("train", target / "deeper")
+        mnist_cifar.mnist("train", target / "deeper")
     assert not (target / "deeper").exists()
 
 
@@ -91,17 +91,17 @@ def test_other_content_is_refused_and_not_kept(server):
     path = files / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="has another content than expected"):
-        original.mnist("train", target)
+        mnist_cifar.mnist("train", target)
     assert not list(target.iterdir())
 
 
 def test_damaged_files_are_named(tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(idx(np.zeros((3, 3), np.uint8))[:-9])
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is damaged"):
-        original.mnist("train", tmp_path)
+        mnist_cifar.mnist("train", tmp_path)
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is damaged"):
-        original.cifar10("train", tmp_path)
+        mnist_cifar.cifar10("train", tmp_path)
 
 
 def test_a_set_of_ones_own_under_the_name_of_a_stock_set(tmp_path):
@@ -115,8 +115,8 @@ def test_a_set_of_ones_own_under_the_name_of_a_stock_set(tmp_path):
     path = tfds.prepare("cifar10", tmp_path, parts, 3)
     assert path == tmp_path / "cifar10" / "1.0.0"
     for split in ("train", "test"):
-        by_name = pictures.resized(tfds.source("cifar10", split, tmp_path), (32, 32, 3))
-        for source in (original.cifar10(split, tmp_path), by_name):
+        by_name = image_source.resized(tfds.source("cifar10", split, tmp_path), (32, 32, 3))
+        for source in (mnist_cifar.cifar10(split, tmp_path), by_name):
             for name, value in parts[split].all().items():
                 np.testing.assert_array_equal(source.all()[name], value)
     assert tfds.source("cifar10", "train", tmp_path).class_names == names

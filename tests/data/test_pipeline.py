@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from diffusion.data import pipeline, sources
-from diffusion.data.pipeline import Augmentation
+from diffusion.data import batches as pipeline
+from diffusion.data import sources
+from diffusion.data.batches import Augmentation
 
 FLIP = Augmentation(flip=True)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data import original, sources, tfds
+from diffusion.data import mnist_cifar, sources, tfds
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -29,7 +29,7 @@ def test_digits_split_is_stratified_disjoint_and_complete():
     original = load_digits().data / 8 - 1
     # As multisets the two splits are exactly the original.
     np.testing.assert_array_equal(
-        both[np.lexsort(both.T)], original[np.lexsort(original.T)].astype(np.float32)
+        both[np.lexsort(both.T)], original[np.lexsort(mnist_cifar.T)].astype(np.float32)
     )
     share = [np.bincount(s["label"], minlength=10) / len(s["label"]) for s in (a, b)]
     np.testing.assert_allclose(share[0], share[1], atol=0.003)
@@ -75,7 +75,7 @@ def test_mnist_reads_idx_files_and_pads(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
     _write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
     _write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.array([3, 1, 4, 1, 5], np.uint8))
-    plain, padded = (original.mnist("test", tmp_path, padding=p) for p in (0, 2))
+    plain, padded = (mnist_cifar.mnist("test", tmp_path, padding=p) for p in (0, 2))
     assert (plain.shape, padded.shape) == ((28, 28, 1), (32, 32, 1))
     assert plain.num_classes == 10
     x = padded.all()["x"]
@@ -88,7 +88,7 @@ def test_mnist_reads_idx_files_and_pads(tmp_path):
 def test_mnist_rejects_another_format(tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"not an idx file"))
     with pytest.raises(ValueError, match="not an idx file"):
-        original.mnist("train", tmp_path)
+        mnist_cifar.mnist("train", tmp_path)
 
 
 def _jpeg(image):
@@ -107,7 +107,7 @@ def test_cifar10_reads_the_jpeg_copy_and_says_that_it_is_lossy(tmp_path):
         "classes": np.array(["plane", "car", "bird"]),
     }
     np.savez(tmp_path / "cifar10_jpegq75.npz", **arrays)
-    source = original.cifar10("test", tmp_path)
+    source = mnist_cifar.cifar10("test", tmp_path)
     assert "lossy" in source.note
     assert source.class_names == ("plane", "car", "bird")
     data = source.all()
@@ -161,7 +161,7 @@ def test_points_have_no_labels_and_are_fixed_by_the_seed():
 
 @needs("mnist/t10k-images-idx3-ubyte.gz")
 def test_real_mnist_has_its_published_statistics():
-    data = original.mnist("test", REAL / "mnist").all()
+    data = mnist_cifar.mnist("test", REAL / "mnist").all()
     assert data["x"].shape == (10_000, 28, 28, 1)
     np.testing.assert_allclose((data["x"] / 2 + 0.5).mean(), 0.1325, atol=1e-4)
     assert np.bincount(data["label"]).tolist() == [
@@ -180,7 +180,7 @@ def test_real_mnist_has_its_published_statistics():
 
 @needs("cifar10/cifar10_jpegq75.npz")
 def test_real_cifar10_has_its_published_statistics():
-    source = original.cifar10("test", REAL / "cifar10")
+    source = mnist_cifar.cifar10("test", REAL / "cifar10")
     data = source.all()
     assert data["x"].shape == (10_000, 32, 32, 3)
     assert np.bincount(data["label"]).tolist() == [1000] * 10

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.data import original, sources
+from diffusion.data import mnist_cifar, sources
 from diffusion.evaluation import classifiers
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -79,7 +79,7 @@ def test_lenet5_computes_its_layers(tmp_path):
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="the trained LeNet-5 is absent")
 def test_trained_lenet5_has_its_published_accuracy():
-    test = original.mnist("test", REAL / "mnist")
+    test = mnist_cifar.mnist("test", REAL / "mnist")
     lenet = classifiers.measure(classifiers.lenet5(WEIGHTS), test)
     assert round(lenet.accuracy, 3) == 0.991
     assert lenet.num_held_out == 10_000

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusion import schedules
-from diffusion.evaluation import sweep
+from diffusion.evaluation import convergence
 from diffusion.sampling import grids, solvers
 from diffusion.sampling.analytic import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
@@ -40,15 +40,15 @@ def draw(table):
 def test_the_most_steps_of_a_budget():
     """ddim N evaluations, heun 2N - 1, midpoint 2N."""
     for budget in (1, 2, 5, 20, 31):
-        assert sweep.most_steps(make, "ddim", budget)[0] == budget
-        assert sweep.most_steps(make, "heun", budget)[0] == (budget + 1) // 2
-    assert sweep.most_steps(make, "midpoint", 31)[0] == 15
+        assert convergence.most_steps(make, "ddim", budget)[0] == budget
+        assert convergence.most_steps(make, "heun", budget)[0] == (budget + 1) // 2
+    assert convergence.most_steps(make, "midpoint", 31)[0] == 15
     with pytest.raises(ValueError, match="one step takes 2"):
-        sweep.most_steps(make, "midpoint", 1)
+        convergence.most_steps(make, "midpoint", 1)
 
 
 def test_a_plan_has_no_point_twice_and_says_what_it_lacks():
-    entries, notes = sweep.plan(make, ["ddim", "midpoint", "ddim"], [3, 1, 2])
+    entries, notes = convergence.plan(make, ["ddim", "midpoint", "ddim"], [3, 1, 2])
     points = [(e.solver, e.steps, e.budget, e.table.evaluations) for e in entries]
     assert points == [
         *(("ddim", 1, 1, 1), ("ddim", 2, 2, 2), ("ddim", 3, 3, 3)),
@@ -56,23 +56,23 @@ def test_a_plan_has_no_point_twice_and_says_what_it_lacks():
     ]
     assert notes == ["midpoint is left out at 1 evaluations: one step takes 2"]
     with pytest.raises(ValueError, match="unknown 'dim'"):
-        sweep.plan(make, ["ddim", "dim"], [4])
+        convergence.plan(make, ["ddim", "dim"], [4])
     with pytest.raises(ValueError, match=r"(?s)no solver is possible.*midpoint is left out"):
-        sweep.plan(make, ["midpoint"], [1])
+        convergence.plan(make, ["midpoint"], [1])
 
 
 @pytest.mark.parametrize("name", ["ddpm", "heun"])
 def test_filled_tables_draw_the_same(name):
     table = make(name, 4)
-    filled = sweep.fill(table, 9)
+    filled = convergence.fill(table, 9)
     assert filled.evaluations == 9
     np.testing.assert_allclose(draw(filled), draw(table), atol=1e-6)
     with pytest.raises(ValueError, match="more than 2"):
-        sweep.fill(table, 2)
+        convergence.fill(table, 2)
 
 
 def test_stochastic_solvers_are_told_apart():
-    found = {name: sweep.deterministic(make(name, 4)) for name in SOLVERS}
+    found = {name: convergence.deterministic(make(name, 4)) for name in SOLVERS}
     assert found == {"ddim": True, "ddpm": False, "heun": True, "midpoint": True}
 
 
@@ -87,11 +87,11 @@ def test_results_are_kept_and_written(tmp_path):
         return {"sliced_wasserstein": float(abs(x.mean())), "sliced_wasserstein_real": 0.01}
 
     def reference():
-        return np.asarray(draw(sweep.fill(make("heun", 60), 120)))[:32], 1e-3
+        return np.asarray(draw(convergence.fill(make("heun", 60), 120)))[:32], 1e-3
 
     path = tmp_path / "sweep.json"
-    measure = partial(sweep.run, path, draw=counted, judge=judge, reference=reference)
-    few, _ = sweep.plan(make, ["ddim", "ddpm"], [4, 8])
+    measure = partial(convergence.run, path, draw=counted, judge=judge, reference=reference)
+    few, _ = convergence.plan(make, ["ddim", "ddpm"], [4, 8])
     result = measure({"seed": 0}, few, report=lambda line: None)
     assert [(r["solver"], r["evaluations"]) for r in result["rows"]] == [
         *(("ddim", 4), ("ddim", 8), ("ddpm", 4), ("ddpm", 8)),
@@ -101,9 +101,9 @@ def test_results_are_kept_and_written(tmp_path):
     assert errors[2:] == [None, None], "stochastic solvers follow no flow"
 
     lines = []
-    more, _ = sweep.plan(make, ["ddim", "heun"], [4, 8])
+    more, _ = convergence.plan(make, ["ddim", "heun"], [4, 8])
     result = measure({"seed": 0}, more, report=lines.append)
-    again, _ = sweep.plan(make, ["heun"], [3, 7])
+    again, _ = convergence.plan(make, ["heun"], [3, 7])
     budgets = [
         row["budget"] for row in measure({"seed": 0}, again, report=lambda line: None)["rows"]
     ]
@@ -115,19 +115,19 @@ def test_results_are_kept_and_written(tmp_path):
     measure({"seed": 1}, few, report=lines.append)
     assert len(drawn) == 10, "other settings: everything anew"
 
-    text = sweep.markdown(result, "points: quality", ["a note"])
+    text = convergence.markdown(result, "points: quality", ["a note"])
     assert "- a note" in text and "| evaluations ≤ | 4 | 8 |" in text
     assert "| heun | 2 (3) | 4 (7) |" in text
-    sweep.figure(tmp_path / "sweep.png", result, "points")
+    convergence.figure(tmp_path / "sweep.png", result, "points")
     picture = np.asarray(Image.open(tmp_path / "sweep.png").convert("RGB")).reshape(-1, 3)
-    for color in sweep.COLORS[:2]:
+    for color in convergence.COLORS[:2]:
         rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(picture.astype(int) - rgb).max(-1) < 30).any()
 
 
 def test_samples_that_are_not_finite_are_said_to_be(tmp_path):
-    entries, _ = sweep.plan(make, ["ddim"], [4])
-    result = sweep.run(
+    entries, _ = convergence.plan(make, ["ddim"], [4])
+    result = convergence.run(
         tmp_path / "sweep.json",
         {},
         entries,

@@ -95,7 +95,7 @@ def test_an_image(images, damage):
 @pytest.mark.parametrize("damage", [truncate, flip, empty, text, floats])
 def test_an_image_is_left_out_by_choice(images, damage, monkeypatch):
     monkeypatch.setenv("HOME", str(images / "home"))
-    monkeypatch.setattr("diffusion.experiment.inspecting.SECONDS", 0.0)
+    monkeypatch.setattr("diffusion.modes.inspect.SECONDS", 0.0)
     path = images / "data" / "train" / "b" / "3.png"
     damage(path)
     told, printed = command(

@@ -7,14 +7,7 @@ import pytest
 
 from diffusion.conditioning import Conditioning
 from diffusion.models.attention import attend
-from diffusion.models.dit import (
-    DiT,
-    patchify,
-    preset,
-    stack_blocks,
-    unpatchify,
-    unstack_blocks,
-)
+from diffusion.models.dit import DiT, patchify, preset, stack_blocks, unpatchify, unstack_blocks
 from diffusion.models.positions import rotary_2d, rotate, sincos_2d
 from diffusion.models.transformer_layers import SelfAttention, layer_norm, rms_norm
 from diffusion.training import flops

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from diffusion.models.lpips import LPIPS
-from diffusion.pretrained import lpips
+from diffusion.pretrained.networks import lpips
 
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 TAPS = (2, 7, 14, 21, 28)  # each followed by ReLU; all but the last then by pooling

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import predictions, schedules
+from diffusion import ema, predictions, schedules
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import thousand_t
-from diffusion.objectives.alignment import Alignment, Projector
 from diffusion.objectives.denoising import Denoising
-from diffusion.training import ema, optimizers, parallel
+from diffusion.objectives.terms.alignment import Alignment, Projector
+from diffusion.training import optimizers, parallel
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion import ema
 from diffusion.models.autoencoder import Gaussian
 from diffusion.models.discriminator import hinge, vanilla
 from diffusion.objectives import distances
-from diffusion.objectives.autoencoding import Adversary, Autoencoding, two_optimizers
-from diffusion.training import ema, loop, optimizers
-from diffusion.training.restore import restore_ema
+from diffusion.objectives.kl_autoencoder import Adversary, Autoencoding, two_optimizers
+from diffusion.runs.restore import restore_ema
+from diffusion.training import loop, optimizers
 
 SIZE, CHANNELS, BATCH, START = 2, 3, 4, 3
 SHAPE = (BATCH, SIZE, SIZE, CHANNELS)

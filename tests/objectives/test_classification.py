@@ -7,7 +7,7 @@ import numpy as np
 from diffusion import denoiser, predictions, schedules
 from diffusion.data import sources
 from diffusion.denoiser import on_schedule
-from diffusion.evaluation.noisy_accuracy import accuracy_by_level
+from diffusion.evaluation.metrics.noisy_accuracy import accuracy_by_level
 from diffusion.levels import NoiseLevel
 from diffusion.models.noisy_classifier import NoisyClassifier
 from diffusion.objectives.classification import Classification

@@ -6,7 +6,7 @@ from scipy import stats
 
 from diffusion import schedules
 from diffusion.levels import posterior
-from diffusion.objectives.variance import VariationalBound, _binned_log_likelihood
+from diffusion.objectives.terms.variance import VariationalBound, _binned_log_likelihood
 
 LINEAR = schedules.linear()
 

@@ -12,10 +12,10 @@ import torch
 from configs import finetune_text_to_image
 from diffusion import pretrained
 from diffusion.conditioning import from_batch
-from diffusion.data.pipeline import batches as pipeline_batches
-from diffusion.experiment import finetuning, latents
-from diffusion.experiment.build import build
-from diffusion.experiment.data import make_images, make_source
+from diffusion.config import latents, pretrained_network
+from diffusion.config.data import make_images, make_source
+from diffusion.config.experiment import build
+from diffusion.data.batches import batches as pipeline_batches
 from diffusion.training.loop import fit
 
 CAPTIONS = ["a red cat", "a blue cat", "a red house", "a blue house", "a red sea", "a blue sea"]
@@ -90,10 +90,10 @@ def test_two_steps_give_a_pipeline_that_diffusers_runs(made, tmp_path):
         batches=lambda start: pipeline_batches(experiment.train, 8, 0, start),
         steps=2,
         workdir=tmp_path,
-        initial_params=finetuning.initial(c),
+        initial_params=pretrained_network.initial(c),
         devices=jax.devices()[:1],
     )
-    finetuning.export(c, state.params, tmp_path / "pipeline")
+    pretrained_network.export(c, state.params, tmp_path / "pipeline")
     _, info = diffusers.UNet2DConditionModel.from_pretrained(
         tmp_path / "pipeline" / "unet", output_loading_info=True
     )
@@ -123,7 +123,7 @@ def test_training_begins_with_the_pipelines_network(made):
     c = c.copy_and_resolve_references()
     c.model.remat = True
     experiment = build(c)
-    params = finetuning.initial(c)(None)
+    params = pretrained_network.initial(c)(None)
     assert experiment.objective.network.remat
     batch = experiment.train.read(np.arange(2))
     batch = {name: value for name, value in batch.items() if name != "x_std"}

@@ -11,8 +11,8 @@ import tiny_pipelines as tiny
 import torch
 
 from diffusion.pipelines import tasks
-from diffusion.pipelines.coding import decode
-from diffusion.pipelines.loading import load_pipeline, open_pipeline, save_pipeline
+from diffusion.pipelines.codec import decode
+from diffusion.pipelines.from_pretrained import load_pipeline, open_pipeline, save_pipeline
 from diffusion.pipelines.prompts import encode_prompts
 from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.sampling.sample import image_keys, image_noise

@@ -16,8 +16,8 @@ from tiny_tokenizer import tiny_tokenizer
 from diffusion.pipelines.pipeline import Pipeline
 from diffusion.pipelines.prompts import encode_prompts
 from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
-from diffusion.pretrained import clip
 from diffusion.pretrained.names import from_tensors
+from diffusion.pretrained.networks import clip
 
 torch.set_num_threads(1)
 

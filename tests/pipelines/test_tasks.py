@@ -13,9 +13,10 @@ import torch
 
 from diffusion.conditioning import Conditioning
 from diffusion.pipelines import tasks
-from diffusion.pipelines.coding import POSTERIOR, decode, folded
+from diffusion.pipelines.codec import POSTERIOR, decode, folded
 from diffusion.pipelines.pipeline import Pipeline
-from diffusion.pretrained import autoencoder_kl, dit, names, unet
+from diffusion.pretrained import names
+from diffusion.pretrained.networks import autoencoder_kl, dit, unet
 from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.sampling.sample import image_keys, image_noise
 

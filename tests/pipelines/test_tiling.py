@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from diffusion.models.autoencoder import AutoencoderKL
-from diffusion.pipelines import tiling
-from diffusion.pipelines.tiling import Tiling
-from diffusion.pretrained import autoencoder_kl
+from diffusion.pipelines import tiles as tiling
+from diffusion.pipelines.tiles import Tiling
 from diffusion.pretrained.names import from_tensors
+from diffusion.pretrained.networks import autoencoder_kl
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.pipelines.weighting import parse, weigh
+from diffusion.pipelines.emphasis import parse, weigh
 
 
 @pytest.mark.parametrize(

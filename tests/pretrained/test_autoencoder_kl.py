@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from diffusion.models.autoencoder import AutoencoderKL
-from diffusion.pretrained import autoencoder_kl
 from diffusion.pretrained.names import from_tensors, to_tensors
+from diffusion.pretrained.networks import autoencoder_kl
 
 torch.set_num_threads(1)
 

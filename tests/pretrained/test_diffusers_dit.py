@@ -9,8 +9,8 @@ import torch
 
 from diffusion.conditioning import Conditioning
 from diffusion.models.dit import DiT
-from diffusion.pretrained import dit
 from diffusion.pretrained.names import bind, from_tensors, to_tensors
+from diffusion.pretrained.networks import dit
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ import torch
 from diffusion.conditioning import Conditioning
 from diffusion.models import unet as presets
 from diffusion.models.unet import UNet
-from diffusion.pretrained import unet
 from diffusion.pretrained.names import bind, from_tensors, to_tensors
+from diffusion.pretrained.networks import unet
 from tests.pretrained.unet_cases import PUBLISHED, SMALL
 
 torch.set_num_threads(1)

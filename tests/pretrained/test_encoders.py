@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from diffusion.models.t5 import buckets
-from diffusion.pretrained import clip, dinov2, t5
 from diffusion.pretrained.folders import TRANSFORMERS, open_folder, write_folder, write_json
 from diffusion.pretrained.names import from_tensors, to_tensors
+from diffusion.pretrained.networks import clip, dinov2, t5
 from diffusion.pretrained.weights import load_params, save_params
 
 torch.set_num_threads(1)

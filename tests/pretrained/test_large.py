@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from diffusion.conditioning import Conditioning
-from diffusion.pretrained import unet
 from diffusion.pretrained.names import from_tensors
+from diffusion.pretrained.networks import unet
 from tests.pretrained.test_diffusers_unet import randomised
 from tests.pretrained.unet_cases import SD1
 

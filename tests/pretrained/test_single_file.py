@@ -17,19 +17,17 @@ from unet_cases import PUBLISHED
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.clip import ClipText
 from diffusion.models.unet import UNet
-from diffusion.pretrained import (
-    autoencoder_kl,
-    clip,
-    families,
-    files,
-    ldm_names,
-    models,
-    unet,
-    weights,
+from diffusion.pretrained import files, models, weights
+from diffusion.pretrained.networks import autoencoder_kl, clip, unet
+from diffusion.pretrained.schedulers.fields import read
+from diffusion.pretrained.single_file import families
+from diffusion.pretrained.single_file import names as ldm_names
+from diffusion.pretrained.single_file.checkpoint import (
+    open_autoencoder,
+    open_single_file,
+    write_single_file,
 )
-from diffusion.pretrained.families import FAMILIES
-from diffusion.pretrained.schedulers.config import read
-from diffusion.pretrained.single_file import open_autoencoder, open_single_file, write_single_file
+from diffusion.pretrained.single_file.families import FAMILIES
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 OWN = {"unet": unet, "vae": autoencoder_kl, "text_encoder": clip, "text_encoder_2": clip}
@@ -96,7 +94,7 @@ def params(module):
 @pytest.fixture(autouse=True)
 def known_shapes(monkeypatch):
     """Tracing takes most of the time here: once a module."""
-    monkeypatch.setattr("diffusion.pretrained.single_file.shapes", shapes)
+    monkeypatch.setattr("diffusion.pretrained.single_file.checkpoint.shapes", shapes)
     monkeypatch.setattr("diffusion.pretrained.models.shapes", shapes)
 
 

@@ -16,7 +16,7 @@ from diffusion.models.mlp import MLP
 from diffusion.models.reuse import check, record, reuse
 from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
-from diffusion.sampling import caching, grids, guidance, solvers
+from diffusion.sampling import feature_cache, grids, guidance, solvers
 from diffusion.sampling.sample import image_keys, sample
 from diffusion.training import flops
 
@@ -49,7 +49,10 @@ def guided(net, params, scale=2.0, split=False):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def draw(net, keep, params, when):
-    denoise, keys = caching.cached(guided(net, params), when, keep), image_keys(0, np.arange(2))
+    denoise, keys = (
+        feature_cache.cached(guided(net, params), when, keep),
+        image_keys(0, np.arange(2)),
+    )
     return sample(denoise, SOLVER, keys, SHAPE)
 
 
@@ -60,7 +63,7 @@ def test_refreshing_at_each_evaluation_is_the_full_sampler(net, keep, middle):
     full = full(PARAMS[net])
     np.testing.assert_allclose(run(np.ones(STEPS, bool)), full, atol=1e-5)
     np.testing.assert_allclose(run(np.float32(0)), full, atol=1e-5)
-    once = run(caching.every(STEPS, STEPS))
+    once = run(feature_cache.every(STEPS, STEPS))
     assert np.abs(once - full).max() > 1e-3
     # A threshold that nothing reaches is one refresh, one that little reaches some.
     np.testing.assert_allclose(run(np.float32(np.inf)), once, atol=1e-5)
@@ -121,9 +124,9 @@ def test_the_network_is_called_as_often_as_said():
     model = denoiser(partial(Scaled().apply, {}), predictions.v, thousand_t)
 
     def counted(when, **interval):
-        way = caching.cached(guidance.classifier_free(model, COND, NULL, 2.0), when, 0)
+        way = feature_cache.cached(guidance.classifier_free(model, COND, NULL, 2.0), when, 0)
         if interval:
-            plain = caching.cached(guidance.conditional(model, COND), when, 0)
+            plain = feature_cache.cached(guidance.conditional(model, COND), when, 0)
             way = guidance.interval(way, plain, **interval)
         del CALLS[:]
         run = jax.jit(lambda keys: sample(way, SOLVER, keys, SHAPE))
@@ -131,14 +134,14 @@ def test_the_network_is_called_as_often_as_said():
         jax.effects_barrier()
         return len(CALLS)
 
-    assert counted(caching.every(1, STEPS)) == STEPS
-    assert counted(caching.every(4, STEPS)) == 2
-    assert counted(caching.at((0, 1, 5), STEPS)) == 3
+    assert counted(feature_cache.every(1, STEPS)) == STEPS
+    assert counted(feature_cache.every(4, STEPS)) == 2
+    assert counted(feature_cache.at((0, 1, 5), STEPS)) == 3
     assert counted(np.float32(np.inf)) == 1
     # sigma / alpha falls to 1 after half of the evaluations: 0 and 2 lie before, 4 after.
-    assert counted(caching.every(2, STEPS), low=1.1) == 2
+    assert counted(feature_cache.every(2, STEPS), low=1.1) == 2
     # The first one inside, number 3, is a refresh whatever the schedule says, as is number 4.
-    assert counted(caching.every(4, STEPS), high=1.1) == 2
+    assert counted(feature_cache.every(4, STEPS), high=1.1) == 2
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -146,7 +149,9 @@ def test_an_image_does_not_depend_on_its_batch():
     def run(count, labels):
         cond = Conditioning(label=labels)
         model = denoiser(partial(Scaled().apply, {}), predictions.v, thousand_t)
-        way = caching.cached(guidance.conditional(model, cond), caching.every(3, STEPS), 0)
+        way = feature_cache.cached(
+            guidance.conditional(model, cond), feature_cache.every(3, STEPS), 0
+        )
         return sample(way, SOLVER, image_keys(0, np.arange(count)), SHAPE)
 
     np.testing.assert_allclose(run(1, COND.label[:1])[0], run(2, COND.label)[0], atol=1e-5)
@@ -167,7 +172,7 @@ def test_reused_guidance():
 
         return way(), way(when=when, space=predictions.v), way(when=when)
 
-    first = caching.at((), STEPS)
+    first = feature_cache.at((), STEPS)
     full, in_v, in_x0 = run(first)
     np.testing.assert_allclose(in_v, full, atol=1e-5)  # v's difference never changes
     assert np.abs(in_x0 - full).max() > 1e-2
@@ -176,19 +181,19 @@ def test_reused_guidance():
 
 
 def test_schedules():
-    assert list(np.flatnonzero(caching.every(3, 8))) == [0, 3, 6]
-    assert list(np.flatnonzero(caching.at((5, 2), 8))) == [0, 2, 5]
+    assert list(np.flatnonzero(feature_cache.every(3, 8))) == [0, 3, 6]
+    assert list(np.flatnonzero(feature_cache.at((5, 2), 8))) == [0, 2, 5]
     for n, evaluations, center in [(3, 20, 0.5), (1, 7, 0.3), (5, 50, 0.0), (2, 2, 1.0)]:
-        refresh = caching.dense(n, evaluations, center)
+        refresh = feature_cache.dense(n, evaluations, center)
         assert refresh.sum() == -(-evaluations // n) and refresh[0]
-    gaps = np.diff(np.flatnonzero(caching.dense(5, 100, 0.5, 2.0)))
+    gaps = np.diff(np.flatnonzero(feature_cache.dense(5, 100, 0.5, 2.0)))
     assert gaps[0] > gaps[len(gaps) // 2] < gaps[-1]
     for make in (
-        lambda: caching.every(0, 8),
-        lambda: caching.every(2.5, 8),
-        lambda: caching.dense(2, 8, center=2),
-        lambda: caching.at((8,), 8),
-        lambda: caching.adaptive(-1.0, 8),
+        lambda: feature_cache.every(0, 8),
+        lambda: feature_cache.every(2.5, 8),
+        lambda: feature_cache.dense(2, 8, center=2),
+        lambda: feature_cache.at((8,), 8),
+        lambda: feature_cache.adaptive(-1.0, 8),
     ):
         with pytest.raises(ValueError, match=r"must|expected"):
             make()

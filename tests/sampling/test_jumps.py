@@ -7,12 +7,12 @@ from cases import SCHEDULES
 from mixture import MIXTURE, at, moments
 
 from diffusion import schedules, specs
-from diffusion.experiment.sampler import SOLVERS
+from diffusion.config.sampler import SOLVERS
 from diffusion.levels import NoiseLevel
 from diffusion.sampling import grids, solvers
 from diffusion.sampling.editing import inpaint, noised
 from diffusion.sampling.sample import image_keys, sample
-from diffusion.sampling.solvers.jumps import jumps
+from diffusion.sampling.solvers.restart import jumps
 
 FLOW, EDM = schedules.RectifiedFlow(), schedules.EDM()
 

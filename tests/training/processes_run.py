@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from linear_run import EMAS, angles
 
-from diffusion.training import loop, optimizers, processes
+from diffusion import processes
+from diffusion.training import loop, optimizers
 
 STEPS = 10
 WIDTH = 128  # so that fsdp cuts the matrix

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from linear_run import assert_identical, lines, run
 
-from diffusion.training import manifest, storage
-from diffusion.training import workdir as workdirs
-from diffusion.training.checkpoints import Checkpoints, SaveError
-from diffusion.training.restore import DamagedError, restore_ema
+from diffusion.runs import manifest, storage
+from diffusion.runs import workdir as workdirs
+from diffusion.runs.checkpoints import Checkpoints, SaveError
+from diffusion.runs.restore import DamagedError, restore_ema
 
 HERE = Path(__file__).parent
 

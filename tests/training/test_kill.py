@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from linear_run import lines
 
-from diffusion.training import workdir as workdirs
+from diffusion.runs import workdir as workdirs
 
 HERE = Path(__file__).parent
 # Kills while it writes any file, its log, a snapshot, a checkpoint; and after some time.

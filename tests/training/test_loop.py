@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from linear_run import assert_identical, batches, lines, run
 
+from diffusion.runs.restore import restore_ema
+from diffusion.runs.workdir import steps
 from diffusion.training import loop
-from diffusion.training.restore import restore_ema
-from diffusion.training.workdir import steps
 
 
 @pytest.fixture(scope="module", autouse=True)

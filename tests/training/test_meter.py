@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion.objectives.metrics import Weighted
-from diffusion.training.logging import Logger
+from diffusion.objectives.quartiles import Weighted
+from diffusion.runs.logging import Logger
 from diffusion.training.meter import OF_THE_MACHINE, Meter
 
 

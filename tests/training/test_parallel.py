@@ -7,8 +7,8 @@ import pytest
 from linear_run import EMAS, assert_identical
 from processes_run import SGD, WIDTH, Regression, batch_of, run
 
+from diffusion.runs.restore import restore_ema
 from diffusion.training import loop, parallel
-from diffusion.training.restore import restore_ema
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
 

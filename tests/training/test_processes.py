@@ -14,9 +14,9 @@ import pytest
 from linear_run import lines
 from processes_run import STEPS, run
 
-from diffusion.training import processes
-from diffusion.training.restore import restore_ema
-from diffusion.training.workdir import steps
+from diffusion import processes
+from diffusion.runs.restore import restore_ema
+from diffusion.runs.workdir import steps
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 180  # seconds; on a quiet machine they take less than ten

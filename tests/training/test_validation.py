@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from linear_run import EMAS, Linear, batch_of
 
-from diffusion.data import pipeline
+from diffusion.data import batches as pipeline
 from diffusion.data.sources import Source
 from diffusion.training import optimizers, parallel, validation
 from diffusion.training.state import create

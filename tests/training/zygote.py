@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from linear_run import EMAS, run
 
-from diffusion.training import snapshots
+from diffusion.runs import snapshots
 
 STEPS = 14
 PATHS = ("", "metrics.jsonl", "snapshots/", "checkpoints/", "lock")

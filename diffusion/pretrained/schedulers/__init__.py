@@ -27,8 +27,8 @@ import numpy as np
 
 from diffusion.pretrained.schedulers import discrete, dpm, flows, multistep
 from diffusion.pretrained.schedulers import sigmas as sigma_space
-from diffusion.pretrained.schedulers.common import Request, Sampler
-from diffusion.pretrained.schedulers.config import DEFAULTS, read
+from diffusion.pretrained.schedulers.fields import DEFAULTS, read
+from diffusion.pretrained.schedulers.scheduler import Request, Sampler
 
 CLASSES = {
     "DDPMScheduler": (discrete.ddpm, "timesteps strength"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion.denoiser import ddpm_index
 from diffusion.levels import Array, NoiseLevel, posterior
-from diffusion.pretrained.schedulers.common import (
+from diffusion.pretrained.schedulers.scheduler import (
     PREDICTIONS,
     LogTable,
     Request,
@@ -21,7 +21,7 @@ from diffusion.pretrained.schedulers.common import (
     table_of,
     transform_of,
 )
-from diffusion.pretrained.schedulers.spacing import custom_timesteps, ddim_timesteps
+from diffusion.pretrained.schedulers.timesteps import custom_timesteps, ddim_timesteps
 from diffusion.sampling.solvers.one_step import ddim_row, tcd_row
 from diffusion.sampling.tables import RAW, Combination, D, Row, Solver, X, Y, Z, table
 

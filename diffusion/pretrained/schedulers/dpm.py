@@ -6,21 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from diffusion.pretrained.schedulers.common import (
-    Request,
-    Sampler,
-    alphas_cumprod,
-    part,
-    table_of,
-)
-from diffusion.pretrained.schedulers.lambdas import (
+from diffusion.pretrained.schedulers.log_snr import (
     check_flow_prediction,
     falling_orders,
     lambda_grid,
     lambda_sampler,
     refuse_still,
 )
-from diffusion.pretrained.schedulers.spacing import (
+from diffusion.pretrained.schedulers.scheduler import (
+    Request,
+    Sampler,
+    alphas_cumprod,
+    part,
+    table_of,
+)
+from diffusion.pretrained.schedulers.timesteps import (
     last_timestep,
     log_times,
     ratios,

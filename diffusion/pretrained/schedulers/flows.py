@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion import predictions
 from diffusion.levels import NoiseLevel
-from diffusion.pretrained.schedulers.common import (
+from diffusion.pretrained.schedulers.scheduler import (
     Request,
     Sampler,
     part,
@@ -19,7 +19,7 @@ from diffusion.pretrained.schedulers.common import (
     scaled_time,
     unchanged,
 )
-from diffusion.pretrained.schedulers.spacing import flow_grid, spread
+from diffusion.pretrained.schedulers.timesteps import flow_grid, spread
 from diffusion.sampling.solvers.one_step import euler as euler_solver
 from diffusion.sampling.solvers.runge_kutta import flow_heun
 from diffusion.sampling.tables import D, Row, Solver, Z, nodes, table

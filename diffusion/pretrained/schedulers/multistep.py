@@ -7,21 +7,21 @@ from types import SimpleNamespace
 import numpy as np
 
 from diffusion.levels import NoiseLevel
-from diffusion.pretrained.schedulers.common import (
+from diffusion.pretrained.schedulers.flows import shifted, stretched
+from diffusion.pretrained.schedulers.log_snr import (
+    check_flow_prediction,
+    falling_orders,
+    lambda_grid,
+    lambda_sampler,
+)
+from diffusion.pretrained.schedulers.scheduler import (
     Request,
     Sampler,
     alphas_cumprod,
     part,
     table_of,
 )
-from diffusion.pretrained.schedulers.flows import shifted, stretched
-from diffusion.pretrained.schedulers.lambdas import (
-    check_flow_prediction,
-    falling_orders,
-    lambda_grid,
-    lambda_sampler,
-)
-from diffusion.pretrained.schedulers.spacing import (
+from diffusion.pretrained.schedulers.timesteps import (
     dpm_timesteps,
     flow_grid,
     log_times,

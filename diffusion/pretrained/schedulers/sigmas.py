@@ -17,7 +17,8 @@ import numpy as np
 from diffusion import predictions
 from diffusion.denoiser import ddpm_index, log_sigma
 from diffusion.levels import Array, NoiseLevel
-from diffusion.pretrained.schedulers.common import (
+from diffusion.pretrained.schedulers.log_snr import falling_orders, refuse_still
+from diffusion.pretrained.schedulers.scheduler import (
     PREDICTIONS,
     LogTable,
     Request,
@@ -30,8 +31,7 @@ from diffusion.pretrained.schedulers.common import (
     table_of,
     transform_of,
 )
-from diffusion.pretrained.schedulers.lambdas import falling_orders, refuse_still
-from diffusion.pretrained.schedulers.spacing import (
+from diffusion.pretrained.schedulers.timesteps import (
     in_table,
     k_timesteps,
     karras,

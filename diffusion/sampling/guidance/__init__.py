@@ -24,7 +24,7 @@ from diffusion.sampling.guidance.reconstruction import (
     reconstruction,
     video,
 )
-from diffusion.sampling.guidance.thresholding import clip, dynamic_threshold
+from diffusion.sampling.guidance.threshold import clip, dynamic_threshold
 
 __all__ = [
     "Rule",

@@ -10,7 +10,7 @@ import jax
 from diffusion.denoiser import Denoise, Estimate, Stateful
 from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling.guidance.extrapolation import Scale
-from diffusion.sampling.guidance.lifting import Step, lift, move, per_image, score_to_x0
+from diffusion.sampling.guidance.transform import Step, lift, move, per_image, score_to_x0
 
 LogProb = Callable[[Array, NoiseLevel], Array]  # (x_t [B, ...], level) -> log p(y | x_t) [B]
 

@@ -22,7 +22,7 @@ from diffusion.conditioning import Conditioning, concatenate
 from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate, Stateful, as_estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction
-from diffusion.sampling.guidance.lifting import dot, move, per_image
+from diffusion.sampling.guidance.transform import dot, move, per_image
 
 Scale = Array | float | Callable[[NoiseLevel], Array]  # (), [B], or a function of the level
 Pair = Callable[[Array, NoiseLevel], tuple[Estimate, Estimate]]  # good, bad

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from diffusion.denoiser import Denoise, Estimate, Stateful
 from diffusion.levels import Array, NoiseLevel
-from diffusion.sampling.guidance.lifting import Step, dot, lift, move, per_image, score_to_x0
+from diffusion.sampling.guidance.transform import Step, dot, lift, move, per_image, score_to_x0
 
 Measure = Callable[[Array], Array]
 Precision = Callable[[NoiseLevel, Array], Array]  # (level, ||y - A(x_0_hat)|| [B]) -> () or [B]

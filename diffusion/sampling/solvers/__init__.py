@@ -3,14 +3,7 @@
 Those that evaluate between the grid's nodes take the schedule too.
 """
 
-from diffusion.sampling.solvers.adams import (
-    deis,
-    gradient_estimation,
-    ipndm,
-    lms,
-    plms,
-    pndm,
-)
+from diffusion.sampling.solvers.adams import deis, gradient_estimation, ipndm, lms, plms, pndm
 from diffusion.sampling.solvers.dpm_solver import (
     dpm_solver,
     dpm_solver_singlestep,
@@ -23,13 +16,6 @@ from diffusion.sampling.solvers.dpm_solver import (
     dpmpp_3s,
     dpmpp_sde,
 )
-from diffusion.sampling.solvers.given import (
-    given,
-)
-from diffusion.sampling.solvers.jumps import (
-    repaint,
-    restart,
-)
 from diffusion.sampling.solvers.one_step import (
     consistency,
     ddim,
@@ -40,10 +26,8 @@ from diffusion.sampling.solvers.one_step import (
     lcm,
     tcd,
 )
-from diffusion.sampling.solvers.predictor_corrector import (
-    sa_solver,
-    unipc,
-)
+from diffusion.sampling.solvers.predictor_corrector import sa_solver, unipc
+from diffusion.sampling.solvers.restart import repaint, restart
 from diffusion.sampling.solvers.runge_kutta import (
     dpm2,
     dpm2_ancestral,
@@ -52,6 +36,7 @@ from diffusion.sampling.solvers.runge_kutta import (
     heun,
     midpoint,
 )
+from diffusion.sampling.solvers.table_file import given
 
 __all__ = [
     "consistency",

@@ -1,0 +1,177 @@
+"""Which numbers a config's fields may have, whatever else it says.
+
+What depends on several fields, or on the data, is checked where these meet (``build``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from diffusion.runs import tracker
+
+
+class Range(NamedTuple):
+    """The numbers from ``low`` to ``high``; without ``low`` itself if ``above``."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def holds(self, value: float) -> bool:
+        lowest = self.low < value if self.above else self.low <= value
+        return lowest and value <= self.high
+
+    def asked(self, value: float) -> str:
+        """What is wrong with a value that is not in it: "must ..."."""
+        if self.high <= 1:
+            high = "1)" if self.high == BELOW_ONE else f"{self.high:g}]"
+            return f"must lie in [{self.low:g}, {high}"
+        if not math.isfinite(value):
+            return "must be a finite number"
+        if value > self.high:
+            return f"must be at most {self.high:,}"
+        return "must be positive" if self.low == 1 or self.above else f"must be >= {self.low:g}"
+
+
+POSITIVE, NOT_NEGATIVE = Range(0, above=True), Range(0)
+DEEP = Range(1, 10_000)  # more would keep the tracing busy for hours
+BELOW_ONE = math.nextafter(1, 0)
+
+RANGES = {
+    "seed": Range(0, 2**32 - 1),
+    "data.std": POSITIVE,
+    "data.held_out": Range(0, BELOW_ONE),
+    "data.tokens": Range(3, DEEP.high),  # start, one token, end
+    "data.size": Range(0, DEEP.high),
+    "data.padding": Range(0, DEEP.high),
+    "data.scale": POSITIVE,
+    "data.threads": Range(0, 1024),
+    "data.workers": Range(0, 1024),
+    "data.prefetch": Range(1, DEEP.high),
+    "data.*": NOT_NEGATIVE,
+    "model.*dropout": Range(0, BELOW_ONE),
+    "model.*eps": POSITIVE,
+    "model.*time_scale": POSITIVE,
+    "model.*time_freq_shift": Range(),
+    "model.*mlp_ratio": POSITIVE,
+    "model.*mid_blocks": Range(0, DEEP.high),
+    "model.*depth": DEEP,
+    "model.*width": Range(1, 2**17),
+    "model.*blocks": DEEP,
+    "model.*attention": NOT_NEGATIVE,
+    "model.*": Range(1),
+    "objective.label_dropout": Range(0, 1),
+    "objective.*": NOT_NEGATIVE,
+    "alignment.hidden": Range(1, 2**17),
+    "alignment.*": NOT_NEGATIVE,
+    "autoencoding.discriminator.*": DEEP,
+    "autoencoding.*": NOT_NEGATIVE,
+    "optimizer.learning_rate": POSITIVE,
+    "optimizer.b?": Range(0, BELOW_ONE),
+    "optimizer.*": NOT_NEGATIVE,
+    "train.*_every": NOT_NEGATIVE,
+    "train.log_every": POSITIVE,
+    "train.checkpoint_every": POSITIVE,
+    "train.max_skipped": NOT_NEGATIVE,
+    "train.keep_best": NOT_NEGATIVE,
+    "train.snapshot_sigma_rel": POSITIVE,
+    "train.steps": POSITIVE,
+    "train.batch_size": POSITIVE,
+    "train.accumulate": POSITIVE,
+    "train.keep": POSITIVE,
+    "train.validation_count": POSITIVE,
+    "log.peak_tflops": NOT_NEGATIVE,
+    "profile.steps": POSITIVE,
+    "profile.warmup": NOT_NEGATIVE,
+    "inspect.*": POSITIVE,
+    "sampler.steps": DEEP,
+    "sampler.batch_size": POSITIVE,
+    "sampler.seed": Range(0, 2**32 - 1),
+    "sampler.negative": Range(-1),
+    "sampler.merge_tokens": Range(0, 0.75),
+    "sampler.guidance*": Range(),
+    "sampler.classifier_scale": Range(),
+    "sampler.*": NOT_NEGATIVE,
+    "samples.columns": DEEP,
+    "samples.count": POSITIVE,
+    "evaluation.count": POSITIVE,
+    "evaluation.likelihood_count": POSITIVE,
+    "sweep.*": POSITIVE,
+    "learn.*": POSITIVE,
+}
+"""Of fields that are numbers, or several; an exact name counts before a pattern, and an earlier
+pattern before a later one."""
+
+INFINITE = ("sampler.guidance_high",)
+PATTERNS = ("sampler.perturbed_blocks",)  # regular expressions
+ATTENTION = (None, "xla", "cudnn")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field, for the first one whose value is never possible."""
+    for name, value in _fields(config):
+        for number in _numbers(value):
+            _check_number(name, value, number)
+        if name.endswith(".attention_implementation") and value not in ATTENTION:
+            raise ValueError(f"config.{name}={value!r}: expected one of None, 'xla', 'cudnn'")
+        used = name.startswith(f"model.{config.model.name}.")
+        if used and value == "cudnn" and jax.default_backend() != "gpu":
+            raise ValueError(
+                f"config.{name}='cudnn' needs an NVIDIA GPU, and this is a {jax.default_backend()}"
+            )
+    for name in PATTERNS:
+        section, key = name.split(".")
+        try:
+            re.compile(config[section][key])
+        except re.error as error:
+            raise ValueError(
+                f"config.{name}={config[section][key]!r} is no regular expression: {error}"
+            ) from None
+    if len(config.data.background) != 3 or not all(
+        isinstance(v, int) and 0 <= v <= 255 for v in config.data.background
+    ):
+        raise ValueError(
+            f"config.data.background={config.data.background!r}: expected three whole numbers from "
+            "0 to 255, red, green and blue"
+        )
+    for caption in config.samples.captions:
+        if not isinstance(caption, str):
+            raise ValueError(f"config.samples.captions must be texts, got {caption!r}")
+    if config.log.wandb and not tracker.installed():
+        raise ValueError(
+            f"config.log.wandb={config.log.wandb!r} needs Weights & Biases: pip install wandb"
+        )
+
+
+def _check_number(name: str, value: Any, number: float) -> None:
+    allowed = RANGES.get(name) or next(
+        (found for pattern, found in RANGES.items() if fnmatchcase(name, pattern)), Range()
+    )
+    finite = math.isfinite(number) or (name in INFINITE and number == math.inf)
+    if not finite or not allowed.holds(number):
+        raise ValueError(f"config.{name} {allowed.asked(number)}, got {value!r}")
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in config:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Those in a field, also where it holds one per level."""
+    if isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _numbers(entry)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value

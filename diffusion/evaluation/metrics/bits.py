@@ -1,0 +1,231 @@
+"""Bits per dimension of data, as a trained model has them: by the ODE or the variational bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from diffusion.conditioning import Conditioning
+from diffusion.data.sources import Source
+from diffusion.denoiser import ConditionalDenoise
+from diffusion.evaluation.metrics.bound import variational_bound
+from diffusion.levels import Array
+from diffusion.sampling import grids, likelihood
+from diffusion.sampling.sample import image_keys
+from diffusion.schedules import Schedule, Table
+from diffusion.specs import unknown
+
+DIVERGENCES = {
+    "exact": likelihood.exact,
+    "hutchinson": likelihood.hutchinson,
+    "hutchinson_gaussian": likelihood.hutchinson_gaussian,
+}
+DEQUANTIZATIONS = {
+    "truncated_normal": likelihood.truncated_normal,
+    "uniform": likelihood.uniform,
+}
+
+
+class Bits(NamedTuple):
+    """Of each example: bits per dimension [B], and evaluations of the network [B]."""
+
+    bits: Array
+    evaluations: Array
+
+
+# (denoise, schedule, x [B, ...], keys [B], cond, grey levels; 0: continuous) -> Bits
+Estimator = Callable[[ConditionalDenoise, Schedule, Array, jax.Array, Conditioning, int], Bits]
+
+
+def ode(
+    divergence: str = "hutchinson",
+    probes: int = 1,
+    dequantization: str = "uniform",
+    samples: int = 1,
+    sigma_min: float | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    max_steps: int = 4096,
+) -> Estimator:
+    """By the probability-flow ODE (``sampling.likelihood``), which explains the options.
+
+    Raises:
+      ValueError: for an unknown divergence or dequantization, probes or samples < 1.
+    """
+    if divergence not in DIVERGENCES:
+        raise unknown("divergence", divergence, DIVERGENCES)
+    if dequantization not in DEQUANTIZATIONS:
+        raise unknown("dequantization", dequantization, DEQUANTIZATIONS)
+    if probes < 1 or samples < 1:
+        raise ValueError(f"expected probes >= 1 and samples >= 1, got {probes} and {samples}")
+    trace = DIVERGENCES[divergence]
+    if divergence != "exact":
+        trace = partial(trace, probes=probes)
+
+    def estimate(denoise, schedule, x, keys, cond, levels):
+        low, _ = likelihood.noise_range(schedule, sigma_min, None)
+
+        def log_p(x, keys):
+            return likelihood.log_likelihood(
+                denoise,
+                schedule,
+                x,
+                keys,
+                cond=cond,
+                divergence=trace,
+                sigma_min=low,
+                rtol=rtol,
+                atol=atol,
+                max_steps=max_steps,
+            )
+
+        if levels:
+            result = likelihood.discrete_log_likelihood(
+                log_p,
+                x,
+                keys,
+                levels,
+                sigma=low,
+                dequantization=DEQUANTIZATIONS[dequantization],
+                samples=samples,
+            )
+        else:
+            result = log_p(x, keys)
+        return Bits(likelihood.bits_per_dim(result.log_p, x.shape[1:]), result.evaluations)
+
+    return estimate
+
+
+def bound(steps: int = 0, draws: int = 0, nu: float = 0.0) -> Estimator:
+    """By the variational bound (``evaluation.metrics.bound``).
+
+    Args:
+      steps: T; 0 takes a table's own steps, and 1000 on other schedules. They are evenly spaced in
+        a table's time, and elsewhere in log SNR.
+      draws: how many of these steps are evaluated for each example, at random; 0: all.
+      nu: where variances that are not learned lie.
+
+    Raises:
+      ValueError: for steps or draws < 0, or nu outside [0, 1].
+    """
+    if steps < 0 or draws < 0 or not 0 <= nu <= 1:
+        raise ValueError(
+            f"expected steps >= 0, draws >= 0 and nu in [0, 1], got {steps}, {draws} and {nu}"
+        )
+
+    def estimate(denoise, schedule, x, keys, cond, levels):
+        if isinstance(schedule, Table):
+            grid = grids.uniform(schedule, steps or schedule.steps)
+        else:
+            grid = grids.exponential(schedule, steps or 1000)
+        result = variational_bound(
+            lambda x, level: denoise(x, level, cond),
+            grid,
+            x,
+            keys,
+            levels=levels or None,
+            nu=nu,
+            draws=draws or None,
+        )
+        evaluations = draws + 1 if draws else len(grid.sigma) - 1
+        return Bits(result.total, jnp.full(len(x), evaluations))
+
+    return estimate
+
+
+def evaluate_bits(
+    estimator: Estimator,
+    denoiser: Callable[[Any], ConditionalDenoise],
+    schedule: Schedule,
+    params: Any,
+    sources: dict[str, Source],
+    *,
+    count: int,
+    batch_size: int,
+    labels: bool,
+    seed: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Bits per dimension of some examples of each source.
+
+    Args:
+      estimator: ``ode(...)`` or ``bound(...)``.
+      denoiser: params -> conditional denoiser, without guidance or clipping: those sample from
+        something else than the model that was trained.
+      schedule: the one it was trained on.
+      params: its weights.
+      sources: by name.
+      count: examples of each, chosen at random (all, if there are fewer).
+      batch_size: per call, over all devices.
+      labels: whether the model is given each example's label: then this is about p(x | label).
+      seed: of the choice and of the estimator's noise.
+      devices: by default all local ones; each takes its share of a batch.
+
+    Returns:
+      For each source JSON-ready numbers: bits_per_dim, its standard_error over examples, nats (per
+      example), evaluations (mean) and count; failed, the number of examples whose ODE was not
+      solved in max_steps and which are left out of all of these.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    mesh = Mesh(np.asarray(devices), ("batch",))
+    whole, split = PartitionSpec(), PartitionSpec("batch")
+    levels = {source.levels for source in sources.values()}
+    if len(levels) != 1:
+        raise ValueError(f"sources must have the same number of grey levels, got {levels}")
+    (levels,) = levels
+
+    def local(params, x, keys, cond):
+        return estimator(denoiser(params), schedule, x, keys, cond, levels)
+
+    run = jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(whole, split, split, split),
+            out_specs=split,
+            check_vma=False,
+        )
+    )
+    size = -(-min(batch_size, count) // len(devices)) * len(devices)
+    results = {}
+    for name, source in sources.items():
+        chosen = np.sort(chosen_examples(source, count, seed))
+        parts = []
+        for start in range(0, len(chosen), size):
+            index = np.minimum(np.arange(start, start + size), len(chosen) - 1)
+            batch = source.read(chosen[index])
+            cond = Conditioning(label=batch["label"] if labels else None)
+            part = run(params, batch["x"], image_keys(seed, chosen[index]), cond)
+            parts.append([np.asarray(leaf)[: len(chosen) - start] for leaf in part])
+        bits, evaluations = (np.concatenate(leaf).astype(np.float64) for leaf in zip(*parts))
+        solved = np.isfinite(bits)
+        results[name] = summary(bits[solved], source.shape) | {
+            "evaluations": float(evaluations.mean()),
+            "failed": int((~solved).sum()),
+        }
+    return results
+
+
+def chosen_examples(source: Source, count: int, seed: int) -> np.ndarray:
+    """Which ``count`` examples of the source are looked at, [min(count, N)]."""
+    return np.random.default_rng(seed).permutation(len(source))[:count]
+
+
+def summary(bits: np.ndarray, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Mean and standard error of bits per dimension [N], and the mean in nats per example."""
+    if not len(bits):
+        return {"bits_per_dim": math.nan, "standard_error": math.nan, "nats": math.nan, "count": 0}
+    error = bits.std(ddof=1) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+    return {
+        "bits_per_dim": float(bits.mean()),
+        "standard_error": float(error),
+        "nats": float(bits.mean() * math.prod(shape) * math.log(2)),
+        "count": len(bits),
+    }

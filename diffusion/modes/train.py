@@ -1,0 +1,172 @@
+"""--mode=train: from a config to a trained model, its pictures and figures."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from diffusion import processes
+from diffusion.config import autoencoder, initialization, latents, pretrained_network
+from diffusion.config.data import batches, make_images
+from diffusion.config.experiment import Experiment
+from diffusion.evaluation import figures
+from diffusion.modes import judge, pictures, run, summary
+from diffusion.modes.drawer import Drawer
+from diffusion.objectives.kl_autoencoder import Autoencoding
+from diffusion.runs import provenance, snapshots
+from diffusion.runs import tracker as tracking
+from diffusion.runs import workdir as workdirs
+from diffusion.runs.logging import Logger
+from diffusion.training import parallel, validation
+from diffusion.training.loop import Validate, fit
+from diffusion.training.state import TrainState
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains (or goes on, or finds itself done), then draws, plots and evaluates.
+
+    Leaves in ``workdir``: config.json, starts.jsonl (config, code version and command of each
+    start), parameters.txt, checkpoints/, snapshots/ (of averages, per ``train.snapshot_every``
+    steps), tensorboard/, metrics.jsonl, init_from.txt (with ``train.init_from``), samples/ (a grid
+    per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
+    where samples can be judged, evaluation.json. For points: density.png instead of grids. For
+    autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
+    Of a fine-tuned model: pipeline/, likewise.
+
+    Of several processes the first writes all this, draws and evaluates, on its own devices;
+    ``workdir`` is a folder that all of them see.
+    """
+    began = time.perf_counter()
+    if latents.wanted(config.data) and jax.process_count() == 1:
+        latents.compute(config.data, partial(make_images, config.data))
+    experiment = run.announced(config)
+    run.check(config, workdir, run.TRAINING)
+    with workdirs.held(workdir):
+        _train(experiment, Path(workdir), began)
+
+
+def _train(experiment: Experiment, folder: Path, began: float) -> None:
+    config, workdir = experiment.config, str(folder)
+    first = jax.process_index() == 0
+    if _finished(folder, config):
+        print(
+            f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
+            "--mode=sample draws, --mode=evaluate judges"
+        )
+        return
+    described = summary.describe(experiment)
+    layout = parallel.make(config.parallel)
+    if first:
+        print(summary.tell(experiment, described, folder, layout.shardings))
+    drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
+    reconstructs = isinstance(experiment.objective, Autoencoding)
+    tracker = None
+    if config.log.wandb and first:
+        tracker = tracking.Tracker(workdir, config.log.wandb, config.to_dict())
+    logger = Logger(workdir, tracker)
+
+    def grid(state: TrainState, step: int) -> None:
+        params = processes.local(state.ema["ema"])
+        if not first:
+            return
+        if reconstructs:
+            picture = autoencoder.picture(experiment, params)
+        else:
+            picture = pictures.grid(drawer, drawer.draw(params, pictures.grid_size(drawer)))
+        (folder / "samples").mkdir(exist_ok=True)
+        figures.save_png(folder / "samples" / f"step_{step:07d}.png", picture)
+        logger.image("samples", picture, step)
+
+    every, draws = config.train.sample_every, drawer or reconstructs
+    hooks = [(every, grid)] if every and draws and len(experiment.train.shape) == 3 else []
+    if config.train.snapshot_every:
+        widths = config.train.snapshot_sigma_rel
+        writer = snapshots.writer(workdir, config.train.snapshot_every, widths)
+        hooks.append((config.train.snapshot_every, writer))
+    about = provenance.about(config)
+
+    def started(step: int) -> None:
+        if first:
+            workdirs.save_config(workdir, config.to_dict())
+            workdirs.record_start(workdir, step, about)
+
+    state = fit(
+        objective=experiment.objective,
+        optimizer=experiment.optimizer,
+        emas=experiment.emas,
+        batches=partial(
+            batches,
+            config,
+            experiment.train,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        steps=config.train.steps,
+        workdir=workdir,
+        seed=config.seed,
+        frozen=experiment.frozen,
+        initial_params=initialization.initial(config, workdir),
+        accumulate=config.train.accumulate,
+        log_every=config.train.log_every,
+        checkpoint_every=config.train.checkpoint_every,
+        keep=config.train.keep,
+        keep_best=config.train.keep_best,
+        best=config.train.best,
+        about=about,
+        started=started,
+        hooks=hooks,
+        validate=_validation(experiment, layout),
+        max_skipped=config.train.max_skipped,
+        peak=summary.peak(config),
+        logger=logger,
+        parallel=config.parallel,
+    )
+    if tracker is not None:
+        tracker.close()
+    params = processes.local(state.ema["ema"])
+    if not first:
+        return
+    if pretrained_network.wanted(config):
+        pretrained_network.export(config, params, folder / "pipeline")
+    if drawer:
+        pictures.finish(drawer, params, folder)
+        judge.evaluate(drawer, params, folder)
+    elif reconstructs:
+        autoencoder.finish(experiment, params, folder)
+    else:
+        judge.classifier(experiment, params, folder)
+    (folder / "done").write_text(f"{config.train.steps}\n")
+    print(f"{time.perf_counter() - began:.0f} s in all; results in {folder}")
+
+
+def _validation(experiment: Experiment, layout: parallel.Layout) -> Validate | None:
+    c = experiment.config
+    if not c.train.validate_every:
+        return None
+    function = validation.make(
+        experiment.objective,
+        experiment.held_out,
+        count=c.train.validation_count,
+        batch_size=c.train.batch_size // c.train.accumulate,
+        seed=c.seed,
+        layout=layout,
+        frozen=experiment.frozen,
+    )
+    return c.train.validate_every, function
+
+
+def _finished(folder: Path, config: ConfigDict) -> bool:
+    done = folder / "done"
+    if not done.exists():
+        return False
+    try:
+        return int(done.read_text()) >= config.train.steps
+    except ValueError:
+        raise ValueError(
+            f"{done} is damaged: expected a number, the steps that are done. Remove it, and the "
+            "same command finds out anew"
+        ) from None

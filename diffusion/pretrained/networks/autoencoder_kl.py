@@ -1,0 +1,130 @@
+"""diffusers' ``AutoencoderKL``: Stable Diffusion 1, 2, XL and 3, x4 upscaler, kl-f4 to kl-f32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.models.autoencoder import AutoencoderKL
+from diffusion.pretrained import fields
+from diffusion.pretrained.names import Names, dotted
+
+DEFAULTS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "force_upcast": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+SUPPORTED = {"act_fn": ("silu", "swish")}
+DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+FORMER = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+
+
+def from_config(config: Mapping[str, Any]) -> AutoencoderKL:
+    """The module of a ``config.json``.
+
+    Raises:
+      ValueError: for an unknown field or an unsupported value.
+    """
+    given = fields.fields(config, "AutoencoderKL", DEFAULTS, SUPPORTED)
+    attention = _attention("down_block_types", given.down_block_types, DOWN)
+    if attention != _attention("up_block_types", given.up_block_types, UP)[::-1]:
+        raise ValueError(
+            f"up_block_types={given.up_block_types}: AutoencoderKL is supported with attention at "
+            f"the same levels as in down_block_types={given.down_block_types}, reversed"
+        )
+    if len(given.block_out_channels) != len(attention):
+        raise ValueError(
+            f"block_out_channels={given.block_out_channels}: expected {len(attention)} entries, "
+            f"as many as down_block_types={given.down_block_types}"
+        )
+    size = given.sample_size
+    if isinstance(size, tuple):
+        if len(set(size)) != 1:
+            raise ValueError(f"sample_size={size}: AutoencoderKL is supported with square ones")
+        size = size[0]
+    return AutoencoderKL(
+        widths=given.block_out_channels,
+        blocks=given.layers_per_block,
+        in_channels=given.in_channels,
+        out_channels=given.out_channels,
+        latent_channels=given.latent_channels,
+        attention=attention if any(attention) else False,
+        mid_attention=given.mid_block_add_attention,
+        quant_conv=given.use_quant_conv,
+        post_quant_conv=given.use_post_quant_conv,
+        norm_groups=given.norm_num_groups,
+        scaling_factor=given.scaling_factor,
+        shift_factor=given.shift_factor or 0.0,
+        latents_mean=given.latents_mean,
+        latents_std=given.latents_std,
+        sample_size=size,
+        force_upcast=given.force_upcast,
+    )
+
+
+def to_config(net: AutoencoderKL) -> dict[str, Any]:
+    """The ``config.json`` from which diffusers builds the same network."""
+    levels = len(net.widths)
+    given = net.attention if isinstance(net.attention, tuple) else (net.attention,) * levels
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": net.in_channels,
+        "out_channels": net.out_channels,
+        "down_block_types": [DOWN[attends] for attends in given],
+        "up_block_types": [UP[attends] for attends in reversed(given)],
+        "block_out_channels": list(net.widths),
+        "layers_per_block": net.blocks,
+        "act_fn": "silu",
+        "latent_channels": net.latent_channels,
+        "norm_num_groups": net.norm_groups,
+        "sample_size": net.sample_size,
+        "scaling_factor": net.scaling_factor,
+        "shift_factor": net.shift_factor or None,
+        "latents_mean": None if net.latents_mean is None else list(net.latents_mean),
+        "latents_std": None if net.latents_std is None else list(net.latents_std),
+        "force_upcast": net.force_upcast,
+        "use_quant_conv": net.quant_conv,
+        "use_post_quant_conv": net.post_quant_conv,
+        "mid_block_add_attention": net.mid_attention,
+    }
+
+
+def names(net: AutoencoderKL) -> Names:
+    """The name table; older files' names of the attention layers are read, too."""
+    aliases = tuple(
+        (rf"(mid_block\.attentions\.\d+|blocks\.\d+\.attentions\.\d+)\.{old}\.", rf"\1.{new}.")
+        for old, new in FORMER
+    )
+    return Names(dotted(), aliases=aliases)
+
+
+def example(net: AutoencoderKL) -> tuple[jax.ShapeDtypeStruct]:
+    """The arguments of ``net.init``, by shape."""
+    size = net.factor
+    return (jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32),)
+
+
+def _attention(field: str, types: tuple[str, ...], legal: tuple[str, str]) -> tuple[bool, ...]:
+    """Of each block: whether it has attention."""
+    for kind in types:
+        if kind not in legal:
+            raise ValueError(f"{field}: AutoencoderKL supports {', '.join(legal)}, got {kind!r}")
+    return tuple(kind == legal[1] for kind in types)

@@ -1,0 +1,217 @@
+"""diffusers' ``DiTTransformer2DModel``: DiT (Peebles & Xie, 2022), such as DiT-XL/2.
+
+Every block there has its own embedders of time and class, all of them equal in the published files:
+here they are one, and reading checks that they are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.conditioning import Conditioning
+from diffusion.models.dit import DiT
+from diffusion.pretrained import fields
+from diffusion.pretrained.names import KERNEL, PLAIN, Layout, Names, Row, copies, fused, substituted
+
+DEFAULTS = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": None,
+    "num_layers": 28,
+    "dropout": 0.0,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "norm_eps": 1e-5,
+}
+SUPPORTED = {
+    "attention_bias": (True,),
+    "activation_fn": ("gelu-approximate",),
+    "norm_type": ("ada_norm_zero",),
+    "norm_elementwise_affine": (False,),
+}
+# There is no group norm, and the softmax is in float32 anyway.
+HARMLESS = ("norm_num_groups", "upcast_attention")
+# What the class was before it had a name of its own; these of its fields have other defaults.
+FORMER = "Transformer2DModel"
+FORMER_DEFAULTS = {
+    "attention_head_dim": 88,
+    "num_layers": 1,
+    "in_channels": None,
+    "sample_size": None,
+    "patch_size": None,
+    "num_embeds_ada_norm": None,
+    "attention_bias": False,
+    "activation_fn": "geglu",
+    "norm_type": "layer_norm",
+    "norm_elementwise_affine": True,
+}
+FORMER_SUPPORTED = {
+    "cross_attention_dim": (None,),
+    "num_vector_embeds": (None,),
+    "use_linear_projection": (False,),
+    "only_cross_attention": (False,),
+    "double_self_attention": (False,),
+    "attention_type": ("default",),
+    "caption_channels": (None,),
+    "interpolation_scale": (None,),
+    "use_additional_conditions": (None, False),
+}
+
+
+def from_config(config: Mapping[str, Any]) -> DiT:
+    """The module of a ``config.json``.
+
+    Raises:
+      ValueError: for another class, an unknown field or an unsupported value.
+    """
+    name = config.get("_class_name")
+    if name == FORMER:
+        defaults, supported = DEFAULTS | FORMER_DEFAULTS, SUPPORTED | FORMER_SUPPORTED
+    elif name == "DiTTransformer2DModel":
+        defaults, supported = DEFAULTS, SUPPORTED
+    else:
+        raise ValueError(
+            f"_class_name={name!r}: expected DiTTransformer2DModel or, formerly, {FORMER}"
+        )
+    c = fields.fields(config, name, defaults, supported, HARMLESS)
+    for field in ("in_channels", "sample_size", "patch_size", "num_embeds_ada_norm"):
+        if not isinstance(getattr(c, field), int):
+            raise ValueError(f"{field}={getattr(c, field)!r}: {name} is supported with a number")
+    if c.out_channels not in (None, c.in_channels, 2 * c.in_channels):
+        raise ValueError(
+            f"out_channels={c.out_channels}: {name} is supported with in_channels={c.in_channels} "
+            "or twice that (learned variances)"
+        )
+    return DiT(
+        width=c.num_attention_heads * c.attention_head_dim,
+        depth=c.num_layers,
+        heads=c.num_attention_heads,
+        patch=c.patch_size,
+        num_classes=c.num_embeds_ada_norm,
+        learned_variance=c.out_channels == 2 * c.in_channels,
+        dropout=c.dropout,
+        time_freq_shift=1.0,
+        mlp_norm_eps=c.norm_eps,
+        in_channels=c.in_channels,
+        image_size=c.sample_size,
+    )
+
+
+def to_config(net: DiT) -> dict[str, Any]:
+    """The ``config.json`` from which diffusers builds the same network.
+
+    Raises:
+      ValueError: for a network that diffusers does not have, or that does not know what it is made
+        for (``in_channels``, ``image_size``).
+    """
+    needed = {
+        "mlp_ratio": 4.0,
+        "positions": "sincos",
+        "norm": "layer",
+        "mlp": "gelu",
+        "qk_norm": False,
+        "cross_attention": False,
+        "pooled": False,
+        "time_freq_shift": 1.0,
+    }
+    for field, value in needed.items():
+        if getattr(net, field) != value:
+            raise ValueError(f"{field}={getattr(net, field)!r}: DiTTransformer2DModel has {value}")
+    for field in ("num_classes", "in_channels", "image_size"):
+        if not getattr(net, field):
+            raise ValueError(f"{field}={getattr(net, field)}: DiTTransformer2DModel needs it")
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": net.heads,
+        "attention_head_dim": net.width // net.heads,
+        "in_channels": net.in_channels,
+        "out_channels": net.in_channels * (2 if net.learned_variance else 1),
+        "num_layers": net.depth,
+        "dropout": net.dropout,
+        "sample_size": net.image_size,
+        "patch_size": net.patch,
+        "num_embeds_ada_norm": net.num_classes,
+        "norm_eps": net.mlp_norm_eps,
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+    }
+
+
+def names(net: DiT) -> Names:
+    """The name table.
+
+    Raises:
+      ValueError: for ``scan=True``, whose blocks are stacked: see ``dit.unstack_blocks``.
+    """
+    if net.scan:
+        raise ValueError(
+            "scan=True: the name table is that of the unrolled network; convert its parameters "
+            "with dit.stack_blocks and unstack_blocks"
+        )
+
+    def everywhere(key: str) -> tuple[str, ...]:
+        return tuple(f"transformer_blocks.{i}.norm1.emb.{key}" for i in range(net.depth))
+
+    block = r"transformer_blocks.\1"
+    time = r"timestep_embedder.\1"
+    rows = [
+        Row(("x_embedder/kernel",), ("pos_embed.proj.weight",), _patches(net.patch)),
+        Row((r"t_embedder/(\w+)/kernel",), everywhere(f"{time}.weight"), copies(net.depth, KERNEL)),
+        Row((r"t_embedder/(\w+)/bias",), everywhere(f"{time}.bias"), copies(net.depth, PLAIN)),
+        Row(
+            ("y_embedder/embedding",),
+            everywhere("class_embedder.embedding_table.weight"),
+            copies(net.depth, PLAIN),
+        ),
+    ]
+    for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
+        keys = tuple(f"{block}.attn1.to_{name}.{theirs}" for name in "qkv")
+        rows.append(Row((rf"blocks_(\d+)/attn/qkv/{ours}",), keys, fused(3)))
+    rename = substituted(
+        ("^x_embedder$", "pos_embed.proj"),
+        (r"^blocks_(\d+)/", r"transformer_blocks.\1/"),
+        ("/adaLN_modulation$", "/norm1/linear"),
+        ("/attn/proj$", "/attn1/to_out.0"),
+        ("/mlp/fc1$", "/ff/net.0/proj"),
+        ("/mlp/fc2$", "/ff/net.2"),
+        ("^final_layer/norm1/linear$", "proj_out_1"),
+        ("^final_layer/linear$", "proj_out_2"),
+        ("/", "."),
+    )
+    return Names(rename, tuple(rows))
+
+
+def example(net: DiT) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
+    """The arguments of ``net.init``, by shape.
+
+    Raises:
+      ValueError: for a network that does not know its ``in_channels``.
+    """
+    if net.in_channels is None:
+        raise ValueError("in_channels=None: set it, as in network.clone(in_channels=4)")
+    x = jax.ShapeDtypeStruct((1, net.patch, net.patch, net.in_channels), jnp.float32)
+    time = jax.ShapeDtypeStruct((1,), jnp.float32)
+    return x, time, Conditioning(label=jax.ShapeDtypeStruct((1,), jnp.int32))
+
+
+def _patches(patch: int) -> Layout:
+    """A convolution [width, C, patch, patch] there, a matrix [patch * patch * C, width] here."""
+
+    def join(arrays):
+        kernel = np.transpose(arrays[0], (2, 3, 1, 0))  # [patch, patch, C, width]
+        return [kernel.reshape(-1, kernel.shape[-1])]
+
+    def split(arrays):
+        kernel = arrays[0].reshape(patch, patch, -1, arrays[0].shape[-1])
+        return [np.transpose(kernel, (3, 2, 0, 1))]
+
+    return Layout(join, split)

@@ -1,0 +1,95 @@
+"""transformers' ``T5EncoderModel``: the encoders of T5 and T5 v1.1, also out of whole T5 models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.models.t5 import T5Encoder
+from diffusion.pretrained import fields
+from diffusion.pretrained.names import Names, dotted
+
+CLASSES = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
+DEFAULTS = {
+    "vocab_size": 32_128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "relu",
+}
+ACTIVATIONS = {"relu": ("relu", False), "gated-gelu": ("gelu_new", True)}
+SUPPORTED = {**fields.TRANSFORMERS_SUPPORTED, "feed_forward_proj": tuple(ACTIVATIONS)}
+HARMLESS = (
+    *fields.TRANSFORMERS,
+    *("dense_act_fn", "is_gated_act"),  # follow from feed_forward_proj, which is checked
+    *("dropout_rate", "eos_token_id", "n_positions", "num_decoder_layers", "scale_decoder_outputs"),
+)
+
+
+def from_config(config: Mapping[str, Any]) -> T5Encoder:
+    """The module of a ``config.json``.
+
+    Raises:
+      ValueError: for another class, an unknown field or an unsupported value.
+    """
+    name = fields.architecture(config, CLASSES)
+    c = fields.fields(config, name, DEFAULTS, SUPPORTED, HARMLESS)
+    function, gated = ACTIVATIONS[c.feed_forward_proj]
+    for field, value in (("dense_act_fn", function), ("is_gated_act", gated)):
+        if config.get(field, value) != value:
+            raise ValueError(
+                f"{field}={config[field]!r}: with feed_forward_proj={c.feed_forward_proj!r}, "
+                f"{name} is supported with {value!r}"
+            )
+    return T5Encoder(
+        vocab_size=c.vocab_size,
+        width=c.d_model,
+        depth=c.num_layers,
+        heads=c.num_heads,
+        head_width=c.d_kv,
+        hidden=c.d_ff,
+        gated=gated,
+        buckets=c.relative_attention_num_buckets,
+        furthest=c.relative_attention_max_distance,
+        eps=c.layer_norm_epsilon,
+    )
+
+
+def to_config(net: T5Encoder) -> dict[str, Any]:
+    """The ``config.json`` from which transformers builds the same network."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": net.vocab_size,
+        "d_model": net.width,
+        "d_kv": net.head_width,
+        "d_ff": net.hidden,
+        "num_layers": net.depth,
+        "num_heads": net.heads,
+        "relative_attention_num_buckets": net.buckets,
+        "relative_attention_max_distance": net.furthest,
+        "layer_norm_epsilon": net.eps,
+        "feed_forward_proj": "gated-gelu" if net.gated else "relu",
+    }
+
+
+def names(net: T5Encoder) -> Names:
+    """The name table; a file may hold the embeddings twice, and a decoder."""
+    return Names(
+        dotted("wi_0", "wi_1"),
+        aliases=(("^encoder\\.embed_tokens\\.", "shared."),),
+        ignored=r"decoder\..*|lm_head\..*",
+    )
+
+
+def example(net: T5Encoder) -> tuple[jax.ShapeDtypeStruct]:
+    """The arguments of ``net.init``, by shape."""
+    return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)

@@ -1,0 +1,157 @@
+"""diffusers' ``UNet2DModel`` (DDPM, ADM) and ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL
+and its refiner, inpainting, InstructPix2Pix, latent consistency models, the x4 upscaler).
+
+A ``UNet`` that attends to a context is a ``UNet2DConditionModel``, any other one a ``UNet2DModel``.
+Our fields go through the levels from fine to coarse; diffusers' lists about up blocks the other
+way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.conditioning import Conditioning
+from diffusion.models.unet import UNet
+from diffusion.pretrained import fields as configs
+from diffusion.pretrained.names import Names, dotted
+from diffusion.pretrained.networks import unet_conditional, unet_plain
+
+CLASSES = {"UNet2DModel": unet_plain, "UNet2DConditionModel": unet_conditional}
+DEFAULTS = {
+    "sample_size": None,
+    "dropout": 0.0,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "downsample_padding": 1,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_dim": None,
+    "num_class_embeds": None,
+    "layers_per_block": 2,
+}
+SUPPORTED = {
+    "act_fn": ("silu", "swish"),
+    "center_input_sample": (False,),
+    "mid_block_scale_factor": (1,),
+    "downsample_padding": (1, 0),
+    "flip_sin_to_cos": (True, False),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "time_embedding_type": ("positional",),
+    "class_embed_type": (None,),
+}
+FORMER = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+
+
+def from_config(config: Mapping[str, Any]) -> UNet:
+    """The module of a ``config.json``.
+
+    Raises:
+      ValueError: for another class, an unknown field or an unsupported value.
+    """
+    name = config.get("_class_name")
+    if name not in CLASSES:
+        raise ValueError(f"_class_name={name!r}: expected one of {', '.join(CLASSES)}")
+    own = CLASSES[name]
+    c = configs.fields(
+        config, name, DEFAULTS | own.DEFAULTS, SUPPORTED | own.SUPPORTED, own.HARMLESS
+    )
+    levels = len(c.block_out_channels)
+    for field in ("down_block_types", "up_block_types"):
+        if len(getattr(c, field)) != levels:
+            raise ValueError(
+                f"{field}={getattr(c, field)}: expected {levels} entries, as many as "
+                f"block_out_channels={c.block_out_channels}"
+            )
+    return UNet(
+        widths=c.block_out_channels,
+        blocks=c.layers_per_block,
+        asymmetric_downsampling=c.downsample_padding == 0,
+        scale_shift=c.resnet_time_scale_shift == "scale_shift",
+        time_width=c.time_embedding_dim,
+        time_cos_first=c.flip_sin_to_cos,
+        time_freq_shift=c.freq_shift,
+        num_classes=c.num_class_embeds,
+        null_class=False,
+        dropout=c.dropout,
+        norm_groups=c.norm_num_groups,
+        norm_eps=c.norm_eps,
+        in_channels=c.in_channels,
+        out_channels=c.out_channels,
+        image_size=c.sample_size,
+        **own.fields(c),
+    )
+
+
+def to_config(net: UNet) -> dict[str, Any]:
+    """The ``config.json`` from which diffusers builds the same network.
+
+    Raises:
+      ValueError: for a network that diffusers does not have, or that does not know what it is made
+        for (``in_channels``, ...).
+    """
+    _known(net, "in_channels", "out_channels")
+    if net.time_scale != 1:
+        raise ValueError(f"time_scale={net.time_scale}: diffusers has only 1")
+    own = unet_conditional if net.attends_to_context else unet_plain
+    size = net.image_size
+    return {
+        **own.config(net),
+        "sample_size": list(size) if isinstance(size, tuple) else size,
+        "in_channels": net.in_channels,
+        "out_channels": net.out_channels,
+        "flip_sin_to_cos": net.time_cos_first,
+        "freq_shift": net.time_freq_shift,
+        "block_out_channels": list(net.widths),
+        "downsample_padding": 0 if net.asymmetric_downsampling else 1,
+        "dropout": net.dropout,
+        "act_fn": "silu",
+        "norm_num_groups": net.norm_groups,
+        "norm_eps": net.norm_eps,
+        "num_class_embeds": net.num_classes and net.num_classes + net.null_class,
+        "resnet_time_scale_shift": "scale_shift" if net.scale_shift else "default",
+        "time_embedding_dim": net.time_width,
+    }
+
+
+def names(net: UNet) -> Names:
+    """The name table; older files' names of self-attention are read, too."""
+    aliases = tuple((rf"\.(attentions\.\d+)\.{old}\.", rf".\1.{new}.") for old, new in FORMER)
+    return Names(dotted("linear_1", "linear_2"), aliases=aliases)
+
+
+def example(net: UNet) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
+    """The arguments of ``net.init``, by shape.
+
+    Raises:
+      ValueError: for a network that does not know what it is made for.
+    """
+
+    def array(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+    _known(net, "in_channels")
+    cond = {}
+    if net.attends_to_context:
+        _known(net, "context_width")
+        cond["context"] = array(1, net.context_width)
+    if net.added_embedding:
+        # How much of this width is pooled and how much time ids only the pipeline knows.
+        _known(net, "added_width")
+        cond["pooled"] = array(net.added_width)
+    if net.num_classes is not None:
+        cond["label"] = array(dtype=jnp.int32)
+    if net.guidance_width is not None:
+        cond["guidance"] = array()
+    size = 2 ** (len(net.widths) - 1)
+    return array(size, size, net.in_channels), array(), Conditioning(**cond)
+
+
+def _known(net: UNet, *fields: str) -> None:
+    for field in fields:
+        if getattr(net, field) is None:
+            raise ValueError(f"{field}=None: set it, as in network.clone({field}=4)")

@@ -1,0 +1,213 @@
+"""Single-file checkpoints in the original naming: Stable Diffusion 1, 2, XL and their relatives.
+
+Such a file holds U-Net, autoencoder and text encoders side by side and says nothing about them:
+what it is shows in its keys and shapes (``family``), the networks' other settings are those of the
+published models of that family. Tokenizers and schedulers are not in it.
+
+    file = open_single_file("v1-5-pruned-emaonly.safetensors")
+    params = file.components["unet"].load(dtype=jnp.bfloat16)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+
+from diffusion.pretrained import files, folders, weights
+from diffusion.pretrained import names as ldm_names
+from diffusion.pretrained.models import Model, shapes, to_config
+from diffusion.pretrained.single_file import names
+from diffusion.pretrained.single_file.families import (
+    EMA,
+    FAMILIES,
+    NO_WEIGHTS,
+    TABLES,
+    VAE,
+    Family,
+    family,
+)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What a single-file checkpoint holds; no weights have been read.
+
+    Attributes:
+      family: a key of ``FAMILIES``.
+      pipeline: diffusers' class for it.
+      components: 'unet' and, as far as they are in the file, 'vae', 'text_encoder' and
+        'text_encoder_2'.
+      scheduler: the fields of the scheduler_config.json that is published for it.
+    """
+
+    family: str
+    pipeline: str
+    components: Mapping[str, Model]
+    scheduler: Mapping[str, Any]
+
+
+def open_single_file(
+    path: str | Path,
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
+    prediction_type: str | None = None,
+    ema: bool = False,
+) -> SingleFile:
+    """Finds out what a single-file checkpoint is and checks it, without reading its weights.
+
+    Args:
+      path: a .safetensors file.
+      modules: networks to take instead of the published ones, by component.
+      prediction_type: 'epsilon' or 'v_prediction', what the U-Net predicts. The weights do not
+        show it. By default what is published for the family, except that of Stable Diffusion 2
+        files with a ``global_step`` of 875000 are the one trained on epsilon (512 x 512).
+      ema: take the moving averages of the U-Net's weights, which some files hold beside them.
+
+    Raises:
+      ValueError: another kind of file; weights that are missing, misshapen or of no component.
+    """
+    tensors = files.open_file(path)
+    try:
+        found = family(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    kind = FAMILIES[found]
+    left = {key: tensor for key, tensor in tensors.items() if not re.fullmatch(NO_WEIGHTS, key)}
+    components = {}
+    for name, (prefix, build) in kind.parts.items():
+        held = {key: left.pop(key) for key in list(left) if key.startswith(prefix)}
+        if name == "vae" and not held:
+            # Some files call it by another name.
+            held = {VAE + k[4:]: left.pop(k) for k in list(left) if k.startswith("vae.")}
+        if name == "unet" and ema:
+            held = _averages(held, tensors, path)
+        if held:
+            module = (modules or {}).get(name) or build()
+            if name == "vae":
+                held = {key: _convolution(key, tensor) for key, tensor in held.items()}
+            model = Model(
+                module, to_config(module), TABLES[prefix](module, prefix), held, f"{path} ({name})"
+            )
+            model.check()
+            components[name] = model
+    if left:
+        some = ", ".join(sorted(left)[:10])
+        raise ValueError(f"{path}: {len(left)} tensors belong to no part of {found}: {some}")
+    return SingleFile(
+        found, kind.pipeline, components, _scheduler(kind, found, tensors, prediction_type)
+    )
+
+
+def open_autoencoder(
+    path: str | Path, kind: str = "v1", *, module: nn.Module | None = None
+) -> Model:
+    """An autoencoder alone in the original naming, as replacements of a checkpoint's are passed on
+    ("vae-ft-mse-840000-ema-pruned", "sdxl_vae").
+
+    Args:
+      path: a .safetensors file.
+      kind: the family that it is made for, which says how it scales latents.
+      module: a network to take instead of the published one.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    net = module or _known(kind).parts["vae"][1]()
+    tensors = files.open_file(path)
+    if "encoder.down_blocks.0.resnets.0.norm1.weight" in tensors:
+        raise ValueError(
+            f"{path} is in diffusers' naming: put it into a folder with its config.json"
+        )
+    prefix = next((p for p in (VAE, "vae.") if any(key.startswith(p) for key in tensors)), "")
+    beside = rf"{prefix}(?:loss\..*|model_ema\..*)|{NO_WEIGHTS}"
+    held = {k: _convolution(k, t) for k, t in tensors.items() if not re.fullmatch(beside, k)}
+    table = ldm_names.autoencoder(net, prefix)
+    model = Model(net, to_config(net), table, held, str(path))
+    model.check()
+    return model
+
+
+def write_single_file(
+    path: str | Path,
+    kind: str,
+    components: Mapping[str, tuple[nn.Module, Mapping[str, Any]]],
+    *,
+    dtype: DTypeLike | None = None,
+) -> None:
+    """Writes a checkpoint in the original naming, one tensor in memory at a time.
+
+    Of Stable Diffusion 2's text encoder the last layer and the projection, which are not used, are
+    not written.
+
+    Args:
+      path: the file.
+      kind: a key of ``FAMILIES``.
+      components: component -> (module, params).
+      dtype: of the tensors; by default the parameters' own.
+
+    Raises:
+      ValueError: an unknown family, components that it does not have, or parameters that are not
+        their module's.
+    """
+    parts = _known(kind).parts
+    tensors: dict[str, files.Tensor] = {}
+    for name, (module, params) in components.items():
+        if name not in parts:
+            raise ValueError(f"{name}: checkpoints of {kind} hold {', '.join(parts)}")
+        prefix, _ = parts[name]
+        table = TABLES[prefix](module, prefix)
+        own = weights.save_params(table, params, dtype=dtype)
+        names.check(
+            names.bind(table, shapes(module)),
+            {k: t.shape for k, t in own.items()},
+            f"params[{name}]",
+        )
+        tensors |= own
+    files.write_file(path, tensors)
+
+
+def _known(kind: str) -> Family:
+    if kind not in FAMILIES:
+        near = folders.nearest(kind, FAMILIES)
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(FAMILIES)}{near}")
+    return FAMILIES[kind]
+
+
+def _averages(held: files.Tensors, tensors: files.Tensors, path: str | Path) -> files.Tensors:
+    """Moving averages lie under their weight's key without dots."""
+    named = {key: EMA + key.removeprefix("model.").replace(".", "") for key in held}
+    missing = [name for name in named.values() if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{path}: ema=True, but {len(missing)} of {len(named)} moving averages are missing,"
+            f" such as {missing[0]}"
+        )
+    return {key: tensors[name] for key, name in named.items()}
+
+
+def _convolution(key: str, tensor: files.Tensor) -> files.Tensor:
+    """Attention of the autoencoder as 1 x 1 convolutions, which some files keep as matrices."""
+    if not re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", key) or len(tensor.shape) == 4:
+        return tensor
+    shape = (*tensor.shape[:2], 1, 1)
+    return replace(tensor, shape=shape, read=lambda: tensor.read().reshape(shape))
+
+
+def _scheduler(
+    kind: Family, found: str, tensors: files.Tensors, prediction_type: str | None
+) -> dict[str, Any]:
+    if prediction_type not in (None, "epsilon", "v_prediction"):
+        raise ValueError(
+            f"prediction_type={prediction_type!r}: expected 'epsilon' or 'v_prediction'"
+        )
+    step = tensors.get("global_step")
+    if prediction_type is None and found == "v2" and step is not None and step.read() == 875000:
+        prediction_type = "epsilon"
+    scheduler = dict(kind.scheduler)
+    return scheduler | ({"prediction_type": prediction_type} if prediction_type else {})

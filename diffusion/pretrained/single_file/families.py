@@ -1,0 +1,200 @@
+"""The kinds of single-file checkpoints: what tells them apart, and what their files do not say.
+
+The networks' fields are the published ones; of the names, ``FAMILIES`` has diffusers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+
+from diffusion.models import unet as unets
+from diffusion.models.autoencoder import AutoencoderKL
+from diffusion.models.clip import ClipText
+from diffusion.pretrained import files
+from diffusion.pretrained.single_file import names as ldm_names
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+REFINER_OPEN_CLIP = "conditioner.embedders.0.model."
+EMA = "model_ema."
+NO_WEIGHTS = (
+    r"model_ema\..*|betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights"
+    r"|logvar|scale_factor|global_step|denoiser\.sigmas|first_stage_model\.loss\..*"
+    r"|low_scale_model\..*|edm_mean|edm_std|.*\.logit_scale|.*\.position_ids"
+)
+"""What files hold beside weights: training state, noise schedules, losses, indices."""
+
+
+def _openai() -> ClipText:
+    return ClipText(width=768, depth=12, heads=12, hidden=3072)
+
+
+def _open_clip_h() -> ClipText:
+    return ClipText(width=1024, depth=23, heads=16, hidden=4096, activation="gelu")
+
+
+def _open_clip_g() -> ClipText:
+    return ClipText(width=1280, depth=32, heads=20, hidden=5120, activation="gelu", projection=1280)
+
+
+def _vae(**fields: Any) -> AutoencoderKL:
+    return AutoencoderKL(**({"widths": (128, 256, 512, 512), "blocks": 2} | fields))
+
+
+def _unet(preset: Callable, channels: int, context: int, size: int, **fields: Any) -> nn.Module:
+    return preset(in_channels=channels, context_width=context, image_size=size, **fields)
+
+
+TABLES = {
+    CLIP: ldm_names.clip,
+    XL_CLIP: ldm_names.clip,
+    OPEN_CLIP: ldm_names.open_clip,
+    XL_OPEN_CLIP: ldm_names.open_clip,
+    REFINER_OPEN_CLIP: ldm_names.open_clip,
+    UNET: ldm_names.unet,
+    VAE: ldm_names.autoencoder,
+}
+"""Prefix of a component's keys -> its name table."""
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+DDIM = {
+    **{"_class_name": "DDIMScheduler", **LATENT, "num_train_timesteps": 1000},
+    **{"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+    "prediction_type": "epsilon",
+}
+PNDM = {**DDIM, "_class_name": "PNDMScheduler", "skip_prk_steps": True}
+PNDM.pop("clip_sample")
+LOW_RES = {
+    **{"_class_name": "DDPMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.0001},
+    **{"beta_end": 0.02, "num_train_timesteps": 1000, "prediction_type": "epsilon"},
+    **{"clip_sample": True, "variance_type": "fixed_small"},
+}
+"""What noises the small picture that the x4 upscaler enlarges."""
+EULER = {
+    **{"_class_name": "EulerDiscreteScheduler", **LATENT, "num_train_timesteps": 1000},
+    **{"timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "epsilon"},
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints of one kind.
+
+    Attributes:
+      pipeline: diffusers' class.
+      parts: component -> (prefix of its keys, its published network).
+      scheduler: the published scheduler_config.json; its prediction_type is what the network was
+        trained to predict.
+    """
+
+    pipeline: str
+    parts: Mapping[str, tuple[str, Callable[[], nn.Module]]]
+    scheduler: Mapping[str, Any]
+
+
+def _family(
+    pipeline: str, net: tuple, vae: dict[str, Any], encoders: dict, scheduler: dict, **fields: Any
+) -> Family:
+    preset, channels, context, size = net
+    parts = {
+        "unet": (UNET, lambda: _unet(preset, channels, context, size, **fields)),
+        "vae": (VAE, lambda: _vae(**vae)),
+    }
+    return Family(pipeline, parts | encoders, scheduler)
+
+
+ONE = {"text_encoder": (CLIP, _openai)}
+TWO = {"text_encoder": (OPEN_CLIP, _open_clip_h)}
+XL = {"text_encoder": (XL_CLIP, _openai), "text_encoder_2": (XL_OPEN_CLIP, _open_clip_g)}
+REFINER = {"text_encoder_2": (REFINER_OPEN_CLIP, _open_clip_g)}
+V = {"prediction_type": "v_prediction"}
+SD_VAE = {"scaling_factor": 0.18215, "sample_size": 512}
+XL_VAE = {"scaling_factor": 0.13025, "sample_size": 1024}
+FAMILIES = {
+    "v1": _family("StableDiffusionPipeline", (unets.sd15, 4, 768, 64), SD_VAE, ONE, PNDM),
+    "inpainting": _family(
+        "StableDiffusionInpaintPipeline", (unets.sd15, 9, 768, 64), SD_VAE, ONE, PNDM
+    ),
+    "instruct-pix2pix": _family(
+        "StableDiffusionInstructPix2PixPipeline", (unets.sd15, 8, 768, 64), SD_VAE, ONE, PNDM
+    ),
+    "v2": _family("StableDiffusionPipeline", (unets.sd21, 4, 1024, 96), SD_VAE, TWO, DDIM | V),
+    "inpainting_v2": _family(
+        "StableDiffusionInpaintPipeline", (unets.sd21, 9, 1024, 64), SD_VAE, TWO, DDIM
+    ),
+    "upscale": _family(
+        "StableDiffusionUpscalePipeline",
+        (unets.x4_upscaler, 7, 1024, 128),
+        {"widths": (128, 256, 512), "scaling_factor": 0.08333, "sample_size": 256},
+        TWO,
+        DDIM | V | {"beta_start": 0.0001, "beta_end": 0.02},
+    ),
+    "xl_base": _family(
+        "StableDiffusionXLPipeline", (unets.sdxl, 4, 2048, 128), XL_VAE, XL, EULER, added_width=2816
+    ),
+    "xl_inpaint": _family(
+        "StableDiffusionXLInpaintPipeline",
+        (unets.sdxl, 9, 2048, 128),
+        XL_VAE,
+        XL,
+        EULER,
+        added_width=2816,
+    ),
+    "xl_refiner": _family(
+        "StableDiffusionXLImg2ImgPipeline",
+        (unets.sdxl_refiner, 4, 1280, 128),
+        XL_VAE,
+        REFINER,
+        EULER,
+        added_width=2560,
+    ),
+}
+"""By diffusers' names of them."""
+
+
+def family(tensors: files.Tensors) -> str:
+    """Which kind of checkpoint these tensors are, a key of ``FAMILIES``.
+
+    Raises:
+      ValueError: none that is known.
+    """
+    first = tensors.get(f"{UNET}input_blocks.0.0.weight")
+    context = next(
+        (t.shape[-1] for key, t in tensors.items() if key.endswith("attn2.to_k.weight")), None
+    )
+    if first is None or context is None:
+        if "down_blocks.0.resnets.0.norm1.weight" in tensors:
+            hint = "it is in diffusers' naming: put it into a folder with its config.json"
+        else:
+            hint = f"it begins with {', '.join(sorted(tensors)[:3])}"
+        raise ValueError(f"no checkpoint of Stable Diffusion 1, 2 or XL: {hint}")
+    prefixes = (XL_OPEN_CLIP, REFINER_OPEN_CLIP, OPEN_CLIP, CLIP)
+    kinds = ("xl", "refiner", "two", "one")
+    by_context = {2048: "xl", 1280: "refiner", 1024: "two", 768: "one"}
+    held = (
+        kind for prefix, kind in zip(prefixes, kinds) if any(k.startswith(prefix) for k in tensors)
+    )
+    # A file without text encoders still shows for which its cross-attention was made.
+    kind = next(held, by_context.get(context))
+    channels = first.shape[1]
+    found = {
+        ("one", 4): "v1",
+        ("one", 9): "inpainting",
+        ("one", 8): "instruct-pix2pix",
+        ("two", 4): "v2",
+        ("two", 9): "inpainting_v2",
+        ("two", 7): "upscale",
+        ("xl", 4): "xl_base",
+        ("xl", 9): "xl_inpaint",
+        ("refiner", 4): "xl_refiner",
+    }.get((kind, channels))
+    if found is None:
+        raise ValueError(
+            f"no known kind of checkpoint: its U-Net takes {channels} channels and a context of "
+            f"width {context}; known: {', '.join(FAMILIES)}"
+        )
+    return found

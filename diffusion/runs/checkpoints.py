@@ -1,0 +1,335 @@
+"""Checkpoints with Orbax: saved in the background, whole or not at all, and checked when read.
+
+A checkpoint is ``workdir/checkpoints/<step>``:
+
+    params/, opt_state/, ema_<name>/   Orbax's; an item each, so that sampling reads one average
+    about.json                         step, log's interval, metrics, configuration, code version
+    manifest.json                      size and checksum of every file
+
+The step is all there is to know of keys and data: the run's key is fold_in(seed's, step), and the
+batch that follows is that of the step. Until it is complete a checkpoint lies in ``.saving``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from diffusion.runs import manifest, storage
+from diffusion.runs import workdir as workdirs
+from diffusion.runs.restore import ABOUT, DamagedError, all_damaged, different, listed, ranked
+from diffusion.training.state import TrainState
+
+SAVING = ".saving"
+
+
+class SaveError(OSError):
+    """The last checkpoint could not be saved."""
+
+
+class Checkpoints:
+    """The checkpoints of a run, whose working directory this process holds until ``close``.
+
+    All processes of a run call the methods together; the first one tidies up and decides.
+
+    Args:
+      workdir: the run's directory.
+      keep: how many of the newest stay; None for all.
+      keep_best: how many more stay, of those with the best ``best``.
+      best: name of a metric that is best when low; "-name" for one that is best when high.
+      about: JSON to put into every checkpoint: configuration, code version.
+      say: what to do with messages.
+
+    Raises:
+      ValueError: ``keep`` or ``keep_best`` is impossible, or another run holds the directory.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep: int | None = 3,
+        keep_best: int = 0,
+        best: str = "loss",
+        about: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep must be at least 1, or None for all, got {keep}")
+        if keep_best < 0:
+            raise ValueError(f"keep_best must be at least 0, got {keep_best}")
+        workdirs.acquire(workdir)
+        storage.quieten()
+        self._workdir = Path(workdir).absolute()
+        self._directory = self._workdir / workdirs.CHECKPOINTS
+        self._keep, self._keep_best, self._best = keep, keep_best, best
+        self._about, self._say = dict(about or {}), say
+        self._checkpointer: ocp.AsyncCheckpointer | None = None
+        self._thread: threading.Thread | None = None
+        self._newest: int | None = None
+        self._failed: tuple[int, str] | None = None
+        self._bytes = 0  # of the last one
+        self._open = True
+        if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._directory / SAVING, ignore_errors=True)
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step; None where there is none.
+
+        Damaged ones that are newer are told of and set aside, as ``damaged_<step>``.
+
+        Raises:
+          DamagedError: there are checkpoints, none of them whole.
+        """
+        self.wait()
+        if self._newest is None:
+            self._newest = _first_decides(self._newest_whole)
+            if self._newest is not None:
+                self._bytes = manifest.size(self._directory / str(self._newest))
+        return self._newest
+
+    def save(
+        self,
+        state: TrainState,
+        extra: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts to save in the background; the state may be donated at once.
+
+        A step that is saved already is left as it is. A save that fails, on a full disk say, is
+        told of and leaves the last good checkpoint; training can go on.
+
+        Args:
+          state: what to save.
+          extra: any JSON, given back by ``restore``.
+          metrics: the last ones logged, by which the best are kept.
+        """
+        step = int(state.step)
+        self.wait()
+        if step == self._newest:
+            return
+        self._check_best(step, metrics or {})
+        about = {  # as text at once: its dicts change while this is saved
+            "step": step,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "best": self._best,
+            "extra": dict(extra or {}),
+            **self._about,
+        }
+        about = workdirs.as_json(about)
+        args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+        self._failed = None
+        try:
+            self._check_room(state)
+            if self._checkpointer is None:
+                self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            folder = self._directory / SAVING / str(step)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._checkpointer.save(folder, args=ocp.args.Composite(**args))
+        except (OSError, ValueError) as error:
+            if not storage.disk_full(error) and not isinstance(error, OSError):
+                raise
+            self._fail(step, error)
+            return
+        self._thread = threading.Thread(target=self._finish, args=(step, about), name="save")
+        self._thread.start()
+
+    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest whole checkpoint and its ``extra``.
+
+        Args:
+          template: a state of ``jax.ShapeDtypeStruct`` (or arrays) with the shardings wanted.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: it is of another model or optimiser.
+        """
+        step = self.latest()
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint in {self._directory}")
+        folder = self._directory / str(step)
+        items = _items(template)
+        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+        for name in items:
+            if not (folder / name).exists():
+                raise ValueError(f"{folder} has no {name}, which this configuration trains")
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                restored = checkpointer.restore(folder, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder} is of another model or optimiser than this configuration's:\n"
+                + (different(folder / "params", items["params"]) or str(error))
+            ) from error
+        about = json.loads((folder / ABOUT).read_text())
+        count = jax.device_put(jnp.int32(about["step"]), template.step.sharding)
+        ema = {name: restored[f"ema_{name}"] for name in template.ema}
+        return TrainState(count, restored.params, restored.opt_state, ema), about["extra"]
+
+    def wait(self) -> None:
+        """Waits until what is being saved is on disk, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Waits likewise, at the end of a run, and removes what a killed one left to remove.
+
+        Raises:
+          SaveError: the last save failed; names the last good checkpoint.
+        """
+        self.wait()
+        self.prune()
+        if self._failed is not None:
+            step, reason = self._failed
+            raise SaveError(
+                f"the checkpoint of step {step}, the last, could not be saved: {reason}; "
+                f"{self._last_good()}. Make room, and the same command goes on from there"
+            )
+
+    def close(self) -> None:
+        """Waits until everything is on disk, and lets the working directory go."""
+        if not self._open:
+            return
+        self._open = False
+        self.wait()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+        if jax.process_index() == 0:
+            shutil.rmtree(self._directory / SAVING, ignore_errors=True)
+        workdirs.release(self._workdir)
+
+    def _check_best(self, step: int, metrics: Mapping[str, float]) -> None:
+        name = self._best.removeprefix("-")
+        if self._keep_best and metrics and name not in metrics and jax.process_index() == 0:
+            near = difflib.get_close_matches(name, metrics, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self._say(
+                f"the checkpoint of step {step} cannot be among the best: the log has no {name!r} "
+                f"yet{hint}, only {', '.join(sorted(metrics))}"
+            )
+
+    def _check_room(self, state: TrainState) -> None:
+        """Spares a save that cannot succeed; several processes must do the same, so they try."""
+        sizes = (leaf.nbytes for item in _items(state).values() for leaf in jax.tree.leaves(item))
+        needed = self._bytes or sum(sizes) // 2  # compressed; parameters hardly are
+        if shutil.disk_usage(self._directory).free < needed and jax.process_count() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _finish(self, step: int, about: str) -> None:
+        """The end of a save, in a thread: its manifest, its name, and room for the next."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                folder = self._directory / SAVING / str(step)
+                (folder / ABOUT).write_text(about)
+                self._bytes = manifest.write(folder)
+                folder.rename(self._directory / str(step))
+        except Exception as error:  # any: training must not end for a checkpoint
+            self._fail(step, error)
+            return
+        self._newest = step
+        self.prune()
+
+    def _fail(self, step: int, error: Exception) -> None:
+        reason = storage.reason(error, self._directory)
+        self._failed = (step, reason)
+        with contextlib.suppress(Exception):  # what it still holds is not to be relied on
+            self._checkpointer.close()
+        self._checkpointer = None
+        if jax.process_index() == 0:
+            shutil.rmtree(self._directory / SAVING, ignore_errors=True)
+            self._say(
+                f"the checkpoint of step {step} could not be saved: {reason}; {self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        if self._newest is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self._directory / str(self._newest)}"
+
+    def prune(self) -> None:
+        """Removes what is neither among the newest nor among the best; saving does so too."""
+        if self._keep is None or jax.process_index() != 0:
+            return
+        steps = workdirs.steps(self._workdir)
+        stay = {*steps[-self._keep :], *self._bests(steps)[: self._keep_best]}
+        for step in steps:
+            if step not in stay:
+                # Renamed first, so that none is seen half deleted.
+                gone = self._directory / SAVING / f"old_{step}"
+                try:
+                    gone.parent.mkdir(exist_ok=True)
+                    (self._directory / str(step)).rename(gone)
+                    shutil.rmtree(gone)
+                except OSError as error:
+                    self._say(f"{gone} could not be removed: {error.strerror}")
+
+    def _bests(self, steps: list[int]) -> list[int]:
+        if not self._keep_best:
+            return []
+        return ranked(self._workdir, steps, self._best)
+
+    def _newest_whole(self) -> int | None:
+        damaged = {}
+        for step in reversed(workdirs.steps(self._workdir)):
+            damaged[step] = manifest.damage(self._directory / str(step))
+            if not damaged[step]:
+                break
+        else:
+            if damaged:
+                raise DamagedError(all_damaged(self._directory, damaged))
+            return None
+        damaged.pop(step)
+        for bad, wrong in damaged.items():
+            aside = _free_name(self._directory / f"damaged_{bad}")
+            (self._directory / str(bad)).rename(aside)
+            self._say(
+                f"the checkpoint of step {bad} is damaged: {listed(wrong)}. It is now "
+                f"{aside}; going on from step {step} instead"
+            )
+        return step
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    averages = {f"ema_{name}": params for name, params in state.ema.items()}
+    return {"params": state.params, "opt_state": state.opt_state, **averages}
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}_{i}") if i else path for i in range(10**6))
+    return next(name for name in names if not name.exists())
+
+
+def _first_decides(function: Callable[[], int | None]) -> int | None:
+    """What the first process finds, for all of them."""
+    if jax.process_count() == 1:
+        return function()
+    found, error = -1, None
+    if jax.process_index() == 0:
+        try:
+            step = function()
+            found = -1 if step is None else step
+        except DamagedError as damage:
+            found, error = -2, damage
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if found == -2:
+        raise error or DamagedError("no checkpoint is whole; the first process says more")
+    return None if found == -1 else found

@@ -1,0 +1,141 @@
+"""What a run tells: TensorBoard, ``metrics.jsonl`` and the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from diffusion.runs.storage import Appender
+from diffusion.runs.tracker import Tracker
+
+# tensorboardX imports PyTorch where it is installed, which takes seconds, and does without it.
+_hidden = {"torch": None} if "torch" not in sys.modules else {}
+sys.modules.update(_hidden)
+try:
+    from tensorboardX import SummaryWriter
+    from tensorboardX.record_writer import register_writer_factory
+finally:
+    for _name in _hidden:
+        del sys.modules[_name]
+
+EVENTS = "appended"
+
+
+class _Events:
+    """TensorBoard's files by ``Appender``: tensorboardX's own would wait forever on a full disk."""
+
+    def open(self, path: str) -> Appender:
+        return Appender(path.removeprefix(f"{EVENTS}:"), tqdm.write)
+
+    def directory_check(self, path: str) -> None:
+        """The appender makes its folder."""
+
+
+register_writer_factory(EVENTS, _Events())
+
+
+class Logger:
+    """Writes ``workdir/metrics.jsonl`` and TensorBoard events in ``workdir/tensorboard``.
+
+    Each line of ``metrics.jsonl`` is {"step": s, name: number, ...}. Non-finite numbers are null,
+    which JSON knows.
+
+    Args:
+      workdir: made if missing.
+      tracker: told the same, where there is one.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, tracker: Tracker | None = None):
+        self._workdir = Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._file = self._workdir / "metrics.jsonl"
+        self._tracker = tracker
+        self._lines = Appender(self._file, self.text)
+        self._events: SummaryWriter | None = None
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after ``step``, where the run goes on: no step appears twice."""
+        if self._file.exists():
+            kept = [line for line in self._file.read_bytes().splitlines() if _step(line) <= step]
+            partial = self._file.with_suffix(".jsonl.partial")
+            partial.write_bytes(b"".join(line + b"\n" for line in kept))
+            partial.replace(self._file)
+        self.close()
+        self._events = self._writer(purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of ``metrics.jsonl`` and one point of each curve."""
+        values = {name: float(value) for name, value in values.items()}
+        line = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        self._lines.write((json.dumps({"step": step, **line}) + "\n").encode())
+        self._lines.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.scalars(step, values)
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """A picture [H, W, 1 or 3], uint8 or float in [0, 1], for TensorBoard."""
+        image = np.asarray(image)
+        if image.ndim != 3 or image.shape[-1] not in (1, 3):
+            raise ValueError(f"expected an image [H, W, 1 or 3], got shape {image.shape}")
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._tracker is not None:
+            self._tracker.image(name, image, step)
+
+    def text(self, message: str) -> None:
+        """A line on the terminal, above the progress bar if there is one."""
+        tqdm.write(message)
+
+    def close(self) -> None:
+        """Writes what is buffered; the logger can still be used afterwards."""
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    @property
+    def _tensorboard(self) -> SummaryWriter:
+        if self._events is None:
+            self._events = self._writer(purge_step=None)
+        return self._events
+
+    def _writer(self, purge_step: int | None) -> SummaryWriter:
+        return SummaryWriter(f"{EVENTS}:{self._workdir / 'tensorboard'}", purge_step=purge_step)
+
+
+class Silent(Logger):
+    """Tells nothing: of several processes one tells."""
+
+    def __init__(self, workdir: str | os.PathLike):
+        del workdir
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Nothing."""
+
+    def text(self, message: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def _step(line: bytes) -> float:
+    """The line's step; infinite for one that was not written to its end, or damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf

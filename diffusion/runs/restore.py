@@ -1,0 +1,160 @@
+"""Reading what a run has saved: one average of its parameters, from a checkpoint that is whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from diffusion.runs import manifest
+from diffusion.runs import workdir as workdirs
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's errors are told in our words.
+
+ABOUT = "about.json"
+
+
+class DamagedError(ValueError):
+    """There are checkpoints, but none that is whole."""
+
+
+def restore_ema(
+    workdir: str | os.PathLike,
+    name: str,
+    *,
+    template: Any = None,
+    step: int | str | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Any, int]:
+    """One average of a run, and the step that it is from.
+
+    Args:
+      workdir: the run's directory.
+      name: the average's name; "params" for the parameters that were trained.
+      template: parameters of ``jax.ShapeDtypeStruct`` with shardings; None for nested dicts on
+        the first device.
+      step: which checkpoint; None or "newest" for the newest that is whole, "best" for the best.
+      say: what to do with messages, of damage to a newer one.
+
+    Raises:
+      FileNotFoundError: there is no (such) checkpoint.
+      ValueError: it holds no such average, or is damaged.
+    """
+    item = name if name == "params" else f"ema_{name}"
+    path = choose(workdir, step, item, say=say)
+    with ocp.StandardCheckpointer() as checkpointer:
+        if template is None:
+            place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            template = jax.tree.map(
+                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place),
+                checkpointer.metadata(path / item).item_metadata.tree,
+            )
+        return checkpointer.restore(path / item, template), int(path.name)
+
+
+def choose(
+    workdir: str | os.PathLike,
+    step: int | str | None,
+    item: str,
+    *,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """The folder of a checkpoint whose ``item`` is whole; arguments and errors of ``restore_ema``.
+
+    Nothing is changed: a run may be training there.
+    """
+    directory = Path(workdir).absolute() / workdirs.CHECKPOINTS
+    steps, newest = workdirs.steps(workdir), step in (None, "newest")
+    if not steps or (isinstance(step, int) and step not in steps):
+        raise FileNotFoundError(
+            f"no checkpoint{f' of step {step}' if isinstance(step, int) else ''} in {directory};"
+            f" there are {steps or 'none'}"
+        )
+    if step == "best":
+        step = (ranked(workdir, steps) or [None])[0]
+        if step is None:
+            raise FileNotFoundError(
+                f"none of the checkpoints in {directory} has the metric that says which is best"
+            )
+    damaged = {}
+    for candidate in reversed(steps) if newest else [step]:
+        path = directory / str(candidate)
+        if path.exists() and not (path / item).exists() and (path / manifest.MANIFEST).exists():
+            names = sorted(p.name.removeprefix("ema_") for p in path.glob("ema_*"))
+            raise ValueError(
+                f"{path} holds no average {item.removeprefix('ema_')!r}; choose one of "
+                f"{[*names, 'params']}"
+            )
+        wrong = manifest.damage(path, item, ABOUT)
+        if not wrong:
+            for bad, lines in damaged.items():
+                say(
+                    f"the checkpoint of step {bad} is damaged: {listed(lines)}. Step "
+                    f"{candidate} is taken instead"
+                )
+            return path
+        damaged[candidate] = wrong
+    raise DamagedError(all_damaged(directory, damaged))
+
+
+def ranked(workdir: str | os.PathLike, steps: list[int], best: str | None = None) -> list[int]:
+    """Those of the steps whose checkpoints know the metric, the best first, then the newest.
+
+    Args:
+      workdir: the run's directory.
+      steps: with checkpoints.
+      best: the metric; None for the one that they were saved with.
+    """
+    values = {}
+    for step in steps:
+        try:
+            about = json.loads(
+                (Path(workdir) / workdirs.CHECKPOINTS / str(step) / ABOUT).read_text()
+            )
+            name = about["best"] if best is None else best
+            value = about["metrics"][name.removeprefix("-")]
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or from before the metric
+            continue
+        if np.isfinite(value):
+            values[step] = (-value if name.startswith("-") else value, -step)
+    return sorted(values, key=values.get)
+
+
+def different(path: Path, params: Any) -> str:
+    """How parameters differ in name and shape from those stored, a line each; "" if they don't."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata.tree
+    there, here = (
+        {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
+        for tree in (stored, params)
+    )
+    lines = [
+        f"  {name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    return "\n".join(lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []))
+
+
+def listed(wrong: list[str]) -> str:
+    """The first few lines of ``manifest.damage``, in one."""
+    more = len(wrong) - 3
+    return "; ".join(wrong[:3]) + (f"; and {more} more" if more > 0 else "")
+
+
+def all_damaged(directory: Path, damaged: Mapping[int, list[str]]) -> str:
+    """The message for ``DamagedError``."""
+    lines = "\n".join(f"  {step}: {listed(wrong)}" for step, wrong in damaged.items())
+    what = "no checkpoint is whole" if len(damaged) > 1 else "the checkpoint is damaged"
+    return (
+        f"{what} in {directory}:\n{lines}\nRestore the files from a copy, or choose another "
+        "workdir to begin anew"
+    )

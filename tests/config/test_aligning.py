@@ -1,0 +1,176 @@
+"""config.alignment and config.objective.coupling: what they build, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_encoders
+
+from configs import digits, digits_classifier, toy2d
+from diffusion.config import alignment as aligning
+from diffusion.config.experiment import build
+from diffusion.config.model import make_model, other_run
+from diffusion.objectives.couplings import optimal_transport
+from diffusion.runs import restore
+from diffusion.runs import workdir as workdirs
+
+NORMAL = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3]}
+
+
+def small(module=digits, **overrides):
+    c = module.get_config()
+    c.model.unet.update(widths=(4, 6), norm_groups=2, attention=0, mid_attention=0)
+    c.model.dit.update(width=8, depth=3, heads=2)
+    c.alignment.hidden = 5
+    for name, value in overrides.items():
+        c.update_from_flattened_dict({name.replace("__", "."): value})
+    return c
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Folders of encoders: of transformers' networks, and a classifier's workdir."""
+    root = tmp_path_factory.mktemp("encoders")
+    tiny_encoders.dinov2(num_hidden_layers=1).save_pretrained(root / "dinov2")
+    tiny_encoders.clip_vision(num_hidden_layers=1).save_pretrained(root / "clip")
+    tiny_encoders.clip_text(num_hidden_layers=1).save_pretrained(root / "text")
+    (root / "dinov2" / "preprocessor_config.json").write_text(json.dumps(NORMAL))
+    workdirs.save_config(root / "classifier", small(digits_classifier).to_dict())
+    (root / "classifier" / "checkpoints" / "1").mkdir(parents=True)
+    return root
+
+
+@pytest.fixture
+def classifiers_params(monkeypatch):
+    objective, _, _ = other_run(small(digits_classifier))
+    params = jax.tree.map(
+        lambda s: 0.3 * np.random.default_rng(0).standard_normal(s.shape, np.float32),
+        jax.eval_shape(
+            objective.init, jax.random.key(0), {"x": np.zeros((1, 8, 8, 1), np.float32)}
+        ),
+    )
+    monkeypatch.setattr(restore, "restore_ema", lambda *_, **__: (params, 1))
+    return params
+
+
+def test_vision_transformers_see_images_as_they_were_trained_to(encoders):
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)), jnp.float32)
+    sizes = {"dinov2": (4, 4), "clip": (3, 3)}  # of 8 pixels a patch; CLIP's own 24 / 8
+    for name, grid in sizes.items():
+        objective = build(small(model__name="dit", alignment__encoder=str(encoders / name)))
+        alignment, params = objective.objective.alignment, objective.frozen["encoder"]
+        assert (alignment.block, alignment.weight, alignment.stop) == (1, 0.5, None)
+        encoder = alignment.encoder
+        assert jax.eval_shape(lambda x, e=encoder, p=params: e(p, x, (4, 4)), images).shape == (
+            2,
+            *grid,
+            32,
+        )
+        np.testing.assert_allclose(
+            encoder.mean, NORMAL["image_mean"] if name == "dinov2" else aligning.CLIP_NORMAL[0]
+        )
+    # Of one channel as of three, shifted and scaled by the mean and deviation of the file.
+    seen, encoder = [], aligning.Patches(None, NORMAL["image_mean"], NORMAL["image_std"])
+
+    class Seen:
+        patch, channels, width = 8, 3, 3
+
+        def apply(self, variables, x):
+            seen.append(x)
+            return jnp.zeros((len(x), 1 + 4, 3))
+
+    object.__setattr__(encoder, "module", Seen())
+    encoder({}, images, (2, 2))
+    wide = jax.image.resize(images, (2, 16, 16, 1), "cubic")
+    np.testing.assert_allclose(
+        np.asarray(seen[0]) * NORMAL["image_std"] + NORMAL["image_mean"],
+        np.broadcast_to((wide + 1) / 2, (2, 16, 16, 3)),
+        atol=1e-5,
+    )
+
+
+def test_a_classifier_gives_the_features_in_its_middle(encoders, classifiers_params):
+    config = small(alignment__encoder=str(encoders / "classifier"), alignment__stop=7)
+    experiment = build(config)
+    alignment = experiment.objective.alignment
+    assert (alignment.block, alignment.stop, alignment.projector.features) == (3, 7, 6)
+    shapes = jax.eval_shape(
+        experiment.objective.init, jax.random.key(0), {"x": np.zeros((1, 8, 8, 1), np.float32)}
+        | {"label": np.zeros(1, np.int32)},
+    )  # fmt: skip
+    assert shapes["projector"]["Dense_2"]["kernel"].shape == (5, 6)
+    # Nothing but training reads the encoder.
+    plain = build(aligning.without(config))
+    assert plain.objective.alignment is None and plain.frozen is None
+
+
+def test_latents_have_their_images_beside_them(encoders):
+    config = small(alignment__encoder=str(encoders / "dinov2"))
+    source = build(small()).train
+    objective, _ = make_model(config, source)
+    config.data.autoencoder = "somewhere"
+    _, train, _ = aligning.attach(config, objective, source)
+    batch = train.read(np.array([3, 5]))
+    np.testing.assert_array_equal(batch["clean"], source.read(np.array([3, 5]))["x"])
+    assert set(batch) == {"x", "label", "clean"}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(alignment__encoder="nowhere"), r"config\.alignment\.encoder='nowhere': there is no"),
+        (dict(alignment__encoder="@text"), r"alignment\.encoder=.*a ClipText is no encoder"),
+        (dict(alignment__encoder="@dinov2", alignment__block=4), r"alignment\.block=4.*has 1\.\.3"),
+        (
+            dict(alignment__encoder="@dinov2", objective__name="classification"),
+            r"config\.alignment\.encoder=.*is for config\.objective\.name='denoising'",
+        ),
+        (dict(alignment__weight=-1.0), r"config\.alignment\.weight must be >= 0, got -1"),
+        (dict(objective__coupling="optimal"), r"config\.objective\.coupling: unknown 'optimal'"),
+        (
+            dict(objective__coupling="optimal_transport(group=5)"),
+            r"config\.objective\.coupling=.*group=5 does not divide the 16 .*nearest: 4 or 8",
+        ),
+        (
+            dict(
+                objective__coupling="optimal_transport(same_label=True)",
+                objective__conditional=False,
+            ),
+            r"config\.objective\.coupling=.*same_label=True needs labels",
+        ),
+        (dict(objective__coupling="nearest(k=0)"), r"coupling='nearest\(k=0\)': k=0 must be"),
+        (
+            dict(
+                objective__coupling="nearest",
+                objective__learned_variance=True,
+                objective__times="discrete",
+            ),
+            r"config\.objective\.coupling='nearest': the bound of",
+        ),
+    ],
+)
+def test_mistakes_are_named(encoders, fields, message):
+    fields = {k: str(encoders / v[1:]) if str(v)[0] == "@" else v for k, v in fields.items()}
+    with pytest.raises(ValueError, match=message):
+        build(small(**fields))
+
+
+def test_points_have_nothing_to_align(encoders):
+    with pytest.raises(ValueError, match=r"config\.alignment\.encoder aligns tokens of a unet"):
+        build(small(toy2d, alignment__encoder=str(encoders / "dinov2")))
+
+
+def test_couplings_are_within_a_devices_share():
+    experiment = build(
+        small(
+            objective__coupling="optimal_transport",
+            train__accumulate=2,
+            sampler__solver="ddpm",
+        )
+    )
+    coupling = experiment.objective.coupling
+    assert (coupling.func, coupling.keywords) == (optimal_transport, {"group": 64 // 8})
+    assert any("draws noise" in note for note in experiment.notes)
+    assert not any("draws noise" in n for n in build(small(sampler__solver="ddpm")).notes)

@@ -1,0 +1,91 @@
+"""Measures of text-to-image models, on models and pictures whose values are known."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import predictions, schedules
+from diffusion.data import sources
+from diffusion.denoiser import ddpm_index
+from diffusion.evaluation.metrics.captions import caption_gap, retrieval
+from diffusion.objectives.denoising import Denoising
+
+CAPTIONS = ("0", "1", "2", "2", "3")
+
+
+class Reader(nn.Module):
+    """Predicts x_0 as ``gain`` times the number that the caption is."""
+
+    gain: float
+
+    @nn.compact
+    def __call__(self, x, time, cond, train=False):
+        self.param("unused", nn.initializers.zeros, (1,))
+        value = self.gain * cond.tokens[:, 0].astype(jnp.float32)
+        return jnp.broadcast_to(value[:, None, None, None], x.shape)
+
+
+def tokenize(captions):
+    return {"tokens": np.array([[int(c) if c else 5] for c in captions], np.int32)}
+
+
+def source():
+    images = np.zeros((5, 2, 2, 1), np.uint8)
+    made = sources.from_arrays("numbers", images)
+    numbers = np.array([float(c) for c in CAPTIONS], np.float32)
+
+    def read(index):
+        x = np.broadcast_to(numbers[index][:, None, None, None], (len(index), 2, 2, 1))
+        return {"x": np.array(x)} | tokenize([CAPTIONS[i] for i in index])
+
+    return dataclasses.replace(made, read=read, captions=CAPTIONS, encode=tokenize, vocabulary=6)
+
+
+def gap_of(gain):
+    objective = Denoising(
+        Reader(gain), schedules.cosine(), predictions.x0, ddpm_index, stratify=64, dropout=0.5
+    )
+    params = objective.init(jax.random.key(0), source().read(np.arange(2)))
+    return caption_gap(objective, params, source(), draws=2, batch_size=3)
+
+
+def test_a_model_that_reads_its_captions_has_a_gap():
+    result = gap_of(1.0)
+    assert result["loss"] == 0 and result["own_preferred"] == 1
+    # With no caption this one says 5.
+    expected = np.mean([(5 - int(c)) ** 2 for c in CAPTIONS])
+    assert result["loss_empty"] == pytest.approx(expected)
+    assert result["gap"] == pytest.approx(result["loss_other"]) and result["gap"] >= 1
+    assert result["count"] == 5 and 0 < result["gap_ci"] < 20
+
+
+def test_a_model_that_does_not_has_none():
+    result = gap_of(0.0)
+    assert result["gap"] == result["gap_ci"] == result["own_preferred"] == 0
+    assert result["loss"] == pytest.approx(np.mean([int(c) ** 2 for c in CAPTIONS]))
+
+
+def test_one_caption_cannot_be_exchanged():
+    lone = dataclasses.replace(source(), captions=("0",) * 5)
+    with pytest.raises(ValueError, match="at least two captions"):
+        caption_gap(None, None, lone)
+
+
+def test_retrieval_finds_equal_pictures_and_nothing_in_noise():
+    rng = np.random.default_rng(0)
+    names = [f"caption {i}" for i in range(50)]
+    real = rng.normal(size=(60, 3, 3, 1))
+    captions = [*names, *names[:10]]  # ten have two pictures
+    found = retrieval(real[::-1], captions[::-1], real, captions)
+    assert found["first"] == 1 and found["mean_rank"] == 0 and found["captions"] == 50
+    noise = retrieval(rng.normal(size=(2000, 3, 3, 1)), 40 * names, real, captions)
+    assert noise["first"] == pytest.approx(noise["first_by_chance"], abs=0.012)
+    assert noise["among_10"] == pytest.approx(noise["among_10_by_chance"], abs=0.03)
+    assert noise["mean_rank"] == pytest.approx(0.5, abs=0.02)
+    # The second picture of a caption counts as much as the first.
+    second = retrieval(real[50:], names[:10], real, captions)
+    assert second["first"] == 1
