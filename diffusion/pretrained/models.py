@@ -254,4 +254,4 @@ def _file(module: nn.Module) -> ModuleType:
 
 def _import(name: str) -> ModuleType:
     # On demand: a model's file brings the model's code with it.
-    return import_module(f"diffusion.pretrained.{name}")
+    return import_module(f"diffusion.pretrained.networks.{name}")

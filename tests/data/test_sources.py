@@ -29,7 +29,7 @@ def test_digits_split_is_stratified_disjoint_and_complete():
     original = load_digits().data / 8 - 1
     # As multisets the two splits are exactly the original.
     np.testing.assert_array_equal(
-        both[np.lexsort(both.T)], original[np.lexsort(mnist_cifar.T)].astype(np.float32)
+        both[np.lexsort(both.T)], original[np.lexsort(original.T)].astype(np.float32)
     )
     share = [np.bincount(s["label"], minlength=10) / len(s["label"]) for s in (a, b)]
     np.testing.assert_allclose(share[0], share[1], atol=0.003)

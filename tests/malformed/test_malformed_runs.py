@@ -15,8 +15,8 @@ def done(tmp_path_factory):
     """A run of 4 steps with checkpoints of 2 and 4; pictures are not what is tested here."""
     folder = tmp_path_factory.mktemp("done") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("pictures.finish", "judging.evaluate"):
-            patch.setattr(f"diffusion.experiment.{name}", lambda *_: None)
+        for name in ("pictures.finish", "judge.evaluate"):
+            patch.setattr(f"diffusion.modes.{name}", lambda *_: None)
         told, _ = command(f"--workdir={folder}", *TINY, "--config.train.steps=4")
     assert told is None
     return folder
@@ -112,8 +112,8 @@ def test_another_checkpoint_than_there_is(run):
 
 def test_the_newest_checkpoint_and_the_log(run, monkeypatch):
     """The run goes on from the checkpoint before, having said so."""
-    for name in ("pictures.finish", "judging.evaluate"):
-        monkeypatch.setattr(f"diffusion.experiment.{name}", lambda *_: None)
+    for name in ("pictures.finish", "judge.evaluate"):
+        monkeypatch.setattr(f"diffusion.modes.{name}", lambda *_: None)
     cut(run / "checkpoints" / "4" / "about.json")
     log = run / "metrics.jsonl"
     log.write_bytes(log.read_bytes() + b'{"step": 4, "lo\xff\xfe\n[]\n3\nnull\n')

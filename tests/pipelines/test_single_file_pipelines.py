@@ -26,7 +26,7 @@ shapes = cache(models.shapes)
 @pytest.fixture(autouse=True)
 def known_shapes(monkeypatch):
     """Tracing takes most of the time here: once a module."""
-    for where in ("models", "single_file"):
+    for where in ("models", "single_file.checkpoint"):
         monkeypatch.setattr(f"diffusion.pretrained.{where}.shapes", shapes)
 
 
