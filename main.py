@@ -51,8 +51,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
 
-    from diffusion import processes
+    from diffusion import compiler, processes
 
+    tuned = compiler.tune()
     try:  # before anything can use a device
         count = processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if count > 1 and _MODE.value != "train":
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     if count > 1 and jax.process_index() > 0:  # one tells
         sys.stdout = io.StringIO()
+    print(tuned)
 
     from diffusion.config import memory_advice
 

@@ -49,7 +49,10 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
+    from diffusion import compiler
     from diffusion.models.attention import attend
+
+    print(compiler.tune())
 
     with report.Report(arguments, COLUMNS) as told:
         shapes = SMALL if arguments.small else SHAPES if report.has_gpu() else ON_CPU

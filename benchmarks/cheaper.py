@@ -40,6 +40,7 @@ import report
 from ml_collections import ConfigDict
 
 from configs import base
+from diffusion import compiler
 from diffusion.conditioning import Conditioning
 from diffusion.config.experiment import Experiment, build
 from diffusion.config.reference_runs import tuples
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=64, help="its input's side")
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()
+    print(compiler.tune())
     about = report.environment("jax", "jaxlib", "flax", "numpy", "scikit-learn")
     print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     if arguments.sd15:

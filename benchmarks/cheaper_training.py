@@ -32,6 +32,7 @@ import numpy as np
 import report
 
 from configs import digits, digits_classifier
+from diffusion import compiler
 from diffusion.config import sampler
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="", help="a classifier's workdir; default: trains one")
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()
+    print(compiler.tune())
     steps = [int(n) for n in arguments.steps.split(",")]
     wanted = [name for name in arguments.variants.split(";") if name]
     with tempfile.TemporaryDirectory() as folder:

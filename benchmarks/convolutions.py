@@ -37,6 +37,9 @@ COLUMNS = {
 
 def main() -> None:
     arguments = report.arguments(__doc__, "convolutions").parse_args()
+    from diffusion import compiler
+
+    print(compiler.tune())
     with report.Report(arguments, COLUMNS) as told:
         for shape in SMALL if arguments.small else SHAPES:
             told.add(measured(*shape, arguments))

@@ -31,6 +31,7 @@ from absl import flags
 from PIL import Image
 
 from configs import base, cifar10_ddpm
+from diffusion import compiler
 from diffusion.config import data
 from diffusion.config.experiment import build
 from diffusion.training import parallel
@@ -89,6 +90,7 @@ def main() -> None:
     )
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()
+    print(compiler.tune())
     if arguments.photos < 64:
         parser.error(f"--photos must be at least 64, two batches; got {arguments.photos}")
     flags.FLAGS.mark_as_parsed()

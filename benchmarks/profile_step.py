@@ -33,7 +33,10 @@ def main() -> None:
     import jax
     import ours
 
+    from diffusion import compiler
     from diffusion.modes.profile import operations, origins
+
+    print(compiler.tune())
 
     with report.Report(arguments, COLUMNS) as told:
         for case, request in worker.requests("networks", arguments):

@@ -39,7 +39,7 @@ import report
 from ml_collections import ConfigDict
 
 from configs import digits, toy2d
-from diffusion import ema
+from diffusion import compiler, ema
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
 from diffusion.training import parallel
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="short windows, to try the script")
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()
+    print(compiler.tune())
     if arguments.small:
         arguments.pairs, arguments.seconds = 1, 0.05
     length = {"pairs": arguments.pairs, "seconds": arguments.seconds}

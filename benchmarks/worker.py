@@ -52,8 +52,6 @@ class Worker:
         if side == "torch":
             own["JAX_PLATFORMS"] = "cpu"
             own["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-            # Importing ``diffusion`` there must leave the allocator as PyTorch's users have it.
-            own["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "")
         self.folder = tempfile.TemporaryDirectory()
         self.process = subprocess.Popen(
             [sys.executable, __file__, side, json.dumps(dict(request))],
@@ -263,6 +261,10 @@ def server(side: str, request: Mapping[str, Any]) -> Callable[[Mapping[str, Any]
 
 def work(side: str, request: Mapping[str, Any], lines: Iterable[str], answers: TextIO) -> None:
     """What a side's process does: it answers commands until there are no more."""
+    if side == "jax":
+        from diffusion import compiler
+
+        compiler.tune()
     answer = server(side, request)
     for line in lines:
         try:

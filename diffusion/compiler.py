@@ -1,12 +1,19 @@
-"""Options of XLA that make the networks fast, set when ``diffusion`` is imported.
+"""Options that make the networks fast on a CPU; ``tune`` sets them all.
 
-XLA reads its options from the environment variable XLA_FLAGS when the first device is asked for,
-and ends the process at an option it does not know. So they are set before that, for versions that
-are known to have them, and never over what is in XLA_FLAGS already: with
-``XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`` in the environment all is as XLA has it.
+Importing ``diffusion`` changes nothing in a process. ``main.py`` calls ``tune``, and so do the
+notebooks and the benchmarks; a script of your own may::
 
-There are none for GPUs: what JAX 0.10 and 0.11 do there by default (autotuning, command buffers,
-cuBLASLt, Triton's matrix products) stays.
+    from diffusion import compiler
+
+    print(compiler.tune())
+
+XLA reads its options from the environment variable XLA_FLAGS when the first device is used, and
+ends the process at an option that it does not know. So they are set only for versions that are
+known to have them, and never over an option that XLA_FLAGS names already:
+``XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=`` in the environment restores XLA's default.
+
+There are no options for GPUs: the defaults of JAX 0.10 and 0.11 there (autotuning, command
+buffers, cuBLASLt, Triton's matrix products) stay.
 """
 
 from __future__ import annotations
@@ -16,10 +23,14 @@ import os
 from collections.abc import Mapping, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 
-# JAX's CPU backend gives convolutions to YNNPACK, which takes longer than the older Eigen here (see
-# benchmarks/README.md); reductions stay with YNNPACK, which halves the time of group norms.
+from jax._src import xla_bridge
+
+from diffusion import allocator
+
+# JAX's CPU backend gives convolutions to YNNPACK, which is slower at them than the older Eigen (see
+# benchmarks/README.md). Reductions stay with YNNPACK, which halves the time of group norms.
 OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-# What may read XLA_FLAGS, and the versions, major.minor, that have these options.
+# Packages that read XLA_FLAGS, and their versions, major.minor, that have these options.
 KNOWN = {
     "jaxlib": ("0.10", "0.11", "0.12"),
     "jax-cuda12-pjrt": ("0.10", "0.11"),
@@ -30,7 +41,7 @@ KNOWN = {
 
 
 def installed() -> dict[str, str]:
-    """Versions of those readers of XLA_FLAGS that there are."""
+    """Versions of the installed packages that read XLA_FLAGS, by name."""
     found = {}
     for name in KNOWN:
         with contextlib.suppress(PackageNotFoundError):
@@ -39,15 +50,15 @@ def installed() -> dict[str, str]:
 
 
 def for_cpus_alone(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether JAX will use CPUs: it is told to, or nothing for accelerators is installed."""
+    """Whether JAX will use CPUs: JAX_PLATFORMS demands it, or it has no other backend here."""
     return environment.get("JAX_PLATFORMS") == "cpu" or set(installed()) <= {"jaxlib"}
 
 
 def with_options(flags: str, versions: Mapping[str, str]) -> str:
-    """``flags``, XLA_FLAGS' value, with those ``OPTIONS`` that it does not name.
+    """``flags``, the value of XLA_FLAGS, with those ``OPTIONS`` that it does not name.
 
-    They are left out where one of the installed readers, in ``versions`` by name, is of a version
-    that may not know them: XLA would end the process.
+    Nothing is added if one of the installed packages, ``versions`` by name, has a version that may
+    not know the options, because XLA would end the process.
     """
     for name, number in versions.items():
         if ".".join(number.split(".")[:2]) not in KNOWN[name]:
@@ -57,8 +68,25 @@ def with_options(flags: str, versions: Mapping[str, str]) -> str:
     return " ".join([flags, *added]).strip()
 
 
-def set_options(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Puts the options into XLA_FLAGS. Where a device was asked for before, this has no effect."""
-    flags = with_options(environment.get("XLA_FLAGS", ""), installed())
-    if flags:
-        environment["XLA_FLAGS"] = flags
+def tune(environment: MutableMapping[str, str] = os.environ) -> str:
+    """Sets the options of XLA and of the C library's allocator for this process.
+
+    What the environment sets already stays as it is, and a second call changes nothing.
+
+    Returns:
+      One line to print: what is in force, and how to override it.
+
+    Raises:
+      RuntimeError: JAX has used a device before, so that the options would have no effect.
+    """
+    flags = environment.get("XLA_FLAGS", "")
+    tuned = with_options(flags, installed())
+    if tuned != flags:
+        if xla_bridge.backends_are_initialized():
+            raise RuntimeError("call tune() before JAX uses a device; restart Python to tune now")
+        environment["XLA_FLAGS"] = tuned
+    options = [f"{name}={value}" for name, value in OPTIONS.items()]
+    parts = [f"XLA_FLAGS has {option}" for option in options if option in tuned.split()]
+    if for_cpus_alone(environment) and allocator.keep_freed(environment):
+        parts.append("freed memory stays with the process (MALLOC_MMAP_MAX_=65536 undoes it)")
+    return f"speed: {'; '.join(parts) or 'nothing is set'}. The environment's own values win."

@@ -23,6 +23,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def pytest_configure():
+    """Tunes the process as main.py does, before a test module can use a device."""
+    from diffusion import compiler
+
+    compiler.tune()
+
+
 def pytest_collection_modifyitems(items):
     """Files of few, long tests come first, so that no process is left alone with one at the end."""
     first = ("test_notebooks.py", "test_main.py")

@@ -1,55 +1,30 @@
-"""What a run tells: TensorBoard, ``metrics.jsonl`` and the terminal."""
+"""The log of a run: TensorBoard, ``metrics.jsonl`` and the terminal."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from diffusion.runs.events import Events
 from diffusion.runs.storage import Appender
 from diffusion.runs.tracker import Tracker
-
-# tensorboardX imports PyTorch where it is installed, which takes seconds, and does without it.
-_hidden = {"torch": None} if "torch" not in sys.modules else {}
-sys.modules.update(_hidden)
-try:
-    from tensorboardX import SummaryWriter
-    from tensorboardX.record_writer import register_writer_factory
-finally:
-    for _name in _hidden:
-        del sys.modules[_name]
-
-EVENTS = "appended"
-
-
-class _Events:
-    """TensorBoard's files by ``Appender``: tensorboardX's own would wait forever on a full disk."""
-
-    def open(self, path: str) -> Appender:
-        return Appender(path.removeprefix(f"{EVENTS}:"), tqdm.write)
-
-    def directory_check(self, path: str) -> None:
-        """The appender makes its folder."""
-
-
-register_writer_factory(EVENTS, _Events())
 
 
 class Logger:
     """Writes ``workdir/metrics.jsonl`` and TensorBoard events in ``workdir/tensorboard``.
 
-    Each line of ``metrics.jsonl`` is {"step": s, name: number, ...}. Non-finite numbers are null,
-    which JSON knows.
+    Each line of ``metrics.jsonl`` is {"step": s, name: number, ...}. JSON has no non-finite
+    numbers; they become null.
 
     Args:
       workdir: made if missing.
-      tracker: told the same, where there is one.
+      tracker: receives the same, if there is one.
     """
 
     def __init__(self, workdir: str | os.PathLike, tracker: Tracker | None = None):
@@ -58,17 +33,17 @@ class Logger:
         self._file = self._workdir / "metrics.jsonl"
         self._tracker = tracker
         self._lines = Appender(self._file, self.text)
-        self._events: SummaryWriter | None = None
+        self._events: Events | None = None
 
     def rewind(self, step: int) -> None:
-        """Forgets what was logged after ``step``, where the run goes on: no step appears twice."""
+        """Forgets what was logged after ``step``, at which the run goes on: no step appears twice."""
         if self._file.exists():
             kept = [line for line in self._file.read_bytes().splitlines() if _step(line) <= step]
             partial = self._file.with_suffix(".jsonl.partial")
             partial.write_bytes(b"".join(line + b"\n" for line in kept))
             partial.replace(self._file)
         self.close()
-        self._events = self._writer(purge_step=step + 1)
+        self._tensorboard.purge(step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of ``metrics.jsonl`` and one point of each curve."""
@@ -77,7 +52,7 @@ class Logger:
         self._lines.write((json.dumps({"step": step, **line}) + "\n").encode())
         self._lines.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.scalar(name, value, step)
         if self._tracker is not None:
             self._tracker.scalars(step, values)
 
@@ -86,7 +61,7 @@ class Logger:
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[-1] not in (1, 3):
             raise ValueError(f"expected an image [H, W, 1 or 3], got shape {image.shape}")
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        self._tensorboard.image(name, image, step)
         if self._tracker is not None:
             self._tracker.image(name, image, step)
 
@@ -102,17 +77,14 @@ class Logger:
             self._events = None
 
     @property
-    def _tensorboard(self) -> SummaryWriter:
+    def _tensorboard(self) -> Events:
         if self._events is None:
-            self._events = self._writer(purge_step=None)
+            self._events = Events(self._workdir / "tensorboard", self.text)
         return self._events
-
-    def _writer(self, purge_step: int | None) -> SummaryWriter:
-        return SummaryWriter(f"{EVENTS}:{self._workdir / 'tensorboard'}", purge_step=purge_step)
 
 
 class Silent(Logger):
-    """Tells nothing: of several processes one tells."""
+    """Logs nothing: of several processes, only the first logs."""
 
     def __init__(self, workdir: str | os.PathLike):
         del workdir
@@ -134,7 +106,7 @@ class Silent(Logger):
 
 
 def _step(line: bytes) -> float:
-    """The line's step; infinite for one that was not written to its end, or damaged."""
+    """The line's step; infinite if the line is damaged or was not written to its end."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):

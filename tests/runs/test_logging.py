@@ -1,9 +1,32 @@
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from diffusion.runs import events
 from diffusion.runs.logging import Logger
+
+
+def read(folder):
+    """All messages in the event files of a folder, oldest file first; checksums are verified."""
+    messages = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            frame, data = data[: 16 + size], data[16 + size :]
+            assert frame == events.record(frame[12:-4])
+            messages.append(Event.FromString(frame[12:-4]))
+    return messages
+
+
+def test_checksum():
+    """RFC 3720, appendix B.4, and the check value of CRC-32C."""
+    assert events.crc32c(b"123456789") == 0xE3069283
+    assert events.crc32c(bytes(32)) == 0x8A9136AA
 
 
 def steps(path):
@@ -43,3 +66,26 @@ def test_images(tmp_path):
     with pytest.raises(ValueError, match=r"\(4, 6\)"):
         logger.image("samples", np.zeros((4, 6)), 3)
     logger.close()
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    logger = Logger(tmp_path)
+    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    logger.scalars(300, {"loss/t=0.1": 1e-3, "norm": float("inf")})
+    logger.image("samples", picture, 301)
+    logger.image("map", np.linspace(0, 1, 4).reshape(2, 2, 1), 2**40)
+    logger.rewind(200)
+    logger.close()
+    first, loss, norm, samples, grey, *_, purge = read(tmp_path / "tensorboard")
+    assert first.file_version == "brain.Event:2" and first.wall_time > 1e9
+    assert [m.step for m in (loss, norm, samples, grey, purge)] == [300, 300, 301, 2**40, 201]
+    (loss,), (norm,) = loss.summary.value, norm.summary.value
+    assert loss.tag == "loss/t=0.1" and loss.simple_value == np.float32(1e-3)
+    assert norm.simple_value == np.inf
+    image = samples.summary.value[0].image
+    assert (image.height, image.width, image.colorspace) == (2, 4, 3)
+    shown = Image.open(io.BytesIO(image.encoded_image_string))
+    np.testing.assert_array_equal(shown, picture)
+    shown = Image.open(io.BytesIO(grey.summary.value[0].image.encoded_image_string))
+    np.testing.assert_array_equal(shown, [[0, 85], [170, 255]])
+    assert purge.session_log.status == SessionLog.START
