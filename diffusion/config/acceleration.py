@@ -8,7 +8,7 @@ import flax.linen as nn
 from ml_collections import ConfigDict
 
 from diffusion import specs
-from diffusion.config.errors import field, wrong_types
+from diffusion.errors import field, wrong_types
 from diffusion.models import reuse, token_merging
 from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet

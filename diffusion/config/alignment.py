@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from diffusion import pretrained
 from diffusion.config import latents, reference_runs
 from diffusion.config.data import make_images
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.config.model import DTYPES, other_run
 from diffusion.data.sources import Batch, Source
 from diffusion.levels import Array

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pretrained, specs
-from diffusion.config.errors import field, wrong_types
+from diffusion.errors import field, wrong_types
 from diffusion.data.sources import Source
 from diffusion.evaluation import figures
 from diffusion.models import discriminator

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.config import latents
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.data import captions as captioned
 from diffusion.data import sources, tokens
 from diffusion.data.sources import Source

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from diffusion import specs
 from diffusion.config import captions, latents
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.data import arrays, buckets, folder, image_source, mnist_cifar, sources, tfds
 from diffusion.data import batches as pipeline
 from diffusion.data.batches import CROPS, DTYPES, Augmentation

@@ -28,7 +28,7 @@ from diffusion.config import (
 from diffusion.config import autoencoder as autoencoding
 from diffusion.config import guidance as guiding
 from diffusion.config.data import augmentation, make_source
-from diffusion.config.errors import field, wrong_types
+from diffusion.errors import field, wrong_types
 from diffusion.config.guidance import Guidance
 from diffusion.config.model import Objective, make_model, other_run
 from diffusion.data import batches

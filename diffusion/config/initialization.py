@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from diffusion.config import pretrained_network
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.runs import restore
 from diffusion.runs import workdir as workdirs
 

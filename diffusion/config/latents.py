@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pretrained
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.data import array_cache
 from diffusion.data.sources import Batch, Source
 from diffusion.models.autoencoder import AutoencoderKL

@@ -14,7 +14,7 @@ from diffusion import denoiser, predictions, schedules, specs
 from diffusion.conditioning import null_like
 from diffusion.config import autoencoder, pretrained_network
 from diffusion.config.data import make_source
-from diffusion.config.errors import field, wrong_types
+from diffusion.errors import field, wrong_types
 from diffusion.data.sources import Source
 from diffusion.models.clip import ClipText
 from diffusion.models.dit import DiT

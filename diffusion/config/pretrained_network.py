@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pretrained
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.objectives.denoising import Denoising
 from diffusion.pretrained import hub
 from diffusion.pretrained.schedulers import from_diffusers

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import predictions, specs
-from diffusion.config.errors import field, wrong_types
+from diffusion.errors import field, wrong_types
 from diffusion.evaluation.metrics import bits
 from diffusion.levels import NoiseLevel
 from diffusion.objectives.denoising import Denoising

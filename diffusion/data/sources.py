@@ -57,11 +57,12 @@ class Source:
       captions: one per example, where there are any.
       encode: captions [B] -> what a batch holds of them, {'tokens': [B, L] int32, ...}; the empty
         caption stands for none.
-      vocabulary: number of different tokens; 0 without.
+      vocabulary: ids of the tokens that ``encode`` knows, where it counts them anew; else empty.
       crop: indices [B] and where to crop, [B, 2] in [0, 1] from the top left -> as ``read``, which
         crops in the middle; None where there is nothing to crop.
       buckets: the same examples, by the shape that fits them best; empty if all have one.
       pictures: the images as they are stored, where they are decoded one by one.
+      view: how examples are shown, a name of ``evaluation.views.VIEWS``.
     """
 
     name: str
@@ -74,10 +75,11 @@ class Source:
     note: str = ""
     captions: tuple[str, ...] = ()
     encode: Callable[[Sequence[str]], Batch] | None = None
-    vocabulary: int = 0
+    vocabulary: tuple[int, ...] = ()
     crop: Callable[[np.ndarray, np.ndarray], Batch] | None = None
     buckets: tuple[Source, ...] = ()
     pictures: Pictures | None = None
+    view: str = "images"
 
     def __len__(self) -> int:
         return self.size
@@ -253,7 +255,8 @@ def latents(path: str | Path, *, scale: float = 1.0, num_classes: int | None = N
 
 def points(name: str, n: int = 100_000, seed: int = 0) -> Source:
     """``n`` points of a two-dimensional density (see ``densities``), without labels."""
-    return from_arrays(name, densities.sample(name, n, np.random.default_rng(seed)))
+    made = from_arrays(name, densities.sample(name, n, np.random.default_rng(seed)))
+    return dataclasses.replace(made, view="points")
 
 
 def check_split(split: str, name: str) -> None:

@@ -38,19 +38,21 @@ def tokenizer(transformer: Any, length: int) -> Tokenize:
     return tokenize
 
 
-def compact(tokenize: Tokenize, captions: Sequence[str]) -> tuple[Tokenize, int]:
-    """The same with ids 0..K - 1 of the tokens that ``captions`` use, and K.
+def vocabulary(tokenize: Tokenize, captions: Sequence[str]) -> np.ndarray:
+    """The ids [K] of the tokens that ``captions`` and the empty one use, in order."""
+    return np.unique(tokenize([*captions, ""])["tokens"])
 
-    They keep their order, so that CLIP's end is still the largest. Id 0 stands for all others. A
-    text encoder trained from scratch learns nothing of tokens that it never sees: without them its
-    embedding is a small part of CLIP's 49,408 rows.
+
+def compacted(
+    tokenize: Tokenize, used: np.ndarray, captions: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """``tokenize(captions)`` with ids 1..K of the tokens ``used`` [K], and 0 for all others.
+
+    They keep their order, so that CLIP's end is still the largest. A text encoder trained from
+    scratch learns nothing of tokens that it never sees: without them its embedding is a small part
+    of CLIP's 49,408 rows.
     """
-    used = np.unique(tokenize([*captions, ""])["tokens"])
-
-    def tokenize_compactly(captions: Sequence[str]) -> dict[str, np.ndarray]:
-        result = tokenize(captions)
-        place = np.searchsorted(used, result["tokens"]).clip(max=len(used) - 1)
-        known = used[place] == result["tokens"]
-        return result | {"tokens": np.where(known, place + 1, 0).astype(np.int32)}
-
-    return tokenize_compactly, len(used) + 1
+    result = tokenize(captions)
+    place = np.searchsorted(used, result["tokens"]).clip(max=len(used) - 1)
+    known = used[place] == result["tokens"]
+    return result | {"tokens": np.where(known, place + 1, 0).astype(np.int32)}

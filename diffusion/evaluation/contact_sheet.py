@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +12,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusion.evaluation.figures import BLUE, GRAY, INK, MUTED, PAPER, new_figure, to_uint8
+from diffusion.evaluation.figures import BLUE, GRAY, INK, MUTED, PAPER, Plot, new_figure, to_uint8
 
 FONT = findfont("DejaVu Sans")  # Matplotlib brings it; it knows most alphabets
 CELL = 112  # pixels
@@ -20,8 +20,6 @@ GAP = 10
 MARGIN = 20
 LINES = 3  # of text below a picture
 TEXT = 11  # its height
-
-Plot = Callable[[Axes], None]
 
 
 def contact_sheet(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+Plot = Callable[[Axes], None]
 
 INK, MUTED, PAPER = "#1f2430", "#6b7280", "#ffffff"
 BLUE, ORANGE, GRAY = "#2563eb", "#ea580c", "#9ca3af"
@@ -239,39 +241,23 @@ def trajectory_gif(
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
-def density_figure(
-    path: str | Path,
-    data: np.ndarray,
-    samples: np.ndarray,
-    trajectories: np.ndarray | None = None,
-    *,
-    title: str = "",
-    lines: int = 200,
-) -> None:
-    """Two-dimensional data beside samples as densities, and sampling trajectories, into a PNG.
-
-    Args:
-      path: of the PNG.
-      data: [N, 2] real points.
-      samples: [M, 2] generated points.
-      trajectories: [S, K, 2] points on their way from noise to data; the first ``lines`` are drawn.
-      title: above the figure.
-      lines: see ``trajectories``.
-    """
-    data, samples = np.asarray(data), np.asarray(samples)
-    limit = 1.15 * float(np.abs(data).max())
-    panels = 2 if trajectories is None else 3
-    with new_figure(path, 3.7 * panels, 4.0) as figure:
-        axes = figure.subplots(1, panels)
-        for ax, points, name in zip(axes, (data, samples), ("data", "samples")):
+def density_figure(path: str | Path, samples: np.ndarray, data: np.ndarray | None = None) -> None:
+    """Points [N, 2] as a density, beside those of the data [M, 2] where there are any: a PNG."""
+    panels = {"samples": samples} if data is None else {"data": data, "samples": samples}
+    limit = 1.15 * float(np.abs(next(iter(panels.values()))).max())
+    with new_figure(path, 3.7 * len(panels), 4.0) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (name, points) in zip(axes, panels.items()):
             box = (-limit, limit, -limit, limit)
             ax.hexbin(*points.T, gridsize=60, extent=box, cmap="Blues", mincnt=1, linewidths=0.1)
             _square(ax, limit, f"{name} (n = {len(points):,})")
-        if trajectories is not None:
-            xs = _check_trajectory(trajectories, 3)[:, :lines]
-            _draw_trajectories(axes[2], xs, limit)
-        if title:
-            figure.suptitle(title)
+
+
+def path_figure(path: str | Path, xs: np.ndarray, *, lines: int = 200) -> None:
+    """The ways xs [S, K, 2] of the first ``lines`` points from noise to data, into a PNG."""
+    xs = _check_trajectory(xs, 3)[:, :lines]
+    with new_figure(path, 4.4, 4.4) as figure:
+        _draw_trajectories(figure.subplots(), xs, 1.15 * float(np.abs(xs[-1]).max()))
 
 
 def _draw_trajectories(ax: Axes, xs: np.ndarray, limit: float) -> None:

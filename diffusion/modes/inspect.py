@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from diffusion.config import data
 from diffusion.config.captions import tokenizer
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.data import batches as pipeline
 from diffusion.data import inspection
 from diffusion.data.inspection import Look, Moments

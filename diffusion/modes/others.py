@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion.config import latents, ranges
 from diffusion.config.data import make_images, stored
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.data import tfds
 from diffusion.evaluation import figures
 from diffusion.modes import inspect as inspecting

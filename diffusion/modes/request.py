@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.config import acceleration
 from diffusion.config import sampler as samplers
-from diffusion.config.errors import field, wrong_types
+from diffusion.errors import field, wrong_types
 from diffusion.pipelines import memory, picture_files, tasks
 from diffusion.pipelines.from_pretrained import Opened, open_pipeline
 from diffusion.pipelines.from_single_file import open_checkpoint

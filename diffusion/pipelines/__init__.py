@@ -1,1 +1,73 @@
-"""Text to image and its relatives: encode, sample, decode."""
+"""Pipelines: whatever can be drawn from, a run that was trained here or a pretrained model.
+
+from diffusion import pipelines
+
+pipeline, params = pipelines.load("runs/digits")  # or a diffusers folder, a file, a hub id
+pictures = pipelines.generate(pipeline, params, "7", steps=20, guidance=1.5, seed=0)
+pictures[0].save("seven.png")
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffusion.pipelines.from_pretrained import Opened, open_pipeline, save_pretrained
+from diffusion.pipelines.from_run import Run, is_run, open_run
+from diffusion.pipelines.from_single_file import open_checkpoint
+from diffusion.pipelines.generation import generate
+from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.pipelines.tokenizers import clip_tokenizer_at
+
+__all__ = ["Pipeline", "generate", "load", "open_any", "save_pretrained"]
+
+
+def open_any(
+    path_or_id: str | Path,
+    *,
+    average: str = "ema",
+    checkpoint: str = "newest",
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    tokenizer: str = "",
+    dtype: DTypeLike | None = None,
+    tile: int = 0,
+) -> Opened | Run:
+    """A model whose weights are not read yet; ``pipeline``, ``load()``.
+
+    Args:
+      path_or_id: a run's workdir, a folder as diffusers saves it, a .safetensors file in the
+        original naming, or an id on the Hugging Face hub.
+      average, checkpoint: of a run, which parameters; see ``runs.averages``.
+      revision, variant: of a hub id, and of the weights' files.
+      prediction_type: of a single file: epsilon or v_prediction; None: the published one.
+      tokenizer: for a single file: CLIP's folder or merges file; empty: from the hub.
+      dtype: of a pretrained model; None: bfloat16, but float32 on a CPU.
+      tile: pixels of the tiles in which pictures are decoded; 0: whole.
+
+    Raises:
+      FileNotFoundError: there is no such model.
+      ValueError: one that is not supported, or is damaged.
+    """
+    if not str(path_or_id):
+        raise ValueError("expected a run's workdir, a diffusers folder, a file or a hub id")
+    if is_run(path_or_id):
+        return open_run(path_or_id, average=average, checkpoint=checkpoint)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    common = {"dtype": dtype, "tile": tile}
+    if Path(path_or_id).is_file():
+        made = partial(clip_tokenizer_at, tokenizer)
+        return open_checkpoint(path_or_id, made, prediction_type=prediction_type, **common)
+    return open_pipeline(path_or_id, revision=revision, variant=variant, **common)
+
+
+def load(path_or_id: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Pipeline, Params]:
+    """A model and its parameters; arguments and errors of ``open_any``."""
+    opened = open_any(path_or_id, dtype=dtype)
+    return opened.pipeline, opened.load()

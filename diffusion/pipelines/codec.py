@@ -1,56 +1,134 @@
-"""Between pictures and the latents that networks see."""
+"""Codecs: between examples and what a network sees of them, such as an autoencoder's latents.
+
+A codec has no parameters of its own: it is given the pipeline's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.levels import Array
 from diffusion.models.autoencoder import AutoencoderKL, Gaussian
 from diffusion.pipelines import tiles
-from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.sampling.sample import image_noise
 
 POSTERIOR = 2**30  # fold of the keys
+BATCH = 64  # examples decoded at once
 
 
-def encode(
-    pipeline: Pipeline,
-    params: Params,
-    images: Array,
-    keys: jax.Array | None = None,
-    *,
-    scaled: bool = True,
-) -> jax.Array:
-    """Latents [B, h, w, C] of images [B, H, W, 3] in [-1, 1].
+class Codec(Protocol):
+    """What is asked of a codec.
 
-    With keys [B] a sample of the autoencoder's posterior, without them its mode. ``scaled`` as the
-    network sees them; else as they are.
+    Attributes:
+      factor: pixels per number of the network's grid, along each side.
     """
-    net, weights = pipeline.autoencoder, params["autoencoder"]
-    if pipeline.tile:
-        z = tiles.encode(net, weights, images, tiles.Tiling(pipeline.tile))
-    else:
-        z = _encode(net, weights, jnp.asarray(images))
-    latents = jnp.asarray(z.mean)
-    if keys is not None:
-        noise = image_noise(folded(keys, POSTERIOR), latents.shape[1:])
-        latents = latents + jnp.exp(0.5 * z.log_variance) * noise
-    return net.to_latents(latents) if scaled else latents
+
+    factor: int
+
+    def encode(self, params: Mapping[str, Any], x: Array, keys: jax.Array | None = None) -> Array:
+        """What the network sees of examples x [B, ...]; keys [B] where there is chance in it."""
+
+    def decode(self, params: Mapping[str, Any], z: Array) -> Array:
+        """Examples [B, ...] of what the network sees."""
+
+    def decode_all(self, params: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
+        """``decode`` of however many examples [..., h, w, C], a few at a time."""
 
 
-def decode(pipeline: Pipeline, params: Params, latents: Array) -> jax.Array:
-    """Images [B, H, W, 3], clipped to [-1, 1], float32, of scaled latents."""
-    net, weights = pipeline.autoencoder, params["autoencoder"]
-    z = net.from_latents(latents)
-    if pipeline.tile:
-        images = tiles.decode(net, weights, z, tiles.Tiling(pipeline.tile))
-    else:
-        images = _decode(net, weights, z)
-    return jnp.clip(jnp.asarray(images, jnp.float32), -1, 1)
+@dataclass(frozen=True)
+class Identity:
+    """The network sees the examples themselves."""
+
+    factor: int = 1
+
+    def encode(self, params: Mapping[str, Any], x: Array, keys: jax.Array | None = None) -> Array:
+        """x."""
+        return jnp.asarray(x)
+
+    def decode(self, params: Mapping[str, Any], z: Array) -> Array:
+        """z."""
+        return jnp.asarray(z)
+
+    def decode_all(self, params: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
+        """z."""
+        return z
+
+
+@dataclass(frozen=True)
+class KL:
+    """The scaled latents of a KL autoencoder, whose parameters are ``params["autoencoder"]``.
+
+    Attributes:
+      network: the autoencoder.
+      tile: pixels of the tiles that large pictures are cut into, to save memory; 0: none.
+    """
+
+    network: AutoencoderKL
+    tile: int = 0
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return self.network.factor
+
+    @property
+    def channels(self) -> int:
+        """Channels of images."""
+        return self.network.in_channels
+
+    def encode(
+        self,
+        params: Mapping[str, Any],
+        x: Array,
+        keys: jax.Array | None = None,
+        *,
+        scaled: bool = True,
+    ) -> Array:
+        """Latents [B, h, w, C] of images [B, H, W, 3] in [-1, 1].
+
+        With keys [B] a sample of the autoencoder's posterior, without them its mode. ``scaled`` as
+        the network sees them; else as they are.
+        """
+        net, weights = self.network, params["autoencoder"]
+        if self.tile:
+            z = tiles.encode(net, weights, x, tiles.Tiling(self.tile))
+        else:
+            z = _encode(net, weights, jnp.asarray(x))
+        latents = jnp.asarray(z.mean)
+        if keys is not None:
+            noise = image_noise(folded(keys, POSTERIOR), latents.shape[1:])
+            latents = latents + jnp.exp(0.5 * z.log_variance) * noise
+        return net.to_latents(latents) if scaled else latents
+
+    def decode(self, params: Mapping[str, Any], z: Array) -> Array:
+        """Images [B, H, W, 3], clipped to [-1, 1], float32, of scaled latents."""
+        net, weights = self.network, params["autoencoder"]
+        z = net.from_latents(z)
+        if self.tile:
+            images = tiles.decode(net, weights, z, tiles.Tiling(self.tile))
+        else:
+            images = _decode(net, weights, z)
+        return jnp.clip(jnp.asarray(images, jnp.float32), -1, 1)
+
+    def decode_all(self, params: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
+        """Images [..., H, W, 3], ``BATCH`` at a time, compiled once."""
+        flat, parts = np.asarray(z, np.float32).reshape(-1, *z.shape[-3:]), []
+        for start in range(0, len(flat), BATCH):
+            index = np.minimum(np.arange(start, start + BATCH), len(flat) - 1)
+            parts.append(np.asarray(self.decode(params, flat[index]))[: len(flat) - start])
+        images = np.concatenate(parts)
+        return images.reshape(*z.shape[:-3], *images.shape[1:])
+
+    def moments(self, params: Mapping[str, Any], x: Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and standard deviation [B, h, w, C] of the scaled latents of images."""
+        return _moments(self.network, params["autoencoder"], jnp.asarray(x))
 
 
 def folded(keys: jax.Array, fold: int) -> jax.Array:
@@ -66,3 +144,12 @@ def _encode(net: AutoencoderKL, params: Any, images: Array) -> Gaussian:
 @partial(jax.jit, static_argnums=0)
 def _decode(net: AutoencoderKL, params: Any, z: Array) -> jax.Array:
     return net.apply({"params": params}, z, method="decode")
+
+
+@partial(jax.jit, static_argnums=0)
+def _moments(net: AutoencoderKL, params: Any, images: Array) -> tuple[jax.Array, jax.Array]:
+    moments = net.apply({"params": params}, images, method="encode")
+    mean = net.to_latents(moments.mean)
+    # to_latents is affine: a deviation is what it makes of the difference.
+    above = net.to_latents(moments.mean + jnp.exp(0.5 * moments.log_variance))
+    return mean, above - mean

@@ -1,16 +1,16 @@
-"""Drawing latents with a pretrained network: what guides them, what of a picture is kept.
+"""Drawing one batch from a pipeline: guided, from noise or from a picture, whole or in part.
 
-Every pipeline is this with other arguments. What is compiled depends on the network, on what its
-output means and on shapes only: prompts, scales, masks and schedulers with as many evaluations
-share it.
+What is compiled depends on the network, on what its output means and on shapes alone: parameters,
+conditioning, solver tables, seeds, guidance's numbers and masks are arguments, so that another one
+of these never compiles again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -18,32 +18,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.conditioning import Conditioning, concatenate
-from diffusion.denoiser import (
-    ConditionalDenoise,
-    Denoise,
-    Estimate,
-    Stateful,
-    as_estimate,
-    denoiser,
-)
-from diffusion.levels import Array, NoiseLevel, diffuse
+from diffusion.conditioning import Conditioning
+from diffusion.denoiser import Denoise, Stateful, denoiser
+from diffusion.levels import Array
+from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pretrained.schedulers import Sampler
-from diffusion.sampling import guidance
-from diffusion.sampling.acceleration import NONE, Shortcuts
-from diffusion.sampling.editing import noised
-from diffusion.sampling.guidance.transform import Step, lift, per_image
+from diffusion.sampling import sample as sampling
+from diffusion.sampling.acceleration import NONE, Acceleration
+from diffusion.sampling.editing import inpaint, noised
+from diffusion.sampling.guidance import chain as chains
+from diffusion.sampling.guidance.chain import Branches, Chain
+from diffusion.sampling.langevin import Corrector
 from diffusion.sampling.sample import Callback, Draw, image_noise, make_sampler
 
 
 @flax.struct.dataclass
 class Kept:
-    """The part of a picture that stays (``keep``).
+    """The part of a picture that stays.
 
     Attributes:
-      x0: [B, h, w, C] the picture's latents.
+      x0: [B, ...] the picture as the network sees it.
       mask: [B, h, w, 1], 1 where it stays.
-      noise: [B, h, w, C] what it is noised with.
+      noise: [B, ...] what it is noised with.
     """
 
     x0: Array
@@ -51,176 +47,210 @@ class Kept:
     noise: Array
 
 
-@flax.struct.dataclass
-class Steering:
-    """What the samples are steered by, besides their conditioning.
+class Inputs(NamedTuple):
+    """What a batch of samples is made of; ``tasks`` says which parts a task has.
 
     Attributes:
-      null: what classifier-free guidance steers away from (a negative prompt); None: unguided.
-      scale: of classifier-free guidance, () or [B].
-      middle: conditioning that has the picture but not the text, for InstructPix2Pix; ``null`` has
-        neither.
-      image_scale: of the guidance by that picture.
+      cond: what to steer towards, leaves [B, ...].
+      null: what guidance steers away from, or None.
+      shape: of one sample as the network sees it.
+      middle: conditioning that has the picture but not the text, for ``instruct``.
+      picture: [B, *shape] to noise to where the sampler starts, instead of noise alone.
+      x_init: [B, *shape] to start from as it is, at the sampler's first level.
       kept: what of a picture stays, or None.
     """
 
-    null: Conditioning | None = None
-    scale: Array | float = 1.0
+    cond: Conditioning
+    null: Conditioning | None
+    shape: tuple[int, ...]
     middle: Conditioning | None = None
-    image_scale: Array | float = 1.0
+    picture: Array | None = None
+    x_init: Array | None = None
     kept: Kept | None = None
 
 
-def keep(denoise: Denoise | Stateful, kept: Kept, start: Array) -> Denoise | Stateful:
-    """Puts the known part of a picture back, noised to the level, before each evaluation.
+class Companion(NamedTuple):
+    """Another network that guides, such as a weaker one or a classifier.
 
-    As diffusers does for networks that were not trained to inpaint; but the first evaluation, at
-    time ``start``, sees what sampling starts from. What comes out is pasted into the picture by
-    ``draw``.
+    Attributes:
+      network: its parameters -> what a link of the chain calls; hashable.
+      params: these parameters.
     """
 
-    def wrap(step: Step) -> Step:
-        def replaced(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            known = diffuse(kept.x0, kept.noise, level).astype(x.dtype)
-            mixed = kept.mask * known + (1 - kept.mask) * x
-            estimate, memory = step(jnp.where(level.t < start, mixed, x), level, memory)
-            return estimate, memory
-
-        return replaced
-
-    return lift(denoise, wrap)
+    network: Callable[[Any], Callable]
+    params: Any
 
 
-def instruct(
-    denoise: ConditionalDenoise,
-    cond: Conditioning,
-    middle: Conditioning,
-    null: Conditioning,
-    scale: Array | float,
-    image_scale: Array | float,
-) -> Denoise:
-    """D_null + s_I (D_middle - D_null) + s_T (D - D_middle), in one call on thrice the batch.
+@dataclass(frozen=True)
+class Program:
+    """What a compiled sampler is made for, besides shapes."""
 
-    InstructPix2Pix's guidance by two signals (Brooks et al., 2023, eq. 3): ``middle`` has the
-    picture c_I but not the text c_T, ``null`` neither. Scales are () or [B].
-    """
-    all_three = concatenate(cond, middle, null)
+    network: nn.Module
+    prediction: Callable
+    c_noise: Callable
+    transform: Callable[[Denoise], Denoise]
+    companions: tuple[tuple[str, Callable], ...] = ()
 
-    def guided(x: Array, level: NoiseLevel) -> Array:
-        estimate = as_estimate(denoise(jnp.concatenate([x] * 3), level, all_three))
-        both, picture, neither = jnp.split(estimate.x0, 3)
-        x0 = neither + per_image(image_scale, x) * (picture - neither)
-        return x0 + per_image(scale, x) * (both - picture)
+    def guided(
+        self,
+        weights: Mapping[str, Any],
+        cond: Conditioning,
+        null: Conditioning | None,
+        chain: Chain,
+        middle: Conditioning | None = None,
+        kept: Kept | None = None,
+        start: Array | float = np.inf,
+    ) -> Denoise | Stateful:
+        """The denoiser that a sampler runs; ``weights`` as ``weights`` gives them."""
 
-    return guided
+        def apply(x: Array, time: Array, cond: Conditioning) -> Array:
+            return self.network.apply({"params": weights["network"]}, x, time, cond)
+
+        branches = Branches(
+            denoiser(apply, self.prediction, self.c_noise),
+            cond,
+            null,
+            middle,
+            self.prediction,
+            {name: make(weights[name]) for name, make in self.companions},
+            weights["acceleration"],
+        )
+        guided = self.transform(chains.guide(chain, branches))
+        if kept is None:
+            return guided
+        # As diffusers does; the first evaluation sees what sampling starts from.
+        return inpaint(guided, kept.x0, kept.mask, noise=kept.noise, start=start)
 
 
-def draw(
-    network: nn.Module,
-    params: Any,
-    sampler: Sampler,
-    keys: jax.Array,
-    shape: tuple[int, ...],
-    cond: Conditioning,
-    steering: Steering | None = None,
-    *,
-    picture: Array | None = None,
-    x_init: Array | None = None,
-    rescale: float = 0.0,
-    shortcuts: Shortcuts = NONE,
-    devices: Sequence[jax.Device] | None = None,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """Latents [B, h, w, C] at the sampler's last level; the batch is shared among the devices.
-
-    Args:
-      network: a U-Net or DiT.
-      params: its parameters.
-      sampler: from a scheduler's config, or by hand.
-      keys: [B] typed keys, of the noise.
-      shape: (h, w, C), one example's.
-      cond: conditioning, leaves [B, ...].
-      steering: guidance and what is kept.
-      picture: [B, h, w, C] to start from, noised to where the sampler starts (image to image),
-        instead of from noise alone.
-      x_init: [B, h, w, C] what to start from as it is, at the sampler's first level.
-      rescale: phi of ``guidance.rescaled``, in the space of the network's output.
-      shortcuts: what makes evaluations cheaper. Another schedule of refreshes does not compile
-        again.
-      devices: by default all local ones.
-      callback: as ``make_sampler``'s.
-    """
-    steering = Steering() if steering is None else steering
-    if picture is not None:
-        x_init = noised(picture, sampler.solver, keys)
-    elif x_init is None:  # given in any case, so that with and without are compiled once
-        x_init = image_noise(keys, shape) * np.float32(sampler.solver.init)
-    compiled = _compiled(
-        network,
+def program(
+    pipeline: Pipeline, sampler: Sampler, companions: Mapping[str, Companion] = {}
+) -> Program:
+    """What samplers of this pipeline, with companions of these names, are compiled for."""
+    return Program(
+        pipeline.network,
         _comparable(sampler.prediction),
         _comparable(sampler.c_noise),
         _comparable(sampler.transform),
-        shape,
-        float(rescale),
-        replace(shortcuts, cache=None, guidance=None),
+        tuple((name, companion.network) for name, companion in companions.items()),
+    )
+
+
+def weights(
+    params: Params,
+    evaluations: int,
+    companions: Mapping[str, Companion] = {},
+    acceleration: Acceleration = NONE,
+) -> dict[str, Any]:
+    """All parameters that ``Program.guided`` takes, and when to reuse what was evaluated."""
+    others = {name: companion.params for name, companion in companions.items()}
+    return {"network": params["network"], "acceleration": acceleration.at(evaluations)} | others
+
+
+def draw(
+    pipeline: Pipeline,
+    params: Params,
+    sampler: Sampler,
+    keys: jax.Array,
+    inputs: Inputs,
+    chain: Chain = (),
+    *,
+    companions: Mapping[str, Companion] = {},
+    acceleration: Acceleration = NONE,
+    corrector: Corrector | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    callback: Callback | None = None,
+) -> jax.Array:
+    """Samples [B, *shape] at the sampler's last level; the batch is shared among the devices.
+
+    Args:
+      pipeline, params: the model.
+      sampler: the table, and what the network's output means to it.
+      keys: [B] typed keys, of all noise: sample i depends on ``keys[i]`` alone.
+      inputs: conditioning and pictures.
+      chain: of guidance. Networks that were distilled with an embedding of its scale (LCM) get the
+        scale of ``cfg`` as a condition instead.
+      companions: other networks that the chain calls, by name.
+      acceleration: what makes evaluations cheaper.
+      corrector: follows each of the solver's steps, see ``sample``.
+      devices: by default all local ones.
+      callback: as ``make_sampler``'s.
+    """
+    inputs, chain = distilled(pipeline, inputs, chain)
+    x_init = inputs.x_init
+    if inputs.picture is not None:
+        x_init = noised(inputs.picture, sampler.solver, keys)
+    elif x_init is None:  # given in any case, so that with and without are compiled once
+        x_init = image_noise(keys, inputs.shape) * np.float32(sampler.solver.init)
+    compiled = _compiled(
+        program(pipeline, sampler, companions),
+        inputs.shape,
         tuple(jax.local_devices() if devices is None else devices),
+        _comparable(corrector),
         callback,
     )
     start = np.float32(sampler.solver.level.t[0])
-    weights = {"network": params, "when": shortcuts.data(sampler.solver.evaluations)}
-    x = compiled(weights, sampler.solver, keys, cond, steering, start, x_init=x_init)
-    if steering.kept is not None:
-        kept = steering.kept
-        x = kept.mask * kept.x0 + (1 - kept.mask) * x
+    given = weights(params, sampler.solver.evaluations, companions, acceleration)
+    arguments = inputs.null, chain, inputs.middle, inputs.kept, start
+    x = compiled(given, sampler.solver, keys, inputs.cond, *arguments, x_init=x_init)
+    if inputs.kept is not None:
+        x = inputs.kept.mask * inputs.kept.x0 + (1 - inputs.kept.mask) * x
     return x
+
+
+def trajectory(
+    pipeline: Pipeline,
+    params: Params,
+    sampler: Sampler,
+    keys: jax.Array,
+    inputs: Inputs,
+    chain: Chain = (),
+    *,
+    companions: Mapping[str, Companion] = {},
+    acceleration: Acceleration = NONE,
+    corrector: Corrector | None = None,
+) -> np.ndarray:
+    """x [R + 1, B, *shape] before each evaluation and at the end, on one device.
+
+    Divided by sqrt(alpha^2 + sigma^2), so that noise looks alike on every schedule.
+    """
+    inputs, chain = distilled(pipeline, inputs, chain)
+    made, solver = program(pipeline, sampler, companions), sampler.solver
+
+    @jax.jit
+    def run(given: Any, solver: Any, cond: Any, null: Any, chain: Chain) -> tuple:
+        denoise = made.guided(given, cond, null, chain)
+        options = {"corrector": corrector, "trajectory": True}
+        return sampling.sample(denoise, solver, keys, inputs.shape, **options)
+
+    given = weights(params, solver.evaluations, companions, acceleration)
+    x, path = run(given, solver, inputs.cond, inputs.null, chain)
+    scale = np.hypot(solver.level.alpha, solver.level.sigma)
+    path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
+    return np.concatenate([path, np.asarray(x)[None]])
+
+
+def distilled(pipeline: Pipeline, inputs: Inputs, chain: Chain) -> tuple[Inputs, Chain]:
+    """For networks that know guidance's scale, the scale as a condition instead of a link."""
+    pair = chains.pair(chain)
+    if getattr(pipeline.network, "guidance_width", None) is None or pair is None:
+        return inputs, chain
+    count = len(jax.tree.leaves(inputs.cond)[0])
+    scale = jnp.broadcast_to(jnp.asarray(pair.scale, jnp.float32), (count,))
+    return inputs._replace(cond=inputs.cond.replace(guidance=scale), null=None), chain[1:]
 
 
 @cache
 def _compiled(
-    network: nn.Module,
-    prediction: Callable,
-    c_noise: Callable,
-    transform: Callable,
+    made: Program,
     shape: tuple[int, ...],
-    rescale: float,
-    shortcuts: Shortcuts,
     devices: tuple[jax.Device, ...],
+    corrector: Corrector | None,
     callback: Callback | None,
 ) -> Draw:
-    def networks(weights: dict[str, Any]) -> tuple[ConditionalDenoise, dict[str, Array]]:
-        def apply(x: Array, time: Array, cond: Conditioning) -> Array:
-            return network.apply({"params": weights["network"]}, x, time, cond)
+    def guide(given: Mapping[str, Any], cond: Conditioning, *arguments: Any) -> Denoise | Stateful:
+        return made.guided(given, cond, *arguments)
 
-        return shortcuts.merged(denoiser(apply, prediction, c_noise)), weights["when"]
-
-    def guide(
-        networks: tuple[ConditionalDenoise, dict[str, Array]],
-        cond: Conditioning,
-        steering: Steering,
-        start: Array,
-    ) -> Denoise | Stateful:
-        (denoise, when), s = networks, steering
-        if s.middle is not None:
-            if "guidance" in when:
-                raise ValueError("guidance by text and picture is evaluated whole at every step")
-            guided = instruct(denoise, cond, s.middle, s.null, s.scale, s.image_scale)
-        elif s.null is not None:
-            rule = guidance.rescaled(rescale, prediction) if rescale else None
-            guided = guidance.classifier_free(
-                denoise,
-                cond,
-                s.null,
-                s.scale,
-                rule=rule,
-                when=when.get("guidance"),
-                space=prediction,
-            )
-        else:
-            guided = guidance.conditional(denoise, cond)
-        guided = transform(shortcuts.cached(guided, when))
-        return guided if s.kept is None else keep(guided, s.kept, start)
-
-    return make_sampler(networks, shape, guide, devices, callback=callback)
+    return make_sampler(lambda given: given, shape, guide, devices, corrector, callback)
 
 
 @dataclass(frozen=True)
@@ -234,7 +264,7 @@ class _Call:
         return self.function(*args, **dict(self.options))
 
 
-def _comparable(function: Callable) -> Callable:
+def _comparable(function: Callable | None) -> Callable | None:
     if isinstance(function, partial) and not function.args:
         return _Call(function.func, tuple(sorted(function.keywords.items())))
     return function

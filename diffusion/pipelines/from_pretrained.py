@@ -2,16 +2,18 @@
 
 opened = open_pipeline("stable-diffusion-v1-5", dtype=jnp.bfloat16)  # no weights yet
 pipeline, params = opened.pipeline, opened.load()
-save_pipeline("mine", pipeline, params)  # which diffusers reads
+save_pretrained("mine", pipeline, params)  # which diffusers reads
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -19,14 +21,19 @@ from tqdm import tqdm
 
 from diffusion import pretrained
 from diffusion.conditioning import Conditioning
-from diffusion.models.dit import DiT
+from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.pipelines import memory
-from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.pipelines.codec import KL, Identity
+from diffusion.pipelines.conditioners import Labels, Unconditional
+from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
+from diffusion.pipelines.prompts import Prompts
 from diffusion.pipelines.tiles import Tiling
+from diffusion.pipelines.to_diffusers import published
 from diffusion.pipelines.tokenizers import load_tokenizer
 from diffusion.pretrained import folders, hub
 from diffusion.pretrained.models import Model, example
 from diffusion.pretrained.schedulers import fields as schedulers
+from diffusion.pretrained.schedulers import from_diffusers
 
 KINDS = (
     "StableDiffusionPipeline",
@@ -39,7 +46,21 @@ KINDS = (
     "StableDiffusionXLInpaintPipeline",
     "LatentConsistencyModelPipeline",
     "DiTPipeline",
+    "DDPMPipeline",
+    "DDIMPipeline",
 )
+PIXELS = ("DDPMPipeline", "DDIMPipeline")
+"""Kinds without an autoencoder."""
+STEPS = 10  # of a sampler that is only made to read what the network's output means
+DEFAULTS = {
+    "StableDiffusionUpscalePipeline": Defaults("", "uniform", 75, ("cfg(9)",)),
+    "StableDiffusionInstructPix2PixPipeline": Defaults("", "uniform", 100, ("instruct(7.5, 1.5)",)),
+    "LatentConsistencyModelPipeline": Defaults("", "uniform", 4, ("cfg(8.5)",)),
+    "DiTPipeline": Defaults("", "uniform", 50, ("cfg(4)",)),
+    "DDPMPipeline": Defaults("", "uniform", 1000, ("cfg(1)",)),
+    "DDIMPipeline": Defaults("", "uniform", 50, ("cfg(1)",)),
+}
+"""Steps and guidance where nothing else is asked for: those of diffusers' pipelines."""
 NETWORKS = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DModel"}
 ENCODERS = ("text_encoder", "text_encoder_2")
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
@@ -71,23 +92,24 @@ class Opened:
         for name in tqdm(self.models, desc="loading", unit="model", disable=not progress):
             loaded[name] = self.models[name].load(dtype=self.dtype)
         network = next(name for name in NETWORKS if name in loaded)
-        return {
-            "network": loaded[network],
-            "autoencoder": loaded["vae"],
-            "encoders": [loaded[name] for name in ENCODERS if name in loaded],
-        }
+        params = {"network": loaded[network]}
+        if "vae" in loaded:
+            params["autoencoder"] = loaded["vae"]
+        return params | {"encoders": [loaded[name] for name in ENCODERS if name in loaded]}
 
     def working_bytes(self, size: tuple[int, int], batch: int) -> int:
         """An estimate of what computing takes beside the weights, for pictures of this size."""
-        pipeline, shape = self.pipeline, self.pipeline.latent_shape(size)
+        pipeline, shape = self.pipeline, self.pipeline.shape_of(size)
         folder = next(name for name in NETWORKS if name in self.models)
         params = _cast(self.models[folder].shapes, self.dtype)
         x = jax.ShapeDtypeStruct((2 * batch, *shape), jnp.float32)  # with and without guidance
         time = jax.ShapeDtypeStruct((2 * batch,), jnp.float32)
         cond = _example(pipeline.network, x)
         steps = memory.peak(pipeline.network.apply, {"params": params}, x, time, cond)
-        net, vae = pipeline.autoencoder, _cast(self.models["vae"].shapes, self.dtype)
-        side = pipeline.tile // net.factor if pipeline.tile else max(shape[:2])
+        if "vae" not in self.models:
+            return steps
+        net, vae = pipeline.codec.network, _cast(self.models["vae"].shapes, self.dtype)
+        side = pipeline.codec.tile // net.factor or max(shape[:2])
         z = jax.ShapeDtypeStruct(
             (batch, min(shape[0], side), min(shape[1], side), shape[2]), x.dtype
         )
@@ -110,7 +132,7 @@ def open_pipeline(
       revision: a branch, tag or commit on the hub.
       variant: of the weights, e.g. 'fp16'.
       dtype: of parameters and computation.
-      tile: see ``Pipeline``.
+      tile: pixels of the tiles in which large pictures are decoded; 0: whole.
 
     Raises:
       FileNotFoundError: nothing there, or a file is missing.
@@ -142,61 +164,114 @@ def open_pipeline(
     modules = {name: model.module.clone(dtype=dtype) for name, model in models.items()}
     if tile and "vae" in modules:
         Tiling(tile).check(modules["vae"])
-    network = next((name for name in NETWORKS if name in present), None)
-    if network is None or "vae" not in present:
+    name = next((name for name in NETWORKS if name in present), None)
+    if name is None or ("vae" not in present and index.kind not in PIXELS):
         raise ValueError(f"{folder}: a network (unet or transformer) and a vae are needed")
-    configs = {name: _scheduler(folder / name) for name in SCHEDULERS if name in present}
-    pipeline = Pipeline(
+    encoders = [name for name in ENCODERS if name in present]
+    tokenizers = [load_tokenizer(folder / e.replace("text_encoder", "tokenizer")) for e in encoders]
+    pipeline = assemble(
         index.kind,
-        modules[network],
-        modules["vae"],
-        configs["scheduler"],
-        tuple(modules[name] for name in ENCODERS if name in present),
-        tuple(load_tokenizer(folder / name.replace("text_encoder", "tokenizer"))
-              for name in ENCODERS if name in present),
-        configs.get("low_res_scheduler"),
+        modules[name],
+        modules.get("vae"),
+        _scheduler(folder / "scheduler"),
+        [modules[encoder] for encoder in encoders],
+        tokenizers,
         tile=tile,
+        low_res=_scheduler(folder / "low_res_scheduler")
+        if "low_res_scheduler" in present
+        else None,
         options=index.options,
-    )  # fmt: skip
+    )
     return Opened(pipeline, models, dtype)
 
 
-def load_pipeline(
-    path_or_id: str | Path,
+def assemble(
+    kind: str,
+    network: nn.Module,
+    autoencoder: AutoencoderKL | None,
+    scheduler: Mapping[str, Any],
+    encoders: Sequence[nn.Module] = (),
+    tokenizers: Sequence[Any] = (),
     *,
-    revision: str | None = None,
-    variant: str | None = None,
-    dtype: DTypeLike = jnp.float32,
-) -> tuple[Pipeline, Params]:
-    """A pipeline and its parameters: ``open_pipeline`` and ``Opened.load``."""
-    opened = open_pipeline(path_or_id, revision=revision, variant=variant, dtype=dtype)
-    return opened.pipeline, opened.load()
+    tile: int = 0,
+    low_res: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Pipeline:
+    """The pipeline that a kind of diffusers' makes of its components.
+
+    Args:
+      kind: diffusers' class.
+      network, autoencoder, scheduler, encoders, tokenizers: its components; None for an
+        autoencoder: the network sees pixels.
+      tile: pixels of the autoencoder's tiles, for large pictures; 0: they are not cut.
+      low_res: config of what noises an upscaler's small picture.
+      options: other fields of ``model_index.json``.
+
+    Raises:
+      ValueError: the network does not say what size it was trained on.
+    """
+    trained = from_diffusers(scheduler, STEPS)
+    codec = Identity() if autoencoder is None else KL(autoencoder, tile)
+    channels = network.in_channels if autoencoder is None else autoencoder.latent_channels
+    side = network.image_size
+    if side is None:
+        raise ValueError(f"{kind}: the network does not say what size it was trained on")
+    if encoders:
+        zeros = options.get("force_zeros_for_empty_prompt", True)
+        conditioner = Prompts(tuple(encoders), tuple(tokenizers), zeros)
+    elif network.num_classes:
+        conditioner = _labels(network.num_classes, options)
+    else:
+        conditioner = Unconditional()
+    return Pipeline(
+        kind,
+        network,
+        trained.schedule,
+        trained.prediction,
+        trained.c_noise,
+        (*(side if isinstance(side, tuple) else (side, side)), channels),
+        codec,
+        conditioner,
+        defaults=DEFAULTS.get(kind, Defaults("", "uniform", 30, ("cfg(7.5)",))),
+        scheduler=scheduler,
+        low_res_scheduler=low_res,
+        options=options,
+    )
 
 
-def save_pipeline(
+def save_pretrained(
     folder: str | Path, pipeline: Pipeline, params: Params, dtype: DTypeLike | None = None
 ) -> None:
     """Writes a folder that ``open_pipeline`` and diffusers' ``DiffusionPipeline`` read.
+
+    A run becomes a DDIMPipeline, or with a transformer on latents a DiTPipeline, where diffusers
+    has such networks and schedules.
 
     Args:
       folder: new, or a pipeline's.
       pipeline, params: what to write.
       dtype: of the weights; by default their own.
+
+    Raises:
+      ValueError: for what diffusers has nothing for; the message names it.
     """
     folder = Path(folder)
-    dit = isinstance(pipeline.network, DiT)
-    name = "transformer" if dit else "unet"
+    if pipeline.scheduler is None:
+        pipeline = published(pipeline)
+    conditioner, codec = pipeline.conditioner, pipeline.codec
+    name = "transformer" if pipeline.kind == "DiTPipeline" else "unet"
     parts = {name: (pipeline.network, params["network"])}
-    parts["vae"] = (pipeline.autoencoder, params["autoencoder"])
+    if isinstance(codec, KL):
+        parts["vae"] = (codec.network, params["autoencoder"])
     components: dict[str, tuple[str, str] | None] = {}
-    if not dit:  # diffusers wants to be told that there is none
-        components |= {"safety_checker": None, "feature_extractor": None}
-    encoders = zip(ENCODERS, pipeline.encoders, params.get("encoders", ()), pipeline.tokenizers)
-    for encoder, module, weights, tokenizer in encoders:
-        parts[encoder] = (module, weights)
-        where = encoder.replace("text_encoder", "tokenizer")
-        tokenizer.save_pretrained(folder / where)
-        components[where] = ("transformers", type(tokenizer).__name__)
+    if isinstance(conditioner, Prompts):
+        components |= {"safety_checker": None, "feature_extractor": None}  # said explicitly
+        encoders = zip(ENCODERS, conditioner.encoders, params["encoders"], conditioner.tokenizers)
+        for encoder, module, weights, tokenizer in encoders:
+            parts[encoder] = (module, weights)
+            where = encoder.replace("text_encoder", "tokenizer")
+            tokenizer.save_pretrained(folder / where)
+            components[where] = ("transformers", type(tokenizer).__name__)
     for part, (module, weights) in parts.items():
         pretrained.save(folder / part, module, weights, dtype=dtype)
         config = folders.read_json(folder / part / "config.json")
@@ -204,13 +279,21 @@ def save_pipeline(
         kind = config.get("_class_name") or config["architectures"][0]
         components[part] = (library, kind)
     for part in SCHEDULERS:
-        config = getattr(pipeline, part)
+        config = pipeline.scheduler if part == "scheduler" else pipeline.low_res_scheduler
         if config is not None:
             (folder / part).mkdir(parents=True, exist_ok=True)
             folders.write_json(folder / part / "scheduler_config.json", config)
             components[part] = ("diffusers", config["_class_name"])
     index = pretrained.Index(pipeline.kind, components, pipeline.options)
     pretrained.save_index(folder, index)
+
+
+def _labels(rows: int, options: Mapping[str, Any]) -> Labels:
+    """Of a network whose embedding has so many rows; DiT and our runs have one more, the null."""
+    if options.get("null_class"):
+        return Labels(rows - 1, tuple(options.get("class_names", ())))
+    names = options.get("id2label", {})
+    return Labels(rows, tuple(names.get(str(i), "") for i in range(rows)) if names else ())
 
 
 def _variant(folder: Path, variant: str | None) -> str | None:

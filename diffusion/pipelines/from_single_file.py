@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffusion.pipelines.from_pretrained import ENCODERS, Opened
+from diffusion.pipelines.from_pretrained import ENCODERS, Opened, assemble
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pipelines.tokenizers import END
 from diffusion.pretrained.single_file.checkpoint import open_single_file, write_single_file
@@ -42,7 +42,7 @@ def open_checkpoint(
         ``lambda pad: clip_tokenizer("bpe_simple_vocab_16e6.txt.gz", pad=pad)``.
       prediction_type, ema, modules: see ``open_single_file``.
       dtype: of parameters and computation.
-      tile: see ``Pipeline``.
+      tile: pixels of the tiles in which large pictures are decoded; 0: whole.
 
     Raises:
       ValueError: for another kind of file, or one in which a part is missing.
@@ -56,15 +56,15 @@ def open_checkpoint(
     encoders = [name for name in ENCODERS if name in nets]
     # OpenAI's encoder was trained on texts filled up with the end token, OpenCLIP's on others.
     pads = [END if kind.parts[name][0] in (CLIP, XL_CLIP) else "!" for name in encoders]
-    pipeline = Pipeline(
+    pipeline = assemble(
         kind.pipeline,
         nets["unet"],
         nets["vae"],
         opened.scheduler,
-        tuple(nets[name] for name in encoders),
-        tuple(tokenizer(pad) for pad in pads),
-        LOW_RES if opened.family == "upscale" else None,
+        [nets[name] for name in encoders],
+        [tokenizer(pad) for pad in pads],
         tile=tile,
+        low_res=LOW_RES if opened.family == "upscale" else None,
         options=OPTIONS.get(opened.family, {}),
     )
     return Opened(pipeline, dict(opened.components), dtype)
@@ -90,10 +90,10 @@ def save_checkpoint(
     """
     parts = {
         "unet": (pipeline.network, params["network"]),
-        "vae": (pipeline.autoencoder, params["autoencoder"]),
+        "vae": (pipeline.codec.network, params["autoencoder"]),
     }
     # A refiner's only encoder is the second one.
     held = FAMILIES[family].parts if family in FAMILIES else ENCODERS
     names = [name for name in ENCODERS if name in held]
-    parts |= dict(zip(names, zip(pipeline.encoders, params["encoders"])))
+    parts |= dict(zip(names, zip(pipeline.conditioner.encoders, params["encoders"])))
     write_single_file(path, family, parts, dtype=dtype)

@@ -1,68 +1,123 @@
-"""A pretrained pipeline: networks, tokenizers and scheduler configs; apart from them, weights."""
+"""A pipeline: all that belongs to a generative model, apart from its parameters.
+
+A trained run, a diffusers folder, a hub id and a single file all become one (``from_run``,
+``from_pretrained``, ``from_single_file``), so that whatever draws, edits or judges works on each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from diffusion.models.autoencoder import AutoencoderKL
-from diffusion.sampling.acceleration import NONE, Shortcuts
+from diffusion.conditioning import Conditioning
+from diffusion.denoiser import ConditionalDenoise, denoiser
+from diffusion.evaluation.views import VIEWS, View
+from diffusion.levels import Array, NoiseLevel
+from diffusion.pipelines.codec import Codec, Identity
+from diffusion.pipelines.conditioners import Conditioner, Unconditional
+from diffusion.predictions import Prediction
+from diffusion.schedules import Schedule
 
 Params = Mapping[str, Any]
-"""Parameters by component: network, autoencoder, and encoders, a list like the pipeline's."""
+"""Parameters by component: "network", and where there are such parts "autoencoder" and "encoders",
+a list like the conditioner's."""
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """What belongs together to make pictures.
+class Defaults(NamedTuple):
+    """How a pipeline is sampled where nothing else is asked for.
 
     Attributes:
-      kind: diffusers' name of it: "StableDiffusionPipeline", ...
-      network: the U-Net or DiT, which knows ``in_channels`` (latents and what is concatenated
-        to them) and ``image_size`` (of the latents that it was trained on).
-      autoencoder: between images and latents.
-      scheduler: the fields of its ``scheduler_config.json``.
-      encoders: of text, in the order of the published pipelines.
-      tokenizers: one for each.
+      solver, grid: specs; an empty solver is the class of the pipeline's scheduler.
+      steps: of the solver.
+      guidance: specs of the links of the chain.
+    """
+
+    solver: str = "dpmpp_2m"
+    grid: str = "uniform"
+    steps: int = 20
+    guidance: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """What belongs together to make samples.
+
+    Attributes:
+      kind: diffusers' name of the pipeline ("StableDiffusionPipeline", ...), or "run".
+      network: linen module (x, c_noise, cond) -> F.
+      schedule, prediction, c_noise: what its output means.
+      shape: of one example as the network sees it, at the size that it was trained on.
+      codec: between examples and what the network sees of them.
+      conditioner: labels or texts -> conditioning, with what stands for none.
+      view: how examples are shown and saved.
+      defaults: solver, grid, steps and guidance.
+      scheduler: the fields of diffusers' ``scheduler_config.json``; None for a run.
       low_res_scheduler: config of what noises an upscaler's small picture.
-      tile: pixels of the autoencoder's tiles, for large pictures; 0: they are not cut.
-      shortcuts: what makes the network's evaluations cheaper.
-      options: other fields of ``model_index.json``, such as force_zeros_for_empty_prompt.
+      options: other fields of ``model_index.json``, such as requires_aesthetics_score.
     """
 
     kind: str
     network: nn.Module
-    autoencoder: AutoencoderKL
-    scheduler: Mapping[str, Any]
-    encoders: tuple[nn.Module, ...] = ()
-    tokenizers: tuple[Any, ...] = ()
+    schedule: Schedule
+    prediction: Prediction
+    c_noise: Callable[[NoiseLevel], Array]
+    shape: tuple[int, ...]
+    codec: Codec = field(default_factory=Identity)
+    conditioner: Conditioner = field(default_factory=Unconditional)
+    view: View = VIEWS["images"]
+    defaults: Defaults = Defaults()
+    scheduler: Mapping[str, Any] | None = None
     low_res_scheduler: Mapping[str, Any] | None = None
-    tile: int = 0
-    shortcuts: Shortcuts = NONE
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(h, w, C) of the latents of a picture of ``size`` (height, width) pixels.
+    def denoiser(self, params: Params) -> ConditionalDenoise:
+        """E[x_0 | x_t, cond] as the network with these parameters estimates it."""
+
+        def network(x: Array, c_noise: Array, cond: Conditioning) -> Array:
+            return self.network.apply({"params": params["network"]}, x, c_noise, cond)
+
+        return denoiser(network, self.prediction, self.c_noise)
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels that the network takes beside x, as ``cond.image``."""
+        taken = getattr(self.network, "in_channels", None)
+        return taken - self.shape[-1] if taken else 0
+
+    @property
+    def channels(self) -> int:
+        """Channels of an example, before the codec."""
+        return getattr(self.codec, "channels", self.shape[-1])
+
+    @property
+    def unit(self) -> int:
+        """Pixels that the sides of a picture must be a multiple of."""
+        net = self.network
+        return self.codec.factor * getattr(
+            net, "patch", 2 ** (len(getattr(net, "widths", "1")) - 1)
+        )
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(height, width) in pixels of the pictures that the network was trained on."""
+        return tuple(self.codec.factor * side for side in self.shape[:-1])
+
+    def shape_of(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """The network's shape (h, w, C) of a picture of ``size`` (height, width) in pixels.
 
         Raises:
           ValueError: the networks cannot make that size.
         """
-        channels, factor = self.autoencoder.latent_channels, self.autoencoder.factor
         if size is None:
-            trained = self.network.image_size
-            if trained is None:
-                raise ValueError("the network does not say what size it was trained on: give one")
-            return (*(trained if isinstance(trained, tuple) else (trained, trained)), channels)
-        levels = len(getattr(self.network, "widths", (0,)))
-        unit = factor * getattr(self.network, "patch", 2 ** (levels - 1))
+            return self.shape
         for side in size:
-            if side < unit or side % unit:
-                nearest = max(round(side / unit), 1) * unit
+            if side < self.unit or side % self.unit:
+                nearest = max(round(side / self.unit), 1) * self.unit
                 raise ValueError(
-                    f"a picture of {size[0]} x {size[1]}: sides must be multiples of {unit} "
+                    f"a picture of {size[0]} x {size[1]}: sides must be multiples of {self.unit} "
                     f"pixels; nearest to {side}: {nearest}"
                 )
-        return (size[0] // factor, size[1] // factor, channels)
+        return (*(side // self.codec.factor for side in size), self.shape[-1])

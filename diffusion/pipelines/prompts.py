@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,97 +21,116 @@ from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.clip import ClipText
 from diffusion.pipelines.emphasis import parse, weigh
-from diffusion.pipelines.pipeline import Pipeline
 
 Texts = str | Sequence[str]
 
 
-def encode_prompts(
-    pipeline: Pipeline,
-    params: Mapping[str, Any],
-    prompts: Texts,
-    negative: Texts | None = None,
-    *,
-    second: Texts | None = None,
-    second_negative: Texts | None = None,
-    images_per_prompt: int = 1,
-    clip_skip: int = 0,
-    weighted: bool = False,
-    max_chunks: int | None = None,
-) -> tuple[Conditioning, Conditioning]:
-    """What guidance steers towards, and what away from: ``context``, and for SDXL ``pooled``.
+@dataclass(frozen=True)
+class Prompts:
+    """The conditioner of Stable Diffusion and SDXL: ``context``, and for SDXL ``pooled``.
 
-    Texts that are too long for an encoder (77 tokens, two of them for start and end) are split
-    into chunks of 75, which are encoded on their own, each between start and end, and follow each
-    other in the context. A prompt and its negative get equally many by empty chunks. Where other
-    prompts of the batch have more, ``context_mask`` leaves the rest out, so that no picture depends
-    on what else is in its batch. The pooled embedding is the first chunk's.
-
-    Args:
-      pipeline: with its text encoders and tokenizers.
-      params: the pipeline's; ``params["encoders"]`` is a list like ``pipeline.encoders``.
-      prompts: one or more.
-      negative: one for all prompts, or one for each. None is the empty text, or zeros for an SDXL
-        whose option ``force_zeros_for_empty_prompt`` says so.
-      second, second_negative: other texts for SDXL's second encoder.
-      images_per_prompt: each prompt is repeated, one after the other.
-      clip_skip: how many of the last layers to leave out, beyond those that the model leaves out
-        anyway; of the negative's none are, as in diffusers.
-      weighted: whether brackets are weights (``weighting.parse``).
-      max_chunks: at most so many; what is beyond is cut off, with a warning. diffusers has 1.
-
-    Returns:
-      (conditioning, null), each of len(prompts) * images_per_prompt.
-
-    Raises:
-      ValueError: there are no encoders or prompts, their numbers differ, or an option is wrong.
+    Attributes:
+      encoders: of text, in the order of the published pipelines; their parameters are the list
+        ``params["encoders"]``.
+      tokenizers: one for each.
+      zeros: whether an SDXL's absent negative is zeros instead of the empty text.
     """
-    if not pipeline.encoders:
-        raise ValueError(f"{pipeline.kind} has no text encoder: it takes no prompts")
-    sdxl = pipeline.encoders[-1].projection is not None
-    for encoder in pipeline.encoders:
-        most = encoder.depth - (2 if sdxl else 1)
-        if not 0 <= clip_skip <= most:
-            raise ValueError(f"clip_skip={clip_skip}; expected 0 to {most} of {encoder.depth}")
-    for name, value in (("images_per_prompt", images_per_prompt), ("max_chunks", max_chunks)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}; expected at least 1")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("no prompts; expected at least one")
-    zeros = sdxl and negative is None and pipeline.options.get("force_zeros_for_empty_prompt", True)
-    both = [
-        (prompts, _for_each(prompts, "" if negative is None else negative, "negative")),
-        (
-            _for_each(prompts, prompts if second is None else second, "second"),
-            _for_each(prompts, second_negative or negative or "", "second_negative"),
-        ),
-    ]
-    # [encoder][prompts or negatives][text]
-    chunked = [
-        [[_chunks(tokenizer, encoder, t, weighted, max_chunks) for t in texts] for texts in pair]
-        for encoder, tokenizer, pair in zip(pipeline.encoders, pipeline.tokenizers, both)
-    ]
-    needed = np.array([[[len(c.ids) for c in texts] for texts in pair] for pair in chunked])
-    counts = needed[:, :1].max((0, 1)) if zeros else needed.max((0, 1))
-    used = np.arange(counts.max()) < counts[:, None]
 
-    def encode(side: int, skip: int) -> Conditioning:
-        contexts, pooled = [], None
-        for i, (encoder, tokenizer) in enumerate(zip(pipeline.encoders, pipeline.tokenizers)):
-            empty = _chunks(tokenizer, encoder, "", False, None)
-            chunks = _stack([_filled(c, empty, len(used[0])) for c in chunked[i][side]])
-            weights = params["encoders"][i]
-            context, pooled = _encode(encoder, weights, chunks, used, sdxl, skip + sdxl)
-            contexts.append(context)
-        return Conditioning(context=jnp.concatenate(contexts, -1), pooled=pooled)
+    encoders: tuple[ClipText, ...]
+    tokenizers: tuple[Any, ...]
+    zeros: bool = True
+    suggestions: Sequence[str] = ()
+    subject: str = "text"
 
-    cond = encode(0, clip_skip)
-    null = jax.tree.map(jnp.zeros_like, cond) if zeros else encode(1, 0)
-    if not used.all():
-        mask = jnp.asarray(np.repeat(used, cond.context.shape[1] // len(used[0]), axis=1))
-        cond, null = cond.replace(context_mask=mask), null.replace(context_mask=mask)
-    return jax.tree.map(lambda a: jnp.repeat(a, images_per_prompt, axis=0), (cond, null))
+    @property
+    def sdxl(self) -> bool:
+        """Whether contexts are SDXL's."""
+        return self.encoders[-1].projection is not None
+
+    def name(self, subject: str | int) -> str:
+        """The prompt."""
+        return str(subject)
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        subjects: Texts,
+        negative: Texts | None = None,
+        *,
+        second: Texts | None = None,
+        second_negative: Texts | None = None,
+        clip_skip: int = 0,
+        weighted: bool = False,
+        max_chunks: int | None = None,
+    ) -> tuple[Conditioning, Conditioning]:
+        """What guidance steers towards, and what away from, each of len(subjects).
+
+        Texts that are too long for an encoder (77 tokens, two of them for start and end) are split
+        into chunks of 75, which are encoded on their own, each between start and end, and follow
+        each other in the context. A prompt and its negative get equally many by empty chunks. Where
+        other prompts of the batch have more, ``context_mask`` leaves the rest out, so that no
+        picture depends on what else is in its batch. The pooled embedding is the first chunk's.
+
+        Args:
+          params: the pipeline's.
+          subjects: the prompts.
+          negative: one for all prompts, or one for each. None is the empty text, or zeros for an
+            SDXL whose ``zeros`` says so.
+          second, second_negative: other texts for SDXL's second encoder.
+          clip_skip: how many of the last layers to leave out, beyond those that the model leaves
+            out anyway; of the negative's none are, as in diffusers.
+          weighted: whether brackets are weights (``emphasis.parse``).
+          max_chunks: at most so many; what is beyond is cut off, with a warning. diffusers has 1.
+
+        Raises:
+          ValueError: there are no prompts, their numbers differ, or an option is wrong.
+        """
+        for encoder in self.encoders:
+            most = encoder.depth - (2 if self.sdxl else 1)
+            if not 0 <= clip_skip <= most:
+                raise ValueError(f"clip_skip={clip_skip}; expected 0 to {most} of {encoder.depth}")
+        if max_chunks is not None and max_chunks < 1:
+            raise ValueError(f"max_chunks={max_chunks}; expected at least 1")
+        prompts = [subjects] if isinstance(subjects, str) else list(subjects)
+        if not prompts:
+            raise ValueError("no prompts; expected at least one")
+        zeros = self.sdxl and negative is None and self.zeros
+        both = [
+            (prompts, _for_each(prompts, "" if negative is None else negative, "negative")),
+            (
+                _for_each(prompts, prompts if second is None else second, "second"),
+                _for_each(prompts, second_negative or negative or "", "second_negative"),
+            ),
+        ]
+        # [encoder][prompts or negatives][text]
+        chunked = [
+            [
+                [_chunks(tokenizer, encoder, t, weighted, max_chunks) for t in texts]
+                for texts in pair
+            ]
+            for encoder, tokenizer, pair in zip(self.encoders, self.tokenizers, both)
+        ]
+        needed = np.array([[[len(c.ids) for c in texts] for texts in pair] for pair in chunked])
+        counts = needed[:, :1].max((0, 1)) if zeros else needed.max((0, 1))
+        used = np.arange(counts.max()) < counts[:, None]
+
+        def encode(side: int, skip: int) -> Conditioning:
+            contexts, pooled = [], None
+            for i, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers)):
+                empty = _chunks(tokenizer, encoder, "", False, None)
+                chunks = _stack([_filled(c, empty, len(used[0])) for c in chunked[i][side]])
+                weights = params["encoders"][i]
+                skipped = skip + self.sdxl
+                context, pooled = _encode(encoder, weights, chunks, used, self.sdxl, skipped)
+                contexts.append(context)
+            return Conditioning(context=jnp.concatenate(contexts, -1), pooled=pooled)
+
+        cond = encode(0, clip_skip)
+        null = jax.tree.map(jnp.zeros_like, cond) if zeros else encode(1, 0)
+        if not used.all():
+            mask = jnp.asarray(np.repeat(used, cond.context.shape[1] // len(used[0]), axis=1))
+            cond, null = cond.replace(context_mask=mask), null.replace(context_mask=mask)
+        return cond, null
 
 
 class _Chunks(NamedTuple):

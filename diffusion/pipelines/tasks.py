@@ -1,20 +1,17 @@
-"""What a pretrained pipeline is asked for: each task says what is sampled, and gives latents.
+"""What a pipeline is asked for: each task says what samples are made of, as ``draw`` takes it.
 
-    pipeline, params = load("stable-diffusion-v1-5")
-    cond, null = encode_prompts(pipeline, params, ["a lighthouse at dusk"], negative=[""])
-    sampler = from_diffusers(pipeline.scheduler, steps=30)
-    keys = image_keys(seed, range(1))
-    latents = text_to_image(pipeline, params, sampler, keys, cond, null, scale=7.5)
-    images = decode(pipeline, params, latents)  # [B, H, W, 3] in [-1, 1]
+    pipeline, params = load("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    cond, null = pipeline.conditioner(params, ["a lighthouse at dusk"])
+    sampler, keys = samplers.make(pipeline, steps=30), image_keys(0, range(1))
+    inputs = new(pipeline, cond, null)
+    latents = draw(pipeline, params, sampler, keys, inputs, chain=(links.cfg(7.5),))
+    images = pipeline.codec.decode(params, latents)  # [B, H, W, 3] in [-1, 1]
 
-``keys`` [B] hold all randomness: image i depends on ``keys[i]`` alone. ``null`` is what to steer
-away from, a negative prompt or the empty one; without it, or at scale 1, there is no guidance.
-Networks distilled with an embedding of the guidance scale (LCM) are told it instead.
+``null`` is what to steer away from, a negative prompt or the empty one; without it there is no
+guidance. Pictures are [B, H, W, C] in [-1, 1].
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,102 +19,56 @@ import numpy as np
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.pipelines.codec import encode, folded
-from diffusion.pipelines.draw import Kept, Steering, draw
+from diffusion.pipelines.codec import folded
+from diffusion.pipelines.draw import Inputs, Kept
 from diffusion.pipelines.pipeline import Params, Pipeline
-from diffusion.pretrained.schedulers import Sampler, from_diffusers
-from diffusion.sampling.sample import Callback, image_noise
+from diffusion.pretrained.schedulers import from_diffusers
+from diffusion.sampling.sample import image_noise
 
 MASKED, LOW_RES, REFINER = range(2**30 + 1, 2**30 + 4)  # folds of the keys
 
 
-def text_to_image(
+def new(
     pipeline: Pipeline,
-    params: Params,
-    sampler: Sampler,
-    keys: jax.Array,
     cond: Conditioning,
     null: Conditioning | None = None,
     *,
     size: tuple[int, int] | None = None,
-    scale: Array | float = 7.5,
-    rescale: float = 0.0,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """Latents of new pictures.
-
-    Args:
-      pipeline, params: the models.
-      sampler: what steps to take.
-      keys: [B].
-      cond, null: of the prompts, leaves [B, ...]; SDXL's with ``micro_conditioning``.
-      size: (height, width) in pixels; by default the network's own.
-      scale: of classifier-free guidance.
-      rescale: phi, 0 to 1, of ``guidance.rescaled``, against overexposure.
-      callback: called after each evaluation (``sampling.progress.Monitor``).
-    """
-    shape = pipeline.latent_shape(size)
-    cond, steering = _steer(pipeline, cond, null, scale)
-    return draw(
-        pipeline.network, params["network"], sampler, keys, shape, cond, steering,
-        rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
-    )  # fmt: skip
+) -> Inputs:
+    """New samples, of ``size`` (height, width) pixels; by default the network's own."""
+    return Inputs(cond, null, pipeline.shape_of(size))
 
 
-def image_to_image(
+def from_picture(
     pipeline: Pipeline,
     params: Params,
-    sampler: Sampler,
     keys: jax.Array,
     cond: Conditioning,
     null: Conditioning | None,
     images: Array,
     *,
-    scale: Array | float = 7.5,
-    rescale: float = 0.0,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """Latents of pictures made from pictures: SDEdit (Meng et al., 2021).
+    encoded: bool = False,
+) -> Inputs:
+    """Pictures made from pictures: SDEdit (Meng et al., 2021).
 
-    Args:
-      sampler: with a ``strength``, which says how much is left of them.
-      images: [B, H, W, 3] in [-1, 1], or latents [B, h, w, C]. SDXL's refiner takes what the base
-        model has made.
-      others: as in ``text_to_image``.
+    The sampler's ``strength`` says how much is left of them. ``encoded``: they are latents already,
+    such as those that SDXL's refiner takes from the base model.
     """
-    picture = _latents_of(pipeline, params, images, keys)
-    cond, steering = _steer(pipeline, cond, null, scale)
-    return draw(
-        pipeline.network, params["network"], sampler, keys, picture.shape[1:], cond, steering,
-        picture=picture, rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
-    )  # fmt: skip
+    picture = jnp.asarray(images) if encoded else pipeline.codec.encode(params, images, keys)
+    return Inputs(cond, null, picture.shape[1:], picture=picture)
 
 
-def refine(
+def continued(cond: Conditioning, null: Conditioning | None, latents: Array) -> Inputs:
+    """Goes on with latents that another model left noisy: both samplers are ``samplers.hand_over``'s.
+
+    The keys are to be others than that model's: ``folded(keys, REFINER)``.
+    """
+    return Inputs(cond, null, latents.shape[1:], x_init=latents)
+
+
+def repainted(
     pipeline: Pipeline,
     params: Params,
-    sampler: Sampler,
-    keys: jax.Array,
-    cond: Conditioning,
-    null: Conditioning | None,
-    latents: Array,
-    *,
-    scale: Array | float = 7.5,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """Goes on with latents that another model left noisy: both samplers are ``hand_over``'s."""
-    keys = folded(keys, REFINER)
-    cond, steering = _steer(pipeline, cond, null, scale)
-    return draw(
-        pipeline.network, params["network"], sampler, keys, latents.shape[1:], cond, steering,
-        x_init=latents, shortcuts=pipeline.shortcuts, callback=callback,
-    )  # fmt: skip
-
-
-def inpaint(
-    pipeline: Pipeline,
-    params: Params,
-    sampler: Sampler,
     keys: jax.Array,
     cond: Conditioning,
     null: Conditioning | None,
@@ -125,71 +76,55 @@ def inpaint(
     mask: Array,
     *,
     strength: float = 1.0,
-    scale: Array | float = 7.5,
-    rescale: float = 0.0,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """Latents of pictures in which what is masked is painted anew.
+) -> Inputs:
+    """Pictures in which what is masked is painted anew.
 
-    A network with 9 input channels sees mask and masked picture. With one of 4, the rest of the
+    A network with channels for mask and masked picture sees these. With any other, the rest of the
     picture is put back, noised, at every evaluation.
 
     Args:
-      sampler: with the same ``strength``.
-      images: [B, H, W, 3] in [-1, 1].
       mask: [B, H, W, 1] or [H, W, 1] in [0, 1]; what is at least 0.5 is painted.
-      strength: 1 starts from noise, less from the noised picture.
-      others: as in ``text_to_image``.
+      strength: 1 starts from noise, less from the noised picture; the sampler's too.
 
     Raises:
       ValueError: the network has another number of input channels.
     """
     images = jnp.asarray(images)
     mask = jnp.broadcast_to(jnp.asarray(mask) >= 0.5, (*images.shape[:3], 1)).astype(jnp.float32)
-    factor, channels = pipeline.autoencoder.factor, pipeline.autoencoder.latent_channels
+    factor, extra = pipeline.codec.factor, pipeline.extra_channels
     small = mask[:, ::factor, ::factor]  # nearest neighbour
-    picture = encode(pipeline, params, images, keys)
-    kept = None
-    if pipeline.network.in_channels == 2 * channels + 1:
-        masked = encode(pipeline, params, images * (1 - mask), folded(keys, MASKED))
-        extra = jnp.concatenate([small, masked], axis=-1)
-        cond, null = _with_image(cond, extra), _with_image(null, extra)
-    elif pipeline.network.in_channels == channels:
+    picture, kept = pipeline.codec.encode(params, images, keys), None
+    if extra == picture.shape[-1] + 1:
+        masked = pipeline.codec.encode(params, images * (1 - mask), folded(keys, MASKED))
+        more = jnp.concatenate([small, masked], axis=-1)
+        cond, null = _with_image(cond, more), _with_image(null, more)
+    elif extra == 0:
         noise = image_noise(keys, picture.shape[1:]).astype(picture.dtype)
         kept = Kept(picture, 1 - small, noise)
     else:
         raise ValueError(
-            f"a network of {pipeline.network.in_channels} input channels cannot inpaint; expected "
-            f"{channels}, or {2 * channels + 1} for mask and masked picture"
+            f"a network with {extra} channels beside the picture cannot inpaint; expected none, or "
+            f"{picture.shape[-1] + 1} for mask and masked picture"
         )
-    cond, steering = _steer(pipeline, cond, null, scale)
-    return draw(
-        pipeline.network, params["network"], sampler, keys, picture.shape[1:], cond,
-        steering.replace(kept=kept), picture=None if strength == 1 else picture,
-        rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
-    )  # fmt: skip
+    start = None if strength == 1 else picture
+    return Inputs(cond, null, picture.shape[1:], picture=start, kept=kept)
 
 
-def upscale(
+def upscaled(
     pipeline: Pipeline,
-    params: Params,
-    sampler: Sampler,
     keys: jax.Array,
     cond: Conditioning,
     null: Conditioning | None,
     images: Array,
     *,
     noise_level: int = 20,
-    scale: Array | float = 9.0,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """Latents of pictures four times as large (Stable Diffusion's x4 upscaler).
+) -> Inputs:
+    """Pictures four times as large (Stable Diffusion's x4 upscaler).
 
     Args:
-      images: [B, h, w, 3] in [-1, 1], the small pictures, whose size is that of the latents.
+      images: [B, h, w, 3], the small pictures, whose size is that of the latents.
       noise_level: index, 0 to 999 (the published network's limit is 350), of the noise that is
         added to them first.
-      others: as in ``text_to_image``.
     """
     config = pipeline.low_res_scheduler
     if config is None:
@@ -203,71 +138,23 @@ def upscale(
     images = diffuse(images, image_noise(folded(keys, LOW_RES), images.shape[1:]), level)
     label = jnp.full(len(images), noise_level, jnp.int32)
     cond, null = (c and _with_image(c, images).replace(label=label) for c in (cond, null))
-    shape = (*images.shape[1:3], pipeline.autoencoder.latent_channels)
-    cond, steering = _steer(pipeline, cond, null, scale)
-    return draw(
-        pipeline.network,
-        params["network"],
-        sampler,
-        keys,
-        shape,
-        cond,
-        steering,
-        shortcuts=pipeline.shortcuts,
-        callback=callback,
-    )
+    return Inputs(cond, null, (*images.shape[1:3], pipeline.shape[-1]))
 
 
-def instruct(
-    pipeline: Pipeline,
-    params: Params,
-    sampler: Sampler,
-    keys: jax.Array,
-    cond: Conditioning,
-    null: Conditioning,
-    images: Array,
-    *,
-    scale: Array | float = 7.5,
-    image_scale: Array | float = 1.5,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """Latents of pictures edited as the prompt says: InstructPix2Pix (Brooks et al., 2023).
+def edited(
+    pipeline: Pipeline, params: Params, cond: Conditioning, null: Conditioning, images: Array
+) -> Inputs:
+    """Pictures edited as the prompt says: InstructPix2Pix (Brooks et al., 2023).
 
-    Args:
-      images: [B, H, W, 3] in [-1, 1].
-      scale, image_scale: how closely to follow the text, and how closely the picture.
-      others: as in ``text_to_image``; ``null`` is needed.
+    The chain has the link ``instruct(scale, image_scale)``.
     """
-    latents = encode(pipeline, params, images, scaled=False)
-    steering = Steering(
-        null=_with_image(null, jnp.zeros_like(latents)),
-        scale=scale,
+    latents = pipeline.codec.encode(params, images, scaled=False)
+    return Inputs(
+        _with_image(cond, latents),
+        _with_image(null, jnp.zeros_like(latents)),
+        latents.shape[1:],
         middle=_with_image(null, latents),
-        image_scale=image_scale,
     )
-    return draw(
-        pipeline.network, params["network"], sampler, keys, latents.shape[1:],
-        _with_image(cond, latents), steering, shortcuts=pipeline.shortcuts, callback=callback,
-    )  # fmt: skip
-
-
-def class_to_image(
-    pipeline: Pipeline,
-    params: Params,
-    sampler: Sampler,
-    keys: jax.Array,
-    labels: Array,
-    *,
-    scale: Array | float = 4.0,
-    callback: Callback | None = None,
-) -> jax.Array:
-    """Latents of pictures of classes [B] (DiT); the null class is the last one, number 1000."""
-    labels = jnp.asarray(labels, jnp.int32)
-    null = Conditioning(label=jnp.full_like(labels, pipeline.network.num_classes))
-    return text_to_image(
-        pipeline, params, sampler, keys, Conditioning(label=labels), null, scale=scale,
-        callback=callback,
-    )  # fmt: skip
 
 
 def micro_conditioning(
@@ -293,54 +180,6 @@ def micro_conditioning(
     last = size if aesthetic is None else (aesthetic,)
     ids = np.asarray([*(original or size), *crop, *last], np.float32)
     return cond.replace(time_ids=jnp.tile(ids, (len(cond.context), 1)))
-
-
-def hand_over(base: Any, refiner: Any, steps: int, fraction: float) -> tuple[Sampler, Sampler]:
-    """Samplers of two models that share one run: the base takes the first ``fraction`` of the time.
-
-    Args:
-      base, refiner: their scheduler configs.
-      steps: of the whole run.
-      fraction: of the schedule, in (0, 1); diffusers' denoising_end and denoising_start.
-
-    Raises:
-      ValueError: one of the two would have no step.
-    """
-    first = from_diffusers(base, steps)
-    last = from_diffusers(refiner, steps)
-    cutoff = round(first.schedule.steps - fraction * first.schedule.steps)
-    count = int(np.sum(first.timesteps >= cutoff))
-    left = int(np.sum(last.timesteps < cutoff))
-    order = len(last.timesteps) // steps
-    if order == 2 and left % 2 == 0:
-        left += 1  # not between the two evaluations of a step
-    if not 0 < count < len(first.timesteps) or not 0 < left < len(last.timesteps):
-        raise ValueError(
-            f"fraction={fraction} of {steps} steps leaves one of the two models without any; "
-            f"expected a number in (0, 1), {1 / steps:.3g} or more from both ends"
-        )
-    rows = jax.tree.map(lambda leaf: leaf[:count], first.solver._replace(init=None))
-    solver = rows._replace(init=first.solver.init)
-    strength = (-(-left // order) + 0.5) / steps
-    return first._replace(solver=solver), from_diffusers(refiner, steps, strength=strength)
-
-
-def _steer(
-    pipeline: Pipeline, cond: Conditioning, null: Conditioning | None, scale: Array | float
-) -> tuple[Conditioning, Steering]:
-    count = len(jax.tree.leaves(cond)[0])
-    if getattr(pipeline.network, "guidance_width", None) is not None:
-        told = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (count,))
-        return cond.replace(guidance=told), Steering()
-    if null is None or (isinstance(scale, (int, float)) and scale == 1):
-        return cond, Steering()
-    return cond, Steering(null=null, scale=scale)
-
-
-def _latents_of(pipeline: Pipeline, params: Params, images: Array, keys: jax.Array) -> jax.Array:
-    if images.shape[-1] == pipeline.autoencoder.latent_channels:
-        return jnp.asarray(images)
-    return encode(pipeline, params, images, keys)
 
 
 def _with_image(cond: Conditioning | None, image: Array) -> Conditioning | None:

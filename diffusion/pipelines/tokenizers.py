@@ -10,8 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from diffusion.pretrained import hub
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 BYTES = 256
+CLIP = "openai/clip-vit-large-patch14"
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -82,3 +85,22 @@ def _letters() -> list[str]:
     """A printable letter for each byte, in the order of OpenAI's ids: printable ones first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(174, 256)]
     return [chr(b) for b in printable] + [chr(BYTES + n) for n in range(BYTES - len(printable))]
+
+
+def clip_tokenizer_at(where: str, pad: str = END) -> Any:
+    """CLIP's tokenizer from a folder, OpenAI's merges file or, for an empty ``where``, the hub.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if where and Path(where).is_file():
+        return clip_tokenizer(where, pad=pad)
+    try:
+        tokenizer = load_tokenizer(hub.locate(where or CLIP, weights=False))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            "a single file holds no tokenizer: name CLIP's folder, or the path of "
+            f"bpe_simple_vocab_16e6.txt.gz ({error})"
+        ) from None
+    tokenizer.pad_token = pad
+    return tokenizer

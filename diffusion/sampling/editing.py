@@ -51,7 +51,14 @@ def image_to_image(
     return sample(denoise, solver, keys, x0.shape[1:], x_init=noised(x0, solver, keys))
 
 
-def inpaint(denoise: Denoise | Stateful, known: Array, mask: Array) -> Denoise | Stateful:
+def inpaint(
+    denoise: Denoise | Stateful,
+    known: Array,
+    mask: Array,
+    *,
+    noise: Array | None = None,
+    start: Array | float = jnp.inf,
+) -> Denoise | Stateful:
     """D := mask known + (1 - mask) D, which keeps what is known and paints the rest.
 
     For one step of DDPM this is RePaint's (Lugmayr et al., 2022, eq. 8), with the known part of x_s
@@ -62,7 +69,22 @@ def inpaint(denoise: Denoise | Stateful, known: Array, mask: Array) -> Denoise |
       denoise: the model's.
       known: [B, ...] or broadcastable; whatever it holds where mask = 0 has no effect.
       mask: broadcastable to x, 1 where known, 0 where to paint; between them, the two are mixed.
+      noise: [B, ...] then x itself is mixed, before each evaluation, with what is known noised by
+        this: diffusers' way for networks that were not trained to inpaint, where the known part
+        keeps its noise with stochastic solvers too. D stays, and what comes out is to be pasted.
+      start: with ``noise``, the time of the first evaluation, which sees x as it is.
     """
+    if noise is not None:
+
+        def wrap(step: Step) -> Step:
+            def mixed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+                x_known = diffuse(known, noise, level).astype(x.dtype)
+                seen = jnp.where(level.t < start, mask * x_known + (1 - mask) * x, x)
+                return step(seen, level, memory)
+
+            return mixed
+
+        return lift(denoise, wrap)
 
     def mix(m: Array, x0: Array) -> Array:
         return m * jnp.where(m > 0, known, 0).astype(x0.dtype) + (1 - m) * x0

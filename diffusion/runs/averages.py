@@ -1,42 +1,42 @@
-"""Which of a run's parameters are sampled from: ``config.sampler.average`` and ``.checkpoint``."""
+"""Which of a run's parameters are drawn from: an average, after a checkpoint's step."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from diffusion import ema, specs
-from diffusion.config.errors import field
 from diffusion.runs import posthoc, restore
 
-FIELD, CHECKPOINT = "config.sampler.average", "config.sampler.checkpoint"
 WORTH_A_WARNING = 0.1  # relative residual; on random walks errors of a few per cent
 
 
-def parameters(config: ConfigDict, workdir: str) -> tuple[Any, int, str]:
+def parameters(
+    workdir: str | os.PathLike, average: str = "ema", checkpoint: str = "newest"
+) -> tuple[Any, int, str]:
     """The parameters, the training step that they are from, and what to call them.
 
+    Args:
+      workdir: of the run.
+      average: a spec of ``CHOICES``.
+      checkpoint: "newest", "best" or the number of a step.
+
     Raises:
-      ValueError: a field has an impossible value, or what it names is damaged.
+      ValueError: an impossible average or checkpoint, or a damaged one.
       FileNotFoundError: there is no such checkpoint, or there are no snapshots.
     """
-    make, step = check(config), config.sampler.checkpoint
+    make, step = check(average, checkpoint), checkpoint
     if step == "best":
-        with field(f"{CHECKPOINT}='best'"):
-            step = restore.choose(workdir, step, "params").name
-    step = step if step == "newest" else int(step)
-    with field(f"{FIELD}={config.sampler.average!r}"):
-        return make(workdir=workdir, step=step)
+        step = restore.choose(workdir, step, "params").name
+    return make(workdir=workdir, step=step if step == "newest" else int(step))
 
 
-def check(config: ConfigDict) -> Callable:
-    """What ``sampler.average`` names; raises ValueError where it or ``checkpoint`` is wrong."""
-    c = config.sampler
-    if c.checkpoint not in ("newest", "best") and not c.checkpoint.isdigit():
-        raise ValueError(f"{CHECKPOINT} must be newest, best or a step, got {c.checkpoint!r}")
-    return specs.function(c.average, AVERAGES, FIELD, filled=("workdir", "step"))
+def check(average: str, checkpoint: str) -> Callable:
+    """What ``average`` names; raises ValueError where one of the two is impossible."""
+    if checkpoint not in ("newest", "best") and not checkpoint.isdigit():
+        raise ValueError(f"checkpoint must be newest, best or a step, got {checkpoint!r}")
+    return specs.function(average, CHOICES, "average", filled=("workdir", "step"))
 
 
 def _kept(name: str, called: str) -> Callable:
@@ -66,7 +66,7 @@ def _mixed(workdir: str, step: int | str, wanted: Any, called: str) -> tuple[Any
     return params, how.step, text
 
 
-AVERAGES = {
+CHOICES = {
     "ema": _kept("ema", "averaged"),
     "params": _kept("params", "trained"),
     "posthoc": _posthoc,

@@ -1,0 +1,168 @@
+"""Conditioners: subjects (class labels, captions, prompts) -> what a network is conditioned on.
+
+A conditioner is called with the subject of each sample and what to steer away from,
+
+    cond, null = conditioner(params, ["a lighthouse", "a dog"], negative="blurry")
+
+and gives two ``Conditioning``s of as many examples; ``null`` is None where nothing stands for
+"none". Prompts of published pipelines have a conditioner of their own (``prompts``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.conditioning import Conditioning, from_batch, null_like
+
+Subject = int | str
+Pair = tuple[Conditioning, Conditioning | None]
+
+
+class Conditioner(Protocol):
+    """What is asked of a conditioner.
+
+    Attributes:
+      subject: "label", "text" or "", what it takes.
+      suggestions: subjects to draw where none are given, such as all classes.
+    """
+
+    subject: str
+    suggestions: Sequence[Subject]
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        subjects: Sequence[Subject],
+        negative: Subject | Sequence[Subject] | None = None,
+    ) -> Pair:
+        """(conditioning, null), leaves [len(subjects), ...].
+
+        Raises:
+          ValueError: for a subject that the model does not know.
+        """
+
+    def name(self, subject: Subject) -> str:
+        """What pictures call a subject."""
+
+
+@dataclass(frozen=True)
+class Unconditional:
+    """A model that is conditioned on nothing; a subject is only a number."""
+
+    subject: str = ""
+    suggestions: Sequence[Subject] = ()
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        subjects: Sequence[Subject],
+        negative: Subject | Sequence[Subject] | None = None,
+    ) -> Pair:
+        """No conditioning."""
+        if negative is not None:
+            raise ValueError(f"negative={negative!r}: the model knows neither labels nor texts")
+        return Conditioning(), None
+
+    def name(self, subject: Subject) -> str:
+        """Nothing."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class labels 0 .. count - 1; the null label is ``count``.
+
+    Attributes:
+      count: of classes.
+      names: of the classes, for pictures and to ask by; may be empty.
+      null: whether the model was also trained without labels.
+    """
+
+    count: int
+    names: tuple[str, ...] = ()
+    null: bool = True
+    subject: str = "label"
+
+    @property
+    def suggestions(self) -> Sequence[Subject]:
+        """Every class."""
+        return range(self.count)
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        subjects: Sequence[Subject],
+        negative: Subject | Sequence[Subject] | None = None,
+    ) -> Pair:
+        """Labels as numbers or by name; without ``negative`` the null label."""
+        cond = Conditioning(label=np.array([self._label(s) for s in subjects], np.int32))
+        if negative is None:
+            return cond, null_like(cond, label=self.count) if self.null else None
+        several = not isinstance(negative, (str, int))
+        wrong = [self._label(n) for n in (negative if several else [negative])]
+        return cond, cond.replace(label=np.resize(np.array(wrong, np.int32), len(subjects)))
+
+    def name(self, subject: Subject) -> str:
+        """The class's name, or its number."""
+        label = self._label(subject)
+        return self.names[label] if self.names else str(label)
+
+    def _label(self, subject: Subject) -> int:
+        if isinstance(subject, str) and subject in self.names:
+            return self.names.index(subject)
+        number = int(subject) if isinstance(subject, str) and subject.isdecimal() else subject
+        if isinstance(number, (str, bool)) or number != int(number):
+            known = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
+            raise ValueError(
+                f"there is no class {subject!r}; choose 0..{self.count - 1}"
+                + (f" or one of {known}" if self.names else "")
+            )
+        if not 0 <= number < self.count:
+            raise ValueError(f"there is no class {subject!r}; choose 0..{self.count - 1}")
+        return int(number)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions for a network with a text encoder of its own, or embedded by a frozen one.
+
+    Attributes:
+      encode: captions -> fields of the conditioning [B, ...]; the empty caption stands for none.
+      suggestions: captions to draw where none are given.
+      null: whether the model was also trained without captions.
+    """
+
+    encode: Callable[[Sequence[str]], Mapping[str, Any]]
+    suggestions: Sequence[Subject] = ()
+    null: bool = True
+    subject: str = "text"
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        subjects: Sequence[Subject],
+        negative: Subject | Sequence[Subject] | None = None,
+    ) -> Pair:
+        """Each different caption is encoded once; without ``negative`` the empty one is null."""
+        if wrong := [s for s in subjects if not isinstance(s, str)]:
+            raise ValueError(f"the model takes captions, which are texts, got {wrong[0]!r}")
+        cond = self._encoded(list(subjects))
+        if negative is None:
+            return cond, self._encoded([""] * len(subjects)) if self.null else None
+        texts = [negative] * len(subjects) if isinstance(negative, str) else list(negative)
+        return cond, self._encoded(texts)
+
+    def name(self, subject: Subject) -> str:
+        """The caption."""
+        return str(subject)
+
+    def _encoded(self, texts: list[str]) -> Conditioning:
+        different = list(dict.fromkeys(texts))
+        index = np.array([different.index(text) for text in texts])
+        rows = self.encode(different)
+        return from_batch({name: jnp.asarray(value)[index] for name, value in rows.items()})

@@ -1,0 +1,277 @@
+"""What a run's model is, as data: the ``model.json`` that makes a workdir a pipeline.
+
+A config and its data become a ``Description``, and that becomes the pipeline, in training as well
+as later, when neither config nor data are needed. It is written before the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion import denoiser, pretrained, schedules, specs
+from diffusion import predictions as predictions_lib
+from diffusion.data import tokens
+from diffusion.evaluation.views import VIEWS
+from diffusion.models.clip import ClipText
+from diffusion.models.dit import DiT
+from diffusion.models.mlp import MLP
+from diffusion.models.noisy_classifier import NoisyClassifier
+from diffusion.models.text_to_image import TextToImage
+from diffusion.models.unet import UNet
+from diffusion.objectives.classification import Classification
+from diffusion.pipelines.codec import KL, Codec, Identity
+from diffusion.pipelines.conditioners import Captions, Conditioner, Labels, Unconditional
+from diffusion.pipelines.pipeline import Defaults, Pipeline
+from diffusion.pipelines.tokenizers import load_tokenizer
+from diffusion.pretrained import hub
+from diffusion.schedules import Schedule
+
+FILE = "model.json"
+FORMAT = 1
+TOKENIZER = "tokenizer"
+DENOISERS = ("unet", "dit", "mlp", "pretrained")
+NETWORKS = {"unet": UNet, "dit": DiT, "mlp": MLP, "classifier": NoisyClassifier}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A model, in words and numbers that JSON knows.
+
+    Attributes:
+      network: the name of one of ``NETWORKS``, "pretrained" or "autoencoder".
+      fields: of the network; of a pretrained one, {"path": a pipeline's folder or hub id}.
+      schedule, prediction, c_noise: specs.
+      shape: of one example as the network sees it.
+      dtype: of the computation.
+      sigma_data: standard deviation of the data, for the prediction "edm".
+      learned_variance: whether the network has a second output, the variances.
+      view: a name of ``VIEWS``.
+      num_classes, class_names: of labels that the network is given; 0 if it is given none.
+      null: whether it was also trained without labels or captions.
+      tokenizer: folder of the captions' tokenizer; empty without captions.
+      tokens: of the longest caption.
+      vocabulary: ids of the tokens that the network's own text encoder knows.
+      text: fields of that encoder; empty: there is none.
+      text_encoder: folder of a frozen encoder of captions.
+      autoencoder: folder of the autoencoder whose latents the network sees; empty: none.
+      captions: some that were held out, to draw where none are asked for.
+      sampler: solver, grid, steps and guidance.
+    """
+
+    network: str
+    fields: Mapping[str, Any]
+    schedule: str
+    prediction: str
+    c_noise: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    sigma_data: float = 0.5
+    learned_variance: bool = False
+    view: str = "images"
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    null: bool = True
+    tokenizer: str = ""
+    tokens: int = 0
+    vocabulary: tuple[int, ...] = ()
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text_encoder: str = ""
+    autoencoder: str = ""
+    captions: tuple[str, ...] = ()
+    sampler: Defaults = Defaults()
+
+
+def write(folder: str | Path, description: Description) -> None:
+    """Writes ``folder/model.json``, and the captions' tokenizer beside it."""
+    content = {"format": FORMAT} | dataclasses.asdict(description)
+    content["sampler"] = description.sampler._asdict()
+    path = Path(folder) / FILE
+    if description.tokenizer:
+        load_tokenizer(description.tokenizer).save_pretrained(path.with_name(TOKENIZER))
+        content["tokenizer"] = TOKENIZER
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(content, indent=2) + "\n")
+    partial_path.replace(path)
+
+
+def read(folder: str | Path) -> Description:
+    """The description in ``folder/model.json``.
+
+    An autoencoder that was moved away is also found as ``folder/autoencoder``.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged, or of another version of this project.
+    """
+    path = Path(folder) / FILE
+    try:
+        content = _tuples(json.loads(path.read_text()))
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"{path} is of another version of this project; expected {FORMAT}")
+        content["sampler"] = Defaults(**content["sampler"])
+        if content["tokenizer"]:
+            content["tokenizer"] = str(path.with_name(content["tokenizer"]))
+        if content["autoencoder"] and (own := path.with_name("autoencoder")).is_dir():
+            content["autoencoder"] = str(own)
+        return Description(**content)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def schedule(d: Description) -> Schedule:
+    """t -> NoiseLevel."""
+    return specs.value(d.schedule, schedules.CHOICES, "schedule")
+
+
+def prediction(d: Description) -> predictions_lib.Prediction:
+    """What the network's output means."""
+    context = {"sigma_data": d.sigma_data, "schedule": schedule(d)}
+    return specs.function(d.prediction, predictions_lib.CHOICES, "prediction", context)
+
+
+def c_noise(d: Description) -> Callable:
+    """What the network is given of the noise level; "auto" is the custom of the schedule's models."""
+    return resolved_c_noise(d.c_noise, schedule(d))
+
+
+def resolved_c_noise(text: str, schedule: Schedule) -> Callable:
+    """The function that a spec names, with the schedule's number of steps."""
+    table = isinstance(schedule, schedules.Table)
+    if text == "auto":
+        of_sigma = isinstance(schedule, (schedules.EDM, schedules.VE))
+        text = "ddpm_index" if table else "log_sigma" if of_sigma else "thousand_t"
+    context = {"steps": schedule.steps} if table else {}
+    return specs.function(text, denoiser.CHOICES, "c_noise", context)
+
+
+def network(d: Description) -> nn.Module:
+    """The linen module.
+
+    Raises:
+      ValueError: fields that do not fit together or to the shape.
+    """
+    if d.network == "pretrained":
+        model = pretrained.open_model(d.fields["path"], "unet", with_weights=False)
+        return model.module.clone(dtype=DTYPES[d.dtype], remat=d.fields.get("remat", False))
+    kind, options = NETWORKS[d.network], dict(d.fields, dtype=DTYPES[d.dtype])
+    if kind is MLP:
+        net = MLP(**options, num_classes=d.num_classes or None)
+    elif kind is DiT:
+        net = DiT(**options, num_classes=d.num_classes, learned_variance=d.learned_variance)
+    elif kind is NoisyClassifier:
+        net = NoisyClassifier(**options, classes=d.num_classes)
+        net.check(d.shape[:2])
+    else:
+        channels = d.shape[-1] * (2 if d.learned_variance else 1)
+        net = UNet(**options, num_classes=d.num_classes or None, out_channels=channels)
+        net.check(d.shape[:2])
+    if not d.text:
+        return net
+    hidden = 4 * d.text["width"]
+    vocabulary = len(d.vocabulary) + 1
+    text = ClipText(
+        **d.text, hidden=hidden, vocab_size=vocabulary, length=d.tokens, dtype=DTYPES[d.dtype]
+    )
+    return TextToImage(text=text, image=net)
+
+
+def conditioner(d: Description) -> Conditioner:
+    """Of labels or captions."""
+    if d.num_classes:
+        return Labels(d.num_classes, d.class_names, d.null)
+    if not d.tokenizer:
+        return Unconditional()
+    tokenize = tokens.tokenizer(load_tokenizer(d.tokenizer), d.tokens)
+    encode = partial(tokens.compacted, tokenize, np.array(d.vocabulary, np.int32))
+    if d.text_encoder:
+        encode = partial(_embedded, FrozenEncoder(d.text_encoder), tokenize)
+    return Captions(encode, d.captions, d.null)
+
+
+def codec(d: Description) -> Codec:
+    """Of latents, or none."""
+    if not d.autoencoder:
+        return Identity()
+    model = pretrained.open_model(
+        located(d.autoencoder), expected="AutoencoderKL", with_weights=False
+    )
+    return KL(model.module)
+
+
+def pipeline(d: Description, known: Conditioner | None = None) -> Pipeline:
+    """All of it; ``known`` is the conditioner, where the data have one already."""
+    return Pipeline(
+        "run",
+        network(d),
+        schedule(d),
+        prediction(d),
+        c_noise(d),
+        d.shape,
+        codec(d),
+        conditioner(d) if known is None else known,
+        VIEWS[d.view],
+        d.sampler,
+    )
+
+
+def classification(d: Description) -> Classification:
+    """A classifier of noised examples."""
+    return Classification(network(d), schedule(d), prediction(d), c_noise(d))
+
+
+def located(path: str) -> Path:
+    """A folder of this machine, or of a pipeline on the hub: "owner/name/vae".
+
+    Raises ValueError where there is none.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    name, _, part = path.rpartition("/")
+    if not name:
+        raise ValueError(f"there is no folder {path!r}")
+    try:
+        return hub.locate(name, part)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+class FrozenEncoder:
+    """A frozen CLIP encoder of captions, read when it is first used.
+
+    Args:
+      folder: as transformers saves it.
+    """
+
+    def __init__(self, folder: str):
+        self._folder, self._loaded = folder, None
+
+    def __call__(self, token_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Tokens [B, L] -> ``context`` [B, L, C] and ``pooled`` [B, C].
+
+        No mask: like Stable Diffusion's, a network attends to the padding too.
+        """
+        if self._loaded is None:
+            self._loaded = pretrained.load(located(self._folder), expected="CLIPTextModel")[:2]
+        context, pooled = _embed(*self._loaded, token_ids)
+        return {"context": np.asarray(context), "pooled": np.asarray(pooled)}
+
+
+def _embedded(encoder: FrozenEncoder, tokenize: Callable, captions: Sequence[str]) -> dict:
+    return encoder(tokenize(captions)["tokens"])
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

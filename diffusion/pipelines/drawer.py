@@ -1,0 +1,177 @@
+"""Drawing as many samples as are wanted from a pipeline, batch by batch, compiled once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from diffusion.conditioning import Conditioning
+from diffusion.pipelines import draw as drawing
+from diffusion.pipelines import tasks
+from diffusion.pipelines.conditioners import Subject
+from diffusion.pipelines.draw import Companion, Inputs
+from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.pretrained.schedulers import Sampler
+from diffusion.sampling.acceleration import NONE, Acceleration
+from diffusion.sampling.guidance.chain import Chain
+from diffusion.sampling.langevin import Corrector
+from diffusion.sampling.progress import Monitor, Preview
+from diffusion.sampling.sample import image_keys
+from diffusion.sampling.tables import Solver
+
+LONG = 100
+"""Evaluations from which a bar shows each; a sampler with a callback is compiled in every run."""
+
+Prepare = Callable[[np.ndarray, jax.Array, Conditioning, Conditioning | None], Inputs]
+"""(numbers of the samples [B], keys [B], cond, null) -> what they are made of."""
+
+
+class Drawer:
+    """Draws from one pipeline in one way; sample i is the same however many are drawn.
+
+    Args:
+      pipeline: the model.
+      sampler: steps and table.
+      chain: of guidance.
+      companions: other networks that the chain calls, by name.
+      acceleration: what makes evaluations cheaper.
+      corrector: follows each of the solver's steps, or None.
+      batch_size: samples at a time.
+      seed: of all noise.
+      condition: options of the pipeline's conditioner.
+      preview: is given x_0_hat after every so many evaluations (``preview_every``).
+      unit: what bars count.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        sampler: Sampler,
+        chain: Chain = (),
+        *,
+        companions: Mapping[str, Companion] = {},
+        acceleration: Acceleration = NONE,
+        corrector: Corrector | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        condition: Mapping[str, Any] = {},
+        preview: Preview | None = None,
+        preview_every: int = 0,
+        unit: str = "image",
+    ):
+        self.pipeline, self.sampler, self.chain = pipeline, sampler, chain
+        self.companions, self.acceleration = dict(companions), acceleration
+        self.corrector, self.batch_size, self.seed = corrector, batch_size, seed
+        self.condition, self._unit = dict(condition), unit
+        self._bar = sys.stderr.isatty()
+        long = self._bar and sampler.solver.evaluations >= LONG
+        every = preview_every if preview else 0
+        watched = every or long
+        self._monitor = Monitor(jax.local_device_count(), preview, every) if watched else None
+
+    def batches(
+        self,
+        params: Params,
+        subjects: Sequence[Subject],
+        negative: Subject | None = None,
+        *,
+        solver: Solver | None = None,
+        prepare: Prepare | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(numbers of the samples, x [B, ...] as the network sees them), batch by batch.
+
+        Args:
+          params: of the pipeline.
+          subjects: one for each sample.
+          negative: what to steer away from; None: what stands for none.
+          solver: another table than the sampler's.
+          prepare: makes a batch's inputs; by default new samples of the network's own size.
+        """
+        pipeline, count = self.pipeline, len(subjects)
+        size = min(self.batch_size, count)
+        evaluations = (self.sampler.solver if solver is None else solver).evaluations
+        watch = nullcontext()
+        if self._monitor is not None:
+            watch = self._monitor.watch(-(-count // size), evaluations, self._bar)
+        silent = not self._bar or self._monitor is not None
+        with watch, tqdm(total=count, unit=self._unit, desc="sampling", disable=silent) as bar:
+            for start in range(0, count, size):
+                # The last batch is filled up, so that nothing compiles twice.
+                index = np.minimum(np.arange(start, start + size), count - 1)
+                keys = image_keys(self.seed, index)
+                cond, null = self.conditioning(params, [subjects[i] for i in index], negative)
+                inputs = (
+                    tasks.new(pipeline, cond, null)
+                    if prepare is None
+                    else prepare(index, keys, cond, null)
+                )
+                x = self.batch(params, keys, inputs, solver)
+                left = count - start
+                yield index[:left], x[:left]
+                bar.update(min(size, left))
+
+    def batch(
+        self, params: Params, keys: jax.Array, inputs: Inputs, solver: Solver | None = None
+    ) -> np.ndarray:
+        """One batch of samples [B, ...], of keys [B]."""
+        x = drawing.draw(
+            self.pipeline,
+            params,
+            self.sampler if solver is None else self.sampler._replace(solver=solver),
+            keys,
+            inputs,
+            self.chain,
+            companions=self.companions,
+            acceleration=self.acceleration,
+            corrector=self.corrector,
+            callback=self._monitor,
+        )
+        return np.asarray(x)
+
+    def draw(
+        self,
+        params: Params,
+        subjects: Sequence[Subject],
+        negative: Subject | None = None,
+        *,
+        solver: Solver | None = None,
+        prepare: Prepare | None = None,
+    ) -> np.ndarray:
+        """All samples [N, ...] as the network sees them; arguments of ``batches``."""
+        parts = self.batches(params, subjects, negative, solver=solver, prepare=prepare)
+        return np.concatenate([x for _, x in parts])
+
+    def trajectory(
+        self, params: Params, subjects: Sequence[Subject], negative: Subject | None = None
+    ) -> np.ndarray:
+        """[R + 1, N, ...] from noise to samples; see ``draw.trajectory``."""
+        keys = image_keys(self.seed, np.arange(len(subjects)))
+        inputs = tasks.new(self.pipeline, *self.conditioning(params, subjects, negative))
+        return drawing.trajectory(
+            self.pipeline,
+            params,
+            self.sampler,
+            keys,
+            inputs,
+            self.chain,
+            companions=self.companions,
+            acceleration=self.acceleration,
+            corrector=self.corrector,
+        )
+
+    def conditioning(
+        self, params: Params, subjects: Sequence[Subject], negative: Subject | None = None
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """What the samples are steered towards, and away from."""
+        return self.pipeline.conditioner(params, subjects, negative, **self.condition)
+
+    def subjects(self, count: int, given: Sequence[Subject] = ()) -> list[Subject]:
+        """Of ``count`` samples, those given in turn, by default the conditioner's suggestions."""
+        listed = list(given) or list(self.pipeline.conditioner.suggestions) or [0]
+        return [listed[i % len(listed)] for i in range(count)]

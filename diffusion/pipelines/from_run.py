@@ -1,0 +1,98 @@
+"""Trained runs as pipelines: a workdir knows its model, and needs neither config nor data.
+
+opened = open_run("runs/digits")  # no parameters yet
+pipeline, params = opened.pipeline, opened.load()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diffusion import pretrained
+from diffusion.pipelines import description
+from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.runs import averages
+from diffusion.runs import workdir as workdirs
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose parameters have not been read.
+
+    Attributes:
+      path: the workdir.
+      description: what its model is.
+      average: which average of the parameters, a spec of ``runs.averages``.
+      checkpoint: "newest", "best" or a step.
+    """
+
+    path: Path
+    description: description.Description
+    average: str = "ema"
+    checkpoint: str = "newest"
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """Everything but the parameters.
+
+        Raises:
+          ValueError: something that the model needs is not where it was.
+        """
+        return description.pipeline(self.description)
+
+    @cached_property
+    def restored(self) -> tuple[Params, int]:
+        """What was trained, and the step that it is from."""
+        params, step, text = averages.parameters(self.path, self.average, self.checkpoint)
+        print(f"{self.path}: {text}")
+        return params, step
+
+    def load(self, progress: bool = False) -> Params:
+        """The parameters of the network, and of the autoencoder where there is one."""
+        return {"network": self.restored[0]["network"]} | components(self.description)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether ``path`` is the workdir of a run.
+
+    Raises:
+      ValueError: it is one of an older version of this project.
+    """
+    folder = Path(path)
+    if (folder / description.FILE).exists():
+        return True
+    if workdirs.steps(folder):
+        raise ValueError(
+            f"{folder} holds a run of an older version of this project, without "
+            f"{description.FILE}: this version cannot read it. Train it again, or use the version "
+            "that its checkpoints name"
+        )
+    return False
+
+
+def open_run(path: str | Path, *, average: str = "ema", checkpoint: str = "newest") -> Run:
+    """The run in a workdir.
+
+    Args:
+      path: the workdir.
+      average: "ema", "params" (as trained) or another spec of ``runs.averages``.
+      checkpoint: "newest", "best" or a step.
+
+    Raises:
+      FileNotFoundError: there is no run, or no (such) checkpoint.
+      ValueError: it is damaged, or of an older version.
+    """
+    if not is_run(path):
+        raise FileNotFoundError(f"{path} is not the workdir of a run: no {description.FILE}")
+    return Run(Path(path), description.read(path), average, checkpoint)
+
+
+def components(d: description.Description) -> dict[str, Any]:
+    """Parameters of what is not trained: the autoencoder's."""
+    if not d.autoencoder:
+        return {}
+    folder = description.located(d.autoencoder)
+    return {"autoencoder": pretrained.load(folder, expected="AutoencoderKL").params}

@@ -1,0 +1,211 @@
+"""From names to a pipeline's sampler: diffusers' scheduler classes, or this project's solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion import predictions, specs
+from diffusion.errors import field, wrong_types
+from diffusion.levels import NoiseLevel
+from diffusion.pipelines.pipeline import Pipeline
+from diffusion.pretrained import schedulers
+from diffusion.pretrained.schedulers import Sampler, from_diffusers
+from diffusion.sampling import grids, langevin, solvers
+from diffusion.sampling.tables import Solver
+
+AUTO = "auto"
+FAINT = 3.0  # a sigma / alpha at which there is still much of the image
+
+
+def make(
+    pipeline: Pipeline,
+    solver: str = AUTO,
+    grid: str = AUTO,
+    steps: int = 0,
+    *,
+    strength: float | None = None,
+    at: str = "",
+    solver_name: str = "",
+) -> Sampler:
+    """The sampler of a pipeline.
+
+    Args:
+      pipeline: what is sampled from.
+      solver: a spec of ``solvers.CHOICES``; a class of diffusers with its fields,
+        "EulerDiscreteScheduler(use_karras_sigmas=True)"; or "auto", the pipeline's own.
+      grid: a spec of ``grids.CHOICES``, for this project's solvers; "auto" is the pipeline's.
+      steps: of the solver; 0: as many as the pipeline's.
+      strength: in (0, 1], of the part of the schedule that is left, for image to image.
+      at: what errors say before the names of the arguments: "config.sampler.".
+      solver_name: what errors call the solver instead.
+
+    Raises:
+      ValueError: for an impossible argument, which the message names.
+    """
+    name = solver_name or f"{at}solver"
+    default, steps = pipeline.defaults, steps or pipeline.defaults.steps
+    if steps < 1:
+        raise ValueError(f"{at}steps={steps} must be at least 1")
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must lie in (0, 1]")
+    solver = default.solver if solver == AUTO else solver
+    if pipeline.scheduler is not None and (not solver or solver[0].isupper()):
+        if grid != AUTO:
+            raise ValueError(
+                f"{at}grid={grid!r} is for this project's solvers: a scheduler of diffusers has "
+                "timesteps of its own. Choose a solver, such as dpmpp_2m, or leave the grid out"
+            )
+        with field(name if solver else "the pipeline's scheduler"), wrong_types():
+            return from_diffusers(scheduler(pipeline, solver, name), steps, strength=strength)
+    levels = _levels(pipeline, default.grid if grid == AUTO else grid, steps, at)
+    if strength is not None:
+        with field(f"strength={strength}"):
+            levels = grids.partial(levels, strength)
+    table = make_table(pipeline, solver, levels, name=name, at=at)
+    return Sampler(
+        pipeline.schedule,
+        pipeline.prediction,
+        pipeline.c_noise,
+        levels,
+        table,
+        np.asarray(pipeline.c_noise(table.level)),
+        _unchanged,
+    )
+
+
+def scheduler(pipeline: Pipeline, solver: str, name: str = "solver") -> Mapping[str, Any]:
+    """The scheduler config that a class of diffusers and its options stand for; "": the own one."""
+    own = pipeline.scheduler
+    if not solver:
+        return own
+    known: dict[str, Callable] = dict.fromkeys(schedulers.CLASSES, lambda: None)
+    kind, positional, options = specs.parse(solver, known, name)
+    if positional:
+        raise ValueError(f"{name}={solver!r}: options need names")
+    return {**own, **options, "_class_name": kind}
+
+
+def make_table(
+    pipeline: Pipeline, solver: str, grid: NoiseLevel, *, name: str = "solver", at: str = ""
+) -> Solver:
+    """The table of one of this project's solvers, checked against what the network predicts."""
+    filled = ("grid", "schedule")
+    function = specs.function(
+        solver, solvers.CHOICES, name, {"schedule": pipeline.schedule}, filled
+    )
+    steps = len(grid.t) - 1
+    with field(f"{name}={solver!r}"), wrong_types():
+        order = getattr(function, "keywords", {}).get("order")
+        if isinstance(order, int) and order > steps:
+            raise ValueError(f"order={order} needs as many steps, but {at}steps={steps}")
+        table = function(grid)
+        if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(table)):
+            raise ValueError("its coefficients are not finite on this grid")
+    check_levels(pipeline, table.level, f"where sampling starts with {at}grid")
+    return table
+
+
+def check_levels(pipeline: Pipeline, levels: NoiseLevel, where: str) -> None:
+    """Raises ValueError unless the network's output says something about x_0 at these levels."""
+    levels = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in levels))
+    with np.errstate(all="ignore"):
+        coefficients = predictions.precondition(pipeline.prediction, levels)
+        seen = pipeline.c_noise(levels)
+    if not all(np.all(np.isfinite(leaf)) for leaf in coefficients):
+        raise ValueError(
+            f"the model's prediction says nothing about x_0 at alpha = 0, {where}; choose the "
+            "prediction x0, v, flow or edm in training, or a grid that starts below t_max"
+        )
+    if not np.all(np.isfinite(seen)):
+        raise ValueError(
+            f"the model's c_noise is infinite at alpha = 0, {where}; choose ddpm_index or "
+            "thousand_t in training, or a grid that starts below t_max"
+        )
+
+
+def make_corrector(text: str, sampler: Sampler, at: str = "") -> langevin.Corrector | None:
+    """What follows each of the solver's steps; None for an empty ``text``."""
+    if not text:
+        return None
+    corrector = specs.function(text, langevin.CHOICES, f"{at}corrector")
+    with field(f"{at}corrector={text!r}"):
+        langevin.check_predictor(sampler.solver, sampler.grid)
+        level = NoiseLevel(*(jnp.float32(leaf[-1]) for leaf in sampler.solver.level))
+        example, key = jnp.zeros((1, 1)), jax.random.split(jax.random.key(0), 1)
+        jax.eval_shape(partial(corrector, lambda x, _: x), example, level, key)  # its own checks
+    return corrector
+
+
+def hand_over(
+    base: Mapping[str, Any], refiner: Mapping[str, Any], steps: int, fraction: float
+) -> tuple[Sampler, Sampler]:
+    """Samplers of two models that share one run: the base takes the first ``fraction`` of the time.
+
+    Args:
+      base, refiner: their scheduler configs.
+      steps: of the whole run.
+      fraction: of the schedule, in (0, 1); diffusers' denoising_end and denoising_start.
+
+    Raises:
+      ValueError: one of the two would have no step.
+    """
+    first = from_diffusers(base, steps)
+    last = from_diffusers(refiner, steps)
+    cutoff = round(first.schedule.steps - fraction * first.schedule.steps)
+    count = int(np.sum(first.timesteps >= cutoff))
+    left = int(np.sum(last.timesteps < cutoff))
+    order = len(last.timesteps) // steps
+    if order == 2 and left % 2 == 0:
+        left += 1  # not between the two evaluations of a step
+    if not 0 < count < len(first.timesteps) or not 0 < left < len(last.timesteps):
+        raise ValueError(
+            f"fraction={fraction} of {steps} steps leaves one of the two models without any; "
+            f"expected a number in (0, 1), {1 / steps:.3g} or more from both ends"
+        )
+    rows = jax.tree.map(lambda leaf: leaf[:count], first.solver._replace(init=None))
+    table = rows._replace(init=first.solver.init)
+    strength = (-(-left // order) + 0.5) / steps
+    return first._replace(solver=table), from_diffusers(refiner, steps, strength=strength)
+
+
+def gives_levels(grid: str) -> bool:
+    """Whether a grid is given level by level, whatever the number of steps."""
+    return grid.strip().startswith("from_")
+
+
+def notes(sampler: Sampler, grid: str, at: str = "") -> list[str]:
+    """What is odd about a grid, if anything."""
+    found, levels = [], sampler.grid
+    if gives_levels(grid):
+        found.append(
+            f"{at}grid gives the levels of {len(levels.t) - 1} steps; {at}steps is not used"
+        )
+    if levels.sigma[0] < FAINT * levels.alpha[0]:
+        found.append(
+            f"sampling starts at sigma / alpha = {levels.ratio[0]:.3g} ({at}grid): images look "
+            "different from noise alone there"
+        )
+    if levels.sigma[-1] > 0:
+        found.append(
+            f"samples keep noise of sigma / alpha = {levels.ratio[-1]:.3g}, where {at}grid ends; "
+            "end it with 0 for clean ones"
+        )
+    return found
+
+
+def _levels(pipeline: Pipeline, grid: str, steps: int, at: str) -> NoiseLevel:
+    filled = {"schedule": pipeline.schedule, "steps": steps}
+    function = specs.function(grid, grids.CHOICES, f"{at}grid", filled, filled)
+    name = f"{at}grid={grid!r}"
+    with field(name if gives_levels(grid) else f"{name}, steps={steps}"), wrong_types():
+        return function()
+
+
+def _unchanged(denoise: Any) -> Any:
+    return denoise
