@@ -12,12 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion import pretrained
 from diffusion.conditioning import Conditioning, from_batch, null_like
+from diffusion.models.clip import ClipText
 
 Subject = int | str
 Pair = tuple[Conditioning, Conditioning | None]
@@ -166,3 +171,30 @@ class Captions:
         index = np.array([different.index(text) for text in texts])
         rows = self.encode(different)
         return from_batch({name: jnp.asarray(value)[index] for name, value in rows.items()})
+
+
+class FrozenEncoder:
+    """A frozen CLIP encoder of captions, read when it is first used.
+
+    Args:
+      folder: as transformers saves it.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder, self._loaded = folder, None
+
+    def __call__(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Tokens [B, L] -> ``context`` [B, L, C] and ``pooled`` [B, C].
+
+        No mask: like Stable Diffusion's, a network attends to the padding too.
+        """
+        if self._loaded is None:
+            self._loaded = pretrained.load(self._folder, expected="CLIPTextModel")[:2]
+        context, pooled = _embed(*self._loaded, ids)
+        return {"context": np.asarray(context), "pooled": np.asarray(pooled)}
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(net: ClipText, params: Any, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    encoded = net.apply({"params": params}, ids)
+    return encoded.last, encoded.pooled

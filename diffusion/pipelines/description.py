@@ -29,8 +29,14 @@ from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
 from diffusion.objectives.classification import Classification
 from diffusion.pipelines.codec import KL, Codec, Identity
-from diffusion.pipelines.conditioners import Captions, Conditioner, Labels, Unconditional
-from diffusion.pipelines.pipeline import Defaults, Pipeline
+from diffusion.pipelines.conditioners import (
+    Captions,
+    Conditioner,
+    FrozenEncoder,
+    Labels,
+    Unconditional,
+)
+from diffusion.pipelines.pipeline import DEFAULTS, Defaults, Pipeline
 from diffusion.pipelines.tokenizers import load_tokenizer
 from diffusion.pretrained import hub
 from diffusion.schedules import Schedule
@@ -88,7 +94,7 @@ class Description:
     text_encoder: str = ""
     autoencoder: str = ""
     captions: tuple[str, ...] = ()
-    sampler: Defaults = Defaults()
+    sampler: Defaults = DEFAULTS
 
 
 def write(folder: str | Path, description: Description) -> None:
@@ -140,7 +146,7 @@ def prediction(d: Description) -> predictions_lib.Prediction:
 
 
 def c_noise(d: Description) -> Callable:
-    """What the network is given of the noise level; "auto" is the custom of the schedule's models."""
+    """What the network is given of the noise level; "auto" is as usual with the schedule."""
     return resolved_c_noise(d.c_noise, schedule(d))
 
 
@@ -194,7 +200,7 @@ def conditioner(d: Description) -> Conditioner:
     tokenize = tokens.tokenizer(load_tokenizer(d.tokenizer), d.tokens)
     encode = partial(tokens.compacted, tokenize, np.array(d.vocabulary, np.int32))
     if d.text_encoder:
-        encode = partial(_embedded, FrozenEncoder(d.text_encoder), tokenize)
+        encode = partial(_embedded, FrozenEncoder(located(d.text_encoder)), tokenize)
     return Captions(encode, d.captions, d.null)
 
 
@@ -243,27 +249,6 @@ def located(path: str) -> Path:
         return hub.locate(name, part)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from error
-
-
-class FrozenEncoder:
-    """A frozen CLIP encoder of captions, read when it is first used.
-
-    Args:
-      folder: as transformers saves it.
-    """
-
-    def __init__(self, folder: str):
-        self._folder, self._loaded = folder, None
-
-    def __call__(self, token_ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Tokens [B, L] -> ``context`` [B, L, C] and ``pooled`` [B, C].
-
-        No mask: like Stable Diffusion's, a network attends to the padding too.
-        """
-        if self._loaded is None:
-            self._loaded = pretrained.load(located(self._folder), expected="CLIPTextModel")[:2]
-        context, pooled = _embed(*self._loaded, token_ids)
-        return {"context": np.asarray(context), "pooled": np.asarray(pooled)}
 
 
 def _embedded(encoder: FrozenEncoder, tokenize: Callable, captions: Sequence[str]) -> dict:

@@ -64,7 +64,8 @@ DEFAULTS = {
 NETWORKS = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DModel"}
 ENCODERS = ("text_encoder", "text_encoder_2")
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
-SCHEDULERS = ("scheduler", "low_res_scheduler")
+LOW_RES = "low_res_scheduler"
+SCHEDULERS = ("scheduler", LOW_RES)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ class Defaults(NamedTuple):
     guidance: tuple[str, ...] = ()
 
 
+DEFAULTS = Defaults()
+
+
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """What belongs together to make samples.
@@ -68,7 +71,7 @@ class Pipeline:
     codec: Codec = field(default_factory=Identity)
     conditioner: Conditioner = field(default_factory=Unconditional)
     view: View = VIEWS["images"]
-    defaults: Defaults = Defaults()
+    defaults: Defaults = DEFAULTS
     scheduler: Mapping[str, Any] | None = None
     low_res_scheduler: Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -95,10 +98,8 @@ class Pipeline:
     @property
     def unit(self) -> int:
         """Pixels that the sides of a picture must be a multiple of."""
-        net = self.network
-        return self.codec.factor * getattr(
-            net, "patch", 2 ** (len(getattr(net, "widths", "1")) - 1)
-        )
+        levels = len(getattr(self.network, "widths", (0,)))
+        return self.codec.factor * getattr(self.network, "patch", 2 ** (levels - 1))
 
     @property
     def size(self) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def from_picture(
 
 
 def continued(cond: Conditioning, null: Conditioning | None, latents: Array) -> Inputs:
-    """Goes on with latents that another model left noisy: both samplers are ``samplers.hand_over``'s.
+    """Goes on with latents that another model left noisy, with the samplers of ``hand_over``.
 
     The keys are to be others than that model's: ``folded(keys, REFINER)``.
     """
