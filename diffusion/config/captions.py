@@ -11,10 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.config import latents
-from diffusion.errors import field
 from diffusion.data import captions as captioned
 from diffusion.data import sources, tokens
 from diffusion.data.sources import Source
+from diffusion.errors import field
 from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
 
 PAIRS = ("captioned", "emoji", "tiles", "emoji_and_tiles")

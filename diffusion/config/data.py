@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 
 from diffusion import specs
 from diffusion.config import captions, latents
-from diffusion.errors import field
 from diffusion.data import arrays, buckets, folder, image_source, mnist_cifar, sources, tfds
 from diffusion.data import batches as pipeline
 from diffusion.data.batches import CROPS, DTYPES, Augmentation
 from diffusion.data.folder import Listing
 from diffusion.data.sources import Batch, Source
+from diffusion.errors import field
 
 WHOLE = ("digits", "mnist", "cifar10", "latents", "points")  # with splits and sizes of their own
 STORED = ("folder", "arrays")  # and TFDS sets: in any size

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from diffusion import specs
 from diffusion.conditioning import Conditioning, from_batch, null_like
 from diffusion.config import acceleration
-from diffusion.config.errors import field, wrong_types
 from diffusion.config.reference_runs import Run, at_its_levels, opened
 from diffusion.denoiser import Denoise, Stateful
+from diffusion.errors import field, wrong_types
 from diffusion.levels import Array, NoiseLevel
 from diffusion.models.attention import self_attention_paths
 from diffusion.objectives.classification import Classification

@@ -20,9 +20,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pretrained
-from diffusion.errors import field
 from diffusion.data import array_cache
 from diffusion.data.sources import Batch, Source
+from diffusion.errors import field
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.clip import ClipText
 from diffusion.pretrained import hub

@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 
 from diffusion.config import data
 from diffusion.config.captions import tokenizer
-from diffusion.errors import field
 from diffusion.data import batches as pipeline
 from diffusion.data import inspection
 from diffusion.data.inspection import Look, Moments
 from diffusion.data.sources import Source, subset
+from diffusion.errors import field
 from diffusion.evaluation import contact_sheet, figures
 from diffusion.modes.drawer import visible
 

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from diffusion.config import latents, ranges
 from diffusion.config.data import make_images, stored
-from diffusion.errors import field
 from diffusion.data import tfds
+from diffusion.errors import field
 from diffusion.evaluation import figures
 from diffusion.modes import inspect as inspecting
 from diffusion.modes import judge as judging

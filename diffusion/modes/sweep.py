@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.config import sampler
-from diffusion.config.errors import field
+from diffusion.errors import field
 from diffusion.evaluation import convergence as library
 from diffusion.evaluation.classifiers import Classifier
 from diffusion.evaluation.metrics.samples import evaluate_points, evaluate_samples

@@ -157,7 +157,7 @@ def resolved_c_noise(text: str, schedule: Schedule) -> Callable:
         of_sigma = isinstance(schedule, (schedules.EDM, schedules.VE))
         text = "ddpm_index" if table else "log_sigma" if of_sigma else "thousand_t"
     context = {"steps": schedule.steps} if table else {}
-    return specs.function(text, denoiser.CHOICES, "c_noise", context)
+    return specs.function(text, denoiser.C_NOISE, "c_noise", context)
 
 
 def network(d: Description) -> nn.Module:
