@@ -32,7 +32,7 @@ from diffusion.pipelines.to_diffusers import published
 from diffusion.pipelines.tokenizers import load_tokenizer
 from diffusion.pretrained import folders, hub
 from diffusion.pretrained.models import Model, example
-from diffusion.pretrained.schedulers import fields as schedulers
+from diffusion.pretrained.schedulers import catalogue as schedulers
 from diffusion.pretrained.schedulers import from_diffusers
 
 KINDS = (
