@@ -1,24 +1,18 @@
-"""Train, sample from or evaluate a diffusion model, or use a pretrained one.
+"""Train, draw from and judge diffusion models; use pretrained ones.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
-    python main.py --config=configs/digits.py --workdir=runs/digits --mode=inspect
-    python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample
-    python main.py --config=configs/digits.py --workdir=runs/digits --mode=evaluate
-    python main.py --config=configs/digits.py --workdir=runs/digits --mode=sweep
-    python main.py --config=configs/digits.py --workdir=runs/digits --mode=learn
-    python main.py --config=configs/digits.py --workdir=runs/digits --mode=profile
-    python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji --mode=cache
-    python main.py --config=configs/mnist.py --workdir=DATA/photos --mode=prepare \
-        --config.data.name=folder --config.data.dir=PHOTOS
-    python main.py --config=configs/stable_diffusion.py --mode=generate \
-        --config.model=DIR_OR_HUB_ID --config.prompt="a lighthouse at dusk"
+    python main.py --mode=sample --workdir=runs/digits
+    python main.py --mode=generate --config.model.path=MODEL --config.samples.prompt="a lighthouse"
 
-Any field of the config can be overridden: --config.objective.prediction=eps
+MODEL is a run's workdir, a folder as diffusers saves it, a .safetensors file or a hub id. A run
+knows its own configuration: without --config, it is that of the run in --workdir or
+--config.model.path. Any field can be overridden: --config.objective.prediction=eps
 
 Trains over several processes where SLURM, Open MPI or Kubernetes started them, or where each is
 given --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
+import ast
 import difflib
 import importlib
 import io
@@ -26,41 +20,50 @@ import os
 import runpy
 import sys
 import traceback
+from pathlib import Path
+from typing import NamedTuple
 
 if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     # XLA's CPU collectives deadlock without a thread per virtual device; read as JAX is imported.
     os.environ.setdefault("NPROC", "16")
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.")
-_MODES = ["train", "sample", "evaluate", "sweep", "learn", "cache", "inspect", "prepare"]
-_MODES += ["profile", "generate"]
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
+ROOT = Path(__file__).parent
+DEBUG = "(with TRACEBACK=1 in the environment: where in the code)"
+DRAWING = ("sample", "evaluate", "sweep", "learn", "generate")
+"""Modes that draw from a model, which knows its own configuration."""
+
+
+class Command(NamedTuple):
+    """What was typed."""
+
+    mode: str
+    config: ConfigDict
+    workdir: str | None
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
 
 
 def main(argv: list[str]) -> None:
+    """Does what ``argv`` says; a user's mistake ends the program with one line."""
+    command = parse(argv)
     logging.set_verbosity(logging.WARNING)
     sys.stdout.reconfigure(line_buffering=True)  # a killed run's last words reach its log
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax  # not before flags are parsed: mistakes there should show at once
 
     from diffusion import compiler, processes
 
     tuned = compiler.tune()
     try:  # before anything can use a device
-        count = processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        if count > 1 and _MODE.value != "train":
-            raise ValueError(f"--mode={_MODE.value} runs in one process, not in {count}")
+        count = processes.join(command.coordinator, command.num_processes, command.process_id)
+        if count > 1 and command.mode != "train":
+            raise ValueError(f"--mode={command.mode} runs in one process, not in {count}")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if count > 1 and jax.process_index() > 0:  # one tells
+    if count > 1 and jax.process_index() > 0:  # one process prints
         sys.stdout = io.StringIO()
     print(tuned)
 
@@ -75,44 +78,106 @@ def main(argv: list[str]) -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-    generates = _MODE.value == "generate"
-    # Only what the mode needs: all of it would take a second more to import.
-    modules = {"train": "train", "generate": "generate", "profile": "profile"}
-    module = f"diffusion.modes.{modules.get(_MODE.value, 'others')}"
-    run = getattr(importlib.import_module(module), _MODE.value)
+    mode = importlib.import_module(f"diffusion.modes.{command.mode}")
     try:
-        if generates == ("train" in _CONFIG.value):
-            fitting = "configs/stable_diffusion.py" if generates else "a config of an experiment"
-            raise ValueError(f"--mode={_MODE.value} takes {fitting}")
-        with memory_advice.explained(_CONFIG.value, _MODE.value):
-            run(_CONFIG.value, _WORKDIR.value)
+        with memory_advice.explained(command.config, command.mode):
+            mode.run(command.config, command.workdir)
     except Exception as error:
         processes.leave(error)
         # A user's mistake or a diverged run: the message helps, the traceback would bury it.
-        told = isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
-        if os.environ.get("TRACEBACK") or not told:
+        plain = isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
+        if os.environ.get("TRACEBACK") or not plain:
             raise
-        told = isinstance(error, OSError) and error.strerror and error.filename
-        text = f"{error.strerror}: {error.filename}" if told else error
-        sys.exit(f"error: {text}\n(with TRACEBACK=1 in the environment: where in the code)")
+        of_system = isinstance(error, OSError) and error.strerror and error.filename
+        text = f"{error.strerror}: {error.filename}" if of_system else error
+        sys.exit(f"error: {text}\n{DEBUG}")
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parses flags; mistakes end the program with a line that names the field or the file."""
+def parse(argv: list[str]) -> Command:
+    """The command; mistakes end the program with a line that names the field or the file."""
+    given = _given(argv)
+    if given.keys() & {"help", "h", "helpfull"}:
+        sys.exit(usage())
+    mode = given.get("mode", "train")
+    if mode not in modes():
+        sys.exit(f"error: --mode={mode}: there is no such mode{_near(mode, modes())}")
+    workdir = given.get("workdir") or None
+    config = _config(mode, given)
+    for name in given:
+        if name.startswith("config."):
+            _check_field(name, config)
+    values = flags.FlagValues()
+    options = {"flag_values": values}
+    flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.", **options)
+    flags.DEFINE_string("mode", "train", "What to do.", **options)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several.", **options)
+    flags.DEFINE_integer("num_processes", None, "How many processes train together.", **options)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", **options)
+    rest = [argv[0], *_without_config(argv[1:])]
     try:
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value is not None:
-            _CONFIG.value.to_dict()  # a file that is not there shows only now
-        return rest
+        config_flags.DEFINE_config_dict("config", config, sys_argv=rest, **options)
+        others = values(rest)[1:]
     except flags.Error as error:
         sys.exit(f"error: {error}")
-    except Exception:
-        given = _given(argv)
-        config = _load(given.get("config", ""))
-        for name in given:
-            if name.startswith("config."):
-                _check_field(name, config)
-        raise
+    if others:
+        sys.exit(f"error: unexpected arguments: {' '.join(others)}")
+    if not workdir and mode not in ("generate", "cache"):
+        sys.exit("error: --workdir is needed: where to put what comes out")
+    cluster = values["coordinator"].value, values["num_processes"].value, values["process_id"].value
+    return Command(mode, values["config"].value, workdir, *cluster)
+
+
+def modes() -> list[str]:
+    """The names of all modes: the files in diffusion/modes/."""
+    files = sorted((ROOT / "diffusion" / "modes").glob("*.py"))
+    return [path.stem for path in files if not path.stem.startswith("_")]
+
+
+def usage() -> str:
+    """The module's text, with every mode and config that there is."""
+    lines = [__doc__.strip(), "", "Modes (--mode=):"]
+    for name in modes():
+        text = ast.get_docstring(ast.parse((ROOT / "diffusion/modes" / f"{name}.py").read_text()))
+        lines.append(f"  {name:<9} {text.splitlines()[0].partition(': ')[2]}")
+    lines += ["", "Configs (--config=):"]
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        if text and path.stem != "base":
+            lines.append(f"  configs/{path.name}: {text.splitlines()[0]}")
+    return "\n".join([*lines, "", "Every field, with its default: configs/base.py"])
+
+
+def _config(mode: str, given: dict[str, str]) -> ConfigDict:
+    """The config of a file, or without one that of the run, or the default."""
+    if "config" in given:
+        return _load(given["config"])
+    if mode not in DRAWING:
+        sys.exit(
+            f"error: --mode={mode} needs --config, such as --config=configs/digits.py "
+            "(--help lists all)"
+        )
+    from configs import base
+
+    config = base.get_config()
+    model, workdir = given.get("config.model.path", ""), given.get("workdir", "")
+    for path in (model, workdir):
+        if path and (Path(path) / "config.json").is_file():
+            from diffusion.runs import workdir as workdirs
+
+            try:
+                config.update(workdirs.read_config(path))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                sys.exit(f"error: {path}/config.json is not one of this version: {error}")
+            if path == model:
+                config.model.path = model
+            return config
+    if not model:
+        sys.exit(
+            f"error: --mode={mode} draws from a model: give --workdir, of a run, or "
+            "--config.model.path, a run, a diffusers folder, a .safetensors file or a hub id"
+            + (f" (there is no run in {workdir})" if workdir else "")
+        )
+    return config
 
 
 def _given(argv: list[str]) -> dict[str, str]:
@@ -125,49 +190,61 @@ def _given(argv: list[str]) -> dict[str, str]:
     return given
 
 
+def _without_config(arguments: list[str]) -> list[str]:
+    """The arguments without --config=FILE, which is read already."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--config", "-config"):
+            skip = True
+        elif not argument.startswith(("--config=", "-config=")):
+            kept.append(argument)
+    return kept
+
+
 def _load(path: str) -> ConfigDict:
     """The config in a file; one that cannot be had ends the program with a line that says why."""
     file, colon, argument = path.partition(":")
     if not os.path.isfile(file):
-        sys.exit(f"error: --config={path}: there is no such file")
+        names = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py"))]
+        sys.exit(f"error: --config={path}: there is no such file{_near(file, names)}")
     try:
         module = runpy.run_path(file)
         if "get_config" not in module:
             sys.exit(f"error: --config={path}: the file has no function get_config")
         return module["get_config"](*[argument] if colon else [])
-    except SyntaxError as error:
-        line = f", line {error.lineno}" if error.lineno else ""
-        sys.exit(f"error: --config={path}{line}: {error.msg}")
+    except (SyntaxError, UnicodeDecodeError) as error:
+        line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+        text = getattr(error, "msg", "not a text")
+        sys.exit(f"error: --config={path}{line}: it is no Python file with a config: {text}")
     except Exception as error:
         if os.environ.get("TRACEBACK"):
             raise
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         line = f", line {lines[-1]}" if lines else ""
-        sys.exit(
-            f"error: --config={path}{line}: {error}\n"
-            "(with TRACEBACK=1 in the environment: where in the code)"
-        )
+        sys.exit(f"error: --config={path}{line}: {error}\n{DEBUG}")
 
 
 def _check_field(name: str, config: ConfigDict) -> None:
-    path = "config"
+    path, value = "config", config
     for part in name.split(".")[1:]:
-        if not isinstance(config, ConfigDict):
+        if not isinstance(value, ConfigDict):
             sys.exit(f"error: {path} has no fields of its own, so there is no {name}")
-        if part not in config:
-            near = difflib.get_close_matches(part, config.keys(), n=1)
-            hint = f" Did you mean {path}.{near[0]}?" if near else ""
-            sys.exit(
-                f"error: unknown field {name}; {path} has {', '.join(sorted(config.keys()))}.{hint}"
-            )
-        path, config = f"{path}.{part}", config[part]
+        if part not in value:
+            listed = ", ".join(sorted(value.keys()))
+            hint = _near(part, value.keys(), f"{path}.")
+            sys.exit(f"error: unknown field {name}; {path} has {listed}{hint}")
+        path, value = f"{path}.{part}", value[part]
+    if isinstance(value, ConfigDict):
+        example = next(iter(value), "")
+        sys.exit(f"error: {name} is a section, not a field; set {name}.{example}, say")
+
+
+def _near(name: str, valid: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
+    return f". Did you mean {prefix}{near[0]}?" if near else f"; choose one of {', '.join(valid)}"
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    flags.register_multi_flags_validator(
-        ["workdir", "mode"],
-        lambda given: given["workdir"] or given["mode"] == "generate",
-        "--workdir is needed: where to put what comes out",
-    )
-    app.run(main, flags_parser=parse)
+    main(sys.argv)

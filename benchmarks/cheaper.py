@@ -37,22 +37,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
+from diffusion.config.reference_runs import tuples
+from diffusion.evaluation.samples import evaluate_samples
+from diffusion.modes.drawer import Drawer
 from ml_collections import ConfigDict
 
 from configs import base
 from diffusion import compiler
 from diffusion.conditioning import Conditioning
 from diffusion.config.experiment import Experiment, build
-from diffusion.config.reference_runs import tuples
 from diffusion.evaluation import figures
 from diffusion.evaluation.convergence import rmse
-from diffusion.evaluation.samples import evaluate_samples
 from diffusion.levels import NoiseLevel
 from diffusion.models import reuse
 from diffusion.models.token_merging import with_merged_tokens
 from diffusion.models.unet import sd15
 from diffusion.modes import judge as judging
-from diffusion.modes.drawer import Drawer
 from diffusion.runs import restore
 from diffusion.runs import workdir as workdirs
 from diffusion.sampling.sample import image_keys, sample

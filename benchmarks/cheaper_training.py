@@ -30,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import numpy as np
 import report
+from diffusion.evaluation.samples import evaluate_samples
+from diffusion.modes.drawer import Drawer
 
 from configs import digits, digits_classifier
 from diffusion import compiler
 from diffusion.config import sampler
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
-from diffusion.evaluation.samples import evaluate_samples
 from diffusion.modes import judge as judging
-from diffusion.modes.drawer import Drawer
 from diffusion.modes.train import train
 from diffusion.training import parallel, validation
 from diffusion.training.state import create

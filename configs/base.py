@@ -29,96 +29,105 @@ def get_config() -> ConfigDict:
     """The base configuration, which trains nothing in particular."""
     c = ConfigDict()
     c.seed = 0
-    # How training lies over the devices: pmap (state whole on each) or fsdp (state cut over them)
+    # Layout over the devices: pmap (each has the whole state) or fsdp (each has a part of it)
     c.parallel = "pmap"
 
     c.data = ConfigDict()
-    # digits, mnist, cifar10, latents, points; folder (of images: class subfolders, or captions in
-    # metadata.jsonl), arrays (.npz, .npy); any TFDS name; with captions in .npz: captioned, emoji,
-    # tiles, emoji_and_tiles
+    # digits, mnist, cifar10, latents, points; folder (images in class subfolders, or with captions
+    # in metadata.jsonl), arrays (.npz, .npy); any TFDS name; with captions in .npz: captioned,
+    # emoji, tiles, emoji_and_tiles
     c.data.name = "digits"
-    c.data.dir = ""  # where the files are, or TFDS's sets; mnist and cifar10 are downloaded to it
-    c.data.padding = 0  # zeros around each image (mnist)
-    c.data.density = "two_moons"  # points: which density
-    c.data.scale = 1.0  # latents: multiplied with this
-    c.data.num_classes = 0  # latents: 0 counts the labels
-    # Of folders, arrays and TFDS sets, and of captioned images:
-    c.data.size = 0  # short side, resized to; 0: as they are, if all have one size
-    c.data.background = (255, 255, 255)  # and laid on, where they are transparent
-    c.data.held_out = 0.05  # share of images (or captions) not trained on, where no split is given
-    c.data.channels = 0  # 1 (grey) or 3; 0: 3 of files, those of arrays and TFDS sets
-    c.data.crop = "center"  # of what the other side has more; or random, anew in every epoch
+    c.data.dir = ""  # the folder of the files or TFDS sets; mnist and cifar10 are downloaded to it
+    c.data.padding = 0  # pixels of zeros around each image (mnist)
+    c.data.density = "two_moons"  # density that points are drawn from
+    c.data.scale = 1.0  # factor of latents
+    c.data.num_classes = 0  # classes of latents; 0 counts the labels
+    # For folders, arrays, TFDS sets and captioned images:
+    c.data.size = 0  # pixels of the short side after resizing; 0 keeps images that have one size
+    c.data.background = (255, 255, 255)  # colour behind transparent parts
+    c.data.held_out = 0.05  # share of images (or captions) held out, if there is no split
+    c.data.channels = 0  # 1 (grey) or 3; 0 means 3 for files, and those of arrays and TFDS sets
+    c.data.crop = "center"  # crop of the longer side: center, or random in every epoch
     c.data.buckets = ""  # aspect(step=64, max_aspect=2.0): shapes of the area size^2, not squares
-    c.data.on_error = "raise"  # folder: or skip, which checks all files once, and leaves out
+    c.data.on_error = "raise"  # damaged images of a folder: raise, or skip after one check of all
     c.data.flip = False  # mirror images at random
-    c.data.dtype = "float32"  # of batches; bfloat16: half as much to the device
-    c.data.threads = 2  # that read; 0: as many as cores
-    c.data.workers = 0  # processes that read, with so many threads each; 0: this one
+    c.data.dtype = "float32"  # dtype of batches; bfloat16 halves the transfer to the device
+    c.data.threads = 2  # reader threads; 0 means one per core
+    c.data.workers = 0  # reader processes, each with that many threads; 0 means this process
     c.data.prefetch = 8  # batches kept ready
     c.data.tokenizer = ""  # CLIP's bpe_simple_vocab_16e6.txt.gz, or a tokenizer's folder
     c.data.tokens = 20  # longest caption, with start and end
-    c.data.autoencoder = ""  # folder of one: train on its latents of the images
-    c.data.text_encoder = ""  # folder of a frozen one: train on its embeddings of the captions
+    c.data.autoencoder = ""  # folder of an autoencoder; training is then on latents of the images
+    c.data.text_encoder = ""  # folder of a frozen text encoder; training is on its embeddings
     c.data.cache = ""  # folder for latents and embeddings, computed once
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
 
     c.model = ConfigDict()
-    c.model.name = "unet"  # unet, dit, mlp, autoencoder: which of those below; or pretrained
-    c.model.dtype = "float32"  # of the computation: float32 or bfloat16
+    c.model.name = "unet"  # which of those below: unet, dit, mlp, autoencoder; or pretrained
+    c.model.dtype = "auto"  # float32, bfloat16 (or float16, to draw); auto: bfloat16 for a
+    # pretrained model on an accelerator, else float32
     c.model.unet = fields(UNet)
     c.model.dit = fields(DiT, width=384, depth=12, heads=6, patch=2)
     c.model.mlp = fields(MLP)
     c.model.autoencoder = fields(AutoencoderKL)
-    c.model.path = ""  # pretrained: a pipeline's folder or id on the hub
     c.model.remat = False  # pretrained: recompute blocks in the backward pass, to save memory
-    c.model.text = ConfigDict()  # encoder of captions, trained with the unet or dit
+    c.model.text = ConfigDict()  # text encoder that is trained with the unet or dit
     c.model.text.width = 192
     c.model.text.depth = 3
     c.model.text.heads = 3
+    # A model to draw from or to fine-tune (name="pretrained"): a run's workdir, a folder as
+    # diffusers saves it, a .safetensors file or a hub id. Empty: the run in --workdir.
+    c.model.path = ""
+    c.model.revision = ""  # branch, tag or commit of a hub id
+    c.model.variant = ""  # variant of the weights' files: fp16
+    c.model.prediction_type = ""  # of a single file: epsilon or v_prediction; empty: as published
+    c.model.tokenizer = ""  # for a single file: CLIP's folder or merges file; empty: from the hub
+    c.model.refiner = ""  # an SDXL refiner, which takes the last steps
+    c.model.tile = 0  # pixels of the tiles in which pictures are decoded; 0: whole pictures
 
     c.objective = ConfigDict()
-    c.objective.name = "denoising"  # consistency; classification, of noised examples; autoencoding
+    c.objective.name = "denoising"  # consistency, autoencoding or classification (of noised ones)
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"  # eps, x0, v, flow or edm
-    c.objective.c_noise = "auto"  # ddpm_index, thousand_t, log_sigma; auto goes by the schedule
+    c.objective.c_noise = "auto"  # ddpm_index, thousand_t, log_sigma; auto depends on the schedule
     c.objective.times = "uniform"
     c.objective.stratified = True  # spread a batch's times evenly
     c.objective.weighting = "simple"
     c.objective.distance = "l2"
-    # Which noise an image is mixed with, in training: independent; optimal_transport(group=64,
-    # same_label=False), handed out within groups, by default a device's share of the batch; or
-    # nearest(k=4), the nearest of k. Not for samplers that draw noise (objectives/couplings.py).
+    # Which noise an image is mixed with in training: independent; optimal_transport(group=64,
+    # same_label=False) within groups, by default a device's share of the batch; nearest(k=4), the
+    # nearest of k. The last two suit deterministic samplers alone (objectives/couplings.py).
     c.objective.coupling = "independent"
     c.objective.t_min = 1e-5  # smallest time trained on
-    c.objective.conditional = True  # use labels or captions, where the data have them
-    # Share trained without label or caption, for classifier-free guidance.
+    c.objective.conditional = True  # use labels or captions, if the data have them
+    # Share trained without label or caption, for classifier-free guidance
     c.objective.label_dropout = 0.1
-    # How noise is drawn. offset: strength of noise that is the same in all of a channel;
-    # perturbation: strength of noise in the input that the target does not have.
+    # How noise is drawn. offset: strength of noise that all pixels of a channel share;
+    # perturbation: strength of noise in the input that the target does not have
     c.objective.noise = "gaussian(offset=0.0, perturbation=0.0)"
-    # What changes the loss besides, one after another: a term or several, such as
-    # ("variational_bound(weight=1e-3)", "uncertainty()").
+    # Terms that change the loss, in this order, such as
+    # ("variational_bound(weight=1e-3)", "uncertainty()"):
     # - uncertainty(): weighs each noise level by its learned uncertainty (EDM2)
     # - variational_bound(weight=1e-3): learned variances (improved DDPM); needs discrete times
     # - alignment(encoder="...", block=0, weight=0.5, stop=0, hidden=2048): aligns inner tokens with
-    #   an encoder's (REPA; config/alignment.py says what the options are)
+    #   an encoder's (REPA; config/alignment.py explains the options)
     c.objective.terms = FieldReference((), field_type=object)
 
     c.consistency = ConfigDict()  # objective.name="consistency"
-    c.consistency.teacher = ""  # workdir of a denoiser; empty: consistency training, without one
+    c.consistency.teacher = ""  # workdir of a denoiser; empty: consistency training without one
     c.consistency.nodes = 18  # steps that the teacher takes from noise to data
-    c.consistency.solver = "heun"  # of each of these steps: heun or euler
-    c.consistency.target = "ema"  # the average that is learned from, or params, the student itself
+    c.consistency.solver = "heun"  # solver of these steps: heun or euler
+    c.consistency.target = "ema"  # parameters of the target: the average ema, or params
 
     c.autoencoding = ConfigDict()  # objective.name="autoencoding"
     c.autoencoding.distance = "l1"  # or l2
     c.autoencoding.kl_weight = 1e-6
-    c.autoencoding.learned_variance = False  # of the reconstruction
+    c.autoencoding.learned_variance = False  # learn the reconstruction's variance
     c.autoencoding.perceptual = ""  # .safetensors of LPIPS (see pretrained/networks/lpips.py)
     c.autoencoding.perceptual_weight = 1.0
-    c.autoencoding.adversary = ""  # hinge or vanilla; empty: none
-    c.autoencoding.adversary_weight = 0.5  # times the adaptive weight
-    c.autoencoding.adversary_start = 50_001  # steps before it counts
+    c.autoencoding.adversary = ""  # hinge or vanilla; empty: no discriminator
+    c.autoencoding.adversary_weight = 0.5  # factor of the adaptive weight
+    c.autoencoding.adversary_start = 50_001  # steps before the discriminator counts
     c.autoencoding.discriminator = fields(PatchDiscriminator)
 
     c.optimizer = ConfigDict()
@@ -133,31 +142,31 @@ def get_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 1.0  # 0: no clipping
 
-    c.ema = "constant(decay=0.999)"  # or power_function(sigma_rel=0.1); of the parameters
+    c.ema = "constant(decay=0.999)"  # average of the parameters; or power_function(sigma_rel=0.1)
 
     c.train = ConfigDict()
     c.train.steps = 1000
-    c.train.batch_size = 128  # over all devices
+    c.train.batch_size = 128  # examples per step, over all devices
     c.train.accumulate = 1  # pieces that each device cuts its share into, to save memory
     c.train.log_every = 50
     c.train.sample_every = 0  # steps between sample grids; 0: only at the end
     c.train.checkpoint_every = 1000
     c.train.keep = 2  # newest checkpoints kept
-    c.train.validate_every = 0  # steps between losses on held-out data; 0: none
-    c.train.validation_count = 1000  # examples of them, at most
+    c.train.validate_every = 0  # steps between losses on held-out data; 0: never
+    c.train.validation_count = 1000  # held-out examples that are used, at most
     c.train.max_skipped = 10  # steps in a row whose loss or gradients may be not finite
-    c.train.keep_best = 0  # checkpoints kept besides, those with the best
-    c.train.best = "loss"  # metric of the log, best when low; "-name": best when high
+    c.train.keep_best = 0  # further checkpoints kept, those with the best metric
+    c.train.best = "loss"  # a metric of the log that is best when low; "-name": best when high
     c.train.accept_changes = False  # go on although the workdir's run had another config
     c.train.snapshot_every = 0  # steps between snapshots of averages, for sampler.average="posthoc"
-    c.train.snapshot_sigma_rel = (0.05, 0.10)  # of those averages
-    c.train.init_from = ""  # a run's workdir, or one of its checkpoints: begin with its parameters
-    c.train.init_what = ""  # regular expression: which of them, by path; empty: all
-    c.train.init_average = "ema"  # or "params", those that were trained
+    c.train.snapshot_sigma_rel = (0.05, 0.10)  # widths of those averages
+    c.train.init_from = ""  # a run's workdir or checkpoint, whose parameters training begins with
+    c.train.init_what = ""  # regular expression of their paths; empty: all
+    c.train.init_average = "ema"  # or "params", as trained
 
     c.log = ConfigDict()
-    c.log.wandb = ""  # project on Weights & Biases; empty: not there
-    c.log.peak_tflops = 0.0  # TFLOP/s of one device at most; 0: as known of common ones
+    c.log.wandb = ""  # project on Weights & Biases; empty: none
+    c.log.peak_tflops = 0.0  # TFLOP/s of one device at most; 0: known for common devices
 
     c.profile = ConfigDict()  # --mode=profile
     c.profile.steps = 5
@@ -165,46 +174,69 @@ def get_config() -> ConfigDict:
 
     c.sampler = ConfigDict()
     c.sampler.checkpoint = "newest"  # or "best" (train.best), or a step
-    # Which parameters: ema, params (as trained), posthoc(sigma_rel=0.15), or
-    # posthoc_constant(decay=0.999), the last two from train.snapshot_every's snapshots.
+    # Which parameters: ema, params (as trained), posthoc(sigma_rel=0.15) or
+    # posthoc_constant(decay=0.999); the last two come from train.snapshot_every's snapshots
     c.sampler.average = "ema"
-    c.sampler.solver = "dpmpp_2m"
-    c.sampler.grid = "uniform"
-    c.sampler.steps = 20
+    # auto is the model's own: a pretrained model's scheduler, else dpmpp_2m in 20 steps on the grid
+    # uniform with clip(). Pretrained models also take diffusers' classes, with options:
+    # "EulerDiscreteScheduler(use_karras_sigmas=True)"
+    c.sampler.solver = "auto"
+    c.sampler.grid = "auto"
+    c.sampler.steps = 0  # 0 is auto
     # Links of a chain, from the innermost on, as "cfg(3), interval(0.3, 2), clip()" or a tuple:
     #   cfg(scale, split=False), autoguidance("WORKDIR", scale): away from the model without its
     #     label or caption, or from a weaker model; scale 1 is the model alone
     #   rescale(phi=0.7), adaptive_projected(eta=0, norm_threshold=5, momentum=-0.5): how the two
     #     estimates are combined; perturbed_attention(scale, blocks="auto") adds to it
+    #   instruct(scale, image_scale): InstructPix2Pix's guidance by text and picture
     #   classifier("WORKDIR", scale=1): by the gradient of a classifier of noised images
-    #   interval(low, high): what stands before it, only where sigma / alpha lies between these
+    #   interval(low, high): limits what stands before it to low <= sigma / alpha <= high
     #   clip(), dynamic_threshold(quantile=0.995, largest=1.5): keep x_0_hat in [-1, 1]
-    c.sampler.guidance = FieldReference(("clip()",), field_type=object)
-    # What makes evaluations cheaper, likewise: cache(every(3), keep=1): deep features of a U-Net,
-    # or later blocks of a DiT, at every third evaluation (keep=0: all of the network);
-    # guidance_cache(every(2)): what guidance steers away from; merge_tokens(0.5, at_least=1024):
-    # half the tokens of a U-Net's self-attentions. Besides every(n): dense(n), at((0, 2, 5)) and,
-    # for cache, adaptive(0.1).
+    c.sampler.guidance = FieldReference("auto", field_type=object)
+    # What makes evaluations cheaper, likewise: cache(every(3), keep=1) evaluates deep features of a
+    # U-Net, or later blocks of a DiT, at every third evaluation (keep=0: the whole network);
+    # guidance_cache(every(2)) what guidance steers away from; merge_tokens(0.5, at_least=1024)
+    # merges half the tokens of a U-Net's self-attentions. Besides every(n) there are dense(n),
+    # at((0, 2, 5)) and, for cache, adaptive(0.1)
     c.sampler.acceleration = FieldReference((), field_type=object)
     c.sampler.corrector = ""  # langevin(steps=1, snr=0.16) after each step; empty: none
-    c.sampler.batch_size = 100
-    c.sampler.seed = 0
+    c.sampler.hand_over = 0.8  # share of the schedule before the refiner
+    c.sampler.batch_size = 0  # samples at a time; 0 means 100 for a run, 1 for a pretrained model
+    c.sampler.seed = 0  # sample i of a seed is the same in any batch
     c.sampler.preview_every = 0  # evaluations between pictures of x_0_hat in --mode=sample; 0: none
 
-    c.samples = ConfigDict()
-    c.samples.count = 100  # drawn by --mode=sample
-    c.samples.columns = 10  # of the grids
-    c.samples.captions = ()  # of the samples; empty: held-out ones
-    # Label or caption to steer away from; empty: the null class, no caption
+    c.samples = ConfigDict()  # what is drawn
+    # Samples of --mode=sample, or pictures of each prompt or class in --mode=generate; 0 means 100
+    # and 1
+    c.samples.count = 0
+    c.samples.columns = 10  # columns of grids
+    # A prompt or caption, several, or "@FILE" with one per line. Empty: a run's held-out captions
+    c.samples.prompt = FieldReference("", field_type=object)
+    c.samples.labels = FieldReference((), field_type=object)  # classes; empty: all in turn
+    # Label, caption or prompt to steer away from; empty: the null class, no caption
     c.samples.negative = FieldReference("", field_type=object)
-    c.samples.gif = False  # --mode=sample: an animation of the trajectories too
+    c.samples.gif = False  # --mode=sample: also an animation of the trajectories
+    # --mode=generate:
+    c.samples.image = ""  # a picture to start from, to repaint, to enlarge or to edit
+    c.samples.mask = ""  # its white part is painted anew
+    c.samples.strength = 0.8  # how much of the picture is made anew, 0 to 1 (mask: 1 is from noise)
+    c.samples.noise_level = 20  # noise that is added to an upscaler's picture
+    c.samples.height = 0  # pixels; 0 means the trained size, or a pretrained model's picture's
+    c.samples.width = 0
+    c.samples.weighted = False  # read (word:1.3), ((word)) and [word] in prompts as weights
+    c.samples.clip_skip = 0  # last layers of the text encoder to leave out
+    # SDXL's micro-conditioning: (height, width) of the training picture (empty: the picture's),
+    # (top, left) of where it was cropped, and the refiner's scores, to steer to and away from
+    c.samples.original = FieldReference((), field_type=object)
+    c.samples.crop = (0, 0)
+    c.samples.aesthetic = (6.0, 2.5)
 
     c.evaluation = ConfigDict()
-    c.evaluation.classifier = ""  # digits_svc, lenet5; empty: none
-    c.evaluation.weights = ""  # lenet5: path of its weights
     c.evaluation.count = 1000  # samples judged
-    c.evaluation.likelihood = ""  # ode or bound: bits per dimension of data; empty: none
-    c.evaluation.likelihood_count = 500  # examples of the held-out and of the training data
+    # Metrics (evaluation/metrics/): recognition("digits_svc"), frechet("digits_svc"), nearest(),
+    # wasserstein(), energy(), caption_gap(), retrieval(), bits(ode()) or bits(bound()), ...; auto
+    # chooses those that need nothing but the data
+    c.evaluation.metrics = FieldReference("auto", field_type=object)
 
     c.inspect = ConfigDict()  # --mode=inspect
     c.inspect.count = 60  # pictures on the contact sheet
@@ -212,13 +244,13 @@ def get_config() -> ConfigDict:
 
     c.sweep = ConfigDict()  # --mode=sweep: evaluation.count samples of each solver and budget
     c.sweep.solvers = ("ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")
-    c.sweep.evaluations = (4, 6, 8, 10, 15, 20, 30, 50)  # at most, of the denoiser
-    c.sweep.reference = "heun"  # the solver that the exact flow is approximated with
+    c.sweep.evaluations = (4, 6, 8, 10, 15, 20, 30, 50)  # evaluations of the denoiser, at most
+    c.sweep.reference = "heun"  # solver that approximates the exact flow
     c.sweep.reference_steps = 100
 
     c.learn = ConfigDict()  # --mode=learn: few-step solvers for this model
     c.learn.evaluations = (4, 6, 8, 10)
-    c.learn.teacher = "dpmpp_2m"  # the deterministic solver that they learn from
+    c.learn.teacher = "dpmpp_2m"  # deterministic solver that they learn from
     c.learn.teacher_steps = 60
     c.learn.count = 256  # samples to learn from
     c.learn.held_out = 64  # to choose by
@@ -226,7 +258,8 @@ def get_config() -> ConfigDict:
     c.learn.batch_size = 32
     c.learn.iterations = 80
     c.learn.learning_rate = 0.02
-    # What is compared with, each on each grid; one of ddim, dpmpp_2m and dpmpp_3m is the start.
+    # Fixed solvers to compare with, each on each grid; learning starts from ddim, dpmpp_2m or
+    # dpmpp_3m.
     c.learn.against = (
         "ddim",
         "dpmpp_2m",

@@ -39,6 +39,10 @@ def get_config() -> ConfigDict:
     c.sampler.steps = 20
     c.sampler.guidance = ("cfg(1.5)", "clip()")
 
-    c.evaluation.classifier = "digits_svc"
+    c.evaluation.metrics = (
+        "recognition('digits_svc')",
+        "frechet('digits_svc')",
+        "nearest()",
+    )
     c.evaluation.count = 1000
     return c

@@ -113,9 +113,8 @@ def values(
     Raises:
       ValueError: one is wrong, or it is something else than texts.
     """
-    texts = given if isinstance(given, tuple | list) else _several(given)
     made = []
-    for text in texts:
+    for text in texts(given):
         if not isinstance(text, str):
             first = next(iter(functions))
             hint = f"{first}({text})" if isinstance(text, int | float) else f"{first}(...)"
@@ -124,8 +123,11 @@ def values(
     return tuple(made)
 
 
-def _several(text: Any) -> list[Any]:
-    """ "cfg(3), clip()" -> ["cfg(3)", "clip()"]; anything else is one by itself."""
+def texts(given: Any) -> list[Any]:
+    """The texts of a tuple, or of one text: "cfg(3), clip()" -> ["cfg(3)", "clip()"]."""
+    if isinstance(given, tuple | list):
+        return list(given)
+    text = given
     if text == "" or not isinstance(text, str):
         return [] if text == "" else [text]
     try:

@@ -19,8 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pretrained
-from diffusion.config import latents, reference_runs
 from diffusion.config.data import make_images
+from diffusion.config.model import dtype
 from diffusion.data.sources import Batch, Source
 from diffusion.levels import Array
 from diffusion.models.clip import ClipVision
@@ -31,7 +31,9 @@ from diffusion.models.unet import UNet
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.terms.alignment import Alignment, Encoder, Projector
-from diffusion.runs import workdir as workdirs
+from diffusion.pipelines import description
+from diffusion.pipelines.description import DTYPES
+from diffusion.pipelines.from_run import is_run, open_run
 
 PREPROCESSOR = "preprocessor_config.json"
 CLIP_NORMAL = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -46,13 +48,11 @@ class Setting:
       config: the whole config.
       objective: what the term decorates.
       train: the training data.
-      load: another run's config -> its objective, number of classes and data shape.
     """
 
     config: ConfigDict
     objective: Denoising
     train: Source
-    load: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _with_images(config: ConfigDict, train: Source) -> tuple[Source, tuple[int, 
     """The data, of latents with their images beside them, and the images' shape."""
     c = config.data
     if not c.autoencoder:
-        if len(train.shape) != 3 or c.name == "latents":
+        if train.view != "images" or c.name == "latents":
             raise ValueError(f"the encoder sees images, and config.data.name={c.name!r} has none")
         return train, train.shape
     if train.buckets:
@@ -166,11 +166,15 @@ def _both(read: Callable, images: Callable, index: np.ndarray) -> Batch:
 
 
 def _encoder(path: str, setting: Setting, shape: tuple[int, ...]) -> tuple[Encoder, Any]:
-    if workdirs.steps(path):
-        others = setting.config, Classification, 0, shape, setting.load
-        run = reference_runs.opened(path, "encoder", *others)
-        return Middle(run.objective), run.params()
-    folder = latents.located(path, "encoder")
+    if is_run(path):
+        run = open_run(path)
+        if run.description.network != "classifier" or run.description.shape != shape:
+            raise ValueError(
+                f"encoder={path!r} holds a run of a {run.description.network} of "
+                f"{run.description.shape}; expected a classifier of {shape}"
+            )
+        return Middle(description.classification(run.description)), run.load()
+    folder = description.located(path)
     module = pretrained.open_model(folder, with_weights=False).module
     if not isinstance(module, (ClipVision, DinoV2)):
         raise ValueError(
@@ -189,4 +193,4 @@ def _encoder(path: str, setting: Setting, shape: tuple[int, ...]) -> tuple[Encod
         mean = tuple(fields.get("image_mean", mean))
         std = tuple(fields.get("image_std", std))
     params = pretrained.load(folder).params
-    return Patches(module.clone(dtype=jnp.dtype(setting.config.model.dtype)), mean, std), params
+    return Patches(module.clone(dtype=DTYPES[dtype(setting.config)]), mean, std), params

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.config import latents
 from diffusion.data import captions as captioned
 from diffusion.data import sources, tokens
 from diffusion.data.sources import Source
 from diffusion.errors import field
-from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
+from diffusion.pipelines import description
 
 PAIRS = ("captioned", "emoji", "tiles", "emoji_and_tiles")
 
@@ -58,22 +57,12 @@ def tokenized(c: ConfigDict, source: Source, known: Sequence[str]) -> Source:
     if not c.tokenizer:
         return source
     with field(f"config.data.tokenizer={c.tokenizer!r}, tokens={c.tokens}"):
-        tokenize, vocabulary = tokens.tokenizer(tokenizer(c.tokenizer), c.tokens), 0
+        tokenize = tokens.tokenizer(description.tokenizer(c.tokenizer), c.tokens)
+    vocabulary: tuple[int, ...] = ()
     if not c.text_encoder:  # which knows every token
-        tokenize, vocabulary = tokens.compact(tokenize, known)
+        used = tokens.vocabulary(tokenize, known)
+        tokenize, vocabulary = partial(tokens.compacted, tokenize, used), tuple(used.tolist())
     made = sources.with_columns(source, tokenize(source.captions), without=("label",))
     return dataclasses.replace(
         made, num_classes=0, class_names=(), encode=tokenize, vocabulary=vocabulary
     )
-
-
-def tokenizer(path: str) -> Any:
-    """The tokenizer of ``transformers`` that config.data.tokenizer names."""
-    if Path(path).is_file():
-        return clip_tokenizer(path)
-    if path.endswith(".gz"):
-        raise FileNotFoundError(
-            f"config.data.tokenizer={path!r}: there is no such file; CLIP's "
-            "bpe_simple_vocab_16e6.txt.gz is in OpenAI's repository"
-        )
-    return load_tokenizer(latents.located(path, "config.data.tokenizer"))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import base
 from diffusion import specs
-from diffusion.config.reference_runs import at_its_levels, opened
+from diffusion.errors import field
 from diffusion.objectives import consistency
 from diffusion.objectives.consistency import Consistency
 from diffusion.objectives.denoising import Denoising
+from diffusion.pipelines import companions
+from diffusion.pipelines.pipeline import Pipeline
 
-SOLVERS = specs.choices(consistency, "euler heun")
+SOLVERS = {"euler": consistency.euler, "heun": consistency.heun}
 TARGETS = ("ema", "params")
 UNUSED = ("weighting", "coupling", "label_dropout", "terms")
 
@@ -46,20 +47,9 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
 
 
 def attach(
-    config: ConfigDict,
-    objective: Denoising,
-    num_classes: int,
-    shape: tuple[int, ...],
-    load: Callable,
+    config: ConfigDict, objective: Denoising, pipeline: Pipeline
 ) -> tuple[Denoising, dict[str, Any]]:
-    """The objective with its teacher, and the teacher's averaged parameters.
-
-    Args:
-      config: the whole config.
-      objective: without a teacher.
-      num_classes: of the labels that the network is given.
-      shape: of the data.
-      load: another run's config -> its objective, number of classes and data shape.
+    """The objective of a pipeline with its teacher, and the teacher's averaged parameters.
 
     Raises:
       ValueError: the teacher is not the workdir of a denoiser of such data.
@@ -72,11 +62,6 @@ def attach(
             f"config.consistency.teacher={path!r} teaches config.objective.name='consistency', not "
             f"{config.objective.name!r}"
         )
-    others = config, Denoising, num_classes, shape, load
-    run = opened(path, "config.consistency.teacher", *others)
-
-    def teacher(params: Any) -> Callable:
-        return at_its_levels(run.objective.denoiser(params), run)
-
-    params = run.objective.network_params(run.params())
-    return dataclasses.replace(objective, teacher=teacher), {"teacher": params}
+    with field(f"config.consistency.teacher={path!r}"):
+        teacher = companions.weak(path, pipeline, config.objective.schedule)
+    return dataclasses.replace(objective, teacher=teacher.network), {"teacher": teacher.params}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -17,54 +17,48 @@ from ml_collections import ConfigDict
 
 from diffusion import ema, specs
 from diffusion.config import (
-    acceleration,
-    averages,
+    autoencoder,
     consistency,
+    drawing,
     initialization,
-    latents,
+    model,
     optimizer,
     pretrained_network,
     ranges,
-    sampler,
     terms,
 )
-from diffusion.config import autoencoder as autoencoding
-from diffusion.config import guidance as guiding
+from diffusion.config import objective as objectives
 from diffusion.config.data import augmentation, make_source
-from diffusion.config.guidance import Guidance
-from diffusion.config.model import make_model, other_run
 from diffusion.data import batches
 from diffusion.data.sources import Source
 from diffusion.errors import field, wrong_types
+from diffusion.evaluation import harness
 from diffusion.evaluation.convergence import deterministic
-from diffusion.evaluation.metrics import bits
 from diffusion.objectives import couplings
-from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.objective import Context, Objective
-from diffusion.runs import snapshots
-from diffusion.sampling import langevin
+from diffusion.pipelines.description import Description
+from diffusion.pipelines.drawer import Drawer
+from diffusion.pipelines.from_run import components
+from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.runs import averages, snapshots
 from diffusion.training import optimizers, parallel
 
 BUCKET = "bucket {} x {} of config.data.buckets"
-JUDGES = ("digits_svc", "lenet5")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config describes: data, objective, how to train, how to sample.
+    """What a config describes: data, model, objective, how to train, how to sample.
 
     Attributes:
       config: the config, resolved.
       train, held_out: the data.
+      description: what the model is, for ``model.json``.
+      pipeline: the model.
       objective: what is minimised.
       optimizer: the update.
       emas: averages of the parameters, by name.
-      num_classes: of the labels that the network is given or tells; 0 if unconditional.
-      solver: the sampler's table; None for a classifier or an autoencoder.
-      guidance: of sampling; None likewise.
-      corrector: what follows each of the solver's steps, or None.
-      likelihood: how bits per dimension are measured, or None.
-      autoencoder: of the images whose latents the data are, or None.
+      drawer: draws samples; None for a classifier or an autoencoder.
       frozen: parameters that the objective needs and that are not trained, or None.
       notes: what a user should know about this combination.
     """
@@ -72,17 +66,22 @@ class Experiment:
     config: ConfigDict
     train: Source
     held_out: Source
+    description: Description
+    pipeline: Pipeline
     objective: Objective
     optimizer: optimizers.Optimizer
     emas: dict[str, ema.Profile]
-    num_classes: int
-    solver: Any = None
-    guidance: Guidance | None = None
-    corrector: langevin.Corrector | None = None
-    likelihood: bits.Estimator | None = None
-    autoencoder: latents.Autoencoder | None = None
+    drawer: Drawer | None = None
     frozen: Any = None
     notes: tuple[str, ...] = ()
+
+    def params(self, trained: Any) -> Params:
+        """The pipeline's parameters, of what was trained."""
+        return self.objective.network_params(trained, self.frozen) | self._components
+
+    @cached_property
+    def _components(self) -> dict[str, Any]:
+        return components(self.description)
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -93,65 +92,70 @@ def build(config: ConfigDict) -> Experiment:
     """
     ranges.check(config)
     _check_layout(config)
-    _check_judge(config)
     initialization.check(config)
-    averages.check(config)
+    with field("config.sampler"):
+        averages.check(config.sampler.average, config.sampler.checkpoint)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
     _check_data(config, train, held_out)
-    objective, num_classes = make_model(config, train)
+    description = model.describe(config, train, held_out)
+    pipeline = model.pipeline(config, description, train)
     update = optimizer.make(config, config.train.steps)
     with field("config.ema"), wrong_types():
         profile = specs.value(config.ema, ema.CHOICES, "config.ema")
-    drawing, notes = {}, []
-    if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
-        notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
-    if isinstance(objective, Denoising):
+    drawer, notes, frozen = None, [], {}
+    if config.objective.name == "autoencoding":
+        objective, frozen = autoencoder.make(config, pipeline)
+    elif config.objective.name == "classification":
+        objective = objectives.classification(config, pipeline)
+    else:
+        objective = objectives.denoising(config, pipeline, _nulls(description, train), train.shape)
         if pretrained_network.wanted(config):
             pretrained_network.check(config, objective)
-        encode = train.encode if config.objective.conditional else None
-        if config.samples.captions and encode is None:
-            raise ValueError(
-                f"config.samples.captions={config.samples.captions!r}: this model is given none"
-            )
-        solver = sampler.make_solver(config, objective)
-        drawing = {
-            "solver": solver,
-            "guidance": guiding.make(
-                config, objective, num_classes, train.shape, solver.level, other_run, encode
-            ),
-            "corrector": sampler.make_corrector(config, objective, solver),
-            "likelihood": sampler.make_likelihood(config, objective),
-        }
-        if drawing["corrector"] is not None:
-            guiding.check_corrector(config, drawing["guidance"])
-        notes += sampler.notes(config, sampler.make_grid(config, objective))
-        guidance = drawing["guidance"]
-        notes += guiding.notes(config, guidance)
-        notes += acceleration.notes(guidance.acceleration, objective.network, train.shape)
-        if objective.coupling is not couplings.independent and not deterministic(solver):
+        drawer, found = drawing.drawer(config, pipeline, config.objective.schedule)
+        harness.make(config.evaluation.metrics, pipeline, "config.evaluation.metrics")
+        notes += found
+        random = not deterministic(drawer.sampler.solver)
+        if random and objective.coupling is not couplings.independent:
             notes.append(
                 f"config.objective.coupling={config.objective.coupling!r}: the model's flow is "
                 f"right, its score is not, and config.sampler.solver={config.sampler.solver!r} "
                 "draws noise; ddim, heun and dpmpp_2m do not"
             )
-    objective, train, frozen = terms.attach(config, objective, train, other_run)
-    objective, teacher = consistency.attach(config, objective, num_classes, train.shape, other_run)
-    frozen = frozen | teacher | autoencoding.frozen(config) or None
+        objective, train, frozen = terms.attach(config, objective, train)
+        objective, teacher = consistency.attach(config, objective, pipeline)
+        frozen = frozen | teacher
     emas = {"ema": profile} | _snapshots(config)
-    _check_shapes(objective, train, frozen, emas)
+    _check_shapes(objective, train, frozen or None, emas)
     return Experiment(
         config=config,
         train=train,
         held_out=held_out,
+        description=description,
+        pipeline=pipeline,
         objective=objective,
         optimizer=update,
         emas=emas,
-        num_classes=num_classes,
-        autoencoder=latents.autoencoder(config.data),
-        frozen=frozen,
+        drawer=drawer,
+        frozen=frozen or None,
         notes=tuple(notes),
-        **drawing,
     )
+
+
+def announced(config: ConfigDict) -> Experiment:
+    """``build``, with its notes printed."""
+    experiment = build(config)
+    for note in experiment.notes:
+        print(f"note: {note}")
+    return experiment
+
+
+def _nulls(description: Description, train: Source) -> dict[str, Any]:
+    """Fields of the conditioning that stands for none."""
+    if description.num_classes:
+        return {"label": description.num_classes}
+    if not description.tokenizer:
+        return {}
+    return {name: value[0] for name, value in train.encode([""]).items()}
 
 
 def _snapshots(config: ConfigDict) -> dict[str, ema.Profile]:
@@ -166,16 +170,8 @@ def _snapshots(config: ConfigDict) -> dict[str, ema.Profile]:
         return snapshots.profiles(widths)
 
 
-def _check_judge(config: ConfigDict) -> None:
-    c = config.evaluation
-    if c.classifier and c.classifier not in JUDGES:
-        raise specs.unknown("config.evaluation.classifier", c.classifier, JUDGES)
-    if c.weights and not Path(c.weights).is_file():
-        raise ValueError(f"config.evaluation.weights={c.weights!r}: there is no such file")
-
-
 def _check_data(config: ConfigDict, train: Source, held_out: Source) -> None:
-    if config.data.flip and len(train.shape) != 3:
+    if config.data.flip and train.view != "images":
         raise ValueError(f"config.data.flip=True mirrors images, and {train.name} has none")
     with field("config.data"):
         batches.check(augmentation(config.data), train)

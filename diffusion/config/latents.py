@@ -10,12 +10,10 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -23,96 +21,13 @@ from diffusion import pretrained
 from diffusion.data import array_cache
 from diffusion.data.sources import Batch, Source
 from diffusion.errors import field
-from diffusion.models.autoencoder import AutoencoderKL
-from diffusion.models.clip import ClipText
-from diffusion.pretrained import hub
+from diffusion.pipelines import description
+from diffusion.pipelines.codec import KL
+from diffusion.pipelines.conditioners import FrozenEncoder
 
 SPLITS = ("train", "test")
 INDIFFERENT = ("cache", "std", "flip", "scale", "dtype", "threads", "workers", "prefetch", "crop")
 BATCH = 64  # images or captions that are encoded at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Autoencoder:
-    """An autoencoder of images, read when it is first used.
-
-    Attributes:
-      folder: as diffusers saves it.
-    """
-
-    folder: str
-
-    @cached_property
-    def loaded(self) -> tuple[AutoencoderKL, Any]:
-        """The module and its parameters.
-
-        Raises:
-          ValueError: the folder holds something else.
-        """
-        with field(f"config.data.autoencoder={self.folder!r}"):
-            folder = located(self.folder, "config.data.autoencoder")
-            return pretrained.load(folder, expected="AutoencoderKL")[:2]
-
-    def encode(self, images: np.ndarray) -> Batch:
-        """Images [B, H, W, 3] in [-1, 1] -> mean ``x`` and ``x_std`` of their latents."""
-        x, std = _encode(self.loaded[0], self.loaded[1], images)
-        return {"x": np.asarray(x), "x_std": np.asarray(std)}
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents [..., h, w, C] -> images [..., H, W, 3], about in [-1, 1]."""
-        flat = np.asarray(latents, np.float32).reshape(-1, *latents.shape[-3:])
-        images = []
-        for start in range(0, len(flat), BATCH):
-            index = np.minimum(np.arange(start, start + BATCH), len(flat) - 1)
-            images.append(np.asarray(_decode(*self.loaded, flat[index]))[: len(flat) - start])
-        images = np.concatenate(images)
-        return images.reshape(*latents.shape[:-3], *images.shape[1:])
-
-
-@dataclasses.dataclass(frozen=True)
-class TextEncoder:
-    """A frozen encoder of captions, read when it is first used.
-
-    Attributes:
-      folder: as transformers saves it.
-    """
-
-    folder: str
-
-    @cached_property
-    def loaded(self) -> tuple[Any, Any]:
-        """The module and its parameters."""
-        with field(f"config.data.text_encoder={self.folder!r}"):
-            folder = located(self.folder, "config.data.text_encoder")
-            return pretrained.load(folder, expected="CLIPTextModel")[:2]
-
-    def encode(self, tokens: np.ndarray) -> Batch:
-        """Tokens [B, L] -> ``context`` [B, L, C] and ``pooled`` [B, C].
-
-        No mask: like Stable Diffusion's, a network attends to the padding too.
-        """
-        context, pooled = _embed(*self.loaded, tokens)
-        return {"context": np.asarray(context), "pooled": np.asarray(pooled)}
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(net: AutoencoderKL, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    moments = net.apply({"params": params}, images, method="encode")
-    mean = net.to_latents(moments.mean)
-    # to_latents is affine: a deviation is what it makes of the difference.
-    above = net.to_latents(moments.mean + jnp.exp(0.5 * moments.log_variance))
-    return mean, above - mean
-
-
-@partial(jax.jit, static_argnums=0)
-def _embed(net: ClipText, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    encoded = net.apply({"params": params}, tokens)
-    return encoded.last, encoded.pooled
-
-
-@partial(jax.jit, static_argnums=0)
-def _decode(net: AutoencoderKL, params: Any, latents: jax.Array) -> jax.Array:
-    return net.apply({"params": params}, net.from_latents(latents), method="decode")
 
 
 def wanted(c: ConfigDict) -> bool:
@@ -120,9 +35,23 @@ def wanted(c: ConfigDict) -> bool:
     return bool(c.autoencoder or c.text_encoder)
 
 
-def autoencoder(c: ConfigDict) -> Autoencoder | None:
-    """That of config.data, not read yet; None if there is none."""
-    return Autoencoder(c.autoencoder) if c.autoencoder else None
+@cache
+def codec(folder: str) -> tuple[KL, dict[str, Any]]:
+    """The autoencoder in a folder as diffusers saves it, and its parameters.
+
+    Raises:
+      ValueError: the folder holds something else.
+    """
+    with field(f"config.data.autoencoder={folder!r}"):
+        loaded = pretrained.load(description.located(folder), expected="AutoencoderKL")
+    return KL(loaded.module), {"autoencoder": loaded.params}
+
+
+def encode(folder: str, images: np.ndarray) -> Batch:
+    """Images [B, H, W, 3] in [-1, 1] -> mean ``x`` and ``x_std`` of their latents."""
+    net, params = codec(folder)
+    mean, std = net.moments(params, images)
+    return {"x": np.asarray(mean), "x_std": np.asarray(std)}
 
 
 def check(c: ConfigDict) -> None:
@@ -141,24 +70,9 @@ def check(c: ConfigDict) -> None:
             f"config.data.crop={c.crop!r}: latents are computed once, of the middle; choose center"
         )
     for name in ("autoencoder", "text_encoder"):
-        if c[name] and not (located(c[name], f"config.data.{name}") / "config.json").is_file():
-            raise ValueError(f"config.data.{name}={c[name]!r}: there is no config.json")
-
-
-def located(path: str, name: str) -> Path:
-    """A folder of this machine, or of a hub's pipeline: "owner/name/vae".
-
-    Raises ValueError, naming the config's field, where there is none.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    pipeline, _, part = path.rpartition("/")
-    if not pipeline:
-        raise ValueError(f"{name}={path!r}: there is no such folder")
-    try:
-        return hub.locate(pipeline, part)
-    except FileNotFoundError as error:
-        raise ValueError(f"{name}={path!r}: {error}") from error
+        with field(f"config.data.{name}={c[name]!r}"):
+            if c[name] and not (description.located(c[name]) / "config.json").is_file():
+                raise ValueError("there is no config.json")
 
 
 def compute(c: ConfigDict, images: Callable[[str], Source]) -> None:
@@ -174,12 +88,12 @@ def compute(c: ConfigDict, images: Callable[[str], Source]) -> None:
     check(c)
     about, folder = _about(c), Path(c.cache)
     options = {"batch_size": BATCH, "progress": sys.stderr.isatty()}
-    net, encoder = autoencoder(c), TextEncoder(c.text_encoder)
+    encoder = _encoder(c)
     for split in SPLITS:
         data = images(split)
         for name, part in _parts(split, data).items():
             array_cache.compute(
-                folder / name, len(part), partial(_rows, part, net), about, **options
+                folder / name, len(part), partial(_rows, part, c.autoencoder), about, **options
             )
         if c.text_encoder:
             captions = unique(data)
@@ -210,8 +124,8 @@ def source(c: ConfigDict, split: str, images: Source) -> Source:
             count = {"count": len(captions)}
             texts = array_cache.read(folder / f"{split}_captions", about | count)
             number = {caption: i for i, caption in enumerate(captions)}
-            encoder = TextEncoder(c.text_encoder)
-            encode, vocabulary = partial(_look_up, encoder, images.encode, number, texts), 0
+            encoder = _encoder(c)
+            encode, vocabulary = partial(_look_up, encoder, images.encode, number, texts), ()
     except FileNotFoundError:
         raise FileNotFoundError(
             f"config.data.cache={c.cache!r} does not hold the {split} split; compute it with "
@@ -241,7 +155,7 @@ def source(c: ConfigDict, split: str, images: Source) -> Source:
     factor = images.buckets[0].shape[0] // parts[0].shape[0]
     shape = (*(side // factor for side in images.shape[:2]), parts[0].shape[2])
     # Whole images in their own shapes are cached; squares of them are computed when asked for.
-    whole = cached(images, partial(_rows, images, autoencoder(c)), shape)
+    whole = cached(images, partial(_rows, images, c.autoencoder), shape)
     return dataclasses.replace(whole, buckets=tuple(parts))
 
 
@@ -257,9 +171,13 @@ def unique(source: Source) -> list[str]:
     return list(dict.fromkeys(("", *source.captions)))
 
 
-def _rows(images: Source, net: Autoencoder | None, index: np.ndarray) -> Batch:
+def _encoder(c: ConfigDict) -> FrozenEncoder | None:
+    return FrozenEncoder(description.located(c.text_encoder)) if c.text_encoder else None
+
+
+def _rows(images: Source, autoencoder: str, index: np.ndarray) -> Batch:
     batch = images.read(index)
-    return batch if net is None else batch | net.encode(batch["x"])
+    return batch | encode(autoencoder, batch["x"]) if autoencoder else batch
 
 
 def _read(rows: array_cache.Table, index: np.ndarray) -> Batch:
@@ -276,13 +194,13 @@ def _read_both(
 
 
 def _embeddings(
-    encoder: TextEncoder, tokenize: Callable, captions: Sequence[str], index: np.ndarray
+    encoder: FrozenEncoder, tokenize: Callable, captions: Sequence[str], index: np.ndarray
 ) -> Batch:
-    return encoder.encode(tokenize([captions[i] for i in index])["tokens"])
+    return encoder(tokenize([captions[i] for i in index])["tokens"])
 
 
 def _look_up(
-    encoder: TextEncoder,
+    encoder: FrozenEncoder,
     tokenize: Callable,
     number: dict[str, int],
     texts: array_cache.Table,
@@ -291,7 +209,7 @@ def _look_up(
     """Embeddings of captions, of those in the table without the encoder."""
     if all(caption in number for caption in captions):
         return _read(texts, np.array([number[caption] for caption in captions]))
-    return encoder.encode(tokenize(captions)["tokens"])
+    return encoder(tokenize(captions)["tokens"])
 
 
 def _about(c: ConfigDict) -> dict[str, Any]:
@@ -299,7 +217,7 @@ def _about(c: ConfigDict) -> dict[str, Any]:
     fields = {k: v for k, v in c.to_dict().items() if k not in INDIFFERENT}
     for name in ("autoencoder", "text_encoder"):
         if c[name]:
-            fields[name] = fingerprint(located(c[name], f"config.data.{name}"))
+            fields[name] = fingerprint(description.located(c[name]))
     return fields
 
 

@@ -9,9 +9,6 @@ from contextlib import contextmanager
 import jax
 from ml_collections import ConfigDict
 
-from diffusion.config import guidance
-from diffusion.sampling.guidance import chain
-
 TRAINS = ("train", "profile")
 LARGE = ("adam", "adamw", "muon")  # keep more than one number per parameter
 AMOUNT = re.compile(r"(?:allocat\w*|Used)\D{0,40}?([\d.]+) ?(bytes|B|[KMGT]i?B?)\b")
@@ -90,18 +87,16 @@ def _running(config: ConfigDict, mode: str) -> Iterator[tuple[str, str]]:
             yield "optimizer.name", "lion or sgd keep one number per parameter"
     if mode != "profile" and config.objective.name == "denoising":
         yield "sampler.batch_size", "fewer samples at a time"
-        pair = chain.pair(guidance.read(config))
-        if pair is not None and pair.in_one_call:
+        if "cfg(" in str(config.sampler.guidance) and "split" not in str(config.sampler.guidance):
             yield "sampler.guidance", "cfg with split=True makes two calls of half the batch"
 
 
 def _generating(config: ConfigDict) -> Iterator[tuple[str, str]]:
-    if config.sampler.batch_size > 1:
-        yield "sampler.batch_size", "fewer pictures at a time"
-    if config.dtype != "bfloat16":
-        yield "dtype", "bfloat16 halves everything"
-    yield "tile", "pixels, as 512: decodes in tiles"
-    yield "height", "smaller pictures, with width"
+    yield "sampler.batch_size", "fewer pictures at a time"
+    if config.model.dtype != "bfloat16":
+        yield "model.dtype", "bfloat16 halves everything"
+    yield "model.tile", "pixels, as 512: decodes in tiles"
+    yield "samples.height", "smaller pictures, with width"
 
 
 def _get(config: ConfigDict, field: str):

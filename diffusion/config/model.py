@@ -1,131 +1,151 @@
-"""From a config to a model: data, network, objective."""
+"""From a config and its data to the description of the model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import specs
-from diffusion.config import autoencoder, pretrained_network
-from diffusion.config import objective as objectives
-from diffusion.config.data import make_source
+from diffusion.config import pretrained_network
+from diffusion.config.objective import learns_variance
 from diffusion.data.sources import Source
 from diffusion.errors import field, wrong_types
-from diffusion.models.clip import ClipText
-from diffusion.models.dit import DiT
-from diffusion.models.mlp import MLP
-from diffusion.models.noisy_classifier import NoisyClassifier
-from diffusion.models.text_to_image import TextToImage
-from diffusion.models.unet import UNet
-from diffusion.objectives.objective import Objective
+from diffusion.pipelines import description
+from diffusion.pipelines.conditioners import Captions
+from diffusion.pipelines.description import DTYPES, Description
+from diffusion.pipelines.pipeline import DEFAULTS, Defaults, Pipeline
 
-MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 OBJECTIVES = ("denoising", "consistency", "classification", "autoencoding")
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+AT = "config.objective."
+SHOWN = 10
+"""Held-out captions that are drawn where none are given."""
 
 
-def make_model(config: ConfigDict, train: Source) -> tuple[Objective, int]:
-    """The objective, with its network, and the number of classes."""
-    name, classes = config.objective.get("name", "denoising"), train.num_classes
+def describe(config: ConfigDict, train: Source, held_out: Source) -> Description:
+    """What the config's model is, on these data.
+
+    Raises:
+      ValueError: a field has an impossible value, or two do not fit; the message names them.
+    """
+    c, name = config.objective, config.objective.name
     if name not in OBJECTIVES:
-        raise specs.unknown("config.objective.name", name, OBJECTIVES)
-    if name == "autoencoding":
-        return autoencoder.make(config, train.shape, _dtype(config)), 0
-    if name != "classification":
-        conditional = config.objective.conditional
-        classes = classes if conditional else 0
-        network = _network(config, classes, train.shape)
-        nulls = {"label": classes} if classes else {}
-        if conditional and train.encode is not None:
-            nulls |= {name: value[0] for name, value in train.encode([""]).items()}
-        if conditional and train.vocabulary:
-            network = TextToImage(text=_text_encoder(config, train.vocabulary), image=network)
-        return objectives.denoising(config, network, nulls, train.shape), classes
-    if not classes:
+        raise specs.unknown(f"{AT}name", name, OBJECTIVES)
+    network = _network(config, train)
+    labelled = name == "classification" or (name != "autoencoding" and c.conditional)
+    classes = train.num_classes if labelled else 0
+    if name == "classification" and not classes:
         raise ValueError(
-            f"config.objective.name='classification' needs labels, which config.data.name="
+            f"{AT}name='classification' needs labels, which config.data.name="
             f"{config.data.name!r} does not have"
         )
-    network = _classifier(config, classes, train.shape)
-    return objectives.classification(config, network), classes
+    captioned = labelled and train.encode is not None
+    fields = dict(config.model.get(config.model.name, {}))
+    if network == "classifier":
+        fields.pop("up_attention")  # it has no up blocks
+    if network == "pretrained":
+        fields = {"path": config.model.path, "remat": config.model.remat}
+    if captioned and train.vocabulary:
+        _check_text_encoder(config)
+    different = list(dict.fromkeys(held_out.captions)) if captioned else []
+    chosen = np.linspace(0, len(different) - 1, min(SHOWN, len(different))).astype(int)
+    return Description(
+        network=network,
+        fields=fields,
+        schedule=c.schedule,
+        prediction=c.prediction,
+        c_noise=c.c_noise,
+        shape=tuple(train.shape),
+        dtype=dtype(config),
+        sigma_data=config.data.std,
+        learned_variance=learns_variance(config),
+        view=train.view,
+        num_classes=classes,
+        class_names=train.class_names if classes else (),
+        null=c.label_dropout > 0,
+        tokenizer=config.data.tokenizer if captioned else "",
+        tokens=config.data.tokens if captioned else 0,
+        vocabulary=train.vocabulary if captioned else (),
+        text=config.model.text.to_dict() if captioned and train.vocabulary else {},
+        text_encoder=config.data.text_encoder if captioned else "",
+        autoencoder=config.data.autoencoder,
+        captions=tuple(different[i] for i in chosen),
+        sampler=_sampler(config),
+    )
 
 
-def other_run(config: ConfigDict) -> tuple[Objective, int, tuple[int, ...]]:
-    """Another run's objective, number of classes and data shape."""
-    train = make_source(config.data, "train")
-    return *make_model(config, train), train.shape
+def pipeline(config: ConfigDict, d: Description, train: Source) -> Pipeline:
+    """The pipeline of a description, whose captions the data can encode already.
+
+    Raises:
+      ValueError: the network does not fit the data; the message names its field.
+    """
+    known = Captions(train.encode, d.captions, d.null) if d.tokenizer else None
+    if d.network == "pretrained":
+        pretrained_network.check_path(config)
+    with field(f"config.model.{config.model.name}"), wrong_types():
+        return description.pipeline(d, known, AT)
 
 
-def _network(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
-    c = config.model
-    if pretrained_network.wanted(config):
-        return pretrained_network.network(config, _dtype(config))
-    if c.name not in MODELS:
-        raise specs.unknown("config.model.name", c.name, (*MODELS, pretrained_network.NAME))
-    if (c.name == "mlp") != (len(shape) == 1):
-        kind = "points" if len(shape) == 1 else "images"
-        raise ValueError(
-            f"config.model.name={c.name!r} does not take {kind} (config.data.name="
-            f"{config.data.name!r}); choose {'mlp' if kind == 'points' else 'unet or dit'}"
-        )
-    options = dict(c[c.name], dtype=_dtype(config))
-    learned = objectives.learns_variance(config)
-    with field(f"config.model.{c.name}"), wrong_types():
-        if c.name == "unet":
-            network = UNet(
-                **options,
-                num_classes=num_classes or None,
-                out_channels=shape[-1] * (2 if learned else 1),
-            )
-            network.check(shape[:2])
-            return network
-        if c.name == "dit":
-            return DiT(**options, num_classes=num_classes, learned_variance=learned)
-        if learned:
+def _sampler(config: ConfigDict) -> Defaults:
+    """What config.sampler says, with the usual for what it leaves open."""
+    c, usual = config.sampler, DEFAULTS
+    return Defaults(
+        usual.solver if c.solver == "auto" else c.solver,
+        usual.grid if c.grid == "auto" else c.grid,
+        c.steps or usual.steps,
+        usual.guidance if c.guidance == "auto" else tuple(specs.texts(c.guidance)),
+    )
+
+
+def dtype(config: ConfigDict) -> str:
+    """The name of the computation's dtype."""
+    if config.model.dtype == "auto":
+        return "float32"
+    if config.model.dtype not in DTYPES:
+        raise specs.unknown("config.model.dtype", config.model.dtype, ("auto", *DTYPES))
+    return config.model.dtype
+
+
+def _network(config: ConfigDict, train: Source) -> str:
+    """The description's name for the network, checked against objective and data."""
+    name, objective, at = config.model.name, config.objective.name, "config.model.name"
+    images = train.view == "images"
+    if objective == "autoencoding":
+        if name != "autoencoder":
+            raise ValueError(f"{at}={name!r}: {AT}name='autoencoding' trains an autoencoder")
+        if not images or train.shape[0] != train.shape[1]:
             raise ValueError(
-                "config.objective.terms: variational_bound needs a network of images, unet or dit"
+                f"config.data.name={config.data.name!r}: an autoencoder is trained on square "
+                f"images, these have shape {train.shape}"
             )
-        return MLP(**options, num_classes=num_classes or None)
+        return name
+    if objective == "classification":
+        if name != "unet" or not images:
+            raise ValueError(
+                f"{at}={name!r}: a classifier is the encoder of a unet, on images; choose unet"
+            )
+        return "classifier"
+    if name not in description.DENOISERS:
+        raise specs.unknown(at, name, description.DENOISERS)
+    if (name == "mlp") == images:
+        kind = "images" if images else train.view
+        raise ValueError(
+            f"{at}={name!r} does not take {kind} (config.data.name={config.data.name!r}); choose "
+            f"{'unet or dit' if images else 'mlp'}"
+        )
+    if name == "mlp" and learns_variance(config):
+        raise ValueError(
+            "config.objective.terms: variational_bound needs a network of images, unet or dit"
+        )
+    return name
 
 
-def _text_encoder(config: ConfigDict, vocabulary: int) -> nn.Module:
-    c = config.model.text
+def _check_text_encoder(config: ConfigDict) -> None:
+    c: Any = config.model.text
     if min(c.width, c.depth, c.heads) < 1 or c.width % c.heads:
         raise ValueError(
             f"config.model.text: width={c.width}, depth={c.depth}, heads={c.heads}; expected "
             "positive numbers and heads that divide the width"
         )
-    with field("config.model.text"):
-        return ClipText(
-            vocab_size=vocabulary,
-            width=c.width,
-            depth=c.depth,
-            heads=c.heads,
-            hidden=4 * c.width,
-            length=config.data.tokens,
-            dtype=_dtype(config),
-        )
-
-
-def _classifier(config: ConfigDict, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
-    c = config.model
-    if c.name != "unet" or len(shape) != 3:
-        raise ValueError(
-            f"config.model.name={c.name!r}: a classifier is the encoder of a unet, on images; "
-            "choose config.model.name=unet"
-        )
-    with field("config.model.unet"), wrong_types():
-        options = {k: v for k, v in c.unet.items() if k != "up_attention"}  # it has no up blocks
-        network = NoisyClassifier(**options, dtype=_dtype(config), classes=num_classes)
-        network.check(shape[:2])
-        return network
-
-
-def _dtype(config: ConfigDict) -> Any:
-    name = config.model.dtype
-    if name not in DTYPES:
-        raise specs.unknown("config.model.dtype", name, DTYPES)
-    return DTYPES[name]

@@ -5,54 +5,52 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from diffusion import denoiser, predictions, schedules, specs
+from diffusion import specs
 from diffusion.conditioning import null_like
 from diffusion.config import consistency
-from diffusion.errors import field, wrong_types
+from diffusion.errors import field
 from diffusion.objectives import couplings, distances, times, weightings
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.noise import Gaussian
+from diffusion.pipelines.pipeline import Pipeline
+from diffusion.schedules import Table
 
 NOISES = {"gaussian": Gaussian}
 
 
-def _schedule(text: str) -> schedules.Schedule:
-    with field(f"config.objective.schedule={text!r}"), wrong_types():
-        return specs.value(text, schedules.CHOICES, "config.objective.schedule")
-
-
-def _shared(config: ConfigDict, schedule: schedules.Schedule) -> dict[str, Any]:
-    """What all have that see noised examples: input scaling, c_noise, which levels."""
-    c, at = config.objective, "config.objective"
-    context = {"sigma_data": config.data.std, "schedule": schedule}
-    steps = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
+def _shared(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
+    """What all have that see noised examples: the model, and which levels."""
+    c, at, schedule = config.objective, "config.objective", pipeline.schedule
+    steps = {"steps": schedule.steps} if isinstance(schedule, Table) else {}
     if not c.t_min < schedule.t_max:
         raise ValueError(f"{at}.t_min={c.t_min} must lie below the schedule's end {schedule.t_max}")
     return {
+        "network": pipeline.network,
         "schedule": schedule,
-        "prediction": specs.function(
-            c.prediction, predictions.CHOICES, f"{at}.prediction", context
-        ),
-        "c_noise": _c_noise(c.c_noise, schedule),
+        "prediction": pipeline.prediction,
+        "c_noise": pipeline.c_noise,
         "times": specs.function(c.times, times.CHOICES, f"{at}.times", steps),
         "stratify": config.train.batch_size if c.stratified else None,
         "t_min": c.t_min,
     }
 
 
-def classification(config: ConfigDict, network: nn.Module) -> Classification:
+def classification(config: ConfigDict, pipeline: Pipeline) -> Classification:
     """The objective of a classifier of noised examples."""
-    _refuse_terms(config)
-    return Classification(network=network, **_shared(config, _schedule(config.objective.schedule)))
+    if term_specs(config):
+        raise ValueError(
+            f"config.objective.terms={config.objective.terms!r} change the loss of "
+            f"config.objective.name='denoising', not of {config.objective.name!r}"
+        )
+    return Classification(**_shared(config, pipeline))
 
 
 def denoising(
-    config: ConfigDict, network: nn.Module, nulls: dict[str, Any], shape: tuple[int, ...]
+    config: ConfigDict, pipeline: Pipeline, nulls: dict[str, Any], shape: tuple[int, ...]
 ) -> Denoising:
     """The objective of a denoiser or a consistency model, without terms and teacher.
 
@@ -60,21 +58,19 @@ def denoising(
 
     Args:
       config: the whole config.
-      network: what is trained.
+      pipeline: the model.
       nulls: fields of the null conditioning.
       shape: of an example.
     """
     c, at = config.objective, "config.objective"
-    schedule = _schedule(c.schedule)
-    context = {"sigma_data": config.data.std, "schedule": schedule}
+    context = {"sigma_data": config.data.std, "schedule": pipeline.schedule}
     with field(f"{at}.noise={c.noise!r}"):
         noise = specs.value(c.noise, NOISES, f"{at}.noise")
     fields = {
-        "network": network,
-        **_shared(config, schedule),
+        **_shared(config, pipeline),
         "weighting": specs.function(c.weighting, weightings.CHOICES, f"{at}.weighting", context),
         "distance": specs.function(c.distance, distances.CHOICES, f"{at}.distance"),
-        "coupling": _coupling(config, bool(nulls.get("label")), shape),
+        "coupling": _coupling(config, "label" in nulls, shape),
         "null": partial(null_like, **nulls),
         "dropout": c.label_dropout if nulls else 0.0,
         "noise": noise,
@@ -104,14 +100,6 @@ def name_of(text: str) -> str:
     return text.partition("(")[0].strip()
 
 
-def _refuse_terms(config: ConfigDict) -> None:
-    if term_specs(config):
-        raise ValueError(
-            f"config.objective.terms={config.objective.terms!r} change the loss of "
-            f"config.objective.name='denoising', not of {config.objective.name!r}"
-        )
-
-
 def _coupling(config: ConfigDict, labels: bool, shape: tuple[int, ...]) -> couplings.Coupling:
     """That of config.objective, by default within what a device takes at once."""
     name, text = "config.objective.coupling", config.objective.coupling
@@ -126,16 +114,3 @@ def _coupling(config: ConfigDict, labels: bool, shape: tuple[int, ...]) -> coupl
     with field(f"{name}={text!r}"):
         jax.eval_shape(lambda x, y: coupling(x, lambda _: x, y), x, label if labels else None)
     return coupling
-
-
-def _c_noise(text: str, schedule: schedules.Schedule) -> Any:
-    """How the network is told the time; "auto" is the custom of each schedule's models."""
-    if text == "auto":
-        if isinstance(schedule, schedules.Table):
-            text = "ddpm_index"
-        elif isinstance(schedule, (schedules.EDM, schedules.VE)):
-            text = "log_sigma"
-        else:
-            text = "thousand_t"
-    context = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
-    return specs.function(text, denoiser.C_NOISE, "config.objective.c_noise", context)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -35,18 +34,13 @@ def wanted(config: ConfigDict) -> bool:
     return config.model.name == NAME
 
 
-def network(config: ConfigDict, dtype: Any) -> nn.Module:
-    """The pipeline's U-Net, without weights.
-
-    Raises:
-      ValueError: the path is empty or holds another kind of pipeline.
-    """
-    c = config.model
-    if not c.path:
+def check_path(config: ConfigDict) -> None:
+    """Raises ValueError where ``config.model.path`` is empty or holds another kind of pipeline."""
+    path = config.model.path
+    if not path:
         raise ValueError("config.model.path must name a pipeline's folder, or its id on the hub")
-    with field(f"config.model.path={c.path!r}"):
-        model = pretrained.open_model(c.path, UNET, expected=CLASS, with_weights=False)
-    return model.module.clone(dtype=dtype, remat=c.remat)
+    with field(f"config.model.path={path!r}"):
+        pretrained.open_model(path, UNET, expected=CLASS, with_weights=False)
 
 
 def initial(config: ConfigDict) -> Callable[[Any, Callable], Any] | None:

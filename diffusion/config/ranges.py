@@ -89,14 +89,17 @@ RANGES = {
     "profile.steps": POSITIVE,
     "profile.warmup": NOT_NEGATIVE,
     "inspect.*": POSITIVE,
-    "sampler.steps": DEEP,
-    "sampler.batch_size": POSITIVE,
+    "sampler.steps": Range(0, DEEP.high),
+    "sampler.hand_over": Range(0, 1),
     "sampler.seed": Range(0, 2**32 - 1),
     "sampler.*": NOT_NEGATIVE,
     "samples.columns": DEEP,
-    "samples.count": POSITIVE,
+    "samples.strength": Range(0, 1),
+    "samples.labels": Range(),
+    "samples.negative": Range(),
+    "samples.aesthetic": Range(),
+    "samples.*": NOT_NEGATIVE,
     "evaluation.count": POSITIVE,
-    "evaluation.likelihood_count": POSITIVE,
     "sweep.*": POSITIVE,
     "learn.*": POSITIVE,
 }
@@ -125,9 +128,6 @@ def check(config: ConfigDict) -> None:
             f"config.data.background={config.data.background!r}: expected three whole numbers from "
             "0 to 255, red, green and blue"
         )
-    for caption in config.samples.captions:
-        if not isinstance(caption, str):
-            raise ValueError(f"config.samples.captions must be texts, got {caption!r}")
     if config.log.wandb and not tracker.installed():
         raise ValueError(
             f"config.log.wandb={config.log.wandb!r} needs Weights & Biases: pip install wandb"

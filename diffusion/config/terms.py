@@ -41,7 +41,7 @@ TRAINING = ("alignment",)  # those that only training needs, with their encoders
 
 
 def attach(
-    config: ConfigDict, objective: Denoising, train: Source, load: Callable
+    config: ConfigDict, objective: Denoising, train: Source
 ) -> tuple[Denoising, Source, dict[str, Any]]:
     """The objective with its terms, the data with what these need, and their frozen parameters.
 
@@ -49,14 +49,13 @@ def attach(
       config: the whole config.
       objective: without terms.
       train: the training data.
-      load: another run's config -> its objective, number of classes and data shape.
 
     Raises:
       ValueError: a term is unknown or named twice, or does not fit; the message names the field.
     """
     terms, frozen = {}, {}
     for text in term_specs(config):
-        setting = alignment.Setting(config, objective, train, load)
+        setting = alignment.Setting(config, objective, train)
         with field(f"{FIELD}={text!r}"), wrong_types():
             make = specs.function(text, TERMS, FIELD, {"setting": setting}, filled=("setting",))
             term = make()
@@ -68,12 +67,3 @@ def attach(
     if terms:
         objective = dataclasses.replace(objective, terms=tuple(terms.values()))
     return objective, train, frozen
-
-
-def for_drawing(config: ConfigDict) -> ConfigDict:
-    """The config of the same model, for whatever is not training: without other networks."""
-    config = config.copy_and_resolve_references()
-    kept = [text for text in term_specs(config) if name_of(text) not in TRAINING]
-    config.objective.terms = tuple(kept)
-    config.consistency.teacher = ""
-    return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from diffusion.data import sources
 from diffusion.data.sources import Source
+from diffusion.specs import unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,28 @@ class Classifier:
     num_held_out: int = 0
 
 
+CHOICES = ("digits_svc", "lenet5")
+
+
+def make(name: str, weights: str = "") -> Callable[[Source], Classifier]:
+    """Held-out examples -> the classifier of that name, with its accuracy on them.
+
+    Args:
+      name: one of ``CHOICES``.
+      weights: LeNet-5's file.
+
+    Raises:
+      ValueError: there is no such classifier, or no file.
+    """
+    if name not in CHOICES:
+        raise unknown("classifier", name, CHOICES)
+    if name == "digits_svc":
+        return lambda held_out: digits_svc()
+    if not Path(weights).is_file():
+        raise ValueError(f"lenet5 needs weights, the path of an .npz; there is no file {weights!r}")
+    return lambda held_out: measure(lenet5(weights), held_out)
+
+
 def measure(classifier: Classifier, held_out: Source) -> Classifier:
     """``classifier`` with its accuracy on real examples that it was not fitted on."""
     data = held_out.all()
@@ -42,6 +66,7 @@ def measure(classifier: Classifier, held_out: Source) -> Classifier:
     return dataclasses.replace(classifier, accuracy=accuracy, num_held_out=len(held_out))
 
 
+@functools.cache
 def digits_svc() -> Classifier:
     """scikit-learn's SVC (RBF kernel) on the real training digits, [8, 8, 1]; 64 pixel features.
 

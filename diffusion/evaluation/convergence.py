@@ -198,20 +198,25 @@ def _measure(entry: Entry, draw: Callable, judge: Callable, target: np.ndarray |
 
 
 def _line(row: Row) -> str:
-    values = [
-        f"{key} {_number(row[key])}" for key in LABELS if isinstance(row.get(key), int | float)
-    ]
+    values = [f"{key} {_number(row[key])}" for key in _keys([row])]
     text = f"{row['solver']}: {row['evaluations']} evaluations ({row['steps']} steps): "
     return text + (", ".join(values) if row["finite"] else "not finite")
 
 
 LABELS = {
-    "frechet": ("Fréchet distance", True),
+    "frechet_half": ("Fréchet distance", True),
     "recognised": ("recognised [%]", False),
     "sliced_wasserstein": ("sliced Wasserstein distance", True),
+    "energy_distance": ("energy distance", True),
+    "retrieval_among_10": ("own caption among the ten nearest", False),
     "rmse": ("distance to the exact flow (RMSE)", True),
 }
-"""Measures by key: name, and whether the axis is logarithmic."""
+"""Names of measures, and whether the axis is logarithmic; figures of other names are not drawn."""
+
+
+def _keys(rows: Sequence[Row]) -> list[str]:
+    """The measures that some row has."""
+    return [key for key in LABELS if any(isinstance(r.get(key), int | float) for r in rows)]
 
 
 def measures(result: Mapping[str, Any]) -> list[Measure]:
@@ -220,9 +225,8 @@ def measures(result: Mapping[str, Any]) -> list[Measure]:
     real["rmse"] = result["reference_error"]
     names = {"rmse": "the reference's own error"}
     return [
-        Measure(key, name, log, real[key], names.get(key, "real data"))
-        for key, (name, log) in LABELS.items()
-        if any(row.get(key) is not None for row in result["rows"])
+        Measure(key, *LABELS[key], real[key], names.get(key, "real data"))
+        for key in _keys(result["rows"])
     ]
 
 

@@ -106,6 +106,12 @@ def save_png(
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, pnginfo=info)
 
 
+def read_png(path: str | Path) -> np.ndarray:
+    """uint8 [H, W, C] of a PNG, C = 1 or 3."""
+    pixels = np.asarray(Image.open(path))
+    return pixels[..., None] if pixels.ndim == 2 else pixels[..., :3]
+
+
 def read_metrics(path: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of ``key`` from a JSON-lines file; a step written twice counts once, last.
 

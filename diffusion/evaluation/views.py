@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from diffusion.evaluation import figures
 from diffusion.evaluation.figures import BLUE
 
 
 class View(Protocol):
-    """What is asked of a modality; x are examples [N, ...] as the data have them."""
+    """What is asked of a modality; x are examples [N, ...] as the data have them.
+
+    Attributes:
+      metrics: specs of metrics that need nothing but the data.
+    """
+
+    metrics: tuple[str, ...]
 
     def show(self, x: np.ndarray) -> np.ndarray:
         """x as it can be seen: what ``grid``, ``save`` and a contact sheet show."""
@@ -47,12 +52,17 @@ class View(Protocol):
     def save(self, folder: Path, x: np.ndarray, texts: Sequence[Mapping[str, str]]) -> None:
         """A file per example, numbered from 0, with its settings; nothing where numbers do."""
 
-    def overview(self, x: np.ndarray) -> tuple[np.ndarray | None, figures.Plot | None]:
-        """What a page about the data shows of them: pictures [N, H, W, C], or a diagram."""
+    def thumbnails(self, examples: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Pictures of single examples, of any size; none where only a diagram shows anything."""
+
+    def diagram(self, x: np.ndarray) -> figures.Plot:
+        """All examples in one diagram, where there are no thumbnails."""
 
 
 class Images:
     """Images [N, H, W, C] in [-1, 1]. Of other channels than 1 or 3 (latents), the first three."""
+
+    metrics = ()
 
     def show(self, x: np.ndarray) -> np.ndarray:
         if x.shape[-1] in (1, 3):
@@ -86,12 +96,18 @@ class Images:
         for i, (image, text) in enumerate(zip(self.show(x), texts)):
             figures.save_png(folder / f"{i:06d}.png", figures.to_uint8(image), text)
 
-    def overview(self, x: np.ndarray) -> tuple[np.ndarray | None, figures.Plot | None]:
-        return self.show(x), None
+    def thumbnails(self, examples: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self.show(x) for x in examples]
+
+    def diagram(self, x: np.ndarray) -> figures.Plot:
+        """Not needed: there are thumbnails."""
+        raise ValueError("images are shown by thumbnails")
 
 
 class Points:
     """Points [N, 2] in the plane, shown as densities."""
+
+    metrics = ("wasserstein()", "energy()")
 
     def show(self, x: np.ndarray) -> np.ndarray:
         return x
@@ -125,11 +141,11 @@ class Points:
     def save(self, folder: Path, x: np.ndarray, texts: Sequence[Mapping[str, str]]) -> None:
         """Nothing: points are numbers, which samples.npz holds."""
 
-    def overview(self, x: np.ndarray) -> tuple[np.ndarray | None, figures.Plot | None]:
-        def plot(axes: Axes) -> None:
-            axes.scatter(*x[:5000].T, s=1, color=BLUE)
+    def thumbnails(self, examples: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return []
 
-        return None, plot
+    def diagram(self, x: np.ndarray) -> figures.Plot:
+        return lambda axes: axes.scatter(*x[:5000].T, s=1, color=BLUE)
 
 
 VIEWS: dict[str, View] = {"images": Images(), "points": Points()}

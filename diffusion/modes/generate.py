@@ -1,31 +1,35 @@
-"""--mode=generate: pictures from a pretrained pipeline."""
+"""--mode=generate: pictures as config.samples asks for them, from any model."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from diffusion.conditioning import Conditioning
+from diffusion.config import drawing, ranges
+from diffusion.errors import field
 from diffusion.evaluation import figures
-from diffusion.modes.request import Request, read
-from diffusion.pipelines import tasks
-from diffusion.pipelines.codec import decode
-from diffusion.pipelines.pipeline import Params, Pipeline
-from diffusion.pipelines.prompts import encode_prompts
-from diffusion.sampling.progress import Monitor
-from diffusion.sampling.sample import Callback, image_keys
+from diffusion.pipelines import memory, open_any
+from diffusion.pipelines.conditioners import Subject
+from diffusion.pipelines.from_pretrained import Opened
+from diffusion.pipelines.from_run import Run
+from diffusion.pipelines.generation import Generation, Wish
+
+TIGHT = 1.6  # what a network needs may be so many times the estimate
 
 
-def generate(config: ConfigDict, workdir: str | None) -> None:
-    """Writes pictures as ``configs/stable_diffusion.py`` describes.
+def run(config: ConfigDict, workdir: str | None) -> None:
+    """Writes pictures of prompts or classes: new ones, or from a picture, repainted, enlarged.
+
+    What is done follows from the model and from the fields that are set: ``samples.image`` alone
+    makes pictures from a picture, with ``samples.mask`` it repaints the mask's white part; an
+    upscaler or an InstructPix2Pix does what it was trained for; ``model.refiner`` takes SDXL's last
+    steps.
 
     Leaves in ``workdir`` (default "generated") a PNG per picture, named after what number of the
     folder it is, with all settings as text chunks, and grid.png where there are several.
@@ -33,98 +37,93 @@ def generate(config: ConfigDict, workdir: str | None) -> None:
     Raises:
       ValueError, FileNotFoundError: a field that does not fit, before weights are read.
     """
-    began, folder = time.perf_counter(), Path(workdir or "generated")
-    request = read(config)
-    pipeline, count = request.opened.pipeline, request.count
-    height, width = request.size
-    print(
-        f"{config.model}: {pipeline.kind}, {request.task.replace('_', ' ')}, "
-        f"{count} of {width} x {height} pixels"
-    )
+    began = time.perf_counter()
+    ranges.check(config)
+    source = drawing.source_of(config, workdir)
+    refiner = _refiner(config)
+    with field("config.samples"):
+        subjects = _subjects(config, source)
+        wish = _wish(config, source)
+        made = Generation(
+            source.pipeline,
+            subjects,
+            wish,
+            refiner=refiner and refiner.pipeline,
+            at=drawing.AT,
+        )
+    for note in made.notes:
+        print(f"note: {note}")
+    _check_memory(config, [o for o in (source, refiner) if isinstance(o, Opened)], made)
+    folder = Path(workdir or "generated")
+    height, width = made.size
+    what = f"{source.name}: {made.pipeline.kind}, {made.task}"
+    print(f"{what}, {len(subjects)} of {width} x {height} pixels")
     bar = sys.stderr.isatty()
-    params = request.opened.load(progress=bar)
-    refined = request.refiner.load(progress=bar) if request.refiner else None
+    params = source.load(progress=bar)
+    refined = refiner.load(progress=bar) if refiner else None
     folder.mkdir(parents=True, exist_ok=True)
-    first, made = _next_number(folder), []
-    batches = -(-count // request.batch_size)
-    slow = bar and jax.default_backend() == "cpu"  # then a bar by evaluations, else by pictures
-    monitor = Monitor(jax.local_device_count()) if slow else None
-    watch = monitor.watch(batches, request.evaluations) if slow else nullcontext()
-    with watch, tqdm(total=count, unit="picture", disable=slow or not bar) as progress:
-        for batch in range(batches):
-            start = batch * request.batch_size
-            index = np.minimum(np.arange(start, start + request.batch_size), count - 1)
-            images = _draw(config, request, params, refined, index, monitor)
-            for i, image in zip(index[: count - start], images):
-                path = folder / f"{first + len(made):06d}.png"
-                figures.save_png(path, figures.to_uint8(image), _about(config, request, int(i)))
-                made.append(image)
-                progress.update()
-    if len(made) > 1:
-        columns = config.count if config.count > 1 else None
-        figures.save_png(folder / "grid.png", figures.image_grid(np.stack(made), columns, scale=1))
-    last = f" to {first + count - 1:06d}.png" if count > 1 else ""
+    first, pictures = _next_number(folder), []
+    for i, picture in made.pictures(params, refined):
+        path = folder / f"{first + len(pictures):06d}.png"
+        about = _about(config, made, subjects[i], i)
+        figures.save_png(path, figures.to_uint8(picture), about)
+        pictures.append(picture)
+    if len(pictures) > 1:
+        columns = config.samples.count if config.samples.count > 1 else None
+        grid = figures.image_grid(np.stack(pictures), columns, scale=1)
+        figures.save_png(folder / "grid.png", grid)
+    last = f" to {first + len(pictures) - 1:06d}.png" if len(pictures) > 1 else ""
     seconds = time.perf_counter() - began
     print(f"{folder}/{first:06d}.png{last}: {seconds:.0f} s in all")
 
 
-def _draw(
-    config: ConfigDict,
-    request: Request,
-    params: Params,
-    refined: Params | None,
-    index: np.ndarray,
-    callback: Callback | None,
-) -> np.ndarray:
-    """Pictures number ``index`` [B]: [B, H, W, 3] in [-1, 1]."""
-    c, pipeline, task = config.sampler, request.opened.pipeline, request.task
-    keys = image_keys(c.seed, index)
-    given = {name: np.stack([a] * len(index)) for name, a in request.given.items()}
-    common = (pipeline, params, request.sampler, keys)
-    options = {"guidance": request.guidance, "callback": callback}
-    if task == "class_to_image":
-        latents = tasks.class_to_image(*common, request.labels[index], **options)
-        return np.asarray(decode(pipeline, params, latents))
-    texts = [request.texts[i] for i in index]
-    common += _encoded(config, request, pipeline, params, texts)
-    if task == "text_to_image":
-        latents = tasks.text_to_image(*common, size=request.size, **options)
-    elif task == "image_to_image":
-        latents = tasks.image_to_image(*common, given["image"], **options)
-    elif task == "inpaint":
-        options["strength"] = config.strength
-        latents = tasks.inpaint(*common, given["image"], given["mask"], **options)
-    elif task == "upscale":
-        options["noise_level"] = config.noise_level
-        latents = tasks.upscale(*common, given["image"], **options)
-    else:
-        latents = tasks.instruct(*common, given["image"], **options)
-    if request.refiner:
-        pipeline, params = request.refiner.pipeline, refined
-        prompt = _encoded(config, request, pipeline, params, texts)
-        latents = tasks.refine(pipeline, params, request.last, keys, *prompt, latents, **options)
-    return np.asarray(decode(pipeline, params, latents))
+def _refiner(config: ConfigDict) -> Opened | Run | None:
+    c = config.model
+    if not c.refiner:
+        return None
+    with field(f"config.model.refiner={c.refiner!r}"):
+        return open_any(
+            c.refiner,
+            revision=c.revision or None,
+            variant=c.variant or None,
+            tokenizer=c.tokenizer,
+            dtype=drawing.dtype(config),
+            tile=c.tile,
+        )
 
 
-def _encoded(
-    config: ConfigDict, request: Request, pipeline: Pipeline, params: Params, texts: list[str]
-) -> tuple[Conditioning, Conditioning]:
-    """What to steer towards, and away from."""
-    cond, null = encode_prompts(
-        pipeline,
-        params,
-        texts,
-        config.negative or None,
-        clip_skip=config.clip_skip,
-        weighted=config.weighted,
-    )
-    if not pipeline.network.added_embedding:
-        return cond, null
-    scored = pipeline.options.get("requires_aesthetics_score")
-    sizes = {"original": config.original or None, "crop": config.crop}
-    return tuple(
-        tasks.micro_conditioning(c, request.size, aesthetic=score, **sizes)
-        for c, score in zip((cond, null), config.aesthetic if scored else (None, None))
+def _subjects(config: ConfigDict, source: Opened | Run) -> list[Subject]:
+    """The prompt or class of every picture."""
+    given = drawing.subjects(config) or list(source.pipeline.conditioner.suggestions)
+    kind = source.pipeline.conditioner.subject
+    if not given and kind:
+        wanted = "prompt" if kind == "text" else "labels"
+        raise ValueError(f"{wanted}: say what should be in the picture")
+    return [subject for subject in given or [0] for _ in range(config.samples.count or 1)]
+
+
+def _wish(config: ConfigDict, source: Opened | Run) -> Wish:
+    s, c = config.samples, config.sampler
+    return Wish(
+        negative=drawing.negative(config),
+        image=s.image or None,
+        mask=s.mask or None,
+        strength=s.strength,
+        noise_level=s.noise_level,
+        size=(s.height, s.width),
+        solver=c.solver,
+        grid=c.grid,
+        steps=c.steps,
+        guidance=c.guidance,
+        acceleration=c.acceleration,
+        hand_over=c.hand_over,
+        seed=c.seed,
+        batch_size=drawing.batch_size(config, source.pipeline),
+        weighted=s.weighted,
+        clip_skip=s.clip_skip,
+        original=tuple(s.original),
+        crop=tuple(s.crop),
+        aesthetic=tuple(s.aesthetic),
     )
 
 
@@ -134,17 +133,46 @@ def _next_number(folder: Path) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _about(config: ConfigDict, request: Request, index: int) -> dict[str, str]:
+def _about(config: ConfigDict, made: Generation, subject: Subject, index: int) -> dict[str, str]:
     """What made a picture: enough to make it again."""
-    subject = {"prompt": request.texts[index]} if request.texts else {}
-    subject |= {"label": str(request.labels[index])} if len(request.labels) else {}
-    about = subject | {
-        "negative": config.negative,
-        "task": request.task,
+    kind = {"text": "prompt", "label": "label", "": "subject"}[made.pipeline.conditioner.subject]
+    scheduler = made.pipeline.scheduler
+    solver = config.sampler.solver
+    if solver == "auto":
+        solver = made.pipeline.defaults.solver if scheduler is None else scheduler["_class_name"]
+    about = {
+        kind: str(subject),
+        "negative": str(config.samples.negative),
+        "task": made.task,
         "seed": str(config.sampler.seed),
         "index": str(index),
-        "evaluations": str(request.evaluations),
-        "solver": config.sampler.solver or request.opened.pipeline.scheduler["_class_name"],
-        "settings": json.dumps(config.to_dict() | subject, default=str),
+        "evaluations": str(made.evaluations),
+        "solver": solver,
+        "settings": json.dumps(config.to_dict() | {kind: subject}, default=str),
     }
     return {name: value for name, value in about.items() if value}
+
+
+def _check_memory(config: ConfigDict, opened: list[Opened], made: Generation) -> None:
+    """Says what will not fit, or may not, before weights are read."""
+    free = memory.available(jax.local_devices()[0])
+    if free is None or not opened:
+        return
+    factor = made.pipeline.codec.factor if made.task == "upscale" else 1
+    size = tuple(factor * side for side in made.size)
+    weights = sum(o.nbytes for o in opened)
+    share = -(-min(made.wish.batch_size, len(made.subjects)) // jax.local_device_count())
+    working = max(o.working_bytes(size, share) for o in opened)
+    gib = 2**30
+    needs = (
+        f"weights take {weights / gib:.1f} GiB and the computation about {working / gib:.1f}, "
+        f"of {free / gib:.1f} GiB that are free"
+    )
+    helps = "a smaller config.sampler.batch_size, config.samples.height and width, or "
+    helps += "config.model.tile=512 helps"
+    if opened[0].dtype == "float32":
+        helps += ", and so does config.model.dtype=bfloat16"
+    if weights + working > free:
+        raise ValueError(f"not enough memory: {needs}; {helps}")
+    if weights + TIGHT * working > free:
+        print(f"note: memory may not suffice: {needs}; if so, {helps}")

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.config import data
-from diffusion.config.captions import tokenizer
+from diffusion.config import data, ranges
 from diffusion.data import batches as pipeline
 from diffusion.data import inspection
 from diffusion.data.inspection import Look, Moments
 from diffusion.data.sources import Source, subset
 from diffusion.errors import field
 from diffusion.evaluation import contact_sheet, figures
-from diffusion.modes.drawer import visible
+from diffusion.evaluation.views import VIEWS
+from diffusion.pipelines.description import tokenizer
 
 SPLITS = ("train", "test")
 COLOURS = {1: ("#1f2430",), 3: ("#dc2626", "#16a34a", "#2563eb")}
@@ -32,13 +32,14 @@ FAR = 1.2  # a factor that data.std may be off by
 LISTED = 10  # damaged images that are printed
 
 
-def inspect(config: ConfigDict, folder: Path) -> None:
-    """Leaves inspect.png and inspect.json in ``folder``, and prints the main figures.
+def run(config: ConfigDict, workdir: str) -> None:
+    """Leaves inspect.png and inspect.json in ``workdir``, and prints the main figures.
 
     Every image is read and decoded once. The sheet, the statistics of pixels and the speed are of
     the batches that training gets. Damaged images are named, and left out of all that.
     """
-    config = config.copy_and_resolve_references()
+    ranges.check(config)
+    config, folder = config.copy_and_resolve_references(), Path(workdir)
     c = config.data
     size = config.train.batch_size
     skip, c.on_error = c.on_error == "skip", "raise"  # all are looked at here anyway
@@ -274,16 +275,16 @@ def _sheet(
     shapes = ", ".join(report.get("buckets", {})) or _shape(shape)
     subtitle = f"The first {len(seen)} that training sees: {'; '.join([shapes, *done])}"
     plots = []
-    if len(shape) == 3:
-        pictures, texts = [visible(x, None) for x, _ in seen], [text for _, text in seen]
+    view = VIEWS[train.view]
+    pictures, texts = view.thumbnails([x for x, _ in seen]), [text for _, text in seen]
+    if pictures:
         channels = COLOURS.get(shape[-1], COLOURS[3] + ("#9ca3af",) * max(0, shape[-1] - 3))
         plots.append(
             contact_sheet.histogram("values of pixels", Moments.EDGES, moments.histogram, channels)
         )
     else:
-        pictures, texts, points = [], [], test.all()["x"]
-        plots.append(lambda axes: axes.scatter(*points[:5000].T, s=1, color="#2563eb"))
-        subtitle = f"{len(points):,} held-out points"
+        plots.append(view.diagram(test.all()["x"]))
+        texts, subtitle = [], f"{len(test):,} held-out {train.view}"
     if classes := report.get("classes"):
         order = sorted(classes["examples"].items(), key=lambda item: -item[1])
         plots.append(contact_sheet.bars("examples of each class", *zip(*order)))
@@ -311,6 +312,8 @@ def _sheet(
 
 
 def _shape(shape: list[int] | tuple[int, ...]) -> str:
-    if len(shape) == 1:
-        return f"{shape[0]} numbers"
-    return f"{shape[1]} x {shape[0]}, {shape[2]} channel{'s' if shape[2] > 1 else ''}"
+    *sides, channels = shape
+    if not sides:
+        return f"{channels} numbers"
+    size = " x ".join(str(side) for side in reversed(sides))
+    return f"{size}, {channels} channel{'s' if channels > 1 else ''}"

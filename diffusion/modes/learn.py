@@ -1,4 +1,4 @@
-"""--mode=learn: few-step solvers learned for a trained run, beside the best fixed ones."""
+"""--mode=learn: few-step solvers learned for a model, beside the best fixed ones."""
 
 from __future__ import annotations
 
@@ -10,56 +10,60 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from ml_collections import ConfigDict
 
-from diffusion.config import sampler
+from diffusion.config import drawing
+from diffusion.config.drawing import Drawing
 from diffusion.evaluation import convergence
 from diffusion.evaluation.figures import BLUE, GRAY, ORANGE, new_figure
-from diffusion.modes.drawer import Drawer
+from diffusion.pipelines import draw, samplers
 from diffusion.sampling import learned_tables
 from diffusion.sampling.table_training import Learned, Lessons, Student
 from diffusion.sampling.tables import Solver
 
 
-def learn(drawer: Drawer, params: Any, folder: Path) -> None:
+def run(config: ConfigDict, workdir: str) -> None:
     """Learns a table for each number of evaluations in ``config.learn``.
 
-    Leaves in ``folder``: learned_N.npz, for ``--config.sampler.solver="given(path='...')"``, and
+    Leaves in ``workdir``: learned_N.npz, for ``--config.sampler.solver="given(path='...')"``, and
     learned.json, learned.md and learned.png: the distance to the teacher's samples, from noise that
     was not learned from, beside that of every fixed solver and grid named.
     """
-    experiment = drawer.experiment
-    config, c = experiment.config, experiment.config.learn
     _check(config)
-    if experiment.guidance.acceleration.remembers:
+    c, folder, bar = config.learn, Path(workdir), sys.stderr.isatty()
+    model = drawing.opened(config, workdir)
+    drawer, pipeline = model.drawer, model.pipeline
+    if drawer.acceleration.remembers:
         raise ValueError(
             f"config.sampler.acceleration={config.sampler.acceleration!r}: solvers are learned "
             "from whole evaluations"
         )
-    teacher = _make(drawer, c.teacher, config.sampler.grid, c.teacher_steps, "config.learn.teacher")
+    teacher = _make(model, c.teacher, config.sampler.grid, c.teacher_steps, "config.learn.teacher")
     if not convergence.deterministic(teacher):
         raise ValueError(f"config.learn.teacher={c.teacher!r} must be a deterministic solver")
-    fixed = {n: _fixed(drawer, n) for n in c.evaluations}
+    fixed = {n: _fixed(model, n) for n in c.evaluations}
 
-    guide, bar = experiment.guidance, sys.stderr.isatty()
-    student = Student(
-        lambda weights, cond: guide.guide(guide.networks(weights), cond, guide.chain),
-        {"model": params, **guide.params()},
-    )
+    program = draw.program(pipeline, drawer.sampler, drawer.companions)
     total = c.count + c.held_out + c.test
+    cond = drawer.conditioning(model.params, model.subjects(total), model.negative)
+    student = Student(
+        lambda weights, cond: program.guided(weights, *cond, drawer.chain),
+        draw.weights(model.params, 1, drawer.companions),
+    )
     print(f"{total} samples of {c.teacher} with {teacher.evaluations} evaluations")
     lessons = student.lessons(
         teacher,
-        drawer.conditioning(total),
+        cond,
         total,
-        experiment.train.shape,
+        pipeline.shape,
         batch_size=c.batch_size,
         seed=config.sampler.seed,
         progress=bar,
     )
     lessons, rest = lessons.split(c.count)
     held_out, test = rest.split(c.held_out)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for n, tables in fixed.items():
-        row, result = _learn_one(drawer, student, n, tables, (lessons, held_out, test), bar)
+        row, result = _learn_one(model, student, n, tables, (lessons, held_out, test), bar)
         learned_tables.save(str(folder / f"learned_{n}.npz"), result.solver)
         rows.append(row)
         print(_line(row))
@@ -71,14 +75,14 @@ def learn(drawer: Drawer, params: Any, folder: Path) -> None:
 
 
 def _learn_one(
-    drawer: Drawer,
+    model: Drawing,
     student: Student,
     n: int,
     tables: dict[tuple[str, str], Solver],
     lessons: tuple[Lessons, Lessons, Lessons],
     bar: bool,
 ) -> tuple[dict[str, Any], Learned]:
-    c, schedule = drawer.experiment.config.learn, drawer.experiment.objective.schedule
+    c, schedule = model.config.learn, model.pipeline.schedule
     train, held_out, test = lessons
     errors = {
         name: student.error(convergence.fill(table, n), held_out, c.batch_size)
@@ -110,15 +114,15 @@ def _learn_one(
     return row, result
 
 
-def _fixed(drawer: Drawer, n: int) -> dict[tuple[str, str], Solver]:
+def _fixed(model: Drawing, n: int) -> dict[tuple[str, str], Solver]:
     """Tables of at most n evaluations of every solver on every grid to compare with."""
-    c, tables = drawer.experiment.config.learn, {}
+    c, tables = model.config.learn, {}
     for solver in c.against:
         for grid in c.grids:
             try:
                 _, table = convergence.most_steps(
                     lambda s, steps, grid=grid: _make(
-                        drawer, s, grid, steps, "config.learn.against"
+                        model, s, grid, steps, "config.learn.against"
                     ),
                     solver,
                     n,
@@ -145,10 +149,9 @@ def _can_start(table: Solver, n: int) -> bool:
     return table.evaluations == n
 
 
-def _make(drawer: Drawer, solver: str, grid: str, steps: int, field: str) -> Solver:
-    config = drawer.experiment.config.copy_and_resolve_references()
-    config.sampler.solver, config.sampler.grid, config.sampler.steps = solver, grid, steps
-    return sampler.make_solver(config, drawer.experiment.objective, field)
+def _make(model: Drawing, solver: str, grid: str, steps: int, name: str) -> Solver:
+    options = {"at": drawing.AT, "solver_name": name}
+    return samplers.make(model.pipeline, solver, grid, steps, **options).solver
 
 
 def _check(config: ConfigDict) -> None:

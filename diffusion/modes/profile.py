@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from diffusion.config.data import batches
 from diffusion.config.experiment import Experiment, build
-from diffusion.modes import summary as describe
+from diffusion.config.summary import peak
 from diffusion.training import flops, parallel
 from diffusion.training.meter import memory
 from diffusion.training.state import create
@@ -35,7 +35,7 @@ the trace: {trace}
   or, as TensorBoard's profile plugin shows it: pip install xprof; xprof --logdir={folder}"""
 
 
-def profile(config: ConfigDict, workdir: str) -> None:
+def run(config: ConfigDict, workdir: str) -> None:
     """Traces ``config.profile.steps`` training steps, with the run's own data and step.
 
     They start from new parameters; what a run has left in ``workdir`` stays as it is. Each step is
@@ -90,7 +90,7 @@ def profile(config: ConfigDict, workdir: str) -> None:
         "waiting_for_data": sum(waits) / sum(times),
         "teraflops_per_second": rate / 1e12,
     }
-    if most := describe.peak(config):
+    if most := peak(config):
         summary["share_of_peak"] = rate / (most * len(devices))
     summary |= memory(devices) | _compiled_memory(compiled)
     count = config.profile.steps * len(devices)

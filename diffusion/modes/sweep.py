@@ -1,4 +1,4 @@
-"""--mode=sweep: a trained run's quality against evaluations, as its config says."""
+"""--mode=sweep: a model's quality against evaluations, solver by solver."""
 
 from __future__ import annotations
 
@@ -8,88 +8,77 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.config import sampler
+from diffusion.config import drawing
 from diffusion.errors import field
-from diffusion.evaluation import convergence as library
-from diffusion.evaluation.classifiers import Classifier
-from diffusion.evaluation.samples import evaluate_points, evaluate_samples
-from diffusion.modes.drawer import Drawer
+from diffusion.evaluation import convergence, harness
+from diffusion.evaluation.metrics.metric import Drawn
+from diffusion.pipelines import samplers
 from diffusion.sampling.tables import Solver
 
+AT = drawing.AT
 
-def sweep(
-    drawer: Drawer, params: Any, step: int, folder: Path, judge: Classifier | None = None
-) -> None:
-    """Measures, and writes sweep.json, sweep.md and sweep.png into ``folder``.
 
-    Args:
-      drawer, params: the model.
-      step: of training, that the parameters are from.
-      folder: of the run.
-      judge: of class-conditional images; None leaves the distance to the exact flow alone.
+def run(config: ConfigDict, workdir: str) -> None:
+    """Judges ``config.sweep.solvers`` at ``config.sweep.evaluations``, all else being the config's.
+
+    Leaves in ``workdir`` sweep.png, sweep.md and sweep.json. Points measured already are not
+    measured again.
     """
-    experiment = drawer.experiment
-    config, c = experiment.config, experiment.config.sweep
     _check(config)
+    c, folder = config.sweep, Path(workdir)
+    model = drawing.opened(config, workdir)
+    drawer, pipeline = model.drawer, model.pipeline
 
-    def make(solver: str, steps: int, field: str = "config.sweep.solvers") -> Solver:
-        changed = config.copy_and_resolve_references()
-        changed.sampler.solver, changed.sampler.steps = solver, steps
-        return sampler.make_solver(changed, experiment.objective, field)
+    def make(solver: str, steps: int, name: str = "config.sweep.solvers") -> Solver:
+        grid = config.sampler.grid
+        return samplers.make(pipeline, solver, grid, steps, at=AT, solver_name=name).solver
 
-    try:
-        entries, notes = library.plan(make, c.solvers, c.evaluations)
-    except ValueError as error:
-        named = str(error).startswith("config.")
-        raise ValueError(str(error) if named else f"config.sweep: {error}") from error
+    with field("config.sweep"):
+        entries, notes = convergence.plan(make, c.solvers, c.evaluations)
     exact = make(c.reference, c.reference_steps, "config.sweep.reference")
     rough = make(c.reference, max(c.reference_steps // 2, 1), "config.sweep.reference")
-    if not library.deterministic(exact):
+    if not convergence.deterministic(exact):
         raise ValueError(f"config.sweep.reference={c.reference!r} must be a deterministic solver")
     for evaluations in {exact.evaluations, *(entry.budget for entry in entries)}:
         with field(f"config.sampler.acceleration={config.sampler.acceleration!r}"):
-            experiment.guidance.acceleration.at(evaluations)  # its schedules may not fit them
+            drawer.acceleration.at(evaluations)  # its schedules may not fit them
+    metrics = harness.make(config.evaluation.metrics, pipeline, "config.evaluation.metrics")
     for note in notes:
         print(f"note: {note}")
+    count = min(config.evaluation.count, drawer.batch_size)
+    captions = tuple(dict.fromkeys(model.data.held_out.captions)) if metrics else ()
 
-    count = min(config.evaluation.count, config.sampler.batch_size)
+    def draw(number: int, table: Solver) -> Drawn:
+        return model.draw(number, captions, table)
 
     def reference() -> tuple[np.ndarray, float]:
         print(f"the exact flow, by {c.reference} with {exact.evaluations} evaluations")
-        x, _ = drawer.draw(params, count, exact)
-        other, _ = drawer.draw(params, count, library.fill(rough, exact.evaluations))
-        return x, library.rmse(x, other)
+        x = draw(count, exact).x
+        other = draw(count, convergence.fill(rough, exact.evaluations)).x
+        return x, convergence.rmse(x, other)
 
-    labels = drawer.conditioning(config.evaluation.count).label
-
-    def quality(x: np.ndarray) -> dict[str, float]:
-        if x.ndim == 2:
-            r = evaluate_points(x, config.data.density)
-            return {k: r[k] for k in ("sliced_wasserstein", "sliced_wasserstein_real")}
-        if judge is None:
+    def quality(x: np.ndarray) -> dict[str, Any]:
+        if not metrics:
             return {}
-        r = evaluate_samples(x, labels, judge, experiment.train, experiment.held_out)
-        return {
-            "frechet": r["frechet_half"],
-            "frechet_real": r["frechet_real_halves"],
-            "recognised": r["recognised"],
-            "recognised_real": r["classifier_accuracy"],
-        }
+        drawn = Drawn(x, model.subjects(len(x), captions))
+        figures = harness.evaluate(metrics, pipeline, model.params, model.data, lambda: drawn)
+        return {name: figure for name, figure in figures.items() if isinstance(figure, float)}
 
-    result = library.run(
+    folder.mkdir(parents=True, exist_ok=True)
+    result = convergence.run(
         folder / "sweep.json",
-        _settings(config, step),
+        _settings(config, model.step),
         entries,
-        lambda table: drawer.draw(params, config.evaluation.count, table)[0],
+        lambda table: draw(config.evaluation.count, table).x,
         quality,
         reference,
     )
-    title = f"{experiment.train.name}: quality against evaluations"
-    twice = experiment.guidance.paired
-    notes = [*_facts(config, step, count, twice), *notes]
-    (folder / "sweep.md").write_text(library.markdown(result, title, notes))
-    cost = " (guided: two network calls each)" if twice else ""
-    library.figure(folder / "sweep.png", result, title, cost)
+    name = str(model.opened.name)
+    title = f"{name}: quality against evaluations"
+    notes = [*_facts(config, model.step, count, drawer.paired), *notes]
+    (folder / "sweep.md").write_text(convergence.markdown(result, title, notes))
+    cost = " (guided: two network calls each)" if drawer.paired else ""
+    convergence.figure(folder / "sweep.png", result, title, cost)
     print(f"sweep.png, sweep.md and sweep.json in {folder}")
 
 
@@ -106,7 +95,7 @@ def _check(config: ConfigDict) -> None:
         raise ValueError(f"config.sweep.solvers must be names in quotes, got {wrong[0]!r}")
     if c.reference_steps < 2:
         raise ValueError(f"config.sweep.reference_steps must be >= 2, got {c.reference_steps}")
-    if sampler.gives_levels(config.sampler):
+    if samplers.gives_levels(config.sampler.grid):
         raise ValueError(
             f"config.sampler.grid={config.sampler.grid!r} has the same steps at any number of "
             "evaluations; choose a grid without given levels"

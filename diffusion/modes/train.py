@@ -10,32 +10,35 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion import processes
-from diffusion.config import autoencoder, initialization, latents, pretrained_network
+from diffusion.config import drawing, initialization, latents, results, summary
 from diffusion.config.data import batches, make_images
-from diffusion.config.experiment import Experiment
+from diffusion.config.experiment import Experiment, announced
 from diffusion.evaluation import figures
-from diffusion.modes import judge, pictures, run, summary
-from diffusion.modes.drawer import Drawer
-from diffusion.objectives.kl_autoencoder import Autoencoding
+from diffusion.pipelines import description
 from diffusion.runs import provenance, snapshots
-from diffusion.runs import tracker as tracking
+from diffusion.runs import tracker as trackers
 from diffusion.runs import workdir as workdirs
 from diffusion.runs.logging import Logger
 from diffusion.training import parallel, validation
 from diffusion.training.loop import Validate, fit
 from diffusion.training.state import TrainState
 
+# Fields that may differ from those that the run was started with.
+FREE = (*drawing.FREE, "train.steps", "train.*_every", "train.keep", "train.keep_best")
+FREE += ("train.best", "train.accept_changes", "train.max_skipped", "train.validation_count")
+FREE += ("log.*", "profile.*")
 
-def train(config: ConfigDict, workdir: str) -> None:
+
+def run(config: ConfigDict, workdir: str) -> None:
     """Trains (or goes on, or finds itself done), then draws, plots and evaluates.
 
-    Leaves in ``workdir``: config.json, starts.jsonl (config, code version and command of each
-    start), parameters.txt, checkpoints/, snapshots/ (of averages, per ``train.snapshot_every``
-    steps), tensorboard/, metrics.jsonl, init_from.txt (with ``train.init_from``), samples/ (a grid
-    per ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and,
-    where samples can be judged, evaluation.json. For points: density.png instead of grids. For
-    autoencoders: reconstructions.png instead of samples, and autoencoder/, as diffusers saves one.
-    Of a fine-tuned model: pipeline/, likewise.
+    Leaves in ``workdir``: model.json (what the model is, so that it can be drawn from without
+    config and data), config.json, starts.jsonl (config, code version and command of each start),
+    parameters.txt, checkpoints/, snapshots/ (of averages, per ``train.snapshot_every`` steps),
+    tensorboard/, metrics.jsonl, init_from.txt (with ``train.init_from``), samples/ (a grid per
+    ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and, with
+    metrics, evaluation.json. Of autoencoders: reconstructions.png instead of samples, and
+    autoencoder/, as diffusers saves one. Of a fine-tuned model: pipeline/, likewise.
 
     Of several processes the first writes all this, draws and evaluates, on its own devices;
     ``workdir`` is a folder that all of them see.
@@ -43,8 +46,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     began = time.perf_counter()
     if latents.wanted(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
-    experiment = run.announced(config)
-    run.check(config, workdir, run.TRAINING)
+    experiment = announced(config)
+    drawing.check(config, workdir, FREE)
     with workdirs.held(workdir):
         _train(experiment, Path(workdir), began)
 
@@ -61,28 +64,23 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
     described = summary.describe(experiment)
     layout = parallel.make(config.parallel)
     if first:
-        print(summary.tell(experiment, described, folder, layout.shardings))
-    drawer = Drawer(experiment) if experiment.guidance else None  # a classifier draws nothing
-    reconstructs = isinstance(experiment.objective, Autoencoding)
-    tracker = None
+        print(summary.text(experiment, described, folder, layout.shardings))
+    product, tracker = results.of(experiment), None
     if config.log.wandb and first:
-        tracker = tracking.Tracker(workdir, config.log.wandb, config.to_dict())
+        tracker = trackers.Tracker(workdir, config.log.wandb, config.to_dict())
     logger = Logger(workdir, tracker)
 
     def grid(state: TrainState, step: int) -> None:
-        params = processes.local(state.ema["ema"])
+        trained = processes.local(state.ema["ema"])
         if not first:
             return
-        if reconstructs:
-            picture = autoencoder.picture(experiment, params)
-        else:
-            picture = pictures.grid(drawer, drawer.draw(params, pictures.grid_size(drawer)))
-        (folder / "samples").mkdir(exist_ok=True)
-        figures.save_png(folder / "samples" / f"step_{step:07d}.png", picture)
-        logger.image("samples", picture, step)
+        path = folder / "samples" / f"step_{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        product.grid(trained, path)
+        if path.exists():
+            logger.image("samples", figures.read_png(path), step)
 
-    every, draws = config.train.sample_every, drawer or reconstructs
-    hooks = [(every, grid)] if every and draws and len(experiment.train.shape) == 3 else []
+    hooks = [(config.train.sample_every, grid)] if config.train.sample_every else []
     if config.train.snapshot_every:
         widths = config.train.snapshot_sigma_rel
         writer = snapshots.writer(workdir, config.train.snapshot_every, widths)
@@ -92,6 +90,7 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
     def started(step: int) -> None:
         if first:
             workdirs.save_config(workdir, config.to_dict())
+            description.write(folder, experiment.description)
             workdirs.record_start(workdir, step, about)
 
     state = fit(
@@ -127,18 +126,10 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
     )
     if tracker is not None:
         tracker.close()
-    params = processes.local(state.ema["ema"])
+    trained = processes.local(state.ema["ema"])
     if not first:
         return
-    if pretrained_network.wanted(config):
-        pretrained_network.export(config, params, folder / "pipeline")
-    if drawer:
-        pictures.finish(drawer, params, folder)
-        judge.evaluate(drawer, params, folder)
-    elif reconstructs:
-        autoencoder.finish(experiment, params, folder)
-    else:
-        judge.classifier(experiment, params, folder)
+    product.finish(trained, folder)
     (folder / "done").write_text(f"{config.train.steps}\n")
     print(f"{time.perf_counter() - began:.0f} s in all; results in {folder}")
 

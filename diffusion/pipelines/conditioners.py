@@ -54,6 +54,9 @@ class Conditioner(Protocol):
     def name(self, subject: Subject) -> str:
         """What pictures call a subject."""
 
+    def check(self, subject: Subject) -> None:
+        """Raises ValueError for a subject that the model does not know."""
+
 
 @dataclass(frozen=True)
 class Unconditional:
@@ -70,12 +73,16 @@ class Unconditional:
     ) -> Pair:
         """No conditioning."""
         if negative is not None:
-            raise ValueError(f"negative={negative!r}: the model knows neither labels nor texts")
+            self.check(negative)
         return Conditioning(), None
 
     def name(self, subject: Subject) -> str:
         """Nothing."""
         return ""
+
+    def check(self, subject: Subject) -> None:
+        """Raises ValueError."""
+        raise ValueError(f"this model knows neither labels nor texts, got {subject!r}")
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,10 @@ class Labels:
         label = self._label(subject)
         return self.names[label] if self.names else str(label)
 
+    def check(self, subject: Subject) -> None:
+        """Raises ValueError unless it is the number or the name of a class."""
+        self._label(subject)
+
     def _label(self, subject: Subject) -> int:
         if isinstance(subject, str) and subject in self.names:
             return self.names.index(subject)
@@ -154,8 +165,8 @@ class Captions:
         negative: Subject | Sequence[Subject] | None = None,
     ) -> Pair:
         """Each different caption is encoded once; without ``negative`` the empty one is null."""
-        if wrong := [s for s in subjects if not isinstance(s, str)]:
-            raise ValueError(f"the model takes captions, which are texts, got {wrong[0]!r}")
+        for subject in subjects:
+            self.check(subject)
         cond = self._encoded(list(subjects))
         if negative is None:
             return cond, self._encoded([""] * len(subjects)) if self.null else None
@@ -165,6 +176,11 @@ class Captions:
     def name(self, subject: Subject) -> str:
         """The caption."""
         return str(subject)
+
+    def check(self, subject: Subject) -> None:
+        """Raises ValueError unless it is a text."""
+        if not isinstance(subject, str):
+            raise ValueError(f"the model takes captions, which are texts, got {subject!r}")
 
     def _encoded(self, texts: list[str]) -> Conditioning:
         different = list(dict.fromkeys(texts))

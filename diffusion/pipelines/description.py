@@ -20,7 +20,9 @@ import numpy as np
 from diffusion import denoiser, pretrained, schedules, specs
 from diffusion import predictions as predictions_lib
 from diffusion.data import tokens
+from diffusion.errors import field, wrong_types
 from diffusion.evaluation.views import VIEWS
+from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.clip import ClipText
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
@@ -37,8 +39,9 @@ from diffusion.pipelines.conditioners import (
     Unconditional,
 )
 from diffusion.pipelines.pipeline import DEFAULTS, Defaults, Pipeline
-from diffusion.pipelines.tokenizers import load_tokenizer
+from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
 from diffusion.pretrained import hub
+from diffusion.runs.workdir import tuples
 from diffusion.schedules import Schedule
 
 FILE = "model.json"
@@ -46,6 +49,7 @@ FORMAT = 1
 TOKENIZER = "tokenizer"
 DENOISERS = ("unet", "dit", "mlp", "pretrained")
 NETWORKS = {"unet": UNet, "dit": DiT, "mlp": MLP, "classifier": NoisyClassifier}
+NETWORKS |= {"autoencoder": AutoencoderKL}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -54,7 +58,7 @@ class Description:
     """A model, in words and numbers that JSON knows.
 
     Attributes:
-      network: the name of one of ``NETWORKS``, "pretrained" or "autoencoder".
+      network: the name of one of ``NETWORKS``, or "pretrained".
       fields: of the network; of a pretrained one, {"path": a pipeline's folder or hub id}.
       schedule, prediction, c_noise: specs.
       shape: of one example as the network sees it.
@@ -103,7 +107,7 @@ def write(folder: str | Path, description: Description) -> None:
     content["sampler"] = description.sampler._asdict()
     path = Path(folder) / FILE
     if description.tokenizer:
-        load_tokenizer(description.tokenizer).save_pretrained(path.with_name(TOKENIZER))
+        tokenizer(description.tokenizer).save_pretrained(path.with_name(TOKENIZER))
         content["tokenizer"] = TOKENIZER
     partial_path = path.with_suffix(".partial")
     partial_path.write_text(json.dumps(content, indent=2) + "\n")
@@ -121,7 +125,7 @@ def read(folder: str | Path) -> Description:
     """
     path = Path(folder) / FILE
     try:
-        content = _tuples(json.loads(path.read_text()))
+        content = tuples(json.loads(path.read_text()))
         if content.pop("format") != FORMAT:
             raise ValueError(f"{path} is of another version of this project; expected {FORMAT}")
         content["sampler"] = Defaults(**content["sampler"])
@@ -134,30 +138,27 @@ def read(folder: str | Path) -> Description:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def schedule(d: Description) -> Schedule:
-    """t -> NoiseLevel."""
-    return specs.value(d.schedule, schedules.CHOICES, "schedule")
+def schedule(d: Description, at: str = "") -> Schedule:
+    """t -> NoiseLevel; ``at`` is what errors say before the field's name, "config.objective."."""
+    with field(f"{at}schedule={d.schedule!r}"), wrong_types():
+        return specs.value(d.schedule, schedules.CHOICES, f"{at}schedule")
 
 
-def prediction(d: Description) -> predictions_lib.Prediction:
+def prediction(d: Description, at: str = "") -> predictions_lib.Prediction:
     """What the network's output means."""
-    context = {"sigma_data": d.sigma_data, "schedule": schedule(d)}
-    return specs.function(d.prediction, predictions_lib.CHOICES, "prediction", context)
+    context = {"sigma_data": d.sigma_data, "schedule": schedule(d, at)}
+    return specs.function(d.prediction, predictions_lib.CHOICES, f"{at}prediction", context)
 
 
-def c_noise(d: Description) -> Callable:
+def c_noise(d: Description, at: str = "") -> Callable:
     """What the network is given of the noise level; "auto" is as usual with the schedule."""
-    return resolved_c_noise(d.c_noise, schedule(d))
-
-
-def resolved_c_noise(text: str, schedule: Schedule) -> Callable:
-    """The function that a spec names, with the schedule's number of steps."""
-    table = isinstance(schedule, schedules.Table)
+    text, levels = d.c_noise, schedule(d, at)
+    table = isinstance(levels, schedules.Table)
     if text == "auto":
-        of_sigma = isinstance(schedule, (schedules.EDM, schedules.VE))
+        of_sigma = isinstance(levels, (schedules.EDM, schedules.VE))
         text = "ddpm_index" if table else "log_sigma" if of_sigma else "thousand_t"
-    context = {"steps": schedule.steps} if table else {}
-    return specs.function(text, denoiser.C_NOISE, "c_noise", context)
+    context = {"steps": levels.steps} if table else {}
+    return specs.function(text, denoiser.C_NOISE, f"{at}c_noise", context)
 
 
 def network(d: Description) -> nn.Module:
@@ -174,6 +175,10 @@ def network(d: Description) -> nn.Module:
         net = MLP(**options, num_classes=d.num_classes or None)
     elif kind is DiT:
         net = DiT(**options, num_classes=d.num_classes, learned_variance=d.learned_variance)
+    elif kind is AutoencoderKL:
+        channels = {"in_channels": d.shape[-1], "out_channels": d.shape[-1]}
+        net = AutoencoderKL(**options, **channels, sample_size=d.shape[0])
+        net.check(d.shape[:2])
     elif kind is NoisyClassifier:
         net = NoisyClassifier(**options, classes=d.num_classes)
         net.check(d.shape[:2])
@@ -197,7 +202,7 @@ def conditioner(d: Description) -> Conditioner:
         return Labels(d.num_classes, d.class_names, d.null)
     if not d.tokenizer:
         return Unconditional()
-    tokenize = tokens.tokenizer(load_tokenizer(d.tokenizer), d.tokens)
+    tokenize = tokens.tokenizer(tokenizer(d.tokenizer), d.tokens)
     encode = partial(tokens.compacted, tokenize, np.array(d.vocabulary, np.int32))
     if d.text_encoder:
         encode = partial(_embedded, FrozenEncoder(located(d.text_encoder)), tokenize)
@@ -214,20 +219,36 @@ def codec(d: Description) -> Codec:
     return KL(model.module)
 
 
-def pipeline(d: Description, known: Conditioner | None = None) -> Pipeline:
+def pipeline(d: Description, known: Conditioner | None = None, at: str = "") -> Pipeline:
     """All of it; ``known`` is the conditioner, where the data have one already."""
     return Pipeline(
         "run",
         network(d),
-        schedule(d),
-        prediction(d),
-        c_noise(d),
+        schedule(d, at),
+        prediction(d, at),
+        c_noise(d, at),
         d.shape,
         codec(d),
         conditioner(d) if known is None else known,
         VIEWS[d.view],
         d.sampler,
     )
+
+
+def tokenizer(path: str) -> Any:
+    """CLIP's merges file, a folder here or one of a pipeline on the hub, as a tokenizer.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none.
+    """
+    if Path(path).is_file():
+        return clip_tokenizer(path)
+    if path.endswith(".gz"):
+        raise FileNotFoundError(
+            f"there is no file {path!r}; CLIP's bpe_simple_vocab_16e6.txt.gz is in OpenAI's "
+            "repository"
+        )
+    return load_tokenizer(located(path))
 
 
 def classification(d: Description) -> Classification:
@@ -253,10 +274,3 @@ def located(path: str) -> Path:
 
 def _embedded(encoder: FrozenEncoder, tokenize: Callable, captions: Sequence[str]) -> dict:
     return encoder(tokenize(captions)["tokens"])
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, dict):
-        return {name: _tuples(entry) for name, entry in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -47,6 +47,7 @@ class Drawer:
       condition: options of the pipeline's conditioner.
       preview: is given x_0_hat after every so many evaluations (``preview_every``).
       unit: what bars count.
+      paired: whether guidance makes two estimates at each evaluation.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class Drawer:
         preview: Preview | None = None,
         preview_every: int = 0,
         unit: str = "image",
+        paired: bool = False,
     ):
         self.pipeline, self.sampler, self.chain = pipeline, sampler, chain
         self.companions, self.acceleration = dict(companions), acceleration
         self.corrector, self.batch_size, self.seed = corrector, batch_size, seed
-        self.condition, self._unit = dict(condition), unit
+        self.condition, self._unit, self.paired = dict(condition), unit, paired
         self._bar = sys.stderr.isatty()
         long = self._bar and sampler.solver.evaluations >= LONG
         every = preview_every if preview else 0

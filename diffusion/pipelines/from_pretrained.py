@@ -76,11 +76,13 @@ class Opened:
       pipeline: its networks and configs.
       models: the files of network, autoencoder and encoders, by subfolder.
       dtype: that its parameters will have.
+      name: what pictures call the model.
     """
 
     pipeline: Pipeline
     models: Mapping[str, Model]
     dtype: DTypeLike
+    name: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +185,7 @@ def open_pipeline(
         else None,
         options=index.options,
     )
-    return Opened(pipeline, models, dtype)
+    return Opened(pipeline, models, dtype, Path(path_or_id).name)
 
 
 def assemble(

@@ -43,12 +43,27 @@ class Run:
         """
         return description.pipeline(self.description)
 
+    @property
+    def name(self) -> str:
+        """What pictures call the model."""
+        return self.path.resolve().name
+
     @cached_property
     def restored(self) -> tuple[Params, int]:
         """What was trained, and the step that it is from."""
         params, step, text = averages.parameters(self.path, self.average, self.checkpoint)
         print(f"{self.path}: {text}")
         return params, step
+
+    def check_draws(self) -> None:
+        """Raises ValueError unless the run's model draws samples."""
+        kind = self.description.network
+        if kind not in description.DENOISERS:
+            raise ValueError(
+                f"a run of a model.name={kind!r} draws nothing; how well it does is in "
+                f"{self.path}/evaluation.json"
+                + (f", what others load is {self.path}/autoencoder" * (kind == "autoencoder"))
+            )
 
     def load(self, progress: bool = False) -> Params:
         """The parameters of the network, and of the autoencoder where there is one."""

@@ -67,7 +67,7 @@ def open_checkpoint(
         low_res=LOW_RES if opened.family == "upscale" else None,
         options=OPTIONS.get(opened.family, {}),
     )
-    return Opened(pipeline, dict(opened.components), dtype)
+    return Opened(pipeline, dict(opened.components), dtype, Path(path).stem)
 
 
 def save_checkpoint(

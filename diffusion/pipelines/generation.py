@@ -314,17 +314,12 @@ def _task(pipeline: Pipeline, wish: Wish) -> str:
 
 
 def _check_subjects(pipeline: Pipeline, subjects: Sequence[Subject]) -> None:
-    kind = pipeline.conditioner.subject
-    if kind == "text":
-        if not any(subjects):
-            raise ValueError("the prompt is empty: say what should be in the picture")
-        if wrong := [s for s in subjects if not isinstance(s, str)]:
-            raise ValueError(f"{pipeline.kind} takes texts, got {wrong[0]!r}")
-    elif kind == "label":
-        for subject in set(subjects):
-            pipeline.conditioner.name(subject)  # its own checks
-    elif wrong := [s for s in subjects if s != 0]:
-        raise ValueError(f"this model knows neither labels nor texts, got {wrong[0]!r}")
+    conditioner = pipeline.conditioner
+    if conditioner.subject == "text" and not any(subjects):
+        raise ValueError("the prompt is empty: say what should be in the picture")
+    for subject in dict.fromkeys(subjects):
+        if conditioner.subject or subject != 0:
+            conditioner.check(subject)
 
 
 def _size(pipeline: Pipeline, wish: Wish, task: str) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class Defaults(NamedTuple):
     solver: str = "dpmpp_2m"
     grid: str = "uniform"
     steps: int = 20
-    guidance: tuple[str, ...] = ()
+    guidance: tuple[str, ...] = ("clip()",)
 
 
 DEFAULTS = Defaults()

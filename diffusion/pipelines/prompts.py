@@ -51,6 +51,11 @@ class Prompts:
         """The prompt."""
         return str(subject)
 
+    def check(self, subject: str | int) -> None:
+        """Raises ValueError unless it is a text that says something."""
+        if not isinstance(subject, str):
+            raise ValueError(f"the model takes prompts, which are texts, got {subject!r}")
+
     def __call__(
         self,
         params: Mapping[str, Any],

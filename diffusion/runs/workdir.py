@@ -94,7 +94,6 @@ def check_config(
     config: Mapping[str, Any],
     *,
     changeable: Sequence[str] = (),
-    defaults: Mapping[str, Any] | None = None,
     accept: bool = False,
 ) -> list[str]:
     """Refuses a configuration other than that of the run in ``workdir``, if there is one.
@@ -103,7 +102,6 @@ def check_config(
       workdir: the run's directory.
       config: nested dicts of JSON values.
       changeable: patterns (``fnmatch``) of dotted names that may differ from the run's.
-      defaults: values of settings that the run, of an older version, may lack.
       accept: return the differences, a line each, instead of refusing them.
 
     Raises:
@@ -114,8 +112,6 @@ def check_config(
         return []
     old = _flatten(_read(path))
     new = _flatten(json.loads(as_json(config)))
-    added = _flatten(json.loads(as_json(defaults or {})))
-    old = {name: added[name] for name in new.keys() & added.keys()} | old
     lines = [
         f"  {name}: {_shown(old, name)} there, {_shown(new, name)} here"
         for name in sorted(old.keys() | new.keys())
@@ -131,13 +127,13 @@ def check_config(
     return lines
 
 
-def read_config(workdir: str | os.PathLike, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the run in ``workdir``, completed by ``defaults``.
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of the run in ``workdir``, with tuples for JSON's lists.
 
     Raises:
       ValueError: the file is damaged.
     """
-    return _filled(_read(Path(workdir) / CONFIG), defaults)
+    return tuples(_read(Path(workdir) / CONFIG))
 
 
 def save_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
@@ -180,14 +176,11 @@ def _read(path: Path) -> dict[str, Any]:
     )
 
 
-def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    filled = dict(config)
-    for name, value in defaults.items():
-        if name not in filled:
-            filled[name] = value
-        elif isinstance(value, Mapping) and isinstance(filled[name], Mapping):
-            filled[name] = _filled(filled[name], value)
-    return filled
+def tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {name: tuples(entry) for name, entry in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def _shown(flat: Mapping[str, Any], name: str) -> str:

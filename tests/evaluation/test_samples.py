@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from diffusion.evaluation.samples import evaluate_points, evaluate_samples
 
 from diffusion.data import densities, sources
 from diffusion.evaluation import classifiers
-from diffusion.evaluation.samples import evaluate_points, evaluate_samples
 
 
 @pytest.fixture(scope="module")

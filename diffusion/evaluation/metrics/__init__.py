@@ -1,23 +1,34 @@
 """Metrics: one file each, named after what it measures.
 
-In each file the metric itself is one function of arrays or sources. It returns a number, or figures
-by name that JSON can hold, with the same figure for real data beside them where there is one. The
-contract by which an evaluation calls metrics is::
+A metric is
 
     metric(pipeline, params, data, draw) -> {name: figure}
 
-with ``pipeline`` a model and all that it takes to use it, ``params`` its weights, ``data`` the
-held-out and training sources, and ``draw(count)`` samples in batches, with what they were drawn
-for. A metric keeps statistics of the batches (as ``frechet.Statistics``), not the batches. A figure
-in a network's features has the network's name in its own.
+with ``pipeline`` a model and all that it takes to use it, ``params`` its weights, ``data`` the real
+examples (``metrics.metric.Data``), and ``draw()`` the samples that are judged, the same ones for
+all metrics. Figures are what JSON can hold; a figure of real data that stands beside another has
+its name with ``_real``. ``metric`` in each file makes one from its options, which it checks; its
+name in ``CHOICES`` is what a config calls it.
 """
 
-from __future__ import annotations
+from diffusion.evaluation.metrics import (
+    bits,
+    caption_gap,
+    energy,
+    frechet,
+    nearest,
+    recognition,
+    retrieval,
+    wasserstein,
+)
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-Batch = Mapping[str, Any]
-Draw = Callable[[int], Iterator[Batch]]
-"""Number of samples -> batches {"x": samples, "label": classes or captions' indices, ...}."""
-Metric = Callable[[Any, Any, Mapping[str, Any], Draw], dict[str, float]]
+CHOICES = {
+    "bits": bits.metric,
+    "caption_gap": caption_gap.metric,
+    "energy": energy.metric,
+    "frechet": frechet.metric,
+    "nearest": nearest.metric,
+    "recognition": recognition.metric,
+    "retrieval": retrieval.metric,
+    "wasserstein": wasserstein.metric,
+}

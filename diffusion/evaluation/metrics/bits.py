@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from diffusion import predictions
 from diffusion.conditioning import Conditioning
+from diffusion.data import densities
 from diffusion.data.sources import Source
 from diffusion.denoiser import ConditionalDenoise
 from diffusion.evaluation.metrics.bound import variational_bound
-from diffusion.levels import Array
+from diffusion.evaluation.metrics.metric import Data, Draw, Metric
+from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling import grids, likelihood
 from diffusion.sampling.sample import image_keys
 from diffusion.schedules import Schedule, Table
@@ -233,3 +236,60 @@ def summary(bits: np.ndarray, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 CHOICES = {f.__name__: f for f in (ode, bound)}
+
+
+def metric(estimator: Estimator, count: int = 500, batch_size: int = 100, seed: int = 0) -> Metric:
+    """``evaluate_bits`` of held-out and of training examples, by "bits_held_out" and "bits_train".
+
+    Args:
+      estimator: ``ode(...)`` or ``bound(...)``.
+      count: examples of each.
+      batch_size: examples at a time.
+      seed: of the choice of examples, and of the estimator's noise.
+
+    Raises:
+      ValueError: an impossible number, or no estimator.
+    """
+    if not callable(estimator):
+        raise ValueError(f"expected ode() or bound(), as in bits(ode()), got {estimator!r}")
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"count={count} and batch_size={batch_size} must be positive")
+
+    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+        check(pipeline)
+        splits = {"held_out": data.held_out, "train": data.train}
+        result = evaluate_bits(
+            estimator,
+            pipeline.denoiser,
+            pipeline.schedule,
+            params,
+            splits,
+            count=count,
+            batch_size=batch_size,
+            labels=pipeline.conditioner.subject == "label",
+            seed=seed,
+        )
+        for name, numbers in result.items():
+            if len(splits[name].shape) == 1:
+                index = chosen_examples(splits[name], count, seed)
+                x = splits[name].read(index)["x"]
+                known = densities.log_density(splits[name].name, x)
+                if known is not None:
+                    numbers["nats_of_the_density"] = float(-known.mean())
+        return {f"bits_{name}": numbers for name, numbers in result.items()}
+
+    return measure
+
+
+def check(pipeline: Any) -> None:
+    """Raises ValueError unless the network says something about x_0 at the noisiest level."""
+    with jax.enable_x64(False), np.errstate(all="ignore"):
+        level = pipeline.schedule(np.float64(pipeline.schedule.t_max))
+        level = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in level))
+        coefficients = predictions.precondition(pipeline.prediction, level)
+        c_noise = pipeline.c_noise(level)
+    if not all(np.all(np.isfinite(leaf)) for leaf in (*coefficients, c_noise)):
+        raise ValueError(
+            "likelihoods begin at the schedule's noisiest level, where alpha = 0 here; this needs "
+            "the prediction x0, v, flow or edm, and c_noise ddpm_index or thousand_t"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,17 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.data.sources import Batch, Source
+from diffusion import specs
+from diffusion.data.sources import Batch, Source, affordable
+from diffusion.evaluation.metrics.metric import Data, Draw, Metric, seen
+from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.objective import Context
+from diffusion.objectives.times import CHOICES, TimeDistribution, uniform
 
 Z95 = 1.959964  # half the width of a 95 % interval, in standard errors
 
 
 def caption_gap(
-    objective: Any,
+    pipeline: Any,
     params: Any,
     source: Source,
     *,
+    times: TimeDistribution = uniform,
     draws: int = 8,
     batch_size: int = 64,
     seed: int = 0,
@@ -31,9 +35,9 @@ def caption_gap(
     be equal; the share of examples whose own caption has the smaller loss would be a half.
 
     Args:
-      objective: a ``Denoising``.
-      params: its parameters.
+      pipeline, params: a model of captions or prompts.
       source: captioned examples, held out; every one is used.
+      times: time distribution of the loss, whose weighting is simple.
       draws: noise levels per example; its loss is the mean over them.
       batch_size: examples at once.
       seed: of the noise, and of the choice of other captions.
@@ -45,7 +49,9 @@ def caption_gap(
     """
     rng = np.random.default_rng(seed)
     other = _others(source.captions, rng)
-    objective = dataclasses.replace(objective, stratify=None, dropout=0.0)
+    objective = Denoising(
+        pipeline.network, pipeline.schedule, pipeline.prediction, pipeline.c_noise, times
+    )
 
     @jax.jit
     def losses(params: Any, batch: Batch, keys: jax.Array) -> jax.Array:
@@ -59,12 +65,13 @@ def caption_gap(
         total = []
         for start in range(0, len(source), batch_size):
             index = np.minimum(np.arange(start, start + batch_size), len(source) - 1)
-            batch = source.read(index) | source.encode([captions[i] for i in index])
+            cond, _ = pipeline.conditioner(params, [captions[i] for i in index])
+            batch = {name: value for name, value in vars(cond).items() if value is not None}
+            batch["x"] = seen(pipeline, params, source.read(index)["x"])
             batch["index"] = index.astype(np.int32)
-            batch.pop("x_std", None)
-            key = jax.random.key(seed)
+            key, weights = jax.random.key(seed), {"network": params["network"]}
             draw = [
-                losses(params, batch, jnp.broadcast_to(jax.random.fold_in(key, d), index.shape))
+                losses(weights, batch, jnp.broadcast_to(jax.random.fold_in(key, d), index.shape))
                 for d in range(draws)
             ]
             total.append(np.mean(draw, axis=0)[: len(source) - start])
@@ -106,3 +113,25 @@ def _interval(difference: np.ndarray) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval."""
     error = difference.std(ddof=1) / np.sqrt(len(difference))
     return float(difference.mean()), float(Z95 * error)
+
+
+def metric(times: str = "uniform", draws: int = 8) -> Metric:
+    """``caption_gap`` on held-out examples, with the prefix ``captions_``.
+
+    Args:
+      times: name of the loss's time distribution, which should be that of training.
+      draws: noise levels per example.
+
+    Raises:
+      ValueError: there is no such time distribution.
+    """
+    chosen = specs.function(times, CHOICES, "times")
+
+    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+        source = affordable(data.held_out)
+        if len(set(source.captions)) < 2:
+            raise ValueError("caption_gap needs two different held-out captions at least")
+        found = caption_gap(pipeline, params, source, times=chosen, draws=draws)
+        return {f"captions_{name}": figure for name, figure in found.items()}
+
+    return measure

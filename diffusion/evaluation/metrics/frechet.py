@@ -5,9 +5,12 @@ Heusel et al. (2017). ``Statistics`` add up over batches, so that no set of feat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from diffusion.evaluation import classifiers
+from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
 
 
 class Statistics(NamedTuple):
@@ -75,7 +78,7 @@ def frechet_beside_real(
 
     Returns:
       frechet: between all features and all real ones.
-      frechet_real_halves: between two disjoint halves of the real ones, and
+      frechet_half_real: between two disjoint halves of the real ones, and
       frechet_half: between as many features and one such half. These two are comparable: both sets
         have frechet_half_size members, and each figure is the mean over ``splits`` halvings.
     """
@@ -91,6 +94,25 @@ def frechet_beside_real(
     return {
         "frechet": frechet_distance(features, real),
         "frechet_half": float(np.mean(to_half)),
-        "frechet_real_halves": float(np.mean(between_halves)),
+        "frechet_half_real": float(np.mean(between_halves)),
         "frechet_half_size": half,
     }
+
+
+def metric(features: str, weights: str = "", splits: int = 10) -> Metric:
+    """Fréchet distance in the features of one of ``classifiers.CHOICES``.
+
+    Figures: those of ``frechet_beside_real``; frechet_features, what the features are.
+
+    Raises:
+      ValueError: there is no such classifier or file.
+    """
+    judge = classifiers.make(features, weights)
+
+    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+        x, fitted = checked(draw(), data).clip(-1, 1), judge(data.held_out)
+        real = fitted.features(data.held_out.all()["x"])
+        result = frechet_beside_real(fitted.features(x), real, splits=splits)
+        return result | {"frechet_features": fitted.feature_name}
+
+    return measure

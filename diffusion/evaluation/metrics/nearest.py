@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from diffusion.data.sources import affordable
+from diffusion.evaluation.metrics.metric import Data, Draw, Metric, shown
 
 
 def nearest(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> dict[str, float]:
@@ -34,3 +39,15 @@ def nearest_distances(a: np.ndarray, b: np.ndarray, *, chunk: int = 1024) -> np.
         b[np.argmin(norm - 2 * a[i : i + chunk] @ b.T, axis=1)] for i in range(0, len(a), chunk)
     ]
     return np.linalg.norm(a - np.concatenate(nearest), axis=1)
+
+
+def metric() -> Metric:
+    """``nearest`` of samples, beside as many held-out examples at most."""
+
+    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+        x = draw().x.clip(-1, 1)
+        real, known = (shown(pipeline, params, affordable(s).all()["x"]) for s in reversed(data))
+        other = real[np.random.default_rng(0).permutation(len(real))[: len(x)]]
+        return nearest(x, other, known)
+
+    return measure

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.evaluation import classifiers
 from diffusion.evaluation.classifiers import Classifier
+from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
 
 
 def recognition(samples: np.ndarray, labels: np.ndarray, classifier: Classifier) -> dict[str, Any]:
@@ -14,13 +16,32 @@ def recognition(samples: np.ndarray, labels: np.ndarray, classifier: Classifier)
 
     Returns:
       recognised, over all samples; recognised_per_class; and, for comparison, the classifier's name
-      and its accuracy on how many held-out real examples.
+      and recognised_real, its accuracy on how many held-out real examples.
     """
     hit = classifier.predict(samples) == labels
     return {
         "recognised": float(hit.mean()),
         "recognised_per_class": {str(c): float(hit[labels == c].mean()) for c in np.unique(labels)},
         "classifier": classifier.name,
-        "classifier_accuracy": classifier.accuracy,
-        "classifier_num_held_out": classifier.num_held_out,
+        "recognised_real": classifier.accuracy,
+        "recognised_real_count": classifier.num_held_out,
     }
+
+
+def metric(classifier: str, weights: str = "") -> Metric:
+    """Recognition by ``classifiers.CHOICES``; ``weights`` is the file of one that needs it.
+
+    Figures: recognised, over all samples; recognised_real, the classifier's accuracy on how many
+    held-out real examples; recognised_per_class; classifier, its name.
+
+    Raises:
+      ValueError: there is no such classifier or file.
+    """
+    judge = classifiers.make(classifier, weights)
+
+    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+        drawn, fitted = draw(), judge(data.held_out)
+        x = checked(drawn, data).clip(-1, 1)
+        return recognition(x, np.asarray(drawn.subjects), fitted)
+
+    return measure

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.data.sources import affordable
+from diffusion.evaluation.metrics.metric import Data, Draw, Metric, shown
+
 
 def retrieval(
     drawn: np.ndarray,
@@ -49,3 +52,17 @@ def retrieval(
         "captions": len(names),
         "pictures": len(drawn),
     }
+
+
+def metric() -> Metric:
+    """``retrieval`` of samples of held-out captions, in pixels, with the prefix ``retrieval_``."""
+
+    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+        drawn, source = draw(), affordable(data.held_out)
+        if not set(drawn.subjects) <= set(source.captions):
+            raise ValueError("retrieval is of held-out captions: leave config.samples.prompt empty")
+        real = shown(pipeline, params, source.all()["x"])
+        found = retrieval(drawn.x, drawn.subjects, real, source.captions)
+        return {f"retrieval_{name}": figure for name, figure in found.items()}
+
+    return measure

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from diffusion.data import densities
+from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
 
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, slices: int = 128, seed: int = 0) -> float:
@@ -28,3 +33,21 @@ def _quantiles(points: np.ndarray, count: int) -> np.ndarray:
     below = position.astype(int)
     share = (position - below)[:, None]
     return (1 - share) * points[below] + share * points[np.minimum(below + 1, last)]
+
+
+def metric(seed: int = 1) -> Metric:
+    """``sliced_wasserstein`` to fresh points of the density, beside real points against real ones.
+
+    ``seed`` draws the fresh points, and must differ from that of the training data.
+    """
+
+    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+        x = checked(draw(), data)
+        fresh = densities.sample(data.held_out.name, 2 * len(x), np.random.default_rng(seed))
+        real, other = fresh[: len(x)], fresh[len(x) :]
+        return {
+            "sliced_wasserstein": sliced_wasserstein(x, real),
+            "sliced_wasserstein_real": sliced_wasserstein(other, real),
+        }
+
+    return measure

@@ -63,7 +63,7 @@ def peak(config: ConfigDict) -> float | None:
     return config.log.peak_tflops * 1e12 or flops.peak(kind, config.model.dtype)
 
 
-def tell(
+def text(
     experiment: Experiment,
     description: Description,
     workdir: Path,

@@ -1,0 +1,235 @@
+"""From ``config.model.path``, ``sampler`` and ``samples`` to what is drawn, and how."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffusion import pipelines
+from diffusion.config import ranges
+from diffusion.config.data import make_source
+from diffusion.errors import field
+from diffusion.evaluation.metrics.metric import Data, Drawn
+from diffusion.pipelines import guidance, samplers
+from diffusion.pipelines.conditioners import Subject
+from diffusion.pipelines.description import DTYPES
+from diffusion.pipelines.drawer import Drawer
+from diffusion.pipelines.from_pretrained import Opened
+from diffusion.pipelines.from_run import Run
+from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.runs import workdir as workdirs
+from diffusion.sampling.progress import Preview
+from diffusion.sampling.tables import Solver
+from diffusion.specs import unknown
+
+AT = "config.sampler."
+# Fields that may differ from those that a run was started with: what the parameters are does not
+# depend on them.
+FREE = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
+FREE += ("data.threads", "data.workers", "data.prefetch", "model.path", "model.tile")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A model that a mode draws from.
+
+    Attributes:
+      config: the whole config.
+      opened: the model, whose parameters are read when they are first used.
+      drawer: how it is drawn from.
+      folder: where results go.
+    """
+
+    config: ConfigDict
+    opened: Opened | Run
+    drawer: Drawer
+    folder: Path
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The model, with labels to ask for where only a classifier knows them."""
+        return self.drawer.pipeline
+
+    @cached_property
+    def params(self) -> Params:
+        """Of the pipeline."""
+        return self.opened.load(progress=sys.stderr.isatty())
+
+    @cached_property
+    def step(self) -> int:
+        """Of training, that the parameters are from; 0 of a pretrained model."""
+        return self.opened.restored[1] if isinstance(self.opened, Run) else 0
+
+    @cached_property
+    def data(self) -> Data:
+        """The real examples of config.data."""
+        return Data(*(make_source(self.config.data, split) for split in ("train", "test")))
+
+    @property
+    def negative(self) -> Subject | None:
+        """What to steer away from."""
+        return negative(self.config)
+
+    def subjects(self, count: int, captions: Sequence[str] = ()) -> list[Subject]:
+        """What ``count`` samples are of: those of config.samples, or the model's own, in turn.
+
+        ``captions`` stand for the model's own, if it takes texts.
+        """
+        given = subjects(self.config)
+        if not given and self.pipeline.conditioner.subject == "text":
+            given = captions
+        return self.drawer.subjects(count, given)
+
+    def draw(self, count: int, captions: Sequence[str] = (), solver: Solver | None = None) -> Drawn:
+        """Samples as the data are.
+
+        Args:
+          count: how many.
+          captions: see ``subjects``.
+          solver: another table than that of config.sampler.
+        """
+        chosen = self.subjects(count, captions)
+        x = self.drawer.draw(self.params, chosen, self.negative, solver=solver)
+        return Drawn(self.pipeline.codec.decode_all(self.params, x), chosen)
+
+
+def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> Drawing:
+    """What a mode draws from: ``config.model.path``, or the run in ``workdir``.
+
+    Raises:
+      ValueError, FileNotFoundError: there is no such model, or a field does not fit.
+    """
+    ranges.check(config)
+    source = source_of(config, workdir)
+    pipeline = source.pipeline
+    schedule = source.description.schedule if isinstance(source, Run) else ""
+    made, notes = drawer(config, pipeline, schedule, preview)
+    for note in notes:
+        print(f"note: {note}")
+    return Drawing(config, source, made, Path(workdir))
+
+
+def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
+    """The model of ``config.model.path``, or else of ``workdir``, not read yet."""
+    c, name = config.model, f"config.model.path={config.model.path!r}"
+    fine_tunes = c.name == "pretrained"
+    if workdir and (fine_tunes or not c.path):
+        if Path(workdir, workdirs.CONFIG).exists():
+            check(config, workdir, (*FREE, "train.*", "log.*", "profile.*"))
+        path, name = workdir, f"--workdir={workdir}"
+    else:
+        path = c.path
+    with field(name):
+        source = pipelines.open_any(
+            path,
+            average=config.sampler.average,
+            checkpoint=config.sampler.checkpoint,
+            revision=c.revision or None,
+            variant=c.variant or None,
+            prediction_type=c.prediction_type or None,
+            tokenizer=c.tokenizer,
+            dtype=dtype(config),
+            tile=c.tile,
+        )
+        if isinstance(source, Run):
+            source.check_draws()
+    return source
+
+
+def dtype(config: ConfigDict) -> Any:
+    """Of a pretrained model; None: as fits the device."""
+    known = {"auto": None, **DTYPES, "float16": jnp.float16}
+    if config.model.dtype not in known:
+        raise unknown("config.model.dtype", config.model.dtype, known)
+    return known[config.model.dtype]
+
+
+def check(config: ConfigDict, workdir: str, changeable: tuple[str, ...]) -> None:
+    """Refuses the workdir of a run of another config, or says how it was another."""
+    changes = workdirs.check_config(
+        workdir, config.to_dict(), changeable=changeable, accept=config.train.accept_changes
+    )
+    if changes:
+        listed = "\n".join(changes)
+        print(f"{workdir}: going on although its run had another configuration:\n{listed}")
+
+
+def drawer(
+    config: ConfigDict, pipeline: Pipeline, schedule: str = "", preview: Preview | None = None
+) -> tuple[Drawer, list[str]]:
+    """How config.sampler draws from a pipeline, and what a user should know about it.
+
+    Args:
+      config: the whole config.
+      pipeline: the model.
+      schedule: the pipeline's, as a spec, to compare that of other runs with.
+      preview: is given x_0_hat every ``config.sampler.preview_every`` evaluations.
+
+    Raises:
+      ValueError: for impossible fields; the message names them.
+    """
+    c = config.sampler
+    sampler = samplers.make(pipeline, c.solver, c.grid, c.steps, at=AT)
+    corrector = samplers.make_corrector(c.corrector, sampler, AT)
+    with field("config.samples"):
+        made = guidance.make(
+            pipeline,
+            sampler,
+            c.guidance,
+            negative=negative(config),
+            accelerations=c.acceleration,
+            schedule=schedule,
+            corrected=corrector is not None,
+            at=AT,
+        )
+        for subject in subjects(config):
+            made.pipeline.conditioner.check(subject)
+        if negative(config) is not None:
+            made.pipeline.conditioner.check(negative(config))
+    result = Drawer(
+        made.pipeline,
+        sampler,
+        made.chain,
+        companions=made.companions,
+        acceleration=made.acceleration,
+        corrector=corrector,
+        batch_size=batch_size(config, pipeline),
+        seed=c.seed,
+        preview=preview,
+        preview_every=c.preview_every,
+        paired=made.paired,
+    )
+    grid = pipeline.defaults.grid if c.grid == "auto" else c.grid
+    return result, [*made.notes, *samplers.notes(sampler, grid, AT)]
+
+
+def batch_size(config: ConfigDict, pipeline: Pipeline) -> int:
+    """Samples at a time."""
+    return config.sampler.batch_size or (100 if pipeline.scheduler is None else 1)
+
+
+def subjects(config: ConfigDict) -> list[Subject]:
+    """What config.samples asks for: prompts, captions or labels; none if nothing is given."""
+    c = config.samples
+    if c.prompt and len(c.labels):
+        raise ValueError("config.samples.prompt and config.samples.labels: give one of the two")
+    given = c.prompt if c.prompt else c.labels
+    if isinstance(given, str) and given.startswith("@"):
+        path = Path(given[1:])
+        if not path.is_file():
+            raise FileNotFoundError(f"config.samples.prompt={given!r}: there is no such file")
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [given] if isinstance(given, (str, int)) else list(given)
+
+
+def negative(config: ConfigDict) -> Subject | None:
+    """What config.samples steers away from; None: what stands for none."""
+    given = config.samples.negative
+    return None if given == "" else given

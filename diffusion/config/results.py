@@ -1,0 +1,153 @@
+"""What training leaves besides checkpoints: pictures and figures, by what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffusion import pretrained
+from diffusion.config import pretrained_network
+from diffusion.config.drawing import negative, subjects
+from diffusion.config.experiment import Experiment
+from diffusion.evaluation import figures, harness, reconstruction
+from diffusion.evaluation.metrics.metric import Data, Drawn
+from diffusion.evaluation.metrics.noisy_accuracy import accuracy_by_level
+from diffusion.pipelines import gallery
+
+EVALUATION = "evaluation.json"
+LINES = 200
+"""Points whose way is drawn."""
+
+
+class Results(Protocol):
+    """What is asked of them; ``trained`` are averaged parameters."""
+
+    def grid(self, trained: Any, path: Path) -> None:
+        """A picture of how far training has come, into a PNG."""
+
+    def finish(self, trained: Any, folder: Path) -> None:
+        """Everything that the run's folder should have at the end."""
+
+
+class Samples:
+    """Of a denoiser: samples, trajectories, evaluation; of a fine-tuned one also the pipeline."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment, self._drawer = experiment, experiment.drawer
+        self._given, self._negative = subjects(experiment.config), negative(experiment.config)
+        self._columns = experiment.config.samples.columns
+
+    def grid(self, trained: Any, path: Path) -> None:
+        """Samples of each class or caption."""
+        pipeline = self._drawer.pipeline
+        count = gallery.grid_size(pipeline, self._columns, self._given)
+        drawn = self._draw(self._experiment.params(trained), count)
+        real = self._experiment.held_out
+        gallery.save_grid(path, pipeline, *drawn, self._columns, real)
+
+    def finish(self, trained: Any, folder: Path) -> None:
+        """loss.png, samples.png, trajectory.png, trajectory.gif, evaluation.json, pipeline/."""
+        experiment, drawer = self._experiment, self._drawer
+        config, params = experiment.config, experiment.params(trained)
+        if pretrained_network.wanted(config):
+            pretrained_network.export(config, params, folder / "pipeline")
+        _loss_curve(experiment, folder)
+        self.grid(trained, folder / "samples.png")
+        few = self._given or drawer.pipeline.conditioner.suggestions
+        count = min(10, len(few) or 10) if experiment.train.view == "images" else LINES
+        chosen = drawer.subjects(count, self._given)
+        gallery.save_trajectory(folder, drawer, params, chosen, self._negative)
+        chosen = config.evaluation.metrics
+        metrics = harness.make(chosen, drawer.pipeline, "config.evaluation.metrics")
+        if metrics:
+            data = Data(experiment.train, experiment.held_out)
+
+            def draw() -> Drawn:
+                return self._draw(params, config.evaluation.count, judged=True)
+
+            figures = harness.evaluate(metrics, drawer.pipeline, params, data, draw)
+            write_evaluation(folder, figures)
+
+    def _draw(self, params: Any, count: int, judged: bool = False) -> Drawn:
+        given, pipeline = self._given, self._drawer.pipeline
+        if judged and not given:
+            given = tuple(dict.fromkeys(self._experiment.held_out.captions))
+            given = given if pipeline.conditioner.subject == "text" else ()
+        chosen = self._drawer.subjects(count, given)
+        x = self._drawer.draw(params, chosen, self._negative)
+        return Drawn(pipeline.codec.decode_all(params, x), chosen)
+
+
+class Reconstructions:
+    """Of an autoencoder: reconstructions, and the model as diffusers saves it."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+
+    def grid(self, trained: Any, path: Path) -> None:
+        """Held-out images, each above its reconstruction."""
+        e = self._experiment
+        columns = e.config.samples.columns
+        reconstruction.save_grid(path, e.objective, trained, e.held_out, columns)
+
+    def finish(self, trained: Any, folder: Path) -> None:
+        """loss.png, reconstructions.png, evaluation.json and ``autoencoder/``.
+
+        The last is the network as diffusers saves it, with a ``scaling_factor`` that gives latents
+        a standard deviation of 1: what config.data.autoencoder takes.
+        """
+        e = self._experiment
+        _loss_curve(e, folder)
+        self.grid(trained, folder / "reconstructions.png")
+        result = reconstruction.measure(e.objective, trained, e.train, e.held_out)
+        write_evaluation(folder, result)
+        net = e.objective.network.clone(scaling_factor=result["scaling_factor"])
+        pretrained.save(folder / "autoencoder", net, trained["network"])
+
+
+class Accuracy:
+    """Of a classifier of noised examples: how often it is right, by noise level."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+
+    def grid(self, trained: Any, path: Path) -> None:
+        """Nothing: a classifier draws no pictures."""
+
+    def finish(self, trained: Any, folder: Path) -> None:
+        """loss.png and evaluation.json."""
+        e = self._experiment
+        _loss_curve(e, folder)
+        levels = accuracy_by_level(e.objective, trained, e.held_out)
+        print(f"on {len(e.held_out)} held-out examples, by noise level:")
+        for level in levels:
+            print(
+                "  t {t:5.2f}  sigma/alpha {sigma_over_alpha:9.3g}  accuracy {accuracy:6.1%}  "
+                "cross-entropy {cross_entropy:.3f}".format(**level)
+            )
+        write_evaluation(folder, {"levels": levels, "num_held_out": len(e.held_out)})
+
+
+def of(experiment: Experiment) -> Results:
+    """The results of an experiment."""
+    kinds = {"autoencoding": Reconstructions, "classification": Accuracy}
+    return kinds.get(experiment.config.objective.name, Samples)(experiment)
+
+
+def write_evaluation(folder: Path, result: dict[str, Any]) -> None:
+    """Writes evaluation.json, and prints the main figures."""
+    text = json.dumps(result, indent=2, default=_plain)
+    (folder / EVALUATION).write_text(text + "\n")
+    print("\n".join(harness.lines(result)))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else str(value)
+
+
+def _loss_curve(experiment: Experiment, folder: Path) -> None:
+    title = f"{experiment.train.name}: loss"
+    figures.loss_curve(folder / "loss.png", folder / "metrics.jsonl", title=title)

@@ -1,0 +1,64 @@
+"""What metrics are given: real examples, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion.data.sources import Source
+
+
+class Data(NamedTuple):
+    """Real examples: those that the model was trained on, and others."""
+
+    train: Source
+    held_out: Source
+
+
+class Drawn(NamedTuple):
+    """Samples.
+
+    Attributes:
+      x: [N, ...] as the data are; images in [-1, 1].
+      subjects: the class, caption or prompt of each.
+    """
+
+    x: np.ndarray
+    subjects: Sequence[Any]
+
+
+Draw = Callable[[], Drawn]
+Metric = Callable[[Any, Any, Data, Draw], dict[str, Any]]
+
+
+def checked(drawn: Drawn, data: Data) -> np.ndarray:
+    """The samples, if they are finite and of the data's shape.
+
+    Raises:
+      ValueError: they are not, or there are fewer than two.
+    """
+    x, shape = np.asarray(drawn.x, np.float32), data.held_out.shape
+    if len(x) < 2 or x.shape[1:] != shape:
+        raise ValueError(
+            f"expected at least two samples [N, {', '.join(map(str, shape))}], got {x.shape}"
+        )
+    if not np.isfinite(x).all():
+        bad = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())
+        raise ValueError(f"{bad} of {len(x)} samples contain NaN or infinity")
+    return x
+
+
+def seen(pipeline: Any, params: Any, x: np.ndarray) -> np.ndarray:
+    """Examples as the network sees them: encoded, unless they are so already."""
+    if x.shape[1:] == pipeline.shape:
+        return x
+    return np.asarray(pipeline.codec.encode(params, x))
+
+
+def shown(pipeline: Any, params: Any, x: np.ndarray) -> np.ndarray:
+    """Examples as they can be shown: decoded, where they are what the network sees."""
+    if pipeline.codec.factor == 1 or x.shape[1:] != pipeline.shape:
+        return x
+    return pipeline.codec.decode_all(params, x)

@@ -1,0 +1,24 @@
+"""--mode=cache: latents and text embeddings, before training."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ml_collections import ConfigDict
+
+from diffusion.config import latents
+from diffusion.config.data import make_images
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Computes latents and text embeddings into ``config.data.cache``, as training does at first.
+
+    What was interrupted goes on; what is there already stays. ``workdir`` is not touched.
+    """
+    del workdir
+    if not latents.wanted(config.data):
+        raise ValueError(
+            "nothing to cache: config.data.autoencoder and config.data.text_encoder are empty"
+        )
+    latents.compute(config.data, partial(make_images, config.data))
+    print(f"cached in {config.data.cache}")
