@@ -65,6 +65,7 @@ RANGES = {
     "model.*width": Range(1, 2**17),
     "model.*blocks": DEEP,
     "model.*attention": NOT_NEGATIVE,
+    "model.tile": NOT_NEGATIVE,
     "model.*": Range(1),
     "objective.label_dropout": Range(0, 1),
     "objective.*": NOT_NEGATIVE,

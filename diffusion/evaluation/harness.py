@@ -59,7 +59,7 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
     """The main figures in words, a line each, real data's beside those of samples."""
     text = []
     for name, figure in figures.items():
-        if isinstance(figure, Mapping):
+        if isinstance(figure, Mapping) and "bits_per_dim" in figure:
             text += [f"{name}: {line}" for line in lines(figure)]
         elif isinstance(figure, float) and not name.endswith("_real"):
             real = figures.get(f"{name}_real")
