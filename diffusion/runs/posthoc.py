@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from diffusion.runs import snapshots
 from diffusion.ema import Profile, gamma_from_sigma_rel
+from diffusion.runs import snapshots
 
 
 @dataclass(frozen=True)

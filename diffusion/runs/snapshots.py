@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from diffusion.pretrained import files
 from diffusion import ema, processes
+from diffusion.pretrained import files
 from diffusion.training.state import TrainState
 
 FOLDER = "snapshots"
