@@ -170,31 +170,22 @@ def get_config() -> ConfigDict:
     c.sampler.solver = "dpmpp_2m"
     c.sampler.grid = "uniform"
     c.sampler.steps = 20
-    c.sampler.guidance = 1.0  # scale of classifier-free guidance or autoguidance; 1: none
-    # linear, rescaled(phi=0.7, space="v") (space: by default the model's prediction) or
-    # adaptive_projected(eta=0.0, norm_threshold=5.0, momentum=-0.5)
-    c.sampler.guidance_method = "linear"
-    c.sampler.guidance_low = 0.0  # guided only where sigma / alpha lies between these
-    c.sampler.guidance_high = float("inf")
-    c.sampler.guidance_split = False  # two calls of half the batch, to save memory
-    c.sampler.negative = -1  # label to steer away from; -1: the null class
-    c.sampler.negative_caption = ""  # caption to steer away from; empty: no caption
-    c.sampler.autoguidance = ""  # workdir of a weaker model to steer away from
-    c.sampler.perturbed_attention = 0.0  # scale of perturbed-attention guidance; 0: none
-    c.sampler.perturbed_blocks = "auto"  # regular expression for the attentions' paths
-    c.sampler.classifier = ""  # workdir of a classifier of noised images
-    c.sampler.classifier_scale = 1.0
-    # Networks' deep parts (deep features of a U-Net, later blocks of a DiT, or all) are evaluated
-    # at some evaluations and reused in between: every(n=3), dense(n=3), at(rows=(0, 2, 5)) or
-    # adaptive(threshold=0.1); empty: at each.
-    c.sampler.cache = ""
-    c.sampler.cache_keep = 1  # skip connections or blocks evaluated every time; 0: reuse it all
-    c.sampler.guidance_cache = ""  # what guidance steers away from, likewise: every, dense or at
-    c.sampler.merge_tokens = 0.0  # share merged in a U-Net's self-attentions, up to 0.75; 0: none
-    c.sampler.merge_from = 1024  # tokens of the maps from which on they are
+    # Links of a chain, from the innermost on, as "cfg(3), interval(0.3, 2), clip()" or a tuple:
+    #   cfg(scale, split=False), autoguidance("WORKDIR", scale): away from the model without its
+    #     label or caption, or from a weaker model; scale 1 is the model alone
+    #   rescale(phi=0.7), adaptive_projected(eta=0, norm_threshold=5, momentum=-0.5): how the two
+    #     estimates are combined; perturbed_attention(scale, blocks="auto") adds to it
+    #   classifier("WORKDIR", scale=1): by the gradient of a classifier of noised images
+    #   interval(low, high): what stands before it, only where sigma / alpha lies between these
+    #   clip(), dynamic_threshold(quantile=0.995, largest=1.5): keep x_0_hat in [-1, 1]
+    c.sampler.guidance = FieldReference(("clip()",), field_type=object)
+    # What makes evaluations cheaper, likewise: cache(every(3), keep=1): deep features of a U-Net,
+    # or later blocks of a DiT, at every third evaluation (keep=0: all of the network);
+    # guidance_cache(every(2)): what guidance steers away from; merge_tokens(0.5, at_least=1024):
+    # half the tokens of a U-Net's self-attentions. Besides every(n): dense(n), at((0, 2, 5)) and,
+    # for cache, adaptive(0.1).
+    c.sampler.acceleration = FieldReference((), field_type=object)
     c.sampler.corrector = ""  # langevin(steps=1, snr=0.16) after each step; empty: none
-    c.sampler.clip = True  # clip x_0 to [-1, 1] at each step
-    c.sampler.threshold = ""  # instead of clip: dynamic_threshold(quantile=0.995, largest=1.5)
     c.sampler.batch_size = 100
     c.sampler.seed = 0
     c.sampler.preview_every = 0  # evaluations between pictures of x_0_hat in --mode=sample; 0: none
@@ -203,6 +194,8 @@ def get_config() -> ConfigDict:
     c.samples.count = 100  # drawn by --mode=sample
     c.samples.columns = 10  # of the grids
     c.samples.captions = ()  # of the samples; empty: held-out ones
+    # Label or caption to steer away from; empty: the null class, no caption
+    c.samples.negative = FieldReference("", field_type=object)
     c.samples.gif = False  # --mode=sample: an animation of the trajectories too
 
     c.evaluation = ConfigDict()

@@ -42,5 +42,5 @@ def get_config() -> ConfigDict:
     c.sampler.solver = "heun"
     c.sampler.grid = "karras"
     c.sampler.steps = 18
-    c.sampler.clip = False
+    c.sampler.guidance = ()
     return c

@@ -26,5 +26,5 @@ def get_config() -> ConfigDict:
 
     c.sampler.solver = "euler"
     c.sampler.steps = 50
-    c.sampler.clip = False
+    c.sampler.guidance = ()
     return c

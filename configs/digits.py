@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
 
     c.sampler.solver = "dpmpp_2m"
     c.sampler.steps = 20
-    c.sampler.guidance = 1.5
+    c.sampler.guidance = ("cfg(1.5)", "clip()")
 
     c.evaluation.classifier = "digits_svc"
     c.evaluation.count = 1000

@@ -61,8 +61,7 @@ def get_config() -> ConfigDict:
 
     c.sampler.solver = "dpmpp_2m"
     c.sampler.steps = 20
-    c.sampler.guidance = 3.0
-    c.sampler.clip = False
+    c.sampler.guidance = "cfg(3.0)"
     c.samples.columns = 8
     c.evaluation.count = 500
     return c

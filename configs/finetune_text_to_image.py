@@ -55,8 +55,7 @@ def get_config() -> ConfigDict:
     c.train.sample_every = 1000
 
     c.sampler.steps = 25
-    c.sampler.guidance = 7.5
-    c.sampler.clip = False
+    c.sampler.guidance = "cfg(7.5)"
     c.sampler.batch_size = 4
     c.samples.columns = 4
     c.samples.count = 16

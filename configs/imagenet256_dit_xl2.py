@@ -48,7 +48,6 @@ def get_config() -> ConfigDict:
 
     c.sampler.solver = "ddpm"
     c.sampler.steps = 250
-    c.sampler.guidance = 1.5
-    c.sampler.clip = False
+    c.sampler.guidance = "cfg(1.5)"
     c.sampler.batch_size = 64
     return c

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
 
     c.sampler.solver = "dpmpp_2m"
     c.sampler.steps = 20
-    c.sampler.guidance = 2.0
+    c.sampler.guidance = ("cfg(2.0)", "clip()")
 
     c.evaluation.classifier = "lenet5"
     c.evaluation.count = 500

@@ -10,7 +10,7 @@ InstructPix2Pix or a DiT do what they were trained for; ``refiner`` takes over S
 Pictures go to --workdir (by default ``generated``), with their settings as PNG text.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -50,16 +50,10 @@ def get_config() -> ConfigDict:
     c.sampler.solver = ""
     c.sampler.grid = "uniform"  # for this project's solvers
     c.sampler.steps = 30
-    c.sampler.guidance = 7.5
-    c.sampler.image_guidance = 1.5  # InstructPix2Pix
-    c.sampler.rescale = 0.0  # 0 to 1, against overexposure
-    # Cheaper, at some loss, as in configs/base.py: what is reused between evaluations, and tokens
-    # merged in the U-Net's largest self-attentions
-    c.sampler.cache = ""  # every(n=3), dense(n=3), at(rows=(0, 2, 5)) or adaptive(threshold=0.1)
-    c.sampler.cache_keep = 1  # skip connections or blocks evaluated every time; 0: reuse it all
-    c.sampler.guidance_cache = ""  # what guidance steers away from, likewise: every, dense or at
-    c.sampler.merge_tokens = 0.0  # share of the tokens, up to 0.75
-    c.sampler.merge_from = 1024  # tokens of the maps from which on they are merged
+    # As in configs/base.py; "cfg(7.5), rescale(0.7)" is against overexposure. An InstructPix2Pix
+    # takes instruct(7.5, 1.5): how closely to follow the text, and how closely the picture.
+    c.sampler.guidance = FieldReference("cfg(7.5)", field_type=object)
+    c.sampler.acceleration = FieldReference((), field_type=object)  # cheaper, as in configs/base.py
     c.sampler.hand_over = 0.8  # share of the schedule before the refiner
     c.sampler.batch_size = 1  # pictures at a time
     c.sampler.seed = 0  # picture i of a seed is the same in any batch

@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
 
     c.sampler.solver = "heun"
     c.sampler.steps = 32
-    c.sampler.clip = False
+    c.sampler.guidance = ()
     c.sampler.batch_size = 10_000
 
     c.samples.count = 10_000

@@ -107,3 +107,6 @@ def on_schedule(schedule: Schedule, x: Array, level: NoiseLevel) -> tuple[Array,
     other = schedule(t)
     factor = jnp.hypot(other.alpha, other.sigma) / jnp.hypot(level.alpha, level.sigma)
     return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim)).astype(x.dtype) * x, other
+
+
+C_NOISE = {f.__name__: f for f in (ddpm_index, thousand_t, log_sigma)}

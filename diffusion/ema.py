@@ -65,3 +65,6 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 def update(ema: Any, params: Any, beta: Array) -> Any:
     """beta ema + (1 - beta) params for two trees of the same structure."""
     return jax.tree.map(lambda e, p: e + (1 - beta).astype(e.dtype) * (p - e), ema, params)
+
+
+CHOICES = {f.__name__: f for f in (constant, power_function)}

@@ -101,3 +101,6 @@ def to_eps(prediction: Prediction, level: NoiseLevel, x: Array, output: Array) -
     level = level.expand(x.ndim)
     a, b, _ = prediction(level)
     return (level.alpha * output - a * x) / (level.alpha * b - level.sigma * a)
+
+
+CHOICES = {f.__name__: f for f in (eps, x0, v, flow, edm)}

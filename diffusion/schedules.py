@@ -329,3 +329,14 @@ class TrigonometricFlow(Schedule):
     def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
         xp, (alpha, sigma) = _asarrays(alpha, sigma)
         return xp.arctan2(sigma, alpha) * (2 / np.pi)
+
+
+CHOICES = {f.__name__: f for f in (linear, scaled_linear, cosine, sigmoid, zero_terminal_snr)} | {
+    "vp_sde": VPSDE,
+    "sub_vp_sde": SubVPSDE,
+    "ve": VE,
+    "edm": EDM,
+    "rectified_flow": RectifiedFlow,
+    "trigonometric_flow": TrigonometricFlow,
+    "shifted": lambda schedule, shift: schedule.shifted(shift),
+}

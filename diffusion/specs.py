@@ -10,14 +10,20 @@ import ast
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
-from types import MappingProxyType, ModuleType
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
+LONGEST = 100_000
+"""Characters of a text; more than a grid with each of its levels has."""
 
-def choices(module: ModuleType, names: str) -> dict[str, Callable]:
-    """The functions of ``module`` with these space-separated names."""
-    return {name: getattr(module, name) for name in names.split()}
+DEEPEST = 20
+"""Brackets of a text that may be open at once."""
+
+SHOWN = 200
+"""Characters of a malformed text that its error shows."""
 
 
 def unknown(field: str, value: Any, valid: Iterable[str]) -> ValueError:
@@ -35,10 +41,11 @@ def function(
     context: Mapping[str, Any] = MappingProxyType({}),
     filled: Collection[str] = (),
 ) -> Callable:
-    """The function that ``text`` names, with its options (keyword arguments) filled in.
+    """The function that ``text`` names, with its options filled in.
 
     Args:
-      text: a name, or a name with keyword arguments in parentheses; values are Python literals.
+      text: a name, or a name with arguments in parentheses, by position or by name; values are
+        Python literals.
       functions: what may be named.
       field: the config field's name, for errors.
       context: values for parameters of these names, where the function has them and text doesn't.
@@ -50,11 +57,17 @@ def function(
         missing one.
     """
     name, positional, options = parse(text, functions, field)
-    if positional:
-        raise ValueError(f"{field}={text!r}: options need names, as in {name}(option=value)")
     target = functions[name]
     parameters = inspect.signature(target).parameters
     own = {n: p for n, p in parameters.items() if n not in filled}
+    places = [n for n, p in own.items() if filled or p.default is not p.empty]
+    if len(positional) > len(places):
+        listed = ", ".join(places) or "none"
+        raise ValueError(f"{field}={text!r}: too many arguments; the options of {name}: {listed}")
+    for option, given in zip(places, positional):
+        if option in options:
+            raise ValueError(f"{field}={text!r}: {name} is given {option} twice")
+        options[option] = given
     _check_options(name, options, own, field, with_required=bool(filled))
     missing = [n for n, p in own.items() if filled and p.default is p.empty and n not in options]
     if missing:
@@ -65,40 +78,104 @@ def function(
     return functools.partial(target, **given, **options) if given or options else target
 
 
-def value(text: str, functions: Mapping[str, Callable], field: str) -> Any:
+def value(
+    text: str,
+    functions: Mapping[str, Callable],
+    field: str,
+    inner: Mapping[str, Callable] | None = None,
+) -> Any:
     """What the named function returns, called with the arguments in ``text``.
 
-    Arguments may be positional and may themselves name functions: ``shifted(cosine, 2)``.
+    Arguments may be positional and may themselves name functions: ``shifted(cosine, 2)``. These are
+    ``inner``'s, by default the same.
     """
-    name, positional, options = parse(text, functions, field)
+    inner = functions if inner is None else inner
+    name, positional, options = parse(text, functions, field, inner)
     target = functions[name]
-    _check_options(name, options, inspect.signature(target).parameters, field, with_required=True)
+    signature = inspect.signature(target)
+    _check_options(name, options, signature.parameters, field, with_required=True)
     try:
-        inspect.signature(target).bind(*positional, **options)
+        bound = signature.bind(*positional, **options)
     except TypeError as error:
-        raise ValueError(f"{field}={text!r}: {name}{inspect.signature(target)}: {error}") from None
+        raise ValueError(f"{field}={text!r}: {name}{signature}: {error}") from None
+    _check_options(name, bound.arguments, signature.parameters, field, with_required=True)
     return target(*positional, **options)
 
 
-def parse(text: str, functions: Mapping[str, Callable], field: str):
+def values(
+    given: str | Sequence[str],
+    functions: Mapping[str, Callable],
+    field: str,
+    inner: Mapping[str, Callable] | None = None,
+) -> tuple[Any, ...]:
+    """The ``value`` of each text of a tuple, or of one text with commas; none of "" or ().
+
+    Raises:
+      ValueError: one is wrong, or it is something else than texts.
+    """
+    texts = given if isinstance(given, tuple | list) else _several(given)
+    made = []
+    for text in texts:
+        if not isinstance(text, str):
+            first = next(iter(functions))
+            hint = f"{first}({text})" if isinstance(text, int | float) else f"{first}(...)"
+            raise ValueError(f"{field}={given!r}: expected texts such as {hint!r}")
+        made.append(value(text, functions, field, inner))
+    return tuple(made)
+
+
+def _several(text: Any) -> list[Any]:
+    """ "cfg(3), clip()" -> ["cfg(3)", "clip()"]; anything else is one by itself."""
+    if text == "" or not isinstance(text, str):
+        return [] if text == "" else [text]
     try:
+        node = ast.parse(text.strip(), mode="eval").body if _short(text) else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        node = None
+    return [ast.unparse(e) for e in node.elts] if isinstance(node, ast.Tuple) else [text]
+
+
+def _short(text: str) -> bool:
+    """Whether its length and its nested brackets are such as a spec may have."""
+    depths = accumulate((c in "([{") - (c in ")]}") for c in text)
+    return len(text) <= LONGEST and max(depths, default=0) <= DEEPEST
+
+
+def parse(
+    text: str,
+    functions: Mapping[str, Callable],
+    field: str,
+    inner: Mapping[str, Callable] | None = None,
+) -> tuple[str, list[Any], dict[str, Any]]:
+    """The name, the positional arguments and the options in ``text``, as ``value`` reads it."""
+    inner = functions if inner is None else inner
+    try:
+        if not _short(text):
+            raise SyntaxError
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         if not isinstance(call.func, ast.Name):
             raise SyntaxError
         if call.func.id not in functions:
             raise unknown(field, call.func.id, functions)
-        positional = [_argument(arg, functions, field) for arg in call.args]
-        options = {k.arg: _argument(k.value, functions, field) for k in call.keywords}
-    except (SyntaxError, TypeError, UnicodeEncodeError):
+        positional = [_argument(arg, inner, field) for arg in call.args]
+        names = [k.arg for k in call.keywords]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{field}: {call.func.id} is given {twice[0]} twice")
+        options = {k.arg: _argument(k.value, inner, field) for k in call.keywords}
+    except (SyntaxError, TypeError, UnicodeEncodeError, RecursionError, MemoryError):
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
         raise ValueError(
-            f"{field}: expected a name or name(option=value), got {text!r}; "
+            f"{field}: expected a name or name(option=value), got {shown!r}; "
             f"names are {', '.join(sorted(functions))}"
         ) from None
     return call.func.id, positional, options
 
 
 def _argument(node: ast.expr, functions: Mapping[str, Callable], field: str) -> Any:
+    if isinstance(node, ast.Name) and node.id == "inf":
+        return math.inf
     try:
         return ast.literal_eval(node)
     except ValueError:

@@ -46,7 +46,13 @@ def test_values_nest():
         ("linear(steps=1.5)", "expected int"),
         ("linear(exact=1)", "expected bool"),
         ("linear(kind=2)", "expected str"),
-        ("linear(2.0)", "options need names"),
+        ("linear(2.0, 1, True, 'b', 3)", "too many arguments; the options of linear: slope, steps"),
+        ("linear(2.0, slope=3.0)", "linear is given slope twice"),
+        ("linear(slope=1.0, slope=2.0)", "linear is given slope twice"),
+        (5000 * "-" + "1", "expected a name or"),
+        ("linear(" + 5000 * "-" + "1)", "expected a name or"),
+        ("linear(" + 30 * "(" + "1" + 30 * ")" + ")", "expected a name or"),
+        ("linear(slope=" + 200_000 * "1" + ")", "expected a name or"),
         ("linear(slope=", "expected a name or"),
         ("3 + 4", "expected a name or"),
         ("os.system('x')", "expected a name or"),
@@ -69,3 +75,35 @@ def test_what_the_caller_fills_in_is_no_option():
 def test_missing_argument_is_named():
     with pytest.raises(ValueError, match="missing a required argument: 'factor'"):
         specs.value("double(seven)", FUNCTIONS, "field")
+
+
+def test_arguments_by_position():
+    """Of what the caller fills in, and of what has no default, there is none in the text."""
+    assert specs.function("linear(3, 2)", FUNCTIONS, "f")(5) == 17
+    assert specs.function("linear(3, steps=2)", FUNCTIONS, "f", {"slope": 9.0})(5) == 17
+    assert specs.function("double(3)", FUNCTIONS, "f", filled=["base"])(base=2) == 6
+    with pytest.raises(ValueError, match="too many arguments; the options of double: factor"):
+        specs.function("double(3, 4)", FUNCTIONS, "f", filled=["base"])
+
+
+def test_several():
+    for given in ("seven, seven(1)", ("seven", "seven(offset=1)"), ["seven()", "seven(1)"]):
+        assert specs.values(given, FUNCTIONS, "f") == (7, 8)
+    assert specs.values("double(seven, 2)", FUNCTIONS, "f") == (14,)
+    assert specs.values("", FUNCTIONS, "f") == specs.values((), FUNCTIONS, "f") == ()
+    for given in (3.0, (3.0,), None):
+        with pytest.raises(ValueError, match=r"^f=.*: expected texts such as 'linear\("):
+            specs.values(given, FUNCTIONS, "f")
+    with pytest.raises(ValueError, match="f: unknown 'eight'"):
+        specs.values("seven, eight", FUNCTIONS, "f")
+
+
+def test_nested_names_may_be_others():
+    inner = {"one": lambda: 1}
+    assert specs.value("double(one, factor=2)", FUNCTIONS, "f", inner) == 2
+    with pytest.raises(ValueError, match="unknown 'seven'; choose one of one"):
+        specs.value("double(seven, 2)", FUNCTIONS, "f", inner)
+
+
+def test_infinity_is_a_number():
+    assert specs.value("double(inf, 1)", FUNCTIONS, "f") == float("inf")

@@ -27,8 +27,7 @@ from diffusion.pretrained.networks import lpips
 if TYPE_CHECKING:
     from diffusion.config.experiment import Experiment
 
-DISTANCES = specs.choices(distances, "l1 l2")
-ADVERSARIES = specs.choices(discriminator, "hinge vanilla")
+DISTANCES = {name: distances.CHOICES[name] for name in ("l1", "l2")}
 BATCH = 64  # images that are encoded at once
 MEASURED = 2048  # training images whose latents' deviation is measured
 
@@ -60,8 +59,8 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
         raise ValueError(f"{at}.perceptual compares RGB images, these have shape {shape}")
     adversary = None
     if c.adversary:
-        if c.adversary not in ADVERSARIES:
-            raise specs.unknown(f"{at}.adversary", c.adversary, ADVERSARIES)
+        if c.adversary not in discriminator.CHOICES:
+            raise specs.unknown(f"{at}.adversary", c.adversary, discriminator.CHOICES)
         if c.adversary_start >= config.train.steps:
             raise ValueError(
                 f"{at}.adversary_start={c.adversary_start} is not before the last of "
@@ -71,7 +70,7 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
             judge = PatchDiscriminator(**c.discriminator, dtype=dtype)
             judge.check(shape[0])
         adversary = Adversary(
-            judge, ADVERSARIES[c.adversary], c.adversary_weight, c.adversary_start
+            judge, discriminator.CHOICES[c.adversary], c.adversary_weight, c.adversary_start
         )
     return Autoencoding(
         network=network,

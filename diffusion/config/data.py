@@ -26,7 +26,6 @@ from diffusion.data.sources import Batch, Source
 WHOLE = ("digits", "mnist", "cifar10", "latents", "points")  # with splits and sizes of their own
 STORED = ("folder", "arrays")  # and TFDS sets: in any size
 NAMES = (*WHOLE, *STORED, *captions.PAIRS)
-BUCKETS = specs.choices(buckets, "aspect")
 CHECKED = Path("~", ".cache", "diffusion-jax", "checked")  # what on_error=skip has found out
 
 
@@ -151,7 +150,7 @@ def _shapes(c: ConfigDict) -> tuple[buckets.Shape, ...]:
         )
     if c.size < 1:
         raise ValueError(f"config.data.buckets={c.buckets!r} needs config.data.size, of the square")
-    shapes = specs.function(c.buckets, BUCKETS, "config.data.buckets", filled=("size",))
+    shapes = specs.function(c.buckets, buckets.CHOICES, "config.data.buckets", filled=("size",))
     with field(f"config.data.buckets={c.buckets!r}"):
         return shapes(c.size)
 

@@ -42,7 +42,6 @@ from diffusion.runs import snapshots
 from diffusion.sampling import langevin
 from diffusion.training import optimizers, parallel
 
-EMAS = specs.choices(ema, "constant power_function")
 BUCKET = "bucket {} x {} of config.data.buckets"
 JUDGES = ("digits_svc", "lenet5")
 
@@ -103,7 +102,7 @@ def build(config: ConfigDict) -> Experiment:
         late = _optimizer(config, config.train.steps - start)
         optimizer = two_optimizers(optimizer, late, start)
     with field("config.ema"), wrong_types():
-        profile = specs.value(config.ema, EMAS, "config.ema")
+        profile = specs.value(config.ema, ema.CHOICES, "config.ema")
     drawing, notes = {}, []
     if config.evaluation.classifier == "lenet5" and not config.evaluation.weights:
         notes.append("samples are not judged: config.evaluation.weights names no LeNet-5 file")
@@ -124,22 +123,12 @@ def build(config: ConfigDict) -> Experiment:
             "corrector": sampler.make_corrector(config, objective, solver),
             "likelihood": sampler.make_likelihood(config, objective),
         }
-        if drawing["corrector"] is not None and drawing["guidance"].rule.momentum:
-            raise ValueError(
-                f"config.sampler.corrector={config.sampler.corrector!r} cannot correct with "
-                f"guidance_method={config.sampler.guidance_method!r}, whose momentum is a memory "
-                "from step to step; set its momentum=0.0, or choose one of the two"
-            )
+        if drawing["corrector"] is not None:
+            guiding.check_corrector(config, drawing["guidance"])
         notes += sampler.notes(config, sampler.make_grid(config, objective))
-        if drawing["corrector"] is not None and (
-            config.sampler.cache or config.sampler.guidance_cache
-        ):
-            raise ValueError(
-                f"config.sampler.corrector={config.sampler.corrector!r} cannot correct with "
-                "config.sampler.cache or guidance_cache, which remember the sampler's evaluations"
-            )
-        notes += guiding.notes(config, bool(num_classes or encode))
-        notes += acceleration.notes(config, objective.network, train.shape)
+        guidance = drawing["guidance"]
+        notes += guiding.notes(config, guidance)
+        notes += acceleration.notes(guidance.acceleration, objective.network, train.shape)
         if objective.coupling is not couplings.independent and not deterministic(solver):
             notes.append(
                 f"config.objective.coupling={config.objective.coupling!r}: the model's flow is "

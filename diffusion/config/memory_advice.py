@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import jax
 from ml_collections import ConfigDict
 
+from diffusion.config import guidance
+from diffusion.sampling.guidance import chain
+
 TRAINS = ("train", "profile")
 LARGE = ("adam", "adamw", "muon")  # keep more than one number per parameter
 AMOUNT = re.compile(r"(?:allocat\w*|Used)\D{0,40}?([\d.]+) ?(bytes|B|[KMGT]i?B?)\b")
@@ -87,8 +90,9 @@ def _running(config: ConfigDict, mode: str) -> Iterator[tuple[str, str]]:
             yield "optimizer.name", "lion or sgd keep one number per parameter"
     if mode != "profile" and config.objective.name == "denoising":
         yield "sampler.batch_size", "fewer samples at a time"
-        if config.sampler.guidance != 1 and not config.sampler.guidance_split:
-            yield "sampler.guidance_split", "True makes two calls of half the batch"
+        pair = chain.pair(guidance.read(config))
+        if pair is not None and pair.in_one_call:
+            yield "sampler.guidance", "cfg with split=True makes two calls of half the batch"
 
 
 def _generating(config: ConfigDict) -> Iterator[tuple[str, str]]:

@@ -28,24 +28,6 @@ from diffusion.objectives.denoising import Denoising, Uncertainty
 from diffusion.objectives.kl_autoencoder import Autoencoding
 from diffusion.objectives.terms.variance import VariationalBound
 
-SCHEDULES = {
-    **specs.choices(schedules, "linear scaled_linear cosine sigmoid zero_terminal_snr"),
-    "vp_sde": schedules.VPSDE,
-    "sub_vp_sde": schedules.SubVPSDE,
-    "ve": schedules.VE,
-    "edm": schedules.EDM,
-    "rectified_flow": schedules.RectifiedFlow,
-    "trigonometric_flow": schedules.TrigonometricFlow,
-    "shifted": lambda schedule, shift: schedule.shifted(shift),
-}
-PREDICTIONS = specs.choices(predictions, "eps x0 v flow edm")
-C_NOISE = specs.choices(denoiser, "ddpm_index thousand_t log_sigma")
-TIMES = specs.choices(times, "uniform discrete logit_normal mode cosmap log_normal")
-WEIGHTINGS = specs.choices(
-    weightings, "simple snr truncated_snr min_snr soft_min_snr p2 sigmoid edm elbo"
-)
-DISTANCES = specs.choices(distances, "l2 l1 pseudo_huber")
-COUPLINGS = specs.choices(couplings, "independent optimal_transport nearest")
 MODELS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 OBJECTIVES = ("denoising", "classification", "autoencoding")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -157,7 +139,7 @@ def _dtype(config: ConfigDict) -> Any:
 
 def _schedule(text: str) -> schedules.Schedule:
     with field(f"config.objective.schedule={text!r}"), wrong_types():
-        return specs.value(text, SCHEDULES, "config.objective.schedule")
+        return specs.value(text, schedules.CHOICES, "config.objective.schedule")
 
 
 def _shared(config: ConfigDict, schedule: schedules.Schedule) -> dict[str, Any]:
@@ -169,9 +151,11 @@ def _shared(config: ConfigDict, schedule: schedules.Schedule) -> dict[str, Any]:
         raise ValueError(f"{at}.t_min={c.t_min} must lie below the schedule's end {schedule.t_max}")
     return {
         "schedule": schedule,
-        "prediction": specs.function(c.prediction, PREDICTIONS, f"{at}.prediction", context),
+        "prediction": specs.function(
+            c.prediction, predictions.CHOICES, f"{at}.prediction", context
+        ),
         "c_noise": _c_noise(c.c_noise, schedule),
-        "times": specs.function(c.times, TIMES, f"{at}.times", steps),
+        "times": specs.function(c.times, times.CHOICES, f"{at}.times", steps),
         "stratify": config.train.batch_size if c.stratified else None,
         "t_min": c.t_min,
     }
@@ -199,8 +183,8 @@ def _objective(
     return Denoising(
         network=network,
         **_shared(config, schedule),
-        weighting=specs.function(c.weighting, WEIGHTINGS, f"{at}.weighting", context),
-        distance=specs.function(c.distance, DISTANCES, f"{at}.distance"),
+        weighting=specs.function(c.weighting, weightings.CHOICES, f"{at}.weighting", context),
+        distance=specs.function(c.distance, distances.CHOICES, f"{at}.distance"),
         coupling=_coupling(config, bool(nulls.get("label")), train.shape),
         null=partial(null_like, **nulls),
         dropout=c.label_dropout if nulls else 0.0,
@@ -215,7 +199,7 @@ def _coupling(config: ConfigDict, labels: bool, shape: tuple[int, ...]) -> coupl
     """That of config.objective, by default within what a device takes at once."""
     name, text = "config.objective.coupling", config.objective.coupling
     size = config.train.batch_size // (jax.device_count() * config.train.accumulate)
-    coupling = specs.function(text, COUPLINGS, name, {"group": size})
+    coupling = specs.function(text, couplings.CHOICES, name, {"group": size})
     if coupling is not couplings.independent and config.objective.learned_variance:
         raise ValueError(
             f"{name}={text!r}: the bound of config.objective.learned_variance=True takes noise to "
@@ -237,4 +221,4 @@ def _c_noise(text: str, schedule: schedules.Schedule) -> Any:
         else:
             text = "thousand_t"
     context = {"steps": schedule.steps} if isinstance(schedule, schedules.Table) else {}
-    return specs.function(text, C_NOISE, "config.objective.c_noise", context)
+    return specs.function(text, denoiser.C_NOISE, "config.objective.c_noise", context)

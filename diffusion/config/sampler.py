@@ -18,14 +18,6 @@ from diffusion.objectives.denoising import Denoising
 from diffusion.pretrained.schedulers import Sampler
 from diffusion.sampling import grids, langevin, solvers
 
-GRIDS = specs.choices(
-    grids,
-    "uniform leading linspace karras exponential beta flow_shift flow_shift_for from_times "
-    "from_sigmas",
-)
-SOLVERS = specs.choices(solvers, " ".join(solvers.__all__))
-CORRECTORS = specs.choices(langevin, "langevin annealed_langevin")
-LIKELIHOODS = specs.choices(bits, "ode bound")
 FAINT = 3.0  # a sigma / alpha at which there is still much of the image
 
 
@@ -41,7 +33,8 @@ def make_solver(
     """
     c = config.sampler
     schedule = {"schedule": objective.schedule}
-    solver_function = specs.function(c.solver, SOLVERS, called, schedule, ("grid", "schedule"))
+    filled = ("grid", "schedule")
+    solver_function = specs.function(c.solver, solvers.CHOICES, called, schedule, filled)
     grid = make_grid(config, objective) if grid is None else grid
     steps = len(grid.t) - 1
     with field(f"{called}={c.solver!r}"), wrong_types():
@@ -78,7 +71,7 @@ def make_grid(config: ConfigDict, objective: Denoising | Sampler) -> NoiseLevel:
     """The noise levels of config.sampler.grid and steps; given times or sigmas are as many."""
     c = config.sampler
     filled = {"schedule": objective.schedule, "steps": c.steps}
-    grid_function = specs.function(c.grid, GRIDS, "config.sampler.grid", filled, filled)
+    grid_function = specs.function(c.grid, grids.CHOICES, "config.sampler.grid", filled, filled)
     name = f"config.sampler.grid={c.grid!r}"
     with field(name if gives_levels(c) else f"{name}, steps={c.steps}"), wrong_types():
         return grid_function()
@@ -96,7 +89,7 @@ def make_corrector(
     c = config.sampler
     if not c.corrector:
         return None
-    corrector = specs.function(c.corrector, CORRECTORS, "config.sampler.corrector")
+    corrector = specs.function(c.corrector, langevin.CHOICES, "config.sampler.corrector")
     with field(f"config.sampler.corrector={c.corrector!r}, solver={c.solver!r}"):
         langevin.check_predictor(solver, make_grid(config, objective))
         level = NoiseLevel(*(jnp.float32(leaf[-1]) for leaf in solver.level))
@@ -111,7 +104,7 @@ def make_likelihood(config: ConfigDict, objective: Denoising) -> bits.Estimator 
     if not text:
         return None
     with field(f"config.evaluation.likelihood={text!r}"):
-        estimator = specs.value(text, LIKELIHOODS, "config.evaluation.likelihood")
+        estimator = specs.value(text, bits.CHOICES, "config.evaluation.likelihood")
     with field(f"config.evaluation.likelihood={text!r}"), jax.enable_x64(False):
         # As in sampling: the network must say something about x_0 where this starts.
         level = objective.schedule(np.float64(objective.schedule.t_max))

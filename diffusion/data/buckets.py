@@ -100,3 +100,6 @@ def _order(schedule: Schedule, epoch: int) -> np.ndarray:
     counts = [n * (epoch + 1) // batch - n * epoch // batch for n in size]
     rng = np.random.default_rng((schedule.seed, 3, epoch))
     return rng.permutation(np.repeat(np.arange(len(size)), counts))
+
+
+CHOICES = {"aspect": aspect}

@@ -8,7 +8,7 @@ only to be found there: ``with_identity_maps`` takes hold of it from outside.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -173,6 +173,18 @@ def self_attention_paths(function: Callable[..., Any], *args: Any) -> list[str]:
     with nn.intercept_methods(note):
         jax.eval_shape(function, *args)
     return sorted(set(paths))
+
+
+def middle_block(paths: Sequence[str]) -> str:
+    """Regular expression of the middle self-attentions among ``self_attention_paths``' paths.
+
+    A U-Net's are those of its mid block. Of numbered blocks, a DiT's, it is the middle one; blocks
+    that are scanned over have one path.
+    """
+    numbers = [found[1] for path in paths if (found := re.search(r"(?:^|/)blocks_(\d+)/", path))]
+    if any("mid_block/" in path for path in paths) or not paths:
+        return "mid_block/"
+    return f"blocks_{len(set(numbers)) // 2}/" if numbers else "blocks/"
 
 
 def _path(attend: Attend) -> str:

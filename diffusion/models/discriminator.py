@@ -107,3 +107,6 @@ def hinge(real: Array, fake: Array) -> Array:
 def vanilla(real: Array, fake: Array) -> Array:
     """(-E log p(x) - E log(1 - p(y))) / 2, p the logistic of logits D (Goodfellow et al., 2014)."""
     return 0.5 * (nn.softplus(-real).mean() + nn.softplus(fake).mean())
+
+
+CHOICES = {f.__name__: f for f in (hinge, vanilla)}

@@ -22,9 +22,28 @@ import numpy as np
 
 from diffusion.levels import Array
 from diffusion.models.attention import Attend, SpatialAttention, SpatialTransformer
+from diffusion.models.text_to_image import TextToImage
+from diffusion.models.unet import UNet
+from diffusion.models.unet_fields import all_kinds
 
 MOST = 0.75
 """Share of the tokens that can be merged at most: all but the destinations."""
+
+
+def check(network: nn.Module) -> None:
+    """Raises ValueError if the network has no tokens that could be merged."""
+    image = network.image if isinstance(network, TextToImage) else network
+    if not isinstance(image, UNet):
+        raise ValueError(
+            f"merge_tokens is for U-Nets; this is a {type(image).__name__}, whose tokens stay apart"
+        )
+
+
+def most_tokens(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Tokens of the largest map that a U-Net attends over, for examples of ``shape`` [H, W, C]."""
+    image = network.image if isinstance(network, TextToImage) else network
+    levels = [level for kind, level in all_kinds(image) if kind != 0]
+    return max(((shape[0] >> level) * (shape[1] >> level) for level in levels), default=0)
 
 
 def with_merged_tokens(

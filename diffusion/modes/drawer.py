@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion.conditioning import Conditioning, from_batch
@@ -73,7 +72,7 @@ class Drawer:
                 solver,
                 cond,
                 count,
-                jnp.float32(c.guidance),
+                self.experiment.guidance.chain,
                 batch_size=c.batch_size,
                 seed=c.seed,
                 progress=bar and self._monitor is None,
@@ -91,7 +90,7 @@ class Drawer:
         @jax.jit
         def run(params, solver):
             guide = self.experiment.guidance
-            denoise = guide.guide(guide.networks(params), cond, c.guidance)
+            denoise = guide.guide(guide.networks(params), cond, guide.chain)
             keys = image_keys(c.seed, np.arange(count))
             shape, corrector = self.experiment.train.shape, self.experiment.corrector
             return sample(denoise, solver, keys, shape, corrector=corrector, trajectory=True)
@@ -103,8 +102,8 @@ class Drawer:
 
     def _weights(self, params: Any, solver: Solver) -> dict[str, Any]:
         """All that is an argument of the compiled sampler besides its table."""
-        when = self.experiment.guidance.shortcuts.data(solver.evaluations)
-        return {"model": params, **self._others, "when": when}
+        acceleration = self.experiment.guidance.acceleration.at(solver.evaluations)
+        return {"model": params, **self._others, "acceleration": acceleration}
 
     @cached_property
     def captions(self) -> tuple[str, ...]:

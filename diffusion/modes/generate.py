@@ -81,24 +81,23 @@ def _draw(
     keys = image_keys(c.seed, index)
     given = {name: np.stack([a] * len(index)) for name, a in request.given.items()}
     common = (pipeline, params, request.sampler, keys)
-    options = {"scale": c.guidance, "callback": callback}
+    options = {"guidance": request.guidance, "callback": callback}
     if task == "class_to_image":
         latents = tasks.class_to_image(*common, request.labels[index], **options)
         return np.asarray(decode(pipeline, params, latents))
     texts = [request.texts[i] for i in index]
     common += _encoded(config, request, pipeline, params, texts)
     if task == "text_to_image":
-        latents = tasks.text_to_image(*common, size=request.size, rescale=c.rescale, **options)
+        latents = tasks.text_to_image(*common, size=request.size, **options)
     elif task == "image_to_image":
-        latents = tasks.image_to_image(*common, given["image"], rescale=c.rescale, **options)
+        latents = tasks.image_to_image(*common, given["image"], **options)
     elif task == "inpaint":
-        options |= {"strength": config.strength, "rescale": c.rescale}
+        options["strength"] = config.strength
         latents = tasks.inpaint(*common, given["image"], given["mask"], **options)
     elif task == "upscale":
         options["noise_level"] = config.noise_level
         latents = tasks.upscale(*common, given["image"], **options)
     else:
-        options["image_scale"] = c.image_guidance
         latents = tasks.instruct(*common, given["image"], **options)
     if request.refiner:
         pipeline, params = request.refiner.pipeline, refined

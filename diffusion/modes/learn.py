@@ -29,6 +29,11 @@ def learn(drawer: Drawer, params: Any, folder: Path) -> None:
     experiment = drawer.experiment
     config, c = experiment.config, experiment.config.learn
     _check(config)
+    if experiment.guidance.acceleration.remembers:
+        raise ValueError(
+            f"config.sampler.acceleration={config.sampler.acceleration!r}: solvers are learned "
+            "from whole evaluations"
+        )
     teacher = _make(drawer, c.teacher, config.sampler.grid, c.teacher_steps, "config.learn.teacher")
     if not convergence.deterministic(teacher):
         raise ValueError(f"config.learn.teacher={c.teacher!r} must be a deterministic solver")
@@ -36,7 +41,7 @@ def learn(drawer: Drawer, params: Any, folder: Path) -> None:
 
     guide, bar = experiment.guidance, sys.stderr.isatty()
     student = Student(
-        lambda weights, cond: guide.guide(guide.networks(weights), cond, config.sampler.guidance),
+        lambda weights, cond: guide.guide(guide.networks(weights), cond, guide.chain),
         {"model": params, **guide.params()},
     )
     total = c.count + c.held_out + c.test
@@ -158,10 +163,6 @@ def _check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.learn.evaluations must be whole numbers >= 1, got {c.evaluations}"
         )
-    if config.sampler.cache or config.sampler.guidance_cache:
-        raise ValueError(
-            "config.sampler.cache and guidance_cache: solvers are learned from whole evaluations"
-        )
     if config.sampler.corrector:
         raise ValueError("config.sampler.corrector draws noise: what a teacher says is then chance")
 
@@ -180,7 +181,7 @@ def _markdown(rows: list[dict[str, Any]], config: ConfigDict) -> str:
         "",
         f"Root mean square distance to the samples of {c.teacher} with {c.teacher_steps} steps, "
         f"over {c.test} samples from noise neither learned from nor chosen by; guidance "
-        f"{config.sampler.guidance:g}.",
+        f"{config.sampler.guidance!r}.",
         "",
         "| evaluations | learned | best fixed | which | learned from |",
         "|---|---|---|---|---|",

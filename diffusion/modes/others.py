@@ -90,6 +90,7 @@ def sample(config: ConfigDict, workdir: str) -> None:
     else:
         figures.save_png(folder / "grid.png", pictures.grid(drawer, (x, label)))
         settings = {k: str(v) for k, v in config.sampler.to_dict().items()}
+        settings["negative"] = str(config.samples.negative)
         for i, image in enumerate(images):
             about = settings | {"index": str(i)}
             if label is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import specs
-from diffusion.config import acceleration
+from diffusion.config import acceleration, guidance
 from diffusion.config import sampler as samplers
 from diffusion.config.errors import field, wrong_types
 from diffusion.pipelines import memory, picture_files, tasks
@@ -24,6 +24,7 @@ from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
 from diffusion.pretrained import hub, schedulers
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
 from diffusion.sampling import grids
+from diffusion.sampling.guidance.chain import Chain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 KINDS = {
@@ -46,6 +47,7 @@ class Request:
       texts: the prompt of every picture; empty for classes.
       labels: the class of every picture; empty for texts.
       sampler: what steps to take.
+      guidance: its links.
       refiner, last: the pipeline that takes the last steps, and these; or None.
       given: "image" and "mask", where there are.
       batch_size: pictures at a time.
@@ -57,6 +59,7 @@ class Request:
     texts: list[str]
     labels: np.ndarray
     sampler: Sampler
+    guidance: Chain
     refiner: Opened | None
     last: Sampler | None
     given: dict[str, np.ndarray]
@@ -86,13 +89,16 @@ def read(config: ConfigDict) -> Request:
     size = _size(config, opened.pipeline, task)
     refiner = _open("refiner", config, dtype) if config.refiner else None
     sampler, last = _samplers(config, opened.pipeline, task, refiner)
-    opened, refiner = _shorten(config, task, opened, refiner, sampler)
+    opened, refiner = _accelerate(config, task, opened, refiner, sampler)
     batch_size = min(config.sampler.batch_size, len(texts) or len(labels))
     made = tuple(opened.pipeline.autoencoder.factor * side for side in size)
     made = made if task == "upscale" else size
     _check_memory(config, [o for o in (opened, refiner) if o], made, batch_size)
     given = _pictures(config, size)
-    return Request(opened, task, size, texts, labels, sampler, refiner, last, given, batch_size)
+    links = _guidance(config, task, sampler)
+    return Request(
+        opened, task, size, texts, labels, sampler, links, refiner, last, given, batch_size
+    )
 
 
 def _dtype(config: ConfigDict) -> Any:
@@ -243,20 +249,35 @@ def _samplers(
         return tasks.hand_over(own, other, c.steps, c.hand_over)
 
 
-def _shorten(
+def _accelerate(
     config: ConfigDict, task: str, opened: Opened, refiner: Opened | None, sampler: Sampler
 ) -> tuple[Opened, Opened | None]:
-    """The pipelines with the config's shortcuts."""
+    """The pipelines with the config's acceleration."""
     networks = {"": opened.pipeline.network}
     networks |= {"refiner": refiner.pipeline.network} if refiner else {}
     made = acceleration.make(config, networks, sampler.solver.evaluations)
-    if made.guidance and task == "instruct":
-        raise ValueError("config.sampler.guidance_cache: guidance by text and picture takes none")
+    if made.guidance is not None and task == "instruct":
+        raise ValueError(f"{acceleration.FIELD}: guidance by text and picture takes no cache")
 
-    def shortened(opened: Opened) -> Opened:
-        return replace(opened, pipeline=replace(opened.pipeline, shortcuts=made))
+    def accelerated(opened: Opened) -> Opened:
+        return replace(opened, pipeline=replace(opened.pipeline, acceleration=made))
 
-    return shortened(opened), refiner and shortened(refiner)
+    return accelerated(opened), refiner and accelerated(refiner)
+
+
+def _guidance(config: ConfigDict, task: str, sampler: Sampler) -> Chain:
+    """The links of the config's guidance, if they suit the task."""
+    chain = guidance.read(config)
+    with field(f"{guidance.FIELD}={config.sampler.guidance!r}"):
+        for link in chain:
+            if link.network or link.name == "perturbed_attention":
+                raise ValueError(f"{link.name} is for runs that were trained here")
+            if (link.name == "instruct") > (task == "instruct"):
+                raise ValueError("instruct is for networks that edit pictures (InstructPix2Pix)")
+            link.check_levels(sampler.solver.level, sampler.prediction)
+        if task == "instruct" and not any(link.name == "instruct" for link in chain):
+            raise ValueError("this network follows text and picture: expected instruct(7.5, 1.5)")
+    return chain
 
 
 def _scheduler(text: str) -> tuple[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.config import sampler
+from diffusion.config.errors import field
 from diffusion.evaluation import convergence as library
 from diffusion.evaluation.classifiers import Classifier
 from diffusion.evaluation.metrics.samples import evaluate_points, evaluate_samples
@@ -46,7 +47,8 @@ def sweep(
     if not library.deterministic(exact):
         raise ValueError(f"config.sweep.reference={c.reference!r} must be a deterministic solver")
     for evaluations in {exact.evaluations, *(entry.budget for entry in entries)}:
-        experiment.guidance.shortcuts.data(evaluations)  # finds schedules that do not fit them
+        with field(f"config.sampler.acceleration={config.sampler.acceleration!r}"):
+            experiment.guidance.acceleration.at(evaluations)  # its schedules may not fit them
     for note in notes:
         print(f"note: {note}")
 
@@ -83,8 +85,8 @@ def sweep(
         reference,
     )
     title = f"{experiment.train.name}: quality against evaluations"
-    twice = experiment.num_classes and config.sampler.guidance != 1
-    notes = [*_facts(config, step, count, bool(twice)), *notes]
+    twice = experiment.guidance.paired
+    notes = [*_facts(config, step, count, twice), *notes]
     (folder / "sweep.md").write_text(library.markdown(result, title, notes))
     cost = " (guided: two network calls each)" if twice else ""
     library.figure(folder / "sweep.png", result, title, cost)
@@ -130,7 +132,7 @@ def _facts(config: ConfigDict, step: int, count: int, twice: bool) -> list[str]:
     guided = "; guidance makes it two network calls, in one batch of twice the size"
     facts = [
         f"Averaged parameters after step {step}; {config.evaluation.count} samples a point, the "
-        f"same initial noises for all; grid {s.grid}, guidance {s.guidance:g}, clip {s.clip}.",
+        f"same initial noises for all; grid {s.grid}, guidance {s.guidance!r}.",
         f"An evaluation is one call of the denoiser{guided if twice else ''}. Every solver takes "
         "the most steps that the budget allows; the last table has them.",
         f"Distance to the exact flow: root mean squared difference from {c.reference} with "

@@ -106,3 +106,6 @@ def nearest(x0: Array, draw: Draw, label: Array | None = None, k: int = 4) -> Ar
 
 def _squared(x0: Array, noise: Array) -> Array:
     return jnp.square(x0 - noise).sum(tuple(range(1, x0.ndim)))
+
+
+CHOICES = {f.__name__: f for f in (independent, optimal_transport, nearest)}

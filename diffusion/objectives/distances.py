@@ -29,3 +29,6 @@ def pseudo_huber(output: Array, target: Array, c: float = 0.03) -> Array:
     """sqrt(m + c^2) - c of the mean squared error m (Song & Dhariwal, 2023, whose c is sqrt(d) ours
     on the norm): m / 2c for small errors, the root mean square for large ones."""
     return jnp.sqrt(_mean((output - target) ** 2) + c**2) - c
+
+
+CHOICES = {f.__name__: f for f in (l2, l1, pseudo_huber)}

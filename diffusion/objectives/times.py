@@ -70,3 +70,6 @@ def log_normal(u: Array, schedule: Schedule, mean: float = -1.2, std: float = 1.
     """log(sigma / alpha) ~ N(mean, std^2), cut at the schedule's end (EDM, Karras et al., 2022)."""
     ratio = jnp.exp(mean + std * ndtri(u))
     return jnp.minimum(schedule.invert(jnp.ones_like(ratio), ratio), schedule.t_max)
+
+
+CHOICES = {f.__name__: f for f in (uniform, discrete, logit_normal, mode, cosmap, log_normal)}

@@ -72,3 +72,9 @@ def elbo(level: NoiseLevel, c_out: Array, *, schedule: Schedule) -> Array:
     """
     _, slope = jax.jvp(lambda t: schedule(t).log_snr, (level.t,), (jnp.ones_like(level.t),))
     return -0.5 * schedule.t_max * slope * level.snr * c_out**2
+
+
+CHOICES = {
+    f.__name__: f
+    for f in (simple, snr, truncated_snr, min_snr, soft_min_snr, p2, sigmoid, edm, elbo)
+}

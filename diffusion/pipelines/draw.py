@@ -8,7 +8,7 @@ share it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -18,21 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.conditioning import Conditioning, concatenate
+from diffusion.conditioning import Conditioning
 from diffusion.denoiser import (
     ConditionalDenoise,
     Denoise,
     Estimate,
     Stateful,
-    as_estimate,
     denoiser,
 )
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.pretrained.schedulers import Sampler
-from diffusion.sampling import guidance
-from diffusion.sampling.acceleration import NONE, Shortcuts
+from diffusion.sampling.acceleration import NONE, Acceleration
 from diffusion.sampling.editing import noised
-from diffusion.sampling.guidance.transform import Step, lift, per_image
+from diffusion.sampling.guidance import chain
+from diffusion.sampling.guidance.chain import Branches, Chain
+from diffusion.sampling.guidance.transform import Step, lift
 from diffusion.sampling.sample import Callback, Draw, image_noise, make_sampler
 
 
@@ -56,18 +56,16 @@ class Steering:
     """What the samples are steered by, besides their conditioning.
 
     Attributes:
-      null: what classifier-free guidance steers away from (a negative prompt); None: unguided.
-      scale: of classifier-free guidance, () or [B].
-      middle: conditioning that has the picture but not the text, for InstructPix2Pix; ``null`` has
+      null: what guidance steers away from (a negative prompt); None: unguided.
+      chain: the links of guidance.
+      middle: conditioning that has the picture but not the text, for ``instruct``; ``null`` has
         neither.
-      image_scale: of the guidance by that picture.
       kept: what of a picture stays, or None.
     """
 
     null: Conditioning | None = None
-    scale: Array | float = 1.0
+    chain: Chain = ()
     middle: Conditioning | None = None
-    image_scale: Array | float = 1.0
     kept: Kept | None = None
 
 
@@ -91,30 +89,6 @@ def keep(denoise: Denoise | Stateful, kept: Kept, start: Array) -> Denoise | Sta
     return lift(denoise, wrap)
 
 
-def instruct(
-    denoise: ConditionalDenoise,
-    cond: Conditioning,
-    middle: Conditioning,
-    null: Conditioning,
-    scale: Array | float,
-    image_scale: Array | float,
-) -> Denoise:
-    """D_null + s_I (D_middle - D_null) + s_T (D - D_middle), in one call on thrice the batch.
-
-    InstructPix2Pix's guidance by two signals (Brooks et al., 2023, eq. 3): ``middle`` has the
-    picture c_I but not the text c_T, ``null`` neither. Scales are () or [B].
-    """
-    all_three = concatenate(cond, middle, null)
-
-    def guided(x: Array, level: NoiseLevel) -> Array:
-        estimate = as_estimate(denoise(jnp.concatenate([x] * 3), level, all_three))
-        both, picture, neither = jnp.split(estimate.x0, 3)
-        x0 = neither + per_image(image_scale, x) * (picture - neither)
-        return x0 + per_image(scale, x) * (both - picture)
-
-    return guided
-
-
 def draw(
     network: nn.Module,
     params: Any,
@@ -126,8 +100,7 @@ def draw(
     *,
     picture: Array | None = None,
     x_init: Array | None = None,
-    rescale: float = 0.0,
-    shortcuts: Shortcuts = NONE,
+    acceleration: Acceleration = NONE,
     devices: Sequence[jax.Device] | None = None,
     callback: Callback | None = None,
 ) -> jax.Array:
@@ -144,8 +117,7 @@ def draw(
       picture: [B, h, w, C] to start from, noised to where the sampler starts (image to image),
         instead of from noise alone.
       x_init: [B, h, w, C] what to start from as it is, at the sampler's first level.
-      rescale: phi of ``guidance.rescaled``, in the space of the network's output.
-      shortcuts: what makes evaluations cheaper. Another schedule of refreshes does not compile
+      acceleration: what makes evaluations cheaper. Another schedule of refreshes does not compile
         again.
       devices: by default all local ones.
       callback: as ``make_sampler``'s.
@@ -161,13 +133,11 @@ def draw(
         _comparable(sampler.c_noise),
         _comparable(sampler.transform),
         shape,
-        float(rescale),
-        replace(shortcuts, cache=None, guidance=None),
         tuple(jax.local_devices() if devices is None else devices),
         callback,
     )
     start = np.float32(sampler.solver.level.t[0])
-    weights = {"network": params, "when": shortcuts.data(sampler.solver.evaluations)}
+    weights = {"network": params, "acceleration": acceleration.at(sampler.solver.evaluations)}
     x = compiled(weights, sampler.solver, keys, cond, steering, start, x_init=x_init)
     if steering.kept is not None:
         kept = steering.kept
@@ -182,42 +152,24 @@ def _compiled(
     c_noise: Callable,
     transform: Callable,
     shape: tuple[int, ...],
-    rescale: float,
-    shortcuts: Shortcuts,
     devices: tuple[jax.Device, ...],
     callback: Callback | None,
 ) -> Draw:
-    def networks(weights: dict[str, Any]) -> tuple[ConditionalDenoise, dict[str, Array]]:
+    def networks(weights: dict[str, Any]) -> tuple[ConditionalDenoise, Acceleration]:
         def apply(x: Array, time: Array, cond: Conditioning) -> Array:
             return network.apply({"params": weights["network"]}, x, time, cond)
 
-        return shortcuts.merged(denoiser(apply, prediction, c_noise)), weights["when"]
+        return denoiser(apply, prediction, c_noise), weights["acceleration"]
 
     def guide(
-        networks: tuple[ConditionalDenoise, dict[str, Array]],
+        networks: tuple[ConditionalDenoise, Acceleration],
         cond: Conditioning,
         steering: Steering,
         start: Array,
     ) -> Denoise | Stateful:
-        (denoise, when), s = networks, steering
-        if s.middle is not None:
-            if "guidance" in when:
-                raise ValueError("guidance by text and picture is evaluated whole at every step")
-            guided = instruct(denoise, cond, s.middle, s.null, s.scale, s.image_scale)
-        elif s.null is not None:
-            rule = guidance.rescaled(rescale, prediction) if rescale else None
-            guided = guidance.classifier_free(
-                denoise,
-                cond,
-                s.null,
-                s.scale,
-                rule=rule,
-                when=when.get("guidance"),
-                space=prediction,
-            )
-        else:
-            guided = guidance.conditional(denoise, cond)
-        guided = transform(shortcuts.cached(guided, when))
+        (denoise, acceleration), s = networks, steering
+        branches = Branches(denoise, cond, s.null, s.middle, prediction, acceleration=acceleration)
+        guided = transform(chain.guide(s.chain, branches))
         return guided if s.kept is None else keep(guided, s.kept, start)
 
     return make_sampler(networks, shape, guide, devices, callback=callback)

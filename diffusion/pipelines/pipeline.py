@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from diffusion.models.autoencoder import AutoencoderKL
-from diffusion.sampling.acceleration import NONE, Shortcuts
+from diffusion.sampling.acceleration import NONE, Acceleration
 
 Params = Mapping[str, Any]
 """Parameters by component: network, autoencoder, and encoders, a list like the pipeline's."""
@@ -29,7 +29,7 @@ class Pipeline:
       tokenizers: one for each.
       low_res_scheduler: config of what noises an upscaler's small picture.
       tile: pixels of the autoencoder's tiles, for large pictures; 0: they are not cut.
-      shortcuts: what makes the network's evaluations cheaper.
+      acceleration: what makes the network's evaluations cheaper.
       options: other fields of ``model_index.json``, such as force_zeros_for_empty_prompt.
     """
 
@@ -41,7 +41,7 @@ class Pipeline:
     tokenizers: tuple[Any, ...] = ()
     low_res_scheduler: Mapping[str, Any] | None = None
     tile: int = 0
-    shortcuts: Shortcuts = NONE
+    acceleration: Acceleration = NONE
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:

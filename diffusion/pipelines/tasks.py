@@ -4,12 +4,12 @@
     cond, null = encode_prompts(pipeline, params, ["a lighthouse at dusk"], negative=[""])
     sampler = from_diffusers(pipeline.scheduler, steps=30)
     keys = image_keys(seed, range(1))
-    latents = text_to_image(pipeline, params, sampler, keys, cond, null, scale=7.5)
+    latents = text_to_image(pipeline, params, sampler, keys, cond, null, guidance=(links.cfg(7.5),))
     images = decode(pipeline, params, latents)  # [B, H, W, 3] in [-1, 1]
 
 ``keys`` [B] hold all randomness: image i depends on ``keys[i]`` alone. ``null`` is what to steer
 away from, a negative prompt or the empty one; without it, or at scale 1, there is no guidance.
-Networks distilled with an embedding of the guidance scale (LCM) are told it instead.
+Networks distilled with an embedding of the guidance scale (LCM) are given it instead.
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ from diffusion.pipelines.codec import encode, folded
 from diffusion.pipelines.draw import Kept, Steering, draw
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
+from diffusion.sampling.guidance import chain, links
+from diffusion.sampling.guidance.chain import Chain
 from diffusion.sampling.sample import Callback, image_noise
 
 MASKED, LOW_RES, REFINER = range(2**30 + 1, 2**30 + 4)  # folds of the keys
+BY_TEXT: Chain = (links.cfg(7.5),)
+BY_CLASS: Chain = (links.cfg(4.0),)
+BY_TEXT_AND_PICTURE: Chain = (links.instruct(7.5, 1.5),)
+WHEN_UPSCALED: Chain = (links.cfg(9.0),)
 
 
 def text_to_image(
@@ -40,8 +46,7 @@ def text_to_image(
     null: Conditioning | None = None,
     *,
     size: tuple[int, int] | None = None,
-    scale: Array | float = 7.5,
-    rescale: float = 0.0,
+    guidance: Chain = BY_TEXT,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Latents of new pictures.
@@ -52,15 +57,14 @@ def text_to_image(
       keys: [B].
       cond, null: of the prompts, leaves [B, ...]; SDXL's with ``micro_conditioning``.
       size: (height, width) in pixels; by default the network's own.
-      scale: of classifier-free guidance.
-      rescale: phi, 0 to 1, of ``guidance.rescaled``, against overexposure.
+      guidance: its links, with numbers () or [B].
       callback: called after each evaluation (``sampling.progress.Monitor``).
     """
     shape = pipeline.latent_shape(size)
-    cond, steering = _steer(pipeline, cond, null, scale)
+    cond, steering = _steer(pipeline, cond, null, guidance)
     return draw(
         pipeline.network, params["network"], sampler, keys, shape, cond, steering,
-        rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
+        acceleration=pipeline.acceleration, callback=callback,
     )  # fmt: skip
 
 
@@ -73,8 +77,7 @@ def image_to_image(
     null: Conditioning | None,
     images: Array,
     *,
-    scale: Array | float = 7.5,
-    rescale: float = 0.0,
+    guidance: Chain = BY_TEXT,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Latents of pictures made from pictures: SDEdit (Meng et al., 2021).
@@ -86,10 +89,10 @@ def image_to_image(
       others: as in ``text_to_image``.
     """
     picture = _latents_of(pipeline, params, images, keys)
-    cond, steering = _steer(pipeline, cond, null, scale)
+    cond, steering = _steer(pipeline, cond, null, guidance)
     return draw(
         pipeline.network, params["network"], sampler, keys, picture.shape[1:], cond, steering,
-        picture=picture, rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
+        picture=picture, acceleration=pipeline.acceleration, callback=callback,
     )  # fmt: skip
 
 
@@ -102,15 +105,15 @@ def refine(
     null: Conditioning | None,
     latents: Array,
     *,
-    scale: Array | float = 7.5,
+    guidance: Chain = BY_TEXT,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Goes on with latents that another model left noisy: both samplers are ``hand_over``'s."""
     keys = folded(keys, REFINER)
-    cond, steering = _steer(pipeline, cond, null, scale)
+    cond, steering = _steer(pipeline, cond, null, guidance)
     return draw(
         pipeline.network, params["network"], sampler, keys, latents.shape[1:], cond, steering,
-        x_init=latents, shortcuts=pipeline.shortcuts, callback=callback,
+        x_init=latents, acceleration=pipeline.acceleration, callback=callback,
     )  # fmt: skip
 
 
@@ -125,8 +128,7 @@ def inpaint(
     mask: Array,
     *,
     strength: float = 1.0,
-    scale: Array | float = 7.5,
-    rescale: float = 0.0,
+    guidance: Chain = BY_TEXT,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Latents of pictures in which what is masked is painted anew.
@@ -162,11 +164,11 @@ def inpaint(
             f"a network of {pipeline.network.in_channels} input channels cannot inpaint; expected "
             f"{channels}, or {2 * channels + 1} for mask and masked picture"
         )
-    cond, steering = _steer(pipeline, cond, null, scale)
+    cond, steering = _steer(pipeline, cond, null, guidance)
     return draw(
         pipeline.network, params["network"], sampler, keys, picture.shape[1:], cond,
         steering.replace(kept=kept), picture=None if strength == 1 else picture,
-        rescale=rescale, shortcuts=pipeline.shortcuts, callback=callback,
+        acceleration=pipeline.acceleration, callback=callback,
     )  # fmt: skip
 
 
@@ -180,7 +182,7 @@ def upscale(
     images: Array,
     *,
     noise_level: int = 20,
-    scale: Array | float = 9.0,
+    guidance: Chain = WHEN_UPSCALED,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Latents of pictures four times as large (Stable Diffusion's x4 upscaler).
@@ -204,7 +206,7 @@ def upscale(
     label = jnp.full(len(images), noise_level, jnp.int32)
     cond, null = (c and _with_image(c, images).replace(label=label) for c in (cond, null))
     shape = (*images.shape[1:3], pipeline.autoencoder.latent_channels)
-    cond, steering = _steer(pipeline, cond, null, scale)
+    cond, steering = _steer(pipeline, cond, null, guidance)
     return draw(
         pipeline.network,
         params["network"],
@@ -213,7 +215,7 @@ def upscale(
         shape,
         cond,
         steering,
-        shortcuts=pipeline.shortcuts,
+        acceleration=pipeline.acceleration,
         callback=callback,
     )
 
@@ -227,27 +229,25 @@ def instruct(
     null: Conditioning,
     images: Array,
     *,
-    scale: Array | float = 7.5,
-    image_scale: Array | float = 1.5,
+    guidance: Chain = BY_TEXT_AND_PICTURE,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Latents of pictures edited as the prompt says: InstructPix2Pix (Brooks et al., 2023).
 
     Args:
       images: [B, H, W, 3] in [-1, 1].
-      scale, image_scale: how closely to follow the text, and how closely the picture.
+      guidance: ``instruct`` says how closely to follow the text, and how closely the picture.
       others: as in ``text_to_image``; ``null`` is needed.
     """
     latents = encode(pipeline, params, images, scaled=False)
     steering = Steering(
         null=_with_image(null, jnp.zeros_like(latents)),
-        scale=scale,
+        chain=guidance,
         middle=_with_image(null, latents),
-        image_scale=image_scale,
     )
     return draw(
         pipeline.network, params["network"], sampler, keys, latents.shape[1:],
-        _with_image(cond, latents), steering, shortcuts=pipeline.shortcuts, callback=callback,
+        _with_image(cond, latents), steering, acceleration=pipeline.acceleration, callback=callback,
     )  # fmt: skip
 
 
@@ -258,14 +258,14 @@ def class_to_image(
     keys: jax.Array,
     labels: Array,
     *,
-    scale: Array | float = 4.0,
+    guidance: Chain = BY_CLASS,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Latents of pictures of classes [B] (DiT); the null class is the last one, number 1000."""
     labels = jnp.asarray(labels, jnp.int32)
     null = Conditioning(label=jnp.full_like(labels, pipeline.network.num_classes))
     return text_to_image(
-        pipeline, params, sampler, keys, Conditioning(label=labels), null, scale=scale,
+        pipeline, params, sampler, keys, Conditioning(label=labels), null, guidance=guidance,
         callback=callback,
     )  # fmt: skip
 
@@ -326,15 +326,14 @@ def hand_over(base: Any, refiner: Any, steps: int, fraction: float) -> tuple[Sam
 
 
 def _steer(
-    pipeline: Pipeline, cond: Conditioning, null: Conditioning | None, scale: Array | float
+    pipeline: Pipeline, cond: Conditioning, null: Conditioning | None, guidance: Chain
 ) -> tuple[Conditioning, Steering]:
-    count = len(jax.tree.leaves(cond)[0])
-    if getattr(pipeline.network, "guidance_width", None) is not None:
-        told = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (count,))
-        return cond.replace(guidance=told), Steering()
-    if null is None or (isinstance(scale, (int, float)) and scale == 1):
-        return cond, Steering()
-    return cond, Steering(null=null, scale=scale)
+    if getattr(pipeline.network, "guidance_width", None) is None:
+        return cond, Steering(null=null, chain=guidance)
+    # A network that was distilled with guidance is given the scale instead.
+    pair, count = chain.pair(guidance), len(jax.tree.leaves(cond)[0])
+    scale = jnp.asarray(1.0 if pair is None else pair.scale, jnp.float32)
+    return cond.replace(guidance=jnp.broadcast_to(scale, (count,))), Steering(chain=guidance)
 
 
 def _latents_of(pipeline: Pipeline, params: Params, images: Array, keys: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@
 are not evaluated, but what they gave at the last refresh is put in place (``models.reuse``). When
 to refresh is either a schedule, an array [R] that is data to the compiled sampler,
 
-    denoise = cached(guidance.classifier_free(...), every(3, evaluations), keep=1)
+    denoise = cached(guidance.classifier_free(...), every(3)(evaluations), keep=1)
 
 or a threshold, by which it is decided as it goes. The result is a ``Stateful`` denoiser, with which
 ``sample`` runs one of two branches at each evaluation: in a scan, ``lax.cond`` evaluates only the
@@ -26,6 +26,7 @@ from diffusion.levels import Array, NoiseLevel
 from diffusion.models import reuse
 
 When = Array | np.ndarray | np.float32  # refreshes [R] bool, or a threshold () float
+Schedule = Callable[[int], When]  # number of evaluations R -> when to refresh
 
 
 class Memory(NamedTuple):
@@ -46,17 +47,17 @@ class Memory(NamedTuple):
     inner: Any
 
 
-def every(n: int, evaluations: int) -> np.ndarray:
+def every(n: int) -> Schedule:
     """Refreshes [R] at each n-th evaluation, beginning with the first (DeepCache's 1:N).
 
     Raises:
       ValueError: for n < 1.
     """
     _check_n(n)
-    return np.arange(evaluations) % n == 0
+    return lambda evaluations: np.arange(evaluations) % n == 0
 
 
-def dense(n: int, evaluations: int, center: float = 0.5, power: float = 1.4) -> np.ndarray:
+def dense(n: int, center: float = 0.5, power: float = 1.4) -> Schedule:
     """As many refreshes [R] as ``every(n)``, closer to each other around ``center``.
 
     Refreshes lie at center + u |u|^(power - 1) for evenly spaced u (DeepCache's non-uniform 1:N,
@@ -64,7 +65,6 @@ def dense(n: int, evaluations: int, center: float = 0.5, power: float = 1.4) -> 
 
     Args:
       n: evaluations per refresh, on average.
-      evaluations: R.
       center: share of the evaluations, in [0, 1]; 0 is the noisy end.
       power: 1 is ``every``, up to rounding.
 
@@ -74,32 +74,44 @@ def dense(n: int, evaluations: int, center: float = 0.5, power: float = 1.4) -> 
     _check_n(n)
     if not 0 <= center <= 1 or not power >= 1:
         raise ValueError(f"expected center in [0, 1] and power >= 1, got {center} and {power}")
-    count = -(-evaluations // n)
-    low, high = -(center ** (1 / power)), (1 - center) ** (1 / power)
-    u = np.linspace(low, high, count + 1)[:-1]
-    wanted = evaluations * (center + np.sign(u) * np.abs(u) ** power)
-    refresh = np.zeros(evaluations, bool)
-    for place in np.round(wanted).astype(int).clip(0, evaluations - 1):
-        free = np.flatnonzero(~refresh)
-        refresh[free[np.argmin(np.abs(free - place) + 0.1 * (free < place))]] = True
-    return refresh
+
+    def refreshes(evaluations: int) -> np.ndarray:
+        count = -(-evaluations // n)
+        low, high = -(center ** (1 / power)), (1 - center) ** (1 / power)
+        u = np.linspace(low, high, count + 1)[:-1]
+        ideal = evaluations * (center + np.sign(u) * np.abs(u) ** power)
+        refresh = np.zeros(evaluations, bool)
+        for place in np.round(ideal).astype(int).clip(0, evaluations - 1):
+            free = np.flatnonzero(~refresh)
+            refresh[free[np.argmin(np.abs(free - place) + 0.1 * (free < place))]] = True
+        return refresh
+
+    return refreshes
 
 
-def at(rows: Sequence[int], evaluations: int) -> np.ndarray:
+def at(rows: Sequence[int]) -> Schedule:
     """Refreshes [R] at the evaluations of these numbers, from 0; the first one is always.
 
     Raises:
-      ValueError: for numbers that are no evaluation's.
+      ValueError: for what is no sequence of whole numbers, and, when called, for numbers that are
+        no evaluation's.
     """
-    wrong = [r for r in rows if not isinstance(r, int) or not 0 <= r < evaluations]
-    if wrong:
-        raise ValueError(f"there is no evaluation {wrong[0]!r}; expected 0 to {evaluations - 1}")
-    refresh = np.zeros(evaluations, bool)
-    refresh[[0, *rows]] = True
-    return refresh
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise ValueError(f"expected the numbers of evaluations, as in at((0, 2, 5)), got {rows!r}")
+
+    def refreshes(evaluations: int) -> np.ndarray:
+        wrong = [r for r in rows if not isinstance(r, int) or not 0 <= r < evaluations]
+        if wrong:
+            last = evaluations - 1
+            raise ValueError(f"there is no evaluation {wrong[0]!r}; expected 0 to {last}")
+        refresh = np.zeros(evaluations, bool)
+        refresh[[0, *rows]] = True
+        return refresh
+
+    return refreshes
 
 
-def adaptive(threshold: float, evaluations: int) -> np.float32:
+def adaptive(threshold: float) -> Schedule:
     """Refreshes where what the kept part sees has changed by the threshold, >= 0 (0: always).
 
     |I - I_ref|_1 > threshold |I_ref|_1: I is what the first blocks add to the tokens (first-block
@@ -111,7 +123,7 @@ def adaptive(threshold: float, evaluations: int) -> np.float32:
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must be >= 0, got {threshold}")
-    return np.float32(threshold)
+    return lambda evaluations: np.float32(threshold)
 
 
 def _check_n(n: int) -> None:
@@ -195,3 +207,6 @@ def _cached(
         return jax.lax.cond(needed, full, cheap, memory)
 
     return Stateful(init, evaluate, lambda memory: memory._replace(count=memory.count + 1))
+
+
+CHOICES = {f.__name__: f for f in (every, dense, at, adaptive)}

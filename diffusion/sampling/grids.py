@@ -280,3 +280,20 @@ def _check_nodes(name: str, nodes: np.ndarray, largest: float) -> None:
     if np.any(np.diff(nodes) >= 0):
         i = int(np.argmax(np.diff(nodes) >= 0))
         raise ValueError(f"{name} must decrease strictly, got {nodes[i]} then {nodes[i + 1]}")
+
+
+CHOICES = {
+    f.__name__: f
+    for f in (
+        uniform,
+        leading,
+        linspace,
+        karras,
+        exponential,
+        beta,
+        flow_shift,
+        flow_shift_for,
+        from_times,
+        from_sigmas,
+    )
+}

@@ -117,3 +117,6 @@ def check_predictor(solver: Solver, grid: NoiseLevel) -> None:
             f"(ddpm, ddim, euler, dpmpp_2m, ...); this one has {count} for {steps} "
             f"steps, or evaluates between the grid's levels"
         )
+
+
+CHOICES = {f.__name__: f for f in (langevin, annealed_langevin)}

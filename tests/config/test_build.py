@@ -17,8 +17,9 @@ from configs import (
 )
 from diffusion.config import experiment as builder
 from diffusion.config.experiment import build
-from diffusion.config.sampler import GRIDS, SOLVERS, make_solver
+from diffusion.config.sampler import make_solver
 from diffusion.data import sources
+from diffusion.sampling import grids, solvers
 
 
 def with_fields(config, **overrides):
@@ -79,7 +80,10 @@ MISTAKES = [
         r"learned_variance=True bounds a chain of discrete steps",
     ),
     (dict(objective__label_dropout=1.5), r"config\.objective\.label_dropout must lie in \[0, 1\]"),
-    (dict(objective__label_dropout=0.0), r"config\.sampler\.guidance=1\.5 needs a model"),
+    (
+        dict(objective__label_dropout=0.0),
+        r"config\.sampler\.guidance=\('cfg\(1\.5\)', 'clip\(\)'\) needs a model",
+    ),
     (dict(optimizer__name="adamax"), r"config\.optimizer: unknown optimizer 'adamax'"),
     (dict(optimizer__decay="step"), r"config\.optimizer: unknown decay 'step'"),
     (dict(ema="constant(decay=1.5)"), r"config\.ema: an EMA's decay must lie in \[0, 1\)"),
@@ -108,9 +112,9 @@ MISTAKES = [
         dict(
             sampler__corrector="langevin",
             sampler__solver="ddpm",
-            sampler__guidance_method="adaptive_projected",
+            sampler__guidance="cfg(2), adaptive_projected",
         ),
-        r"config\.sampler\.corrector='langevin' cannot correct with guidance_method=",
+        r"config\.sampler\.corrector='langevin' cannot correct with adaptive_projected",
     ),
     (dict(sampler__corrector="langevin(steps=0)"), r"config\.sampler\.corrector=.*steps >= 1"),
     (dict(evaluation__likelihood="odes"), r"config\.evaluation\.likelihood: unknown.*mean 'ode'"),
@@ -202,13 +206,13 @@ def objective():
 
 
 # Those that jump back want more steps, a given table its own number of them.
-ANY_STEPS = sorted(set(SOLVERS) - {"given", "repaint", "restart"})
+ANY_STEPS = sorted(set(solvers.CHOICES) - {"given", "repaint", "restart"})
 
 
 @pytest.mark.parametrize("name", ANY_STEPS)
 def test_every_solver_takes_every_grid_from_one_step_on(objective, name):
     given = ["from_times(times=[1, 0.6, 0.3, 0])", "from_sigmas(sigmas=[80, 5, 0.5, 0])"]
-    named = [grid for grid in GRIDS if not grid.startswith(("from_", "flow_"))]
+    named = [grid for grid in grids.CHOICES if not grid.startswith(("from_", "flow_"))]
     for grid, steps in [*itertools.product(named, (1, 2, 5)), *itertools.product(given, [7])]:
         fields = dict(sampler__solver=name, sampler__grid=grid, sampler__steps=steps)
         solver = make_solver(with_fields(digits.get_config(), **fields), objective)

@@ -63,7 +63,7 @@ def test_refreshing_at_each_evaluation_is_the_full_sampler(net, keep, middle):
     full = full(PARAMS[net])
     np.testing.assert_allclose(run(np.ones(STEPS, bool)), full, atol=1e-5)
     np.testing.assert_allclose(run(np.float32(0)), full, atol=1e-5)
-    once = run(feature_cache.every(STEPS, STEPS))
+    once = run(feature_cache.every(STEPS)(STEPS))
     assert np.abs(once - full).max() > 1e-3
     # A threshold that nothing reaches is one refresh, one that little reaches some.
     np.testing.assert_allclose(run(np.float32(np.inf)), once, atol=1e-5)
@@ -134,14 +134,14 @@ def test_the_network_is_called_as_often_as_said():
         jax.effects_barrier()
         return len(CALLS)
 
-    assert counted(feature_cache.every(1, STEPS)) == STEPS
-    assert counted(feature_cache.every(4, STEPS)) == 2
-    assert counted(feature_cache.at((0, 1, 5), STEPS)) == 3
+    assert counted(feature_cache.every(1)(STEPS)) == STEPS
+    assert counted(feature_cache.every(4)(STEPS)) == 2
+    assert counted(feature_cache.at((0, 1, 5))(STEPS)) == 3
     assert counted(np.float32(np.inf)) == 1
     # sigma / alpha falls to 1 after half of the evaluations: 0 and 2 lie before, 4 after.
-    assert counted(feature_cache.every(2, STEPS), low=1.1) == 2
+    assert counted(feature_cache.every(2)(STEPS), low=1.1) == 2
     # The first one inside, number 3, is a refresh whatever the schedule says, as is number 4.
-    assert counted(feature_cache.every(4, STEPS), high=1.1) == 2
+    assert counted(feature_cache.every(4)(STEPS), high=1.1) == 2
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -150,7 +150,7 @@ def test_an_image_does_not_depend_on_its_batch():
         cond = Conditioning(label=labels)
         model = denoiser(partial(Scaled().apply, {}), predictions.v, thousand_t)
         way = feature_cache.cached(
-            guidance.conditional(model, cond), feature_cache.every(3, STEPS), 0
+            guidance.conditional(model, cond), feature_cache.every(3)(STEPS), 0
         )
         return sample(way, SOLVER, image_keys(0, np.arange(count)), SHAPE)
 
@@ -172,7 +172,7 @@ def test_reused_guidance():
 
         return way(), way(when=when, space=predictions.v), way(when=when)
 
-    first = feature_cache.at((), STEPS)
+    first = feature_cache.at(())(STEPS)
     full, in_v, in_x0 = run(first)
     np.testing.assert_allclose(in_v, full, atol=1e-5)  # v's difference never changes
     assert np.abs(in_x0 - full).max() > 1e-2
@@ -181,19 +181,19 @@ def test_reused_guidance():
 
 
 def test_schedules():
-    assert list(np.flatnonzero(feature_cache.every(3, 8))) == [0, 3, 6]
-    assert list(np.flatnonzero(feature_cache.at((5, 2), 8))) == [0, 2, 5]
+    assert list(np.flatnonzero(feature_cache.every(3)(8))) == [0, 3, 6]
+    assert list(np.flatnonzero(feature_cache.at((5, 2))(8))) == [0, 2, 5]
     for n, evaluations, center in [(3, 20, 0.5), (1, 7, 0.3), (5, 50, 0.0), (2, 2, 1.0)]:
-        refresh = feature_cache.dense(n, evaluations, center)
+        refresh = feature_cache.dense(n, center)(evaluations)
         assert refresh.sum() == -(-evaluations // n) and refresh[0]
-    gaps = np.diff(np.flatnonzero(feature_cache.dense(5, 100, 0.5, 2.0)))
+    gaps = np.diff(np.flatnonzero(feature_cache.dense(5, 0.5, 2.0)(100)))
     assert gaps[0] > gaps[len(gaps) // 2] < gaps[-1]
     for make in (
-        lambda: feature_cache.every(0, 8),
-        lambda: feature_cache.every(2.5, 8),
-        lambda: feature_cache.dense(2, 8, center=2),
-        lambda: feature_cache.at((8,), 8),
-        lambda: feature_cache.adaptive(-1.0, 8),
+        lambda: feature_cache.every(0)(8),
+        lambda: feature_cache.every(2.5)(8),
+        lambda: feature_cache.dense(2, center=2),
+        lambda: feature_cache.at((8,))(8),
+        lambda: feature_cache.adaptive(-1.0),
     ):
         with pytest.raises(ValueError, match=r"must|expected"):
             make()

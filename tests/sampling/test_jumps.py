@@ -7,7 +7,6 @@ from cases import SCHEDULES
 from mixture import MIXTURE, at, moments
 
 from diffusion import schedules, specs
-from diffusion.config.sampler import SOLVERS
 from diffusion.levels import NoiseLevel
 from diffusion.sampling import grids, solvers
 from diffusion.sampling.editing import inpaint, noised
@@ -142,10 +141,10 @@ def test_bounds_of_learned_variances_are_composed():
 def test_on_the_command_line():
     context = {"schedule": FLOW}
     text = "repaint(base='tcd(gamma=0.5)', jump_length=2, resamples=3)"
-    solver = specs.function(text, SOLVERS, "config.sampler.solver", context)
+    solver = specs.function(text, solvers.CHOICES, "config.sampler.solver", context)
     assert solver(grids.uniform(FLOW, 7)).evaluations == 7 + 3 * 2 * 2
     text = "restart(low=(0.1, 1.0), high=(0.5, 4.0))"
-    solver = specs.function(text, SOLVERS, "config.sampler.solver", context)
+    solver = specs.function(text, solvers.CHOICES, "config.sampler.solver", context)
     assert solver(grids.uniform(FLOW, 7)).evaluations == 13 + 2 * 8
 
 

@@ -229,3 +229,6 @@ def summary(bits: np.ndarray, shape: tuple[int, ...]) -> dict[str, Any]:
         "nats": float(bits.mean() * math.prod(shape) * math.log(2)),
         "count": len(bits),
     }
+
+
+CHOICES = {f.__name__: f for f in (ode, bound)}

@@ -12,11 +12,12 @@ from diffusion.sampling.guidance.extrapolation import (
     autoguidance,
     classifier_free,
     conditional,
-    interval,
+    instruct,
     linear,
     perturbed_attention,
     rescaled,
 )
+from diffusion.sampling.guidance.interval import interval
 from diffusion.sampling.guidance.reconstruction import (
     dps,
     moment_matched,
@@ -36,6 +37,7 @@ __all__ = [
     "conditional",
     "dps",
     "dynamic_threshold",
+    "instruct",
     "interval",
     "linear",
     "moment_matched",

@@ -12,7 +12,7 @@ D_good, w = 0 is D_bad.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from diffusion.conditioning import Conditioning, concatenate
 from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate, Stateful, as_estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction
-from diffusion.sampling.guidance.transform import dot, move, per_image
+from diffusion.sampling.guidance.transform import dot, move, per_image, remembering, require
 
 Scale = Array | float | Callable[[NoiseLevel], Array]  # (), [B], or a function of the level
 Pair = Callable[[Array, NoiseLevel], tuple[Estimate, Estimate]]  # good, bad
@@ -33,12 +33,13 @@ class Rule(NamedTuple):
 
     Attributes:
       combine: (x, level, good, good - bad, w) -> x_0_hat, all [B, ...] (w broadcasts).
-      momentum: beta; the difference is replaced by its running sum d <- good - bad + beta d.
+      momentum: beta; the difference is replaced by its running sum d <- good - bad + beta d. None
+        needs no memory.
       away: further pairs (denoiser, s), each of which adds s (good - denoiser(x, level)).
     """
 
     combine: Callable[[Array, NoiseLevel, Array, Array, Array], Array]
-    momentum: float = 0.0
+    momentum: Array | float | None = None
     away: tuple[tuple[Denoise, Scale], ...] = ()
 
 
@@ -47,7 +48,7 @@ def linear() -> Rule:
     return Rule(lambda x, level, good, difference, w: good + (w - 1) * difference)
 
 
-def rescaled(phi: float = 0.7, space: Prediction = predictions.x0) -> Rule:
+def rescaled(phi: Array | float = 0.7, space: Prediction = predictions.x0) -> Rule:
     """``linear``, then brought back to the good estimate's standard deviation, per image.
 
     F <- phi F std(F_good) / std(F) + (1 - phi) F (Lin et al., 2023, "Common diffusion noise
@@ -56,11 +57,10 @@ def rescaled(phi: float = 0.7, space: Prediction = predictions.x0) -> Rule:
     Stable Diffusion 1, v for 2), x0 rescales the image itself, whatever the network.
 
     Args:
-      phi: in [0, 1]; 0 is ``linear``.
+      phi: in [0, 1], () or [B]; 0 is ``linear``.
       space: a prediction. eps can not be inverted at alpha = 0.
     """
-    if not 0 <= phi <= 1:
-        raise ValueError(f"phi must lie in [0, 1], got {phi}")
+    require((phi >= 0) & (phi <= 1), f"phi must lie in [0, 1], got {phi}")
 
     def combine(x: Array, level: NoiseLevel, good: Array, difference: Array, w: Array) -> Array:
         a, b, _ = space(level.expand(x.ndim))
@@ -73,14 +73,17 @@ def rescaled(phi: float = 0.7, space: Prediction = predictions.x0) -> Rule:
         axes = tuple(range(1, x.ndim))
         before, after = (f.std(axes, keepdims=True) for f in (output(good), guided))
         factor = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
-        mixed = (phi * factor + 1 - phi) * guided
+        share = per_image(phi, x)
+        mixed = (share * factor + (1 - share)) * guided
         return predictions.to_x0(space, level, x, mixed).astype(x.dtype)
 
     return Rule(combine)
 
 
 def adaptive_projected(
-    eta: float = 0.0, norm_threshold: float = jnp.inf, momentum: float = -0.5
+    eta: Array | float = 0.0,
+    norm_threshold: Array | float = jnp.inf,
+    momentum: Array | float | None = -0.5,
 ) -> Rule:
     """Adaptive projected guidance (Sadat et al., 2024, alg. 1), for large scales.
 
@@ -88,15 +91,20 @@ def adaptive_projected(
     ``norm_threshold``, (3) split into its part along the good estimate, which oversaturates and is
     multiplied by eta, and the rest.
 
+    All three are () or [B].
+
     Args:
       eta: 1 keeps all of the parallel part; with no threshold and momentum that is ``linear``.
       norm_threshold: r > 0, the largest Euclidean norm per image; the paper's are 2.5 to 15.
-      momentum: beta in (-1, 1); 0 needs no memory.
+      momentum: beta in (-1, 1); None, or the Python number 0, needs no memory.
     """
-    if not norm_threshold > 0:
-        raise ValueError(f"norm_threshold must be positive (inf for none), got {norm_threshold}")
-    if not -1 < momentum < 1:
-        raise ValueError(f"momentum must lie in (-1, 1), got {momentum}")
+    require(
+        norm_threshold > 0, f"norm_threshold must be positive (inf for none), got {norm_threshold}"
+    )
+    if isinstance(momentum, int | float) and momentum == 0:
+        momentum = None
+    if momentum is not None:
+        require((momentum > -1) & (momentum < 1), f"momentum must lie in (-1, 1), got {momentum}")
 
     def combine(x: Array, level: NoiseLevel, good: Array, difference: Array, w: Array) -> Array:
         square = dot(difference, difference)
@@ -104,7 +112,7 @@ def adaptive_projected(
         update = per_image(jnp.minimum(1, norm_threshold / norm), x) * difference
         along = dot(good, good)
         share = dot(update, good) / jnp.where(along > 0, along, 1)
-        update = update - (1 - eta) * per_image(share, x) * good
+        update = update - (1 - per_image(eta, x)) * per_image(share, x) * good
         return good + (w - 1) * update
 
     return Rule(combine, momentum)
@@ -163,13 +171,38 @@ def classifier_free(
     both = concatenate(cond, null)
 
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
-        twice = NoiseLevel(*(jnp.concatenate([a, a]) if jnp.ndim(a) else a for a in level))
-        estimate = as_estimate(denoise(jnp.concatenate([x, x]), twice, both))
+        estimate = as_estimate(denoise(jnp.concatenate([x, x]), _tiled(level, 2), both))
         halves = [None if leaf is None else jnp.split(leaf, 2) for leaf in estimate]
         good, bad = (Estimate(*(h if h is None else h[i] for h in halves)) for i in (0, 1))
         return good, bad
 
     return _guide(pair if when is None else _seldom(pair, good_alone, when, space), scale, rule)
+
+
+def instruct(
+    denoise: ConditionalDenoise,
+    cond: Conditioning,
+    middle: Conditioning,
+    null: Conditioning,
+    scale: Array | float,
+    image_scale: Array | float,
+) -> Denoise:
+    """D_null + s_I (D_middle - D_null) + s_T (D - D_middle), in one call on thrice the batch.
+
+    InstructPix2Pix's guidance by two signals (Brooks et al., 2023, eq. 3): ``middle`` has the
+    picture c_I but not the text c_T, ``null`` neither. Scales are () or [B]. Of learned variances,
+    those of ``cond`` are kept.
+    """
+    all_three = concatenate(cond, middle, null)
+
+    def guided(x: Array, level: NoiseLevel) -> Estimate:
+        estimate = as_estimate(denoise(jnp.concatenate([x] * 3), _tiled(level, 3), all_three))
+        both, picture, neither = jnp.split(estimate.x0, 3)
+        x0 = neither + per_image(image_scale, x) * (picture - neither)
+        nu = None if estimate.nu is None else jnp.split(estimate.nu, 3)[0]
+        return Estimate(x0 + per_image(scale, x) * (both - picture), nu)
+
+    return guided
 
 
 def autoguidance(
@@ -227,64 +260,6 @@ def _seldom(pair: Pair, good_alone: Denoise, when: Array, space: Prediction) -> 
     )
 
 
-def interval(
-    guided: Denoise | Stateful,
-    plain: Denoise | Stateful,
-    low: float = 0.0,
-    high: float = jnp.inf,
-) -> Denoise | Stateful:
-    """``guided`` where low <= sigma / alpha <= high; elsewhere ``plain``.
-
-    Kynkäänniemi et al., 2024. For levels with leaves (), as samplers give, only one of the two is
-    evaluated; what the other remembers stays as it is, but for its ``skip``.
-    """
-    if not 0 <= low < high:
-        raise ValueError(f"expected 0 <= low < high, got low={low} and high={high}")
-    (init_guided, inner, skip_guided), (init_plain, outer, skip_plain) = map(
-        _remembering, (guided, plain)
-    )
-
-    def within(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-        # low alpha <= sigma, which holds at alpha = 0 too.
-        inside = low * level.alpha <= level.sigma
-        if high != jnp.inf:
-            inside &= level.sigma <= high * level.alpha
-
-        def guide(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            estimate, after = inner(x, level, memory[0])
-            return as_estimate(estimate), (after, skip_plain(memory[1]))
-
-        def otherwise(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            estimate, after = outer(x, level, memory[1])
-            return as_estimate(estimate), (skip_guided(memory[0]), after)
-
-        if jnp.ndim(inside) == 0:
-            return jax.lax.cond(inside, guide, otherwise, x, level, memory)
-        mask = inside.reshape((-1,) + (1,) * (x.ndim - 1))
-        (first, one), (second, two) = guide(x, level, memory), otherwise(x, level, memory)
-
-        def mix(a: Array, b: Array) -> Array:
-            return jnp.where(mask, a, b) if jnp.shape(a) == x.shape else a
-
-        # Both were evaluated, and each remembers; momentum, of each image by itself, is masked.
-        after = (jax.tree.map(mix, one[0], two[0]), two[1])
-        return jax.tree.map(mix, first, second), after
-
-    if not isinstance(guided, Stateful) and not isinstance(plain, Stateful):
-        return lambda x, level: within(x, level, (None, None))[0]
-    return Stateful(
-        lambda x: (init_guided(x), init_plain(x)),
-        within,
-        lambda memory: (skip_guided(memory[0]), skip_plain(memory[1])),
-    )
-
-
-def _remembering(denoise: Denoise | Pair | Stateful) -> Stateful:
-    if isinstance(denoise, Stateful):
-        return denoise
-    return Stateful(lambda x: None, lambda x, level, memory: (denoise(x, level), memory))
-
-
 def _is_one(scale: Scale) -> bool:
     return isinstance(scale, int | float) and scale == 1
 
@@ -303,22 +278,22 @@ def _alone(good: Denoise, rule: Rule | None) -> Denoise:
 
 def _guide(pair: Pair | Stateful, scale: Scale, rule: Rule | None) -> Denoise | Stateful:
     combine, momentum, away = linear() if rule is None else rule
-    init, ask, skip = _remembering(pair)
+    init, ask, skip = remembering(pair)
 
     def evaluate(x: Array, level: NoiseLevel, memory: tuple) -> tuple[Estimate, tuple]:
         before, memory = memory
         (good, bad), memory = ask(x, level, memory)
         difference = good.x0 - bad.x0
-        if momentum:
-            difference = difference + momentum * before
+        if momentum is not None:
+            difference = difference + per_image(momentum, x) * before
         x0 = combine(x, level, good.x0, difference, _weight(scale, level, x))
         for other, s in away:
             x0 = x0 + _weight(s, level, x) * (good.x0 - as_estimate(other(x, level)).x0)
-        return move(good, x0 - good.x0), (difference if momentum else None, memory)
+        return move(good, x0 - good.x0), (None if momentum is None else difference, memory)
 
-    if momentum or isinstance(pair, Stateful):
+    if momentum is not None or isinstance(pair, Stateful):
         return Stateful(
-            lambda x: (jnp.zeros_like(x) if momentum else None, init(x)),
+            lambda x: (None if momentum is None else jnp.zeros_like(x), init(x)),
             evaluate,
             lambda memory: (memory[0], skip(memory[1])),
         )
@@ -327,3 +302,8 @@ def _guide(pair: Pair | Stateful, scale: Scale, rule: Rule | None) -> Denoise | 
 
 def _weight(scale: Scale, level: NoiseLevel, x: Array) -> Array:
     return per_image(scale(level) if callable(scale) else scale, x)
+
+
+def _tiled(level: NoiseLevel, n: int) -> NoiseLevel:
+    """The level of ``n`` batches that were put one after another."""
+    return NoiseLevel(*(jnp.concatenate([a] * n) if jnp.ndim(a) else a for a in level))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.denoiser import Denoise, Estimate, Stateful, as_estimate
 from diffusion.levels import Array, NoiseLevel
@@ -27,6 +29,13 @@ def lift(denoise: Denoise | Stateful, wrap: Callable[[Step], Step]) -> Denoise |
         return denoise._replace(step=wrap(remembered))
     step = wrap(lambda x, level, memory: (as_estimate(denoise(x, level)), memory))
     return lambda x, level: step(x, level, None)[0]
+
+
+def remembering(denoise: Callable[..., Any] | Stateful) -> Stateful:
+    """``denoise`` as a ``Stateful`` one; a plain one's memory is None."""
+    if isinstance(denoise, Stateful):
+        return denoise
+    return Stateful(lambda x: None, lambda x, level, memory: (denoise(x, level), memory))
 
 
 def move(estimate: Estimate, shift: Array) -> Estimate:
@@ -57,3 +66,12 @@ def per_image(values: Array | float, x: Array) -> Array:
 def dot(a: Array, b: Array) -> Array:
     """[B]: each image's inner product of a and b, [B, ...]."""
     return (a * b).reshape(len(a), -1).sum(-1)
+
+
+def require(holds: Any, message: str) -> None:
+    """Raises ValueError with ``message`` where a condition on numbers does not hold.
+
+    Traced values pass: what is an argument of a compiled function was checked when it was made.
+    """
+    if not isinstance(holds, jax.core.Tracer) and not np.all(holds):
+        raise ValueError(message)

@@ -75,3 +75,5 @@ __all__ = [
     "tcd",
     "unipc",
 ]
+
+CHOICES = {name: globals()[name] for name in __all__}

@@ -157,5 +157,4 @@ def restart(
 def _solver(base: str, schedule: Schedule) -> Callable[[NoiseLevel], Solver]:
     from diffusion.sampling import solvers
 
-    known = specs.choices(solvers, " ".join(solvers.__all__))
-    return specs.function(base, known, "base", {"schedule": schedule})
+    return specs.function(base, solvers.CHOICES, "base", {"schedule": schedule})
