@@ -99,7 +99,12 @@ def value(
     except TypeError as error:
         raise ValueError(f"{field}={text!r}: {name}{signature}: {error}") from None
     _check_options(name, bound.arguments, signature.parameters, field, with_required=True)
-    return target(*positional, **options)
+    try:
+        return target(*positional, **options)
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{field}={text!r}: an option has a wrong type or size: {error}"
+        ) from error
 
 
 def values(
@@ -113,9 +118,8 @@ def values(
     Raises:
       ValueError: one is wrong, or it is something else than texts.
     """
-    texts = given if isinstance(given, tuple | list) else _several(given)
     made = []
-    for text in texts:
+    for text in texts(given):
         if not isinstance(text, str):
             first = next(iter(functions))
             hint = f"{first}({text})" if isinstance(text, int | float) else f"{first}(...)"
@@ -124,15 +128,17 @@ def values(
     return tuple(made)
 
 
-def _several(text: Any) -> list[Any]:
-    """ "cfg(3), clip()" -> ["cfg(3)", "clip()"]; anything else is one by itself."""
-    if text == "" or not isinstance(text, str):
-        return [] if text == "" else [text]
+def texts(given: Any) -> list[Any]:
+    """One text for each component: "cfg(3), clip()" -> ["cfg(3)", "clip()"], none for ""."""
+    if isinstance(given, tuple | list):
+        return list(given)
+    if given == "" or not isinstance(given, str):
+        return [] if given == "" else [given]
     try:
-        node = ast.parse(text.strip(), mode="eval").body if _short(text) else None
+        node = ast.parse(given.strip(), mode="eval").body if _short(given) else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         node = None
-    return [ast.unparse(e) for e in node.elts] if isinstance(node, ast.Tuple) else [text]
+    return [ast.unparse(e) for e in node.elts] if isinstance(node, ast.Tuple) else [given]
 
 
 def _short(text: str) -> bool:
