@@ -6,14 +6,14 @@ Every setting draws the same images, from the same noise and parameters, as the 
 --workdir does at full cost; without one, ``configs/digits.py`` is trained first. Its time is the
 median, over alternating repetitions, of a batch's time over that of a batch at full cost in the
 same repetition. Operations are those of matrix products and convolutions in the networks,
-counted in their traces, over all evaluations. The share recognised and the Fréchet distance
-come from the run's own evaluation; "RMS" is the root mean squared difference from the images at
-full cost. Fewer steps compete with every cache, so the table has them, too.
+counted from what is traced, over all evaluations. Recognised and Fréchet distance are the run's own
+evaluation, "RMS" is the root mean squared difference to the images at full cost. Fewer steps are
+the rival of every cache, and stand beside.
 
     python benchmarks/cheaper.py --sd15 --json=runs/benchmarks/cheaper_sd15.json
 
-times a forward pass of Stable Diffusion 1.5's U-Net with random weights instead: the share of its
-time that remains when deep features are reused or tokens are merged. Quality is not measured.
+times a forward pass of Stable Diffusion 1.5's U-Net with random weights instead: what is left of it
+with deep features reused and with tokens merged. That says nothing about quality.
 """
 
 from __future__ import annotations
@@ -37,52 +37,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
-from diffusion.config.reference_runs import tuples
-from diffusion.evaluation.samples import evaluate_samples
-from diffusion.modes.drawer import Drawer
 from ml_collections import ConfigDict
 
 from configs import base
-from diffusion import compiler
+from diffusion import compiler, specs
 from diffusion.conditioning import Conditioning
+from diffusion.config import guidance
 from diffusion.config.experiment import Experiment, build
+from diffusion.config.reference_runs import tuples
 from diffusion.evaluation import figures
 from diffusion.evaluation.convergence import rmse
+from diffusion.evaluation.metrics.samples import evaluate_samples
 from diffusion.levels import NoiseLevel
 from diffusion.models import reuse
 from diffusion.models.token_merging import with_merged_tokens
 from diffusion.models.unet import sd15
 from diffusion.modes import judge as judging
+from diffusion.modes.drawer import Drawer
 from diffusion.runs import restore
 from diffusion.runs import workdir as workdirs
+from diffusion.sampling.guidance.chain import AFTER
 from diffusion.sampling.sample import image_keys, sample
 from diffusion.training import flops
 
 ROOT = Path(__file__).parent.parent
-Setting = dict[str, Any]  # fields of config.sampler
+Setting = dict[str, Any]  # fields of config.sampler, and a link that guidance is given besides
 SETTINGS: tuple[Setting, ...] = (
     {"steps": 10},
     {"steps": 7},
     {"steps": 5},
-    {"guidance_high": 2.0},
-    {"guidance_low": 0.3, "guidance_high": 2.0},
-    {"guidance_cache": "every(n=2)"},
-    {"guidance_cache": "every(n=4)"},
-    {"cache": "every(n=2)"},
-    {"cache": "every(n=3)"},
-    {"cache": "every(n=5)"},
-    {"cache": "dense(n=3)"},
-    {"cache": "every(n=3)", "cache_keep": 2},
-    {"cache": "every(n=2)", "cache_keep": 0},
-    {"cache": "every(n=3)", "cache_keep": 0},
-    {"cache": "adaptive(threshold=0.1)"},
-    {"cache": "adaptive(threshold=0.2)"},
-    {"cache": "adaptive(threshold=0.4)"},
-    {"cache": "every(n=2)", "guidance_high": 2.0},
-    {"merge_tokens": 0.25},
-    {"merge_tokens": 0.5},
-    {"merge_tokens": 0.75},
-    {"merge_tokens": 0.5, "cache": "every(n=3)"},
+    {"interval": "interval(0, 2)"},
+    {"interval": "interval(0.3, 2)"},
+    {"acceleration": "guidance_cache(every(2))"},
+    {"acceleration": "guidance_cache(every(4))"},
+    {"acceleration": "cache(every(2))"},
+    {"acceleration": "cache(every(3))"},
+    {"acceleration": "cache(every(5))"},
+    {"acceleration": "cache(dense(3))"},
+    {"acceleration": "cache(every(3), keep=2)"},
+    {"acceleration": "cache(every(2), keep=0)"},
+    {"acceleration": "cache(every(3), keep=0)"},
+    {"acceleration": "cache(adaptive(0.1))"},
+    {"acceleration": "cache(adaptive(0.2))"},
+    {"acceleration": "cache(adaptive(0.4))"},
+    {"acceleration": "cache(every(2))", "interval": "interval(0, 2)"},
+    {"acceleration": "merge_tokens(0.25, at_least={at_least})"},
+    {"acceleration": "merge_tokens(0.5, at_least={at_least})"},
+    {"acceleration": "merge_tokens(0.75, at_least={at_least})"},
+    {"acceleration": "merge_tokens(0.5, at_least={at_least}), cache(every(3))"},
 )
 MERGED = (0.25, 0.5, 0.75)
 KEPT = (1, 2, 3, 4)
@@ -94,9 +96,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="images judged")
     parser.add_argument("--repetitions", type=int, default=7, help="of timed batches")
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--merge-from", type=int, default=256, help="tokens of merged maps")
+    parser.add_argument("--at-least", type=int, default=256, help="tokens of merged maps")
     parser.add_argument("--images", default="", help="folder for a grid of each setting")
-    parser.add_argument("--only", default="", help="settings that match this regular expression")
+    parser.add_argument("--only", default="", help="settings in which this regular expression is")
     parser.add_argument("--sd15", action="store_true", help="time Stable Diffusion's U-Net")
     parser.add_argument("--latents", type=int, default=64, help="its input's side")
     parser.add_argument("--json", default="", help="where to write the results")
@@ -132,8 +134,15 @@ def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any
 
     def make(setting: Setting) -> Drawer:
         changed = config.copy_and_resolve_references()
-        changed.sampler.merge_from = arguments.merge_from
-        changed.sampler.update(setting)
+        with changed.ignore_type():
+            for name, value in setting.items():
+                if name == "interval":
+                    pairs = sum(link.place < AFTER for link in guidance.read(config))
+                    links = specs.texts(config.sampler.guidance)
+                    changed.sampler.guidance = (*links[:pairs], value, *links[pairs:])
+                else:
+                    value = value if name == "steps" else value.format(at_least=arguments.at_least)
+                    changed.sampler[name] = value
         return Drawer(build(changed))
 
     full = make({})
@@ -148,7 +157,7 @@ def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any
     chosen = [s for s in SETTINGS if re.search(arguments.only, describe(s))]
     for setting in chosen:
         drawer = make(setting)
-        if unusable(drawer.experiment, arguments.merge_from):
+        if unusable(drawer.experiment):
             print(f"{setting}: not for this model")
             continue
         x, _ = drawer.draw(params, arguments.count)
@@ -165,19 +174,20 @@ def show(folder: str, setting: Setting, x: np.ndarray) -> None:
     """The first 50 images as a PNG, if a folder is given."""
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        name = describe(setting).replace(", ", "_").replace(" ", "=")
+        name = re.sub(r"\W+", "_", describe(setting)).strip("_")
         figures.save_png(Path(folder) / f"{name}.png", figures.image_grid(x[:50], 10, scale=3))
 
 
 def describe(setting: Setting) -> str:
-    """The setting in words."""
-    return ", ".join(f"{name} {value}" for name, value in setting.items()) or "full"
+    """In words."""
+    words = [f"steps {value}" if name == "steps" else value for name, value in setting.items()]
+    return ", ".join(words).replace(", at_least={at_least}", "") or "full"
 
 
 def quality(
     setting: Setting, x: np.ndarray, target: np.ndarray, labels: Any, judge: Any, e: Experiment
 ) -> dict[str, Any]:
-    """The setting and the quality of its images."""
+    """What the setting is, and how good its images are."""
     row = {"what": describe(setting), "setting": setting, "rms": rmse(x, target)}
     if judge is not None and labels is not None:
         found = evaluate_samples(x, labels, judge, e.train, e.held_out)
@@ -189,7 +199,7 @@ def quality(
 def ratio(
     full: Drawer, drawer: Drawer, params: Any, arguments: argparse.Namespace
 ) -> tuple[float, list[float]]:
-    """Ratios of a batch's time to full cost, by repetition; both are compiled already."""
+    """Of the times of a batch, each repetition's beside; both are compiled by now."""
 
     def seconds(d: Drawer) -> float:
         began = time.perf_counter()
@@ -201,51 +211,56 @@ def ratio(
     return statistics.median(ratios), ratios
 
 
-def unusable(experiment: Experiment, merge_from: int) -> bool:
+def unusable(experiment: Experiment) -> bool:
     """Whether the setting changes nothing for this model."""
-    c = experiment.config.sampler
-    unguided = c.guidance == 1 or not experiment.num_classes
-    guides = c.guidance_cache or c.guidance_low > 0 or c.guidance_high != float("inf")
-    notes = " ".join(experiment.notes)
-    return bool(guides and unguided) or ("merge_tokens" in notes and "no effect" in notes)
+    made = experiment.guidance
+    guides = made.acceleration.guidance is not None or interval_of(experiment) is not None
+    return (guides and not made.paired) or any("merge_tokens" in note for note in experiment.notes)
+
+
+def interval_of(experiment: Experiment) -> Any:
+    """The link that limits guidance to some levels, or None."""
+    return next((link for link in experiment.guidance.chain if link.name == "interval"), None)
 
 
 def operations(experiment: Experiment, params: Any) -> int:
-    """Operations of all evaluations, per image, under this sampler's settings and branches."""
-    c, guidance, level = experiment.config.sampler, experiment.guidance, experiment.solver.level
+    """Of all evaluations, per image, as this sampler's settings and branches have them."""
+    made, level = experiment.guidance, experiment.solver.level
     evaluations = experiment.solver.evaluations
-    when = guidance.shortcuts.data(evaluations)
-    model = guidance.networks({"model": params})["model"]
+    acceleration = made.acceleration.at(evaluations)
+    model = acceleration.merged(made.networks({"model": params})["model"])
     x = jnp.zeros((1, *experiment.train.shape))
     cond = Conditioning(label=jnp.zeros(1, jnp.int32)) if experiment.num_classes else Conditioning()
     half = NoiseLevel(*map(jnp.float32, (0.5, 0.7, 0.7)))
     evaluate = partial(model, x, half, cond)
     whole = part = flops.count(evaluate)
-    if "cache" in when:
-        features = jax.eval_shape(lambda: reuse.record(evaluate, c.cache_keep)()[1])
-        part = flops.count(lambda f: reuse.reuse(evaluate, c.cache_keep, f)(), features)
-    inside = (c.guidance_low * level.alpha <= level.sigma) & (
-        level.sigma <= np.where(np.isinf(c.guidance_high), np.inf, c.guidance_high * level.alpha)
-    )
-    pairs = bool(experiment.num_classes) and c.guidance != 1
-    calls = np.where(inside & pairs & when.get("guidance", True), 2, 1)
-    refresh = when.get("cache", np.ones(evaluations, bool))
+    if acceleration.cache is not None:
+        keep = acceleration.keep
+        features = jax.eval_shape(lambda: reuse.record(evaluate, keep)()[1])
+        part = flops.count(lambda f: reuse.reuse(evaluate, keep, f)(), features)
+    inside, link = np.ones(evaluations, bool), interval_of(experiment)
+    if link is not None:
+        below = np.isinf(link.high) | (level.sigma <= np.nan_to_num(link.high) * level.alpha)
+        inside = (link.low * level.alpha <= level.sigma) & below
+    both = True if acceleration.guidance is None else acceleration.guidance
+    calls = np.where(inside & made.paired & both, 2, 1)
+    refresh = np.ones(evaluations, bool) if acceleration.cache is None else acceleration.cache
     if np.ndim(refresh) == 0:
         refresh = decided(experiment, params, evaluations)
     return int(np.sum(calls * np.where(refresh, whole, part)))
 
 
 def decided(experiment: Experiment, params: Any, evaluations: int) -> np.ndarray:
-    """The evaluations at which a threshold refreshes, for the first batch of images."""
-    c, guidance, seen = experiment.config.sampler, experiment.guidance, []
+    """At which evaluations a threshold refreshes: of the first batch of images."""
+    c, made, seen = experiment.config.sampler, experiment.guidance, []
     drawer = Drawer(experiment)
     keys = image_keys(c.seed, np.arange(c.batch_size))
     cond = drawer.conditioning(c.batch_size)
-    weights = {"model": params, "when": guidance.shortcuts.data(evaluations)}
+    weights = {"model": params, "acceleration": made.acceleration.at(evaluations)}
 
     @jax.jit
     def run(weights: Any) -> jax.Array:
-        denoise = guidance.guide(guidance.networks(weights), cond, c.guidance)
+        denoise = made.guide(made.networks(weights), cond, made.chain)
 
         def step(x: jax.Array, level: NoiseLevel, memory: Any) -> tuple:
             estimate, after = denoise.step(x, level, memory)
@@ -261,7 +276,7 @@ def decided(experiment: Experiment, params: Any, evaluations: int) -> np.ndarray
 
 
 def forwards(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows for a forward pass of Stable Diffusion 1.5's U-Net."""
+    """Rows about a forward pass of Stable Diffusion 1.5's U-Net."""
     gpu = jax.default_backend() == "gpu"
     dtype = jnp.bfloat16 if gpu else jnp.float32
     network = sd15(dtype=dtype)

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/digits_classifier.py --workdir=runs/digits_classifier
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample \\
-        --config.sampler.classifier=runs/digits_classifier --config.sampler.classifier_scale=2
+        --config.sampler.guidance="cfg(1.5), classifier('runs/digits_classifier', 2), clip()"
 
 The model may also be unconditional (--config.objective.conditional=False in both of its commands):
 then the label acts through the classifier alone.

@@ -99,7 +99,12 @@ def value(
     except TypeError as error:
         raise ValueError(f"{field}={text!r}: {name}{signature}: {error}") from None
     _check_options(name, bound.arguments, signature.parameters, field, with_required=True)
-    return target(*positional, **options)
+    try:
+        return target(*positional, **options)
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{field}={text!r}: an option has a wrong type or size: {error}"
+        ) from error
 
 
 def values(
@@ -124,17 +129,16 @@ def values(
 
 
 def texts(given: Any) -> list[Any]:
-    """The texts of a tuple, or of one text: "cfg(3), clip()" -> ["cfg(3)", "clip()"]."""
+    """One text for each component: "cfg(3), clip()" -> ["cfg(3)", "clip()"], none for ""."""
     if isinstance(given, tuple | list):
         return list(given)
-    text = given
-    if text == "" or not isinstance(text, str):
-        return [] if text == "" else [text]
+    if given == "" or not isinstance(given, str):
+        return [] if given == "" else [given]
     try:
-        node = ast.parse(text.strip(), mode="eval").body if _short(text) else None
+        node = ast.parse(given.strip(), mode="eval").body if _short(given) else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         node = None
-    return [ast.unparse(e) for e in node.elts] if isinstance(node, ast.Tuple) else [text]
+    return [ast.unparse(e) for e in node.elts] if isinstance(node, ast.Tuple) else [given]
 
 
 def _short(text: str) -> bool:

@@ -85,12 +85,14 @@ def test_sample(trained):
     workdir, command = trained
     shown = ["--config.sampler.preview_every=2", "--config.samples.gif=True"]
     smaller = "--config.sampler.batch_size=10"
-    succeed(*command, "--mode=sample", "--config.sampler.guidance=3.0", *shown, smaller)
+    succeed(*command, "--mode=sample", "--config.sampler.guidance=cfg(3.0)", *shown, smaller)
     drawn = np.load(workdir / "samples" / "samples.npz")
     assert drawn["x"].shape == (20, 8, 8, 1)
     np.testing.assert_array_equal(drawn["label"], np.arange(20) % 10)
     image = Image.open(workdir / "samples" / "000013.png")
-    assert image.size == (8, 8) and image.text["label"] == "3" and image.text["guidance"] == "3.0"
+    assert (
+        image.size == (8, 8) and image.text["label"] == "3" and image.text["guidance"] == "cfg(3.0)"
+    )
     assert (workdir / "samples" / "grid.png").exists()
     names = [f"preview_{batch:03d}_{evaluation:04d}" for batch in (0, 1) for evaluation in (2, 4)]
     assert sorted(p.stem for p in (workdir / "samples").glob("preview*")) == names
@@ -105,8 +107,7 @@ def test_evaluate(trained):
         "--config.evaluation.likelihood=bound(draws=3)",
         "--config.evaluation.likelihood_count=20",
         "--config.sampler.corrector=langevin(snr=0.1)",
-        "--config.sampler.guidance_method=adaptive_projected(momentum=0.0)",
-        "--config.sampler.guidance_high=3",
+        "--config.sampler.guidance=('cfg(2)', 'adaptive_projected(momentum=0)', 'interval(0, 3)')",
     )
     assert "recognises" in text and "held-out: " in text and "bits/dim (20 examples" in text
     judged = json.loads((workdir / "evaluation.json").read_text())

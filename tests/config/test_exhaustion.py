@@ -37,7 +37,7 @@ def test_devices_out_of_memory(text, size):
         *(["parallel"] if "parallel" in digits.get_config() else []),
         "optimizer.name",
         "sampler.batch_size",
-        "sampler.guidance_split",
+        "sampler.guidance",
     ]
     assert "config.train.batch_size=64:" in others[0]
     assert "goes on from the last one" in others[-1]

@@ -9,6 +9,7 @@ from configs import digits, digits_classifier, toy2d
 from diffusion.conditioning import Conditioning
 from diffusion.config import reference_runs
 from diffusion.config.experiment import build
+from diffusion.denoiser import as_estimate
 from diffusion.levels import NoiseLevel
 from diffusion.modes.drawer import Drawer
 from diffusion.runs import workdir as workdirs
@@ -18,7 +19,7 @@ def small(module, **overrides):
     c = module.get_config()
     c.model.unet.update(widths=(4, 4), norm_groups=2, num_heads=2, attention=0)
     c.model.dit.update(width=16, depth=2, heads=2)
-    c.sampler.steps, c.sampler.batch_size, c.sampler.guidance = 3, 4, 2.0
+    c.sampler.steps, c.sampler.batch_size, c.sampler.guidance = 3, 4, "cfg(2), clip()"
     for name, value in overrides.items():
         c.update_from_flattened_dict({name.replace("__", "."): value})
     return c
@@ -52,13 +53,11 @@ def runs(tmp_path_factory):
 
 
 def setting(runs, text):
-    """sampler fields from "name=value ..."; @name is a run's directory."""
-    fields = {}
-    for name, value in (part.split("=", 1) for part in text.split(" ")):
-        kind = type(digits.get_config().sampler[name])
-        value = str(runs[value[1:]]) if value[0] == "@" else value
-        fields[f"sampler__{name}"] = value == "True" if kind is bool else kind(value)
-    return fields
+    """Fields of "links; negative=value"; @name is a run's directory."""
+    links, _, negative = text.partition("; negative=")
+    for name, directory in runs.items():
+        links = links.replace(f"@{name}", repr(str(directory)))
+    return {"sampler__guidance": links} | ({"samples__negative": int(negative)} if negative else {})
 
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 1)), jnp.float32)
@@ -89,29 +88,25 @@ def score():
 
 
 METHODS = [
-    ("guidance=2", 2 * GOOD - NULL),
-    ("guidance=1", GOOD),
-    ("guidance_split=True", 2 * GOOD - NULL),
-    ("negative=8", 2 * GOOD - EIGHT),
-    ("guidance_low=0.2 guidance_high=0.7", GOOD),
-    ("guidance_low=0.2 guidance_high=0.8", 2 * GOOD - NULL),
-    ("guidance_method=rescaled(phi=0.0)", 2 * GOOD - NULL),
-    ("guidance_method=adaptive_projected(eta=1.0,momentum=0.0)", 2 * GOOD - NULL),
-    ("autoguidance=@weak", 2 * GOOD - WEAK),
-    ("classifier=@classifier guidance=1 classifier_scale=2", GOOD + 2 * 0.36 / 0.8 * score()),
-    ("guidance=1 perturbed_attention=2", GOOD),  # these networks have no attention
-    ("guidance=200 clip=False", NULL + 200 * (GOOD - NULL)),
-    ("guidance=200", jnp.clip(NULL + 200 * (GOOD - NULL), -1, 1)),
-    ("guidance=200 threshold=dynamic_threshold(largest=1.0)", None),
+    ("cfg(2)", 2 * GOOD - NULL),
+    ("cfg(1)", GOOD),
+    ("", GOOD),
+    ("cfg(2); negative=8", 2 * GOOD - EIGHT),
+    ("cfg(2), interval(0.2, 0.7)", GOOD),
+    ("cfg(2), interval(0.2, 0.8)", 2 * GOOD - NULL),
+    ("autoguidance(@weak, 2)", 2 * GOOD - WEAK),
+    ("classifier(@classifier, scale=2)", GOOD + 2 * 0.36 / 0.8 * score()),
+    ("cfg(1), perturbed_attention(2)", GOOD),  # these networks have no attention
+    ("cfg(200)", NULL + 200 * (GOOD - NULL)),
+    ("cfg(200), clip()", jnp.clip(NULL + 200 * (GOOD - NULL), -1, 1)),
+    ("cfg(200), dynamic_threshold(largest=1)", jnp.clip(NULL + 200 * (GOOD - NULL), -1, 1)),
 ]
 
 
 @pytest.mark.parametrize("text, expected", METHODS, ids=lambda value: str(value)[:40])
 def test_settings_mean_their_equations(runs, text, expected):
     guide = build(small(digits, **setting(runs, text))).guidance
-    x0 = guide.guide(NETWORKS, COND, guide.sampler.guidance)(X, LEVEL).x0
-    if expected is None:
-        expected = jnp.clip(NULL + 200 * (GOOD - NULL), -1, 1)
+    x0 = as_estimate(guide.guide(NETWORKS, COND, guide.chain)(X, LEVEL)).x0
     np.testing.assert_allclose(x0, expected, atol=1e-4)
 
 
@@ -123,8 +118,8 @@ def test_other_schedules_are_translated(runs):
         asked.append((x, level))
         return x.reshape(len(x), -1)[:, :10]
 
-    guide = build(small(digits, **setting(runs, "classifier=@edm_classifier"))).guidance
-    run = guide.classifier
+    guide = build(small(digits, **setting(runs, "classifier(@edm_classifier)"))).guidance
+    run = guide.runs["classifier"]
     assert not run.same_schedule
     reference_runs.at_its_levels(classify, run)(X, LEVEL)
     x, level = asked[0]
@@ -135,8 +130,8 @@ def test_other_schedules_are_translated(runs):
 def test_draws_with_everything_at_once(runs, monkeypatch):
     """An unconditional model told what to draw by a classifier; memory, PAG, two networks."""
     monkeypatch.setattr(reference_runs.Run, "params", lambda run: parameters(run.objective, 0.2))
-    text = "autoguidance=@unconditional classifier=@classifier perturbed_attention=1 "
-    text += "guidance_high=5 guidance_method=adaptive_projected(eta=0.5)"
+    text = "autoguidance(@unconditional, 2), adaptive_projected(0.5), perturbed_attention(1), "
+    text += "classifier(@classifier), interval(high=5), clip()"
     fields = setting(runs, text) | {"objective__conditional": False}
     experiment = build(small(digits, **fields))
     assert experiment.num_classes == 0 and experiment.guidance.num_classes == 10
@@ -148,23 +143,22 @@ def test_draws_with_everything_at_once(runs, monkeypatch):
 
 
 MISTAKES = [
-    ("guidance_method=rescale", r"guidance_method: unknown 'rescale'.*Did you mean 'rescaled'"),
-    ("guidance_method=rescaled(phi=2.0)", r"guidance_method=.*phi must lie in \[0, 1\]"),
-    ("guidance_method=rescaled(space='e')", r"guidance_method: space: unknown 'e'; .*edm, eps"),
-    ("guidance_method=adaptive_projected(momentum=-2.0)", r"guidance_method=.*momentum must lie"),
-    ("guidance_low=3 guidance_high=2", r"guidance_low < guidance_high .*got 3.0 and 2.0"),
-    ("negative=10", r"negative=10 is no label; choose 0\.\.9"),
-    ("autoguidance=@weak negative=3", r"config\.sampler\.negative has no place there"),
-    ("autoguidance=/nowhere", r"autoguidance='/nowhere' is not the workdir of a run"),
-    ("autoguidance=@classifier", r"autoguidance=.* holds a run of classification; expected deno"),
-    ("classifier=@weak", r"classifier=.* holds a run of denoising; .*digits_classifier"),
-    ("threshold=dynamic", r"threshold: unknown 'dynamic'; .*Did you mean 'dynamic_threshold'"),
-    ("threshold=dynamic_threshold(quantile=3.0)", r"threshold=.*quantile must lie in \(0, 1\]"),
+    ("cfg(2), rescal(0.7)", r"guidance: unknown 'rescal'.*Did you mean 'rescale'"),
+    ("cfg(2), rescale(2)", r"guidance=.*phi must lie in \[0, 1\]"),
+    ("cfg('strong')", r"guidance=.*scale must be a number"),
+    ("rescale(0.7), cfg(2)", r"guidance=.*cfg guides the model itself: it stands before rescale"),
+    ("instruct(7.5, 1.5)", r"guidance=.*instruct guides networks that edit pictures"),
+    ("cfg(2); negative=10", r"samples\.negative=10 is no label; choose 0\.\.9"),
+    ("autoguidance(@weak, 2); negative=3", r"config\.samples\.negative=3 has no place there"),
+    ("autoguidance('/nowhere', 2)", r"autoguidance's run='/nowhere' is not the workdir of a run"),
+    ("autoguidance(@classifier, 2)", r"run=.* holds a run of classification; expected deno"),
+    ("classifier(@weak)", r"classifier's run=.* holds a run of denoising; .*digits_classifier"),
+    ("dynamic", r"unknown 'dynamic'; .*Did you mean 'dynamic_threshold'"),
     (
-        "perturbed_attention=1 perturbed_blocks=attic",
-        r"perturbed_blocks='attic' names no self-attention of this unet; it has mid_block/att",
+        "cfg(1), perturbed_attention(1, 'attic')",
+        r"blocks='attic' names no self-attention of this network; it has mid_block/att",
     ),
-    ("perturbed_attention=1 perturbed_blocks=(", r"perturbed_blocks='\(' is no regular"),
+    ("cfg(1), perturbed_attention(1, '(')", r"blocks='\(' is no regular"),
 ]
 
 
@@ -172,30 +166,31 @@ MISTAKES = [
 def test_mistakes_are_named(runs, text, message):
     with pytest.raises(ValueError, match=message) as error:
         build(small(digits, **setting(runs, text)))
-    assert "config.sampler." in str(error.value)
+    assert "config.sampl" in str(error.value)
 
 
 def test_what_does_not_fit_the_model_is_named(runs):
     unconditional = dict(objective__conditional=False)
     for fields, message in [
-        (unconditional | {"sampler__negative": 1}, "this model has none"),
-        (unconditional | {"sampler__autoguidance": str(runs["weak"])}, "is class-conditional"),
+        (unconditional | {"samples__negative": 1}, "this model has none"),
+        (unconditional | setting(runs, "autoguidance(@weak, 2)"), "is class-conditional"),
+        ({"samples__negative": "red"}, r"samples\.negative='red': this model knows no captions"),
         (
             dict(objective__schedule="rectified_flow", objective__prediction="flow")
-            | {"sampler__guidance_method": "rescaled(space='eps')"},
+            | {"sampler__guidance": "cfg(2), rescale(space='eps')"},
             "says nothing about x_0 at alpha = 0",
         ),
         (
-            dict(model__name="dit", model__dit__scan=True, sampler__perturbed_attention=1.0)
-            | {"sampler__perturbed_blocks": "blocks_1"},
+            dict(model__name="dit", model__dit__scan=True)
+            | {"sampler__guidance": "cfg(1), perturbed_attention(1, 'blocks_1')"},
             "it has blocks/attn/",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
             build(small(digits, **fields))
     toy = toy2d.get_config()
-    toy.sampler.perturbed_attention = 1.0
-    with pytest.raises(ValueError, match="names no self-attention of this mlp; it has none"):
+    toy.sampler.guidance = "cfg(1), perturbed_attention(1)"
+    with pytest.raises(ValueError, match="names no self-attention of this network; it has none"):
         build(toy)
     with pytest.raises(ValueError, match=r"config\.objective\.name='classification' needs labels"):
         build(small(toy2d, objective__name="classification"))
@@ -205,9 +200,18 @@ def test_what_does_not_fit_the_model_is_named(runs):
         build(small(digits, objective__name="clasification"))
 
 
+def test_a_bare_number_is_refused():
+    with pytest.raises(ValueError, match=r"guidance=3.0: expected texts such as 'cfg\(3.0\)'"):
+        build(small(digits, sampler__guidance=3.0))
+
+
 def test_settings_without_effect_are_noted():
-    assert "no effect" in build(small(digits, sampler__guidance=1.0, sampler__negative=3)).notes[0]
-    assert "without classifier" in build(small(digits, sampler__classifier_scale=2.0)).notes[0]
-    negative = small(digits, objective__label_dropout=0.0, sampler__negative=3)
-    assert build(negative).notes == ()  # a label to steer away from needs no null class
-    assert build(small(digits)).notes == ()
+    def notes(**fields):
+        return build(small(digits, **fields)).notes
+
+    alone = notes(sampler__guidance="cfg(1), rescale()", samples__negative=3)
+    assert "the model alone: rescale, samples.negative has no effect" in alone[0]
+    assert "has no effect without cfg" in notes(sampler__guidance="", samples__negative=3)[0]
+    negative = dict(objective__label_dropout=0.0, samples__negative=3)
+    assert notes(**negative) == ()  # a label to steer away from needs no null class
+    assert notes() == ()

@@ -53,7 +53,7 @@ def test_pictures_with_their_settings(folder, tmp_path, capsys):
     np.testing.assert_array_equal(again, np.asarray(Image.open(paths[0])))
 
 
-def test_shortcuts(folder, tmp_path):
+def test_acceleration(folder, tmp_path):
     """A refresh at each evaluation is the full sampler; other schedules compile nothing anew."""
 
     def picture(**changes):
@@ -62,11 +62,26 @@ def test_shortcuts(folder, tmp_path):
         return np.asarray(Image.open(last), np.int32)
 
     full = picture(negative="blurry")
-    fields = {"negative": "blurry", "merge_from": 64}
-    assert np.abs(picture(**fields, cache="every(n=1)") - full).max() <= 1
-    assert np.abs(picture(**fields, cache="every(n=4)") - full).max() > 1
-    with pytest.raises(ValueError, match=r"cache_keep=9.*skip connections"):
-        picture(cache="every(n=2)", cache_keep=9)
+    same = picture(negative="blurry", acceleration="cache(every(1))")
+    assert np.abs(same - full).max() <= 1
+    other = picture(negative="blurry", acceleration="cache(every(4))")
+    assert np.abs(other - full).max() > 1
+    with pytest.raises(ValueError, match=r"acceleration=.*keep=9.*skip connections"):
+        picture(acceleration="cache(every(2), keep=9)")
+
+
+@pytest.mark.parametrize(
+    "guidance, message",
+    [
+        (7.5, r"config\.sampler\.guidance=7.5: expected texts such as 'cfg\(7.5\)'"),
+        ("instruct(7.5, 1.5)", r"config\.sampler\.guidance=.*instruct is for networks that edit"),
+        ("autoguidance('run', 2)", r"config\.sampler\.guidance=.*autoguidance is for runs"),
+        ("cfg(7.5), rescale(2)", r"config\.sampler\.guidance=.*phi must lie in \[0, 1\]"),
+    ],
+)
+def test_guidance_that_does_not_fit(folder, guidance, message):
+    with pytest.raises(ValueError, match=message):
+        request.read(config(folder, guidance=guidance))
 
 
 def image_file(tmp_path, size=(20, 37)):

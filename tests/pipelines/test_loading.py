@@ -15,6 +15,7 @@ from diffusion.pipelines.codec import decode
 from diffusion.pipelines.from_pretrained import load_pipeline, open_pipeline, save_pipeline
 from diffusion.pipelines.prompts import encode_prompts
 from diffusion.pretrained.schedulers import from_diffusers
+from diffusion.sampling.guidance.links import cfg
 from diffusion.sampling.sample import image_keys, image_noise
 
 PROMPTS = ["a photo of a cat", "the small red house at night"]
@@ -28,7 +29,7 @@ def draw(pipeline, params, negative):
         cond, null = (tasks.micro_conditioning(c, (16, 16)) for c in (cond, null))
     sampler = from_diffusers(pipeline.scheduler, 4)
     latents = tasks.text_to_image(
-        pipeline, params, sampler, KEYS, cond, null, size=(16, 16), scale=3.0
+        pipeline, params, sampler, KEYS, cond, null, size=(16, 16), guidance=(cfg(3.0),)
     )
     return np.asarray(decode(pipeline, params, latents))
 

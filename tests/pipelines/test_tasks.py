@@ -18,10 +18,12 @@ from diffusion.pipelines.pipeline import Pipeline
 from diffusion.pretrained import names
 from diffusion.pretrained.networks import autoencoder_kl, dit, unet
 from diffusion.pretrained.schedulers import from_diffusers
+from diffusion.sampling.guidance.links import cfg, instruct, rescale
 from diffusion.sampling.sample import image_keys, image_noise
 
 BATCH, TOLERANCE = 2, 1e-3
 KEYS = image_keys(0, range(BATCH))
+CFG = (cfg(3.0),)
 NOISE = np.asarray(image_noise(KEYS, (8, 8, 4)))
 RNG = np.random.default_rng(0)
 CONTEXT, NULL = RNG.normal(size=(2, BATCH, 5, 32)).astype(np.float32)
@@ -120,19 +122,19 @@ def test_text_to_image(scheduler):
     given, prompt = prompts()
     given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
     expected, sampler = run(theirs, ours, scheduler, given)
-    latents = tasks.text_to_image(ours, params, sampler, KEYS, *prompt, scale=3.0)
+    latents = tasks.text_to_image(ours, params, sampler, KEYS, *prompt, guidance=CFG)
     assert_same(ours, params, latents, expected)
 
 
 def test_text_to_image_unguided_and_rescaled():
     theirs, ours, params = both("StableDiffusionPipeline", "ddim")
     size = {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
-    for guided, rescale in ((False, 0.0), (True, 0.7)):
+    for guided, phi in ((False, 0.0), (True, 0.7)):
         given, prompt = prompts(guided)
-        given |= size | {"guidance_rescale": rescale}
+        given |= size | {"guidance_rescale": phi}
         expected, sampler = run(theirs, ours, "ddim", given)
         latents = tasks.text_to_image(
-            ours, params, sampler, KEYS, *prompt, scale=3.0, rescale=rescale
+            ours, params, sampler, KEYS, *prompt, guidance=(cfg(3.0), rescale(phi))
         )
         assert_same(ours, params, latents, expected)
 
@@ -145,7 +147,7 @@ def test_image_to_image(scheduler):
     expected, sampler = run(
         theirs, ours, scheduler, given, [posterior_noise(), NOISE], strength=0.5
     )
-    latents = tasks.image_to_image(ours, params, sampler, KEYS, *prompt, IMAGES, scale=3.0)
+    latents = tasks.image_to_image(ours, params, sampler, KEYS, *prompt, IMAGES, guidance=CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -166,7 +168,15 @@ def test_inpaint(channels, scheduler, strength):
         theirs, ours, scheduler, given, [*drawn, NOISE, masked], strength=strength
     )
     latents = tasks.inpaint(
-        ours, params, sampler, KEYS, *prompt, IMAGES, MASK, strength=strength or 1.0, scale=3.0
+        ours,
+        params,
+        sampler,
+        KEYS,
+        *prompt,
+        IMAGES,
+        MASK,
+        strength=strength or 1.0,
+        guidance=CFG,
     )
     assert_same(ours, params, latents, expected)
 
@@ -179,7 +189,7 @@ def test_instruct(scheduler):
     given["latents"] = tiny.torch_image(NOISE)
     expected, sampler = run(theirs, ours, scheduler, given)
     latents = tasks.instruct(
-        ours, params, sampler, KEYS, cond, null, IMAGES, scale=3.0, image_scale=1.5
+        ours, params, sampler, KEYS, cond, null, IMAGES, guidance=(instruct(3.0, 1.5),)
     )
     assert_same(ours, params, latents, expected)
 
@@ -197,7 +207,9 @@ def test_upscale(scheduler):
     given["latents"] = tiny.torch_image(NOISE)
     drawn = [image_noise(folded(KEYS, tasks.LOW_RES), (8, 8, 3))]
     expected, sampler = run(theirs, ours, scheduler, given, drawn)
-    latents = tasks.upscale(ours, params, sampler, KEYS, *prompt, small, noise_level=70, scale=3.0)
+    latents = tasks.upscale(
+        ours, params, sampler, KEYS, *prompt, small, noise_level=70, guidance=CFG
+    )
     assert_same(ours, params, latents, expected)
 
 
@@ -206,7 +218,7 @@ def test_class_to_image(scheduler):
     theirs, ours, params = both("DiTPipeline", scheduler, kind="dit")
     given = {"class_labels": [3, 999], "guidance_scale": 3.0, "output_type": "np"}
     expected, sampler = run(theirs, ours, scheduler, given, [NOISE])
-    latents = tasks.class_to_image(ours, params, sampler, KEYS, [3, 999], scale=3.0)
+    latents = tasks.class_to_image(ours, params, sampler, KEYS, [3, 999], guidance=CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -216,7 +228,7 @@ def test_distilled_guidance():
     given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE), "guidance_scale": 1.5}
     noises = [image_noise(KEYS, (8, 8, 4), r + 1) for r in range(3)]
     expected, sampler = run(theirs, ours, "lcm", given, noises)
-    latents = tasks.text_to_image(ours, params, sampler, KEYS, cond, null, scale=1.5)
+    latents = tasks.text_to_image(ours, params, sampler, KEYS, cond, null, guidance=(cfg(1.5),))
     assert_same(ours, params, latents, expected)
 
 
@@ -243,7 +255,7 @@ def test_sdxl(scheduler):
     given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
     given |= {"original_size": (40, 24), "crops_coords_top_left": (2, 3)}
     expected, sampler = run(theirs, ours, scheduler, given)
-    latents = tasks.text_to_image(ours, params, sampler, KEYS, *prompt, scale=3.0)
+    latents = tasks.text_to_image(ours, params, sampler, KEYS, *prompt, guidance=CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -254,7 +266,7 @@ def test_sdxl_image_to_image(scheduler):
     given |= {"image": tiny.torch_image(IMAGES), "strength": 0.5}
     drawn = [posterior_noise(), NOISE]
     expected, sampler = run(theirs, ours, scheduler, given, drawn, strength=0.5)
-    latents = tasks.image_to_image(ours, params, sampler, KEYS, *prompt, IMAGES, scale=3.0)
+    latents = tasks.image_to_image(ours, params, sampler, KEYS, *prompt, IMAGES, guidance=CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -282,8 +294,8 @@ def test_sdxl_with_refiner(scheduler):
     given |= {"denoising_start": fraction, "num_inference_steps": steps, "image": between}
     with torch.no_grad(), tiny.noises(*(again if stochastic else [])):
         expected = refiner(**given).images
-    latents = tasks.text_to_image(our_base, base_params, first, KEYS, *prompt, scale=3.0)
+    latents = tasks.text_to_image(our_base, base_params, first, KEYS, *prompt, guidance=CFG)
     refined = tasks.refine(
-        our_refiner, refiner_params, last, KEYS, *refined_prompt, latents, scale=3.0
+        our_refiner, refiner_params, last, KEYS, *refined_prompt, latents, guidance=CFG
     )
     assert_same(our_refiner, refiner_params, refined, expected)

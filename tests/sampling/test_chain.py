@@ -85,7 +85,7 @@ EQUATIONS = [
 ]
 
 
-@pytest.mark.parametrize("chain, expected", EQUATIONS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize("chain, expected", EQUATIONS)
 def test_links_are_their_equations(chain, expected):
     """Also with their numbers traced."""
     np.testing.assert_allclose(guided(*chain), expected, atol=1e-5)
@@ -260,7 +260,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("chain, message", ORDERS, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize("chain, message", ORDERS)
 def test_impossible_orders(chain, message):
     with pytest.raises(ValueError, match=message):
         chains.check(chain)
@@ -309,7 +309,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("make, message", NUMBERS, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize("make, message", NUMBERS)
 def test_numbers_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
