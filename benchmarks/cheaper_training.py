@@ -59,7 +59,7 @@ COUPLED: dict[str, Overrides] = {
 LOGIT_NORMAL: Overrides = {"objective.times": "logit_normal"}
 ALIGNED: dict[str, Overrides] = {
     "alignment": {},
-    "alignment, half of the steps": {"alignment.stop": 0.5},
+    "alignment, half of the steps": {},
 }
 VARIANTS: dict[str, dict[str, Overrides]] = {
     "v": {
@@ -128,9 +128,9 @@ def make(base: str, name: str, overrides: Overrides, steps: int, encoder: str) -
     config.train.steps = steps
     fields = {**BASES[base], **overrides}
     if "alignment" in name:
-        fields["alignment.encoder"] = encoder
-        fields["alignment.hidden"] = 256
-        fields["alignment.stop"] = int(steps * fields.get("alignment.stop", 0))
+        stop = steps // 2 if "half" in name else 0
+        term = f"alignment(encoder={encoder!r}, hidden=256, stop={stop})"
+        fields["objective.terms"] = term
     config.update_from_flattened_dict(fields)
     return build(config)
 
@@ -242,7 +242,7 @@ def loss(experiment: Experiment) -> Callable[[Any, int], float]:
     plain = digits.get_config()
     for field in ("times", "weighting", "coupling"):
         config.objective[field] = plain.objective[field]
-    config.alignment.encoder = ""
+    config.objective.terms = ()
     validate = validation.make(
         build(config).objective,
         experiment.held_out,

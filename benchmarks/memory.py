@@ -40,6 +40,7 @@ from diffusion import denoiser, ema, predictions, schedules
 from diffusion.models import unet
 from diffusion.models.dit import DiT, preset
 from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.objective import Context
 from diffusion.training import optimizers, parallel
 from diffusion.training.state import TrainState, create
 from diffusion.training.step import make_train_step
@@ -136,7 +137,7 @@ def activation_bytes(case: Case, params: Any) -> int:
 
     def kept(count: int) -> int:
         def backward(params, batch, key):
-            return jax.vjp(lambda p: case.objective.loss(p, None, batch, key)[0], params)[1]
+            return jax.vjp(lambda p: case.objective.loss(p, Context(), batch, key)[0], params)[1]
 
         residuals = jax.eval_shape(backward, params, case.batch(count), jax.random.key(0))
         return sum(

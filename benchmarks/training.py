@@ -42,6 +42,7 @@ from configs import digits, toy2d
 from diffusion import compiler, ema
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
+from diffusion.objectives.objective import Context
 from diffusion.training import parallel
 from diffusion.training.loop import fit
 from diffusion.training.state import create
@@ -169,7 +170,7 @@ def bare_loop(experiment: Experiment) -> Callable[[int], float]:
 
         def loss_fn(params):
             noise_key = jax.random.fold_in(key, count)
-            return objective.loss(params, None, {**batch, "step": count}, noise_key)
+            return objective.loss(params, Context(step=count), batch, noise_key)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)

@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     c.model.text.heads = 3
 
     c.objective = ConfigDict()
-    c.objective.name = "denoising"  # or classification, of noised examples, or autoencoding
+    c.objective.name = "denoising"  # consistency; classification, of noised examples; autoencoding
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"  # eps, x0, v, flow or edm
     c.objective.c_noise = "auto"  # ddpm_index, thousand_t, log_sigma; auto goes by the schedule
@@ -93,21 +93,22 @@ def get_config() -> ConfigDict:
     c.objective.conditional = True  # use labels or captions, where the data have them
     # Share trained without label or caption, for classifier-free guidance.
     c.objective.label_dropout = 0.1
-    c.objective.noise_offset = 0.0  # strength of noise that is the same in all of a channel
-    c.objective.input_perturbation = 0.0  # strength of noise that the target does not know of
-    c.objective.uncertainty = False  # weight each noise level by its learned uncertainty (EDM2)
-    c.objective.learned_variance = False  # improved DDPM's hybrid loss; needs discrete times
-    c.objective.vlb_weight = 1e-3
+    # How noise is drawn. offset: strength of noise that is the same in all of a channel;
+    # perturbation: strength of noise in the input that the target does not have.
+    c.objective.noise = "gaussian(offset=0.0, perturbation=0.0)"
+    # What changes the loss besides, one after another: a term or several, such as
+    # ("variational_bound(weight=1e-3)", "uncertainty()").
+    # - uncertainty(): weighs each noise level by its learned uncertainty (EDM2)
+    # - variational_bound(weight=1e-3): learned variances (improved DDPM); needs discrete times
+    # - alignment(encoder="...", block=0, weight=0.5, stop=0, hidden=2048): aligns inner tokens with
+    #   an encoder's (REPA; config/alignment.py says what the options are)
+    c.objective.terms = FieldReference((), field_type=object)
 
-    c.alignment = ConfigDict()  # REPA: inner tokens are aligned with an encoder's, in training
-    # Folder of transformers' DINOv2 or CLIP vision model, or a classifier's workdir; empty: none
-    c.alignment.encoder = ""
-    # Whose tokens, counted from 1: a dit's blocks; a unet's levels going down, then its mid block.
-    # 0: a third of a dit's blocks, the mid block
-    c.alignment.block = 0
-    c.alignment.weight = 0.5
-    c.alignment.stop = 0  # steps after which it ends; 0: none
-    c.alignment.hidden = 2048  # width of the projector, which is trained too
+    c.consistency = ConfigDict()  # objective.name="consistency"
+    c.consistency.teacher = ""  # workdir of a denoiser; empty: consistency training, without one
+    c.consistency.nodes = 18  # steps that the teacher takes from noise to data
+    c.consistency.solver = "heun"  # of each of these steps: heun or euler
+    c.consistency.target = "ema"  # the average that is learned from, or params, the student itself
 
     c.autoencoding = ConfigDict()  # objective.name="autoencoding"
     c.autoencoding.distance = "l1"  # or l2

@@ -8,7 +8,7 @@ PIPELINE is a folder as diffusers saves one, or has its subfolders ``unet``, ``v
 ``caption`` [N]. Latents and text embeddings are computed once, into CACHE. The result is
 ``runs/tuned/pipeline``, which diffusers loads.
 
-Options people use: ``--config.objective.noise_offset=0.1``, ``input_perturbation=0.1``,
+Options people use: ``--config.objective.noise="gaussian(offset=0.1, perturbation=0.1)"``,
 ``weighting="min_snr(gamma=5)"``; v-prediction with zero terminal SNR is
 ``prediction=v`` with ``schedule="zero_terminal_snr(scaled_linear)"``.
 

@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     c.objective.prediction = "eps"
     c.objective.times = "discrete"
     c.objective.stratified = False
-    c.objective.learned_variance = True
+    c.objective.terms = "variational_bound()"
 
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 1e-4

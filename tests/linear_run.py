@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from diffusion import ema
 from diffusion.training import loop, optimizers
@@ -25,12 +26,39 @@ class Linear:
     def init(self, key, batch):
         return {"w": angles(key, jnp.arange(6)).reshape(3, 2), "b": jnp.zeros(2)}
 
-    def loss(self, params, frozen, batch, key, train=True):
+    def loss(self, params, context, batch, key):
         x = batch["x"] + 0.2 * angles(key, 3 * batch["index"][:, None] + jnp.arange(3))
         error = x @ params["w"] + params["b"] - batch["y"]
-        if frozen is not None:
-            error = error + frozen["offset"]
+        if context.frozen is not None:
+            error = error + context.frozen["offset"]
         return jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error))}
+
+
+@dataclass(frozen=True)
+class Rivals(Linear):
+    """Regression weighted by a second network, which learns how large the error is."""
+
+    tx = optax.adam(0.05)
+
+    def extra(self, key, batch):
+        params = {"a": angles(key, jnp.arange(3))}
+        return {"params": params, "opt_state": self.tx.init(params)}
+
+    def step(self, tools, state, frozen, batch, key):
+        context, old = tools.context(state, frozen), state.extra
+
+        def losses(both, piece):
+            loss, metrics = self.loss(both[0], context, piece, key)
+            guess = jnp.mean(jnp.square(piece["x"] @ both[1]["a"]))
+            weight = 1 + 0.1 * jax.lax.stop_gradient(guess)
+            return weight * loss + (guess - jax.lax.stop_gradient(loss)) ** 2, metrics
+
+        both = state.params, old["params"]
+        grads, metrics = tools.gradients(losses, both, batch)
+        updates, opt_state = self.tx.update(grads[1], old["opt_state"], old["params"])
+        extra = {"params": optax.apply_updates(old["params"], updates), "opt_state": opt_state}
+        new = tools.updated(state, grads[0]).replace(extra=extra)
+        return tools.finish(state, new, grads, metrics)
 
 
 def batch_of(step, size=8):

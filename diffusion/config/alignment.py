@@ -1,7 +1,6 @@
-"""From ``config.alignment`` to the encoder that inner tokens are aligned with in training.
+"""The term ``alignment``: from its spec to the encoder that inner tokens are aligned with.
 
-``config.alignment.encoder`` names a folder of transformers' DINOv2 or CLIP vision model, here or on
-the hub, or the workdir of a classifier. Only training needs it: samples are drawn without.
+Only training needs the encoder: samples are drawn without.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from ml_collections import ConfigDict
 from diffusion import pretrained
 from diffusion.config import latents, reference_runs
 from diffusion.config.data import make_images
-from diffusion.config.errors import field
-from diffusion.config.model import DTYPES, other_run
 from diffusion.data.sources import Batch, Source
 from diffusion.levels import Array
 from diffusion.models.clip import ClipVision
@@ -39,6 +36,23 @@ from diffusion.runs import workdir as workdirs
 PREPROCESSOR = "preprocessor_config.json"
 CLIP_NORMAL = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_NORMAL = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a term may need besides its options.
+
+    Attributes:
+      config: the whole config.
+      objective: what the term decorates.
+      train: the training data.
+      load: another run's config -> its objective, number of classes and data shape.
+    """
+
+    config: ConfigDict
+    objective: Denoising
+    train: Source
+    load: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,46 +94,42 @@ class Middle:
         return self.objective.features(params, images)
 
 
-def wanted(config: ConfigDict) -> bool:
-    """Whether the config aligns anything."""
-    return bool(config.alignment.encoder)
+def make(
+    *,
+    encoder: str,
+    block: int = 0,
+    weight: float = 0.5,
+    stop: int = 0,
+    hidden: int = 2048,
+    setting: Setting,
+) -> tuple[Alignment, Source, Any]:
+    """The term, the data with the images that it needs, and the encoder's weights.
 
-
-def without(config: ConfigDict) -> ConfigDict:
-    """The config of the same model, for whatever is not training."""
-    config = config.copy_and_resolve_references()
-    config.alignment.encoder = ""
-    return config
-
-
-def attach(
-    config: ConfigDict, objective: Any, train: Source
-) -> tuple[Denoising, Source, dict[str, Any]]:
-    """The objective with its alignment, the data with the images that it needs, and the weights.
+    Args:
+      encoder: folder of transformers' DINOv2 or CLIP vision model, here or on the hub, or the
+        workdir of a classifier.
+      block: whose tokens, counted from 1: a dit's blocks; a unet's levels going down, then its mid
+        block. 0: a third of a dit's blocks, the mid block.
+      weight: of the loss.
+      stop: steps after which it ends; 0: it stays.
+      hidden: width of the projector, which is trained too.
+      setting: what the config describes besides.
 
     Raises:
-      ValueError: the encoder, the block or the data do not fit; the message names the field.
+      ValueError: the encoder, the block or the data do not fit.
     """
-    c, name = config.alignment, "config.alignment"
-    if not isinstance(objective, Denoising):
-        raise ValueError(
-            f"{name}.encoder={c.encoder!r} is for config.objective.name='denoising', not "
-            f"{config.objective.name!r}"
-        )
-    block = _block(c.block, objective.network)
-    train, shape = _with_images(config, train)
-    encoder, params = _encoder(config, shape)
+    if not isinstance(encoder, str) or not encoder:
+        raise ValueError(f"encoder={encoder!r} must name a folder or a classifier's workdir")
+    for name, value, least in (("weight", weight, 0), ("stop", stop, 0), ("hidden", hidden, 1)):
+        if not least <= value < 2**31:
+            raise ValueError(f"{name}={value} must be a finite number >= {least}")
+    block = _block(block, setting.objective.network)
+    train, shape = _with_images(setting.config, setting.train)
+    features_of, params = _encoder(encoder, setting, shape)
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    with field(f"{name}.encoder={c.encoder!r}"):
-        features = jax.eval_shape(lambda p, x: encoder(p, x, (1, 1)), params, example)
-    alignment = Alignment(
-        encoder=encoder,
-        projector=Projector(features.shape[-1], c.hidden),
-        block=block,
-        weight=c.weight,
-        stop=c.stop or None,
-    )
-    return dataclasses.replace(objective, alignment=alignment), train, {"encoder": params}
+    features = jax.eval_shape(lambda p, x: features_of(p, x, (1, 1)), params, example)
+    projector = Projector(features.shape[-1], hidden)
+    return Alignment(features_of, projector, block, weight, stop or None), train, params
 
 
 def _block(number: int, network: nn.Module) -> int:
@@ -129,9 +139,9 @@ def _block(number: int, network: nn.Module) -> int:
     elif isinstance(network, UNet):
         last = usual = len(network.widths) + 1
     else:
-        raise ValueError("config.alignment.encoder aligns tokens of a unet or dit")
-    if number > last:
-        raise ValueError(f"config.alignment.block={number}: this network has 1..{last}, or 0")
+        raise ValueError("alignment is of the tokens of a unet or dit")
+    if not 0 <= number <= last:
+        raise ValueError(f"block={number}: this network has the blocks 1..{last}; 0 chooses one")
     return number or usual
 
 
@@ -140,14 +150,12 @@ def _with_images(config: ConfigDict, train: Source) -> tuple[Source, tuple[int, 
     c = config.data
     if not c.autoencoder:
         if len(train.shape) != 3 or c.name == "latents":
-            raise ValueError(
-                f"config.alignment.encoder sees images, and config.data.name={c.name!r} has none"
-            )
+            raise ValueError(f"the encoder sees images, and config.data.name={c.name!r} has none")
         return train, train.shape
     if train.buckets:
         raise ValueError(
-            f"config.alignment.encoder with latents of config.data.buckets={c.buckets!r}: images "
-            "are read beside latents of one shape only"
+            f"images are read beside latents of one shape only, not of config.data.buckets="
+            f"{c.buckets!r}"
         )
     images = make_images(c, "train")
     return dataclasses.replace(train, read=partial(_both, train.read, images.read)), images.shape
@@ -157,27 +165,28 @@ def _both(read: Callable, images: Callable, index: np.ndarray) -> Batch:
     return read(index) | {"clean": images(index)["x"]}
 
 
-def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> tuple[Encoder, Any]:
-    path, name = config.alignment.encoder, "config.alignment.encoder"
+def _encoder(path: str, setting: Setting, shape: tuple[int, ...]) -> tuple[Encoder, Any]:
     if workdirs.steps(path):
-        run = reference_runs.opened(path, name, config, Classification, 0, shape, other_run)
+        others = setting.config, Classification, 0, shape, setting.load
+        run = reference_runs.opened(path, "encoder", *others)
         return Middle(run.objective), run.params()
-    folder = latents.located(path, name)
-    with field(f"{name}={path!r}"):
-        module = pretrained.open_model(folder, with_weights=False).module
-        if not isinstance(module, (ClipVision, DinoV2)):
-            raise ValueError(
-                f"a {type(module).__name__} is no encoder of images; expected a folder of "
-                "Dinov2Model or CLIPVisionModelWithProjection, or the workdir of a classifier "
-                "(configs/digits_classifier.py)"
-            )
-        if shape[-1] not in (1, module.channels):
-            raise ValueError(f"it takes {module.channels} channels, and images have {shape[-1]}")
-        mean, std = IMAGENET_NORMAL if isinstance(module, DinoV2) else CLIP_NORMAL
-        file = Path(folder) / PREPROCESSOR
-        if file.exists():
-            fields = json.loads(file.read_text())
-            mean = tuple(fields.get("image_mean", mean))
-            std = tuple(fields.get("image_std", std))
-        params = pretrained.load(folder).params
-    return Patches(module.clone(dtype=DTYPES[config.model.dtype]), mean, std), params
+    folder = latents.located(path, "encoder")
+    module = pretrained.open_model(folder, with_weights=False).module
+    if not isinstance(module, (ClipVision, DinoV2)):
+        raise ValueError(
+            f"encoder={path!r}: a {type(module).__name__} is no encoder of images; expected a "
+            "folder of Dinov2Model or CLIPVisionModelWithProjection, or the workdir of a "
+            "classifier (configs/digits_classifier.py)"
+        )
+    if shape[-1] not in (1, module.channels):
+        raise ValueError(
+            f"encoder={path!r} takes {module.channels} channels, and images have {shape[-1]}"
+        )
+    mean, std = IMAGENET_NORMAL if isinstance(module, DinoV2) else CLIP_NORMAL
+    file = Path(folder) / PREPROCESSOR
+    if file.exists():
+        fields = json.loads(file.read_text())
+        mean = tuple(fields.get("image_mean", mean))
+        std = tuple(fields.get("image_std", std))
+    params = pretrained.load(folder).params
+    return Patches(module.clone(dtype=jnp.dtype(setting.config.model.dtype)), mean, std), params

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pretrained, specs
+from diffusion.config import optimizer
 from diffusion.config.errors import field, wrong_types
 from diffusion.data.sources import Source
 from diffusion.evaluation import figures
@@ -69,8 +70,10 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
         with field(f"{at}.discriminator"):
             judge = PatchDiscriminator(**c.discriminator, dtype=dtype)
             judge.check(shape[0])
+        start = c.adversary_start
+        tx = optimizer.make(config, config.train.steps - start).tx
         adversary = Adversary(
-            judge, discriminator.CHOICES[c.adversary], c.adversary_weight, c.adversary_start
+            judge, tx, discriminator.CHOICES[c.adversary], c.adversary_weight, start
         )
     return Autoencoding(
         network=network,
@@ -83,11 +86,11 @@ def make(config: ConfigDict, shape: tuple[int, ...], dtype: Any) -> Autoencoding
     )
 
 
-def frozen(config: ConfigDict) -> Any:
+def frozen(config: ConfigDict) -> dict[str, Any]:
     """The weights of config.autoencoding.perceptual, where the objective has any."""
     path = config.autoencoding.perceptual
     if config.objective.get("name") != "autoencoding" or not path:
-        return None
+        return {}
     with field("config.autoencoding.perceptual"):
         return {"perceptual": lpips.load(path)}
 

@@ -7,6 +7,7 @@ its field.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,29 @@ from ml_collections import ConfigDict
 from diffusion import ema, specs
 from diffusion.config import (
     acceleration,
-    alignment,
     averages,
+    consistency,
     initialization,
     latents,
+    optimizer,
     pretrained_network,
     ranges,
     sampler,
+    terms,
 )
 from diffusion.config import autoencoder as autoencoding
 from diffusion.config import guidance as guiding
 from diffusion.config.data import augmentation, make_source
 from diffusion.config.errors import field, wrong_types
 from diffusion.config.guidance import Guidance
-from diffusion.config.model import Objective, make_model, other_run
+from diffusion.config.model import make_model, other_run
 from diffusion.data import batches
 from diffusion.data.sources import Source
 from diffusion.evaluation.convergence import deterministic
 from diffusion.evaluation.metrics import bits
 from diffusion.objectives import couplings
 from diffusion.objectives.denoising import Denoising
-from diffusion.objectives.kl_autoencoder import Autoencoding, two_optimizers
+from diffusion.objectives.objective import Context, Objective
 from diffusion.runs import snapshots
 from diffusion.sampling import langevin
 from diffusion.training import optimizers, parallel
@@ -96,11 +99,7 @@ def build(config: ConfigDict) -> Experiment:
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
     _check_data(config, train, held_out)
     objective, num_classes = make_model(config, train)
-    optimizer = _optimizer(config, config.train.steps)
-    if isinstance(objective, Autoencoding) and objective.adversary is not None:
-        start = objective.adversary.start
-        late = _optimizer(config, config.train.steps - start)
-        optimizer = two_optimizers(optimizer, late, start)
+    update = optimizer.make(config, config.train.steps)
     with field("config.ema"), wrong_types():
         profile = specs.value(config.ema, ema.CHOICES, "config.ema")
     drawing, notes = {}, []
@@ -135,41 +134,24 @@ def build(config: ConfigDict) -> Experiment:
                 f"right, its score is not, and config.sampler.solver={config.sampler.solver!r} "
                 "draws noise; ddim, heun and dpmpp_2m do not"
             )
-    frozen = autoencoding.frozen(config)
-    if alignment.wanted(config):
-        objective, train, frozen = alignment.attach(config, objective, train)
-    _check_shapes(objective, train, frozen)
+    objective, train, frozen = terms.attach(config, objective, train, other_run)
+    objective, teacher = consistency.attach(config, objective, num_classes, train.shape, other_run)
+    frozen = frozen | teacher | autoencoding.frozen(config) or None
+    emas = {"ema": profile} | _snapshots(config)
+    _check_shapes(objective, train, frozen, emas)
     return Experiment(
         config=config,
         train=train,
         held_out=held_out,
         objective=objective,
-        optimizer=optimizer,
-        emas={"ema": profile} | _snapshots(config),
+        optimizer=update,
+        emas=emas,
         num_classes=num_classes,
         autoencoder=latents.autoencoder(config.data),
         frozen=frozen,
         notes=tuple(notes),
         **drawing,
     )
-
-
-def _optimizer(config: ConfigDict, steps: int) -> optimizers.Optimizer:
-    c = config.optimizer
-    with field("config.optimizer"):
-        return optimizers.make(
-            c.name,
-            c.learning_rate,
-            warmup=c.warmup,
-            decay=c.decay,
-            decay_start=c.decay_start,
-            steps=steps,
-            b1=c.b1,
-            b2=c.b2,
-            eps=c.eps,
-            weight_decay=c.weight_decay,
-            clip_norm=c.clip_norm or None,
-        )
 
 
 def _snapshots(config: ConfigDict) -> dict[str, ema.Profile]:
@@ -220,7 +202,7 @@ def _check_layout(config: ConfigDict) -> None:
         )
 
 
-def _check_shapes(objective: Objective, train: Source, frozen: Any) -> None:
+def _check_shapes(objective: Objective, train: Source, frozen: Any, emas: Iterable[str]) -> None:
     """Traces initialisation and loss without computing: shape errors show before compilation."""
     first = None
     for part in train.buckets or (train,):
@@ -232,6 +214,9 @@ def _check_shapes(objective: Objective, train: Source, frozen: Any) -> None:
             first = params if first is None else first
             if jax.tree.map(lambda a: a.shape, params) != jax.tree.map(lambda a: a.shape, first):
                 raise ValueError("its parameters depend on the images' size")
-            jax.eval_shape(
-                lambda p, b=batch: objective.loss(p, frozen, b, jax.random.key(0)), params
-            )
+
+            def loss(params, batch=batch):
+                context = Context(frozen, dict.fromkeys(emas, params))
+                return objective.loss(params, context, batch, jax.random.key(0))
+
+            jax.eval_shape(loss, params)

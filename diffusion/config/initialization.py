@@ -25,7 +25,7 @@ from diffusion.runs import workdir as workdirs
 
 REPORT = "init_from.txt"
 
-Initial = Callable[[Callable[[], Any]], Any]
+Initial = Callable[[Any, Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def initial(config: ConfigDict, workdir: str) -> Initial | None:
     if not c.init_from:
         return base
 
-    def load(random: Callable[[], Any]) -> Any:
+    def load(shapes: Any, random: Callable[[], Any]) -> Any:
         root, step = _source(c.init_from)
         with field(f"config.train.init_from={c.init_from!r}"):
             given, found = restore.restore_ema(root, c.init_average, step=step)
-        own = (lambda: base(random)) if base else random
-        params, report = merge(jax.eval_shape(random), own, given, c.init_what)
+        own = (lambda: base(shapes, random)) if base else random
+        params, report = merge(shapes, own, given, c.init_what)
         source = f"{root}, step {found} ({c.init_average})"
         if jax.process_index() == 0:
             workdirs.write_text(Path(workdir) / REPORT, report.text(source))

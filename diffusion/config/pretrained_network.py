@@ -49,12 +49,12 @@ def network(config: ConfigDict, dtype: Any) -> nn.Module:
     return model.module.clone(dtype=dtype, remat=c.remat)
 
 
-def initial(config: ConfigDict) -> Callable[[Callable], Any] | None:
+def initial(config: ConfigDict) -> Callable[[Any, Callable], Any] | None:
     """Gives the parameters that training begins with, in float32; None: random ones."""
     if not wanted(config):
         return None
     path = config.model.path
-    return lambda random: {"network": pretrained.load(path, UNET, dtype=jnp.float32).params}
+    return lambda shapes, random: {"network": pretrained.load(path, UNET, dtype=jnp.float32).params}
 
 
 def scheduler(config: ConfigDict) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
-from diffusion.config import alignment, averages
+from diffusion.config import averages, terms
 from diffusion.config.experiment import Experiment, build
 from diffusion.modes.drawer import Drawer
 from diffusion.runs import workdir as workdirs
@@ -56,7 +56,7 @@ def restore(
 ) -> tuple[Drawer, Any, int]:
     """The drawer, averaged parameters and training step of a run that this config describes."""
     check(config, workdir, (*TRAINING, "train.*"))
-    experiment = announced(alignment.without(config))
+    experiment = announced(terms.for_drawing(config))
     params, step, text = averages.parameters(config, workdir)
     if experiment.guidance is None:
         raise ValueError(

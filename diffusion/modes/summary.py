@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.config.experiment import Experiment
+from diffusion.objectives.objective import Context
 from diffusion.training import flops
 from diffusion.training.state import TrainState, create
 
@@ -48,7 +49,8 @@ def describe(experiment: Experiment) -> Description:
         return create(objective, experiment.optimizer, experiment.emas, key, batch)
 
     def loss(params, frozen, batch):
-        return objective.loss(params, frozen, {**batch, "step": 0}, key, train=True)[0]
+        context = Context(frozen, dict.fromkeys(experiment.emas, params))
+        return objective.loss(params, context, batch, key)[0]
 
     shapes = jax.eval_shape(state, key, batch)
     args = shapes.params, experiment.frozen, batch
@@ -85,6 +87,8 @@ def tell(
     ]
     (workdir / "parameters.txt").write_text("\n".join([*table, f"{count:,} in all"]) + "\n")
     parts = {"parameters": state.params, "optimiser": state.opt_state, "averages": state.ema}
+    if jax.tree.leaves(state.extra):
+        parts["second network"] = state.extra
     sizes = {name: _bytes(tree, shardings) for name, tree in parts.items()}
     memory = ", ".join(f"{name} {_size(n)}" for name, n in sizes.items())
     lines = [

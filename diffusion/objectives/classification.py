@@ -8,8 +8,8 @@ What guides a denoiser by its gradient (Dhariwal & Nichol, 2021; Song et al., 20
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives import times
+from diffusion.objectives.noise import normal
+from diffusion.objectives.objective import Batch, Context, Metrics, Params, network_alone
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
 
-Params = Any
 Classify = Callable[[Array, NoiseLevel], Array]  # (x_t [B, ...], level) -> logits [B, K]
 
 
@@ -45,8 +46,10 @@ class Classification:
     times: times.TimeDistribution = times.uniform
     stratify: int | None = None
     t_min: float = 1e-5
+    step: ClassVar[None] = None
+    network_params = staticmethod(network_alone)
 
-    def init(self, key: Array, batch: Mapping[str, Array]) -> Params:
+    def init(self, key: Array, batch: Batch) -> Params:
         """Initial parameters {"network": ...}."""
         x = jnp.asarray(batch["x"])
         level = self.schedule(jnp.full(len(x), 0.5 * self.schedule.t_max))
@@ -54,41 +57,24 @@ class Classification:
         return {"network": variables["params"]}
 
     def loss(
-        self,
-        params: Params,
-        frozen: Params,
-        batch: Mapping[str, Array],
-        key: Array,
-        train: bool = True,
-    ) -> tuple[Array, dict[str, Array]]:
-        """The mean cross-entropy over a batch with "x" and "label", and the accuracy.
-
-        What is drawn for an example depends on ``key`` and ``batch["index"]``, as for denoising.
-        """
-        del frozen  # nothing here is held fixed
+        self, params: Params, context: Context, batch: Batch, key: Array
+    ) -> tuple[Array, Metrics]:
+        """The mean cross-entropy over a batch with "x" and "label", and the accuracy."""
         x0, label = batch["x"], batch["label"]
         index = batch.get("index", jnp.arange(len(x0)))
         _, key_noise, key_network = jax.random.split(key, 3)
         level = self.levels(key, index)
-        noise = jax.vmap(
-            lambda i: jax.random.normal(jax.random.fold_in(key_noise, i), (x0[0].size,), x0.dtype)
-        )(index).reshape(x0.shape)
+        x_t = diffuse(x0, normal(key_noise, index, x0.shape[1:], x0.dtype), level)
         rngs = {"dropout": jax.random.fold_in(key_network, index[0])}
-        logits = self._apply(params, diffuse(x0, noise, level), level, train=train, rngs=rngs)
+        logits = self._apply(params, x_t, level, train=context.train, rngs=rngs)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
         hit = logits.argmax(-1) == label
         return -chosen.mean(), {"accuracy": hit.mean(dtype=jnp.float32)}
 
     def levels(self, key: Array, index: Array) -> NoiseLevel:
         """The noise levels [B] at which ``loss`` with this key sees examples ``index`` [B]."""
-        key = jax.random.split(key, 3)[0]
-        if self.stratify is None:
-            u = times.independent_uniforms(key, index)
-        else:
-            u = times.stratified_uniforms(key, index, self.stratify)
-        return self.schedule(
-            jnp.clip(self.times(u, self.schedule), self.t_min, self.schedule.t_max)
-        )
+        u = times.uniforms(jax.random.split(key, 3)[0], index, self.stratify)
+        return times.levels(u, self.times, self.schedule, self.t_min)
 
     def classifier(self, params: Params) -> Classify:
         """(x_t [B, ...], level with leaves () or [B]) -> logits [B, K]."""

@@ -7,15 +7,15 @@ Per number of the image, with z ~ N(mu(x), s(x)^2), y = decode(z), and D a discr
     w    = |d nll / d W| / (|d (-E D(y)) / d W| + 1e-4),    W: the decoder's last kernel
 
 to which from ``adversarial_start`` on the discriminator's own loss is added: of x and y held fixed,
-while -E D(y) holds D fixed, so that one gradient serves both networks (each with its own optimiser:
-``two_optimizers``). d is the numbers per image: this is the papers' loss divided by d, so that with
-their ``kl_weight`` their balance results, whatever the size of images.
+while -E D(y) holds D fixed, so that one gradient serves both networks, each with its own optimiser.
+d is the numbers per image: this is the papers' loss divided by d, so that with their ``kl_weight``
+their balance results, whatever the size of images.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,24 +28,24 @@ from diffusion.levels import Array
 from diffusion.models import discriminator
 from diffusion.models.autoencoder import AutoencoderKL, Gaussian
 from diffusion.objectives import distances
-from diffusion.objectives.denoising import normal
-from diffusion.training.optimizers import Optimizer
-
-Params = Any
+from diffusion.objectives.noise import normal
+from diffusion.objectives.objective import Batch, Context, Metrics, Params, Tools, network_alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """What is told reconstructions and images apart, and when that begins to count.
+    """A network that tells reconstructions from images, and how it is trained.
 
     Attributes:
       network: images -> logits.
+      tx: its optimiser.
       loss: of real and fake logits, the network's own.
       weight: of the adversarial loss, besides the adaptive weight.
-      start: steps before both losses count.
+      start: number of steps after which both losses count and the network is trained.
     """
 
     network: nn.Module
+    tx: optax.GradientTransformation
     loss: Callable[[Array, Array], Array] = discriminator.hinge
     weight: float = 0.5
     start: int = 0
@@ -54,6 +54,9 @@ class Adversary:
 @dataclasses.dataclass(frozen=True)
 class Autoencoding:
     """Trains ``network``, and the adversary's where there is one.
+
+    The adversary's parameters and its optimiser's state lie in ``TrainState.extra``: what is
+    averaged, evaluated and saved as the model is the autoencoder alone.
 
     Attributes:
       network: the autoencoder.
@@ -72,33 +75,60 @@ class Autoencoding:
     perceptual_weight: float = 1.0
     adversary: Adversary | None = None
     learned_variance: bool = False
+    network_params = staticmethod(network_alone)
 
-    def init(self, key: Array, batch: Mapping[str, Array]) -> Params:
-        """Initial parameters {"network": ...} and maybe "adversary" and "log_variance"."""
+    def init(self, key: Array, batch: Batch) -> Params:
+        """Initial parameters {"network": ...} and maybe "log_variance"."""
         x = jnp.asarray(batch["x"])
-        key_network, key_adversary = jax.random.split(key)
-        params = {"network": self.network.init(key_network, x)["params"]}
-        if self.adversary is not None:
-            params["adversary"] = self.adversary.network.init(key_adversary, x)["params"]
+        params = {"network": self.network.init(jax.random.split(key)[0], x)["params"]}
         if self.learned_variance:
             params["log_variance"] = jnp.zeros(())
         return params
 
-    def loss(
-        self,
-        params: Params,
-        frozen: Params,
-        batch: Mapping[str, Array],
-        key: Array,
-        train: bool = True,
-    ) -> tuple[Array, dict[str, Array]]:
-        """The mean loss over a batch, the adversary's included, and metrics.
+    def extra(self, key: Array, batch: Batch) -> Any:
+        """The adversary's initial "params" and "opt_state"; None without an adversary."""
+        if self.adversary is None:
+            return None
+        variables = self.adversary.network.init(jax.random.split(key)[1], jnp.asarray(batch["x"]))
+        params = variables["params"]
+        return {"params": params, "opt_state": self.adversary.tx.init(params)}
 
-        What is drawn for an example depends on ``key`` and ``batch["index"]``, as for denoising.
-        Without ``batch["step"]`` the adversary counts. The adaptive weight is that of the batch
-        given, which in training is a device's piece.
+    def loss(
+        self, params: Params, context: Context, batch: Batch, key: Array
+    ) -> tuple[Array, Metrics]:
+        """nll + kl_weight * KL / d of a batch, without the adversary, and metrics."""
+        return self.losses((params, None), context, batch, key)
+
+    @property
+    def step(self) -> Callable | None:
+        """With an adversary a step of both networks at once, each with its own optimiser."""
+        return None if self.adversary is None else self._both
+
+    def _both(
+        self, tools: Tools, state: Any, frozen: Any, batch: Batch, key: Array
+    ) -> tuple[Any, Metrics]:
+        """One gradient of both losses, of both networks' parameters, serves two optimisers."""
+        context, old = tools.context(state, frozen), state.extra
+        grads, metrics = tools.gradients(
+            lambda both, piece: self.losses(both, context, piece, key),
+            (state.params, old["params"]),
+            batch,
+        )
+        updates, opt_state = self.adversary.tx.update(grads[1], old["opt_state"], old["params"])
+        extra = {"params": optax.apply_updates(old["params"], updates), "opt_state": opt_state}
+        started = state.step >= self.adversary.start  # before that not even weights decay
+        extra = jax.tree.map(lambda new, old: jnp.where(started, new, old), extra, old)
+        new = tools.updated(state, grads[0]).replace(extra=extra)
+        return tools.finish(state, new, grads, metrics)
+
+    def losses(
+        self, both: tuple[Params, Params | None], context: Context, batch: Batch, key: Array
+    ) -> tuple[Array, Metrics]:
+        """The loss of (params, the adversary's or None), the adversary's own included.
+
+        The adaptive weight is that of the batch given, which in training is a device's piece.
         """
-        x = batch["x"]
+        (params, adversary), x, train = both, batch["x"], context.train
         index = batch.get("index", jnp.arange(len(x)))
         key_sample, key_network = jax.random.split(key)
         keys = jax.random.split(jax.random.fold_in(key_network, index[0]))
@@ -110,19 +140,21 @@ class Autoencoding:
             lambda kernel: self._apply(_with_kernel(params, kernel), "decode", z, train, keys[1]),
             params["network"]["decoder"]["conv_out"]["kernel"],
         )
-        (nll, metrics), d_nll = jax.value_and_grad(self._nll, 1, has_aux=True)(params, y, x, frozen)
+        (nll, metrics), d_nll = jax.value_and_grad(self._nll, 1, has_aux=True)(
+            params, y, x, context.frozen
+        )
         kl = latents.kl().mean()
         loss = nll + self.kl_weight * kl / x[0].size
         metrics |= {"kl": kl / x[0].size}
-        if self.adversary is not None:
-            started = jnp.asarray(batch.get("step", self.adversary.start)) >= self.adversary.start
+        if adversary is not None:
+            started = context.step >= self.adversary.start
             function = partial(self._adversarial, pull)
-            args = params["adversary"], y, x, d_nll
+            args = adversary, y, x, d_nll
             nothing = jax.tree.map(
                 lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *args)
             )
-            added, told = jax.lax.cond(started, function, lambda *_: nothing, *args)
-            loss, metrics = loss + added, metrics | told
+            added, measured = jax.lax.cond(started, function, lambda *_: nothing, *args)
+            loss, metrics = loss + added, metrics | measured
         return loss, metrics
 
     def encode(self, params: Params, x: Array) -> Gaussian:
@@ -174,21 +206,6 @@ class Autoencoding:
         rngs = {} if key is None else {"dropout": key}
         variables = {"params": params["network"]}
         return self.network.apply(variables, x, train, method=method, rngs=rngs)
-
-
-def two_optimizers(autoencoder: Optimizer, adversary: Optimizer, start: int) -> Optimizer:
-    """One update of both networks, each by its own optimiser.
-
-    The adversary's begins, its learning-rate schedule too, after ``start`` steps. The learning rate
-    told is the autoencoder's.
-    """
-    late = optax.transforms.conditionally_mask(adversary.tx, lambda step: step >= start)
-
-    def label(params: Params) -> dict[str, str]:
-        return {name: "late" if name == "adversary" else "all" for name in params}
-
-    tx = optax.multi_transform({"all": autoencoder.tx, "late": late}, label)
-    return Optimizer(tx, autoencoder.learning_rate)
 
 
 def _with_kernel(params: Params, kernel: Array) -> Params:

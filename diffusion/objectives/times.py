@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
-from diffusion.levels import Array
+from diffusion.levels import Array, NoiseLevel
 from diffusion.schedules import Schedule
 
 TimeDistribution = Callable[[Array, Schedule], Array]
@@ -32,6 +32,18 @@ def stratified_uniforms(key: Array, index: Array, strata: int) -> Array:
     all times evenly, which lowers the variance of the loss; each u_i is still uniform.
     """
     return _inside((jax.random.uniform(key) + index / strata) % 1.0)
+
+
+def uniforms(key: Array, index: Array, strata: int | None) -> Array:
+    """u [B] in (0, 1), stratified over ``strata`` places or, if that is None, independent."""
+    if strata is None:
+        return independent_uniforms(key, index)
+    return stratified_uniforms(key, index, strata)
+
+
+def levels(u: Array, times: TimeDistribution, schedule: Schedule, t_min: float) -> NoiseLevel:
+    """The noise levels at the times that u [B] gives, from t_min to t_max."""
+    return schedule(jnp.clip(times(u, schedule), t_min, schedule.t_max))
 
 
 def _inside(u: Array) -> Array:

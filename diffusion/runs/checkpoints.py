@@ -3,6 +3,7 @@
 A checkpoint is ``workdir/checkpoints/<step>``:
 
     params/, opt_state/, ema_<name>/   Orbax's; an item each, so that sampling reads one average
+    extra/                             likewise, where the objective's own step keeps anything
     about.json                         step, log's interval, metrics, configuration, code version
     manifest.json                      size and checksum of every file
 
@@ -181,7 +182,9 @@ class Checkpoints:
         about = json.loads((folder / ABOUT).read_text())
         count = jax.device_put(jnp.int32(about["step"]), template.step.sharding)
         ema = {name: restored[f"ema_{name}"] for name in template.ema}
-        return TrainState(count, restored.params, restored.opt_state, ema), about["extra"]
+        extra = restored["extra"] if "extra" in items else template.extra
+        state = TrainState(count, restored.params, restored.opt_state, ema, extra)
+        return state, about["extra"]
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk, or has failed."""
@@ -310,7 +313,8 @@ class Checkpoints:
 
 def _items(state: TrainState) -> dict[str, Any]:
     averages = {f"ema_{name}": params for name, params in state.ema.items()}
-    return {"params": state.params, "opt_state": state.opt_state, **averages}
+    extra = {"extra": state.extra} if jax.tree.leaves(state.extra) else {}
+    return {"params": state.params, "opt_state": state.opt_state, **averages, **extra}
 
 
 def _free_name(path: Path) -> Path:

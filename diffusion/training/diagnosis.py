@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from diffusion.levels import Array
+from diffusion.objectives.objective import Context
 
 NAMED = 5  # examples
 
@@ -20,6 +21,7 @@ def examine(
     objective: Any,
     params: Any,
     frozen: Any,
+    ema: Any,
     batch: Mapping[str, Array],
     key: Array,
     step: int,
@@ -32,11 +34,12 @@ def examine(
       objective: with ``loss``, and maybe ``levels`` (see ``objectives.denoising``).
       params: of now; what was skipped has not changed them.
       frozen: parameters that are not trained.
+      ema: the averages by name.
       batch: of the step.
       key: the run's, of which the step makes its own.
       step: number of steps done before.
     """
-    params, frozen = _here(params), _here(frozen)
+    params, frozen, ema = _here(params), _here(frozen), _here(ema)
     if params is not None:
         finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
         for path, leaf in jax.tree.leaves_with_path(finite):
@@ -55,7 +58,7 @@ def examine(
     losses = norms = np.zeros(size)
     if params is not None:
         with contextlib.suppress(RuntimeError, MemoryError):  # what is known must still be said
-            losses, norms = _alone(objective, params, frozen, batch, key, step)
+            losses, norms = _alone(objective, params, frozen, ema, batch, key, step)
     blamed = ~(np.isfinite(losses) & np.isfinite(norms))
     blamed = np.logical_or.reduce([blamed, *broken.values()])
     if not blamed.any():
@@ -91,21 +94,27 @@ def _here(tree: Any) -> Any:
 
 
 def _alone(
-    objective: Any, params: Any, frozen: Any, batch: Mapping[str, Array], key: Array, step: int
+    objective: Any,
+    params: Any,
+    frozen: Any,
+    ema: Any,
+    batch: Mapping[str, Array],
+    key: Array,
+    step: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Loss and gradient's norm of each example [B]."""
 
-    def one(params, frozen, key, example):
-        def loss(params):
-            single = {name: value[None] for name, value in example.items()}
-            single["step"] = jnp.int32(step)
-            return objective.loss(params, frozen, single, key, train=True)[0]
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        return value, optax.tree.norm(gradient)
-
     @jax.jit
-    def every(params, frozen, key, batch):
-        return jax.lax.map(lambda example: one(params, frozen, key, example), batch)
+    def every(params, frozen, ema, key, batch):
+        context = Context(frozen, ema, jnp.int32(step), train=True)
 
-    return jax.device_get(every(params, frozen, key, batch))
+        def one(example):
+            single = {name: value[None] for name, value in example.items()}
+            value, gradient = jax.value_and_grad(
+                lambda params: objective.loss(params, context, single, key)[0]
+            )(params)
+            return value, optax.tree.norm(gradient)
+
+        return jax.lax.map(one, batch)
+
+    return jax.device_get(every(params, frozen, ema, key, batch))

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def fit(
     workdir: str | os.PathLike,
     seed: int = 0,
     frozen: Any = None,
-    initial_params: Callable[[Callable[[], Any]], Any] | None = None,
+    initial_params: Callable[[Any, Callable[[], Any]], Any] | None = None,
     accumulate: int = 1,
     log_every: int = 100,
     checkpoint_every: int = 1000,
@@ -75,7 +76,7 @@ def fit(
     lines in ``metrics.jsonl``, as one that never stopped: keys and data depend on the step alone.
 
     Args:
-      objective: with ``init(key, batch) -> params`` and ``loss`` (see ``make_train_step``).
+      objective: what is minimised (see ``objectives.objective``).
       optimizer: from ``optimizers.make``.
       emas: averages' profiles by name (``ema.constant``, ``ema.power_function``).
       batches: start_step -> iterator over the batches of start_step, start_step + 1, ...; leaves
@@ -84,8 +85,9 @@ def fit(
       workdir: for checkpoints and logs.
       seed: for the initial parameters and all training noise.
       frozen: parameters that the loss needs and that are not trained.
-      initial_params: gives what training begins with (a pretrained model), instead of random
-        parameters, which it can have by calling its argument; not called when a run goes on.
+      initial_params: (shapes, random) -> what training begins with (a pretrained model), given the
+        shapes of the parameters and a function that makes random ones; not called when a run goes
+        on.
       accumulate: into how many pieces each device cuts its share of a batch, to save memory.
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
@@ -143,16 +145,18 @@ def fit(
         def initial(key, params=None):
             return create(objective, optimizer, emas, key, example(), params)
 
-        def random():
-            return parallel_lib.initialise(
-                layout, lambda key: objective.init(key, example()), init_key
-            )
+        def init(key):
+            return objective.init(key, example())
 
         if start:
             shapes = jax.eval_shape(initial, init_key)
             state, interval = checkpoints.restore(parallel_lib.template(layout, shapes))
         else:
-            given = parallel_lib.place(layout, initial_params(random)) if initial_params else None
+            given = None
+            if initial_params is not None:
+                random = partial(parallel_lib.initialise, layout, init, init_key)
+                given = initial_params(jax.eval_shape(init, init_key), random)
+                given = parallel_lib.place(layout, given)
             state, interval = parallel_lib.initialise(layout, initial, init_key, given), {}
             del given
         if start >= steps:
@@ -197,7 +201,7 @@ def fit(
                 if meter.skipped_in_a_row > max_skipped:
                     again = next(batches(done - 1))
                     found = diagnosis.examine(
-                        objective, state.params, frozen, again, run_key, done - 1
+                        objective, state.params, frozen, state.ema, again, run_key, done - 1
                     )
                     raise NonFiniteError(_too_many(said, found, checkpoints.latest()))
 

@@ -22,12 +22,15 @@ class TrainState:
       params: what the objective's ``init`` gave.
       opt_state: the optimiser's state.
       ema: averages of ``params`` by name.
+      extra: what the objective's own step keeps besides (a discriminator, its optimiser's state);
+        None with the default step.
     """
 
     step: Array
     params: Any
     opt_state: Any
     ema: dict[str, Any]
+    extra: Any = None
 
 
 def create(
@@ -41,7 +44,7 @@ def create(
     """The state at step 0; every average starts at the initial parameters.
 
     Args:
-      objective: with ``init(key, batch) -> params``, traceable.
+      objective: with ``init(key, batch) -> params`` and maybe ``extra``, traceable.
       optimizer: from ``optimizers.make``.
       emas: names of the averages (or the dict of profiles).
       key: for the initial parameters.
@@ -57,17 +60,20 @@ def create(
         _check(params, jax.eval_shape(objective.init, key, batch))
     # Copies, because a donated buffer may stand in the state only once.
     averages = {name: jax.tree.map(jnp.copy, params) for name in emas}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.tx.init(params), averages)
+    make_extra = getattr(objective, "extra", lambda key, batch: None)
+    extra = jax.jit(lambda key, batch: make_extra(key, batch))(key, batch)
+    opt_state = optimizer.tx.init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, averages, extra)
 
 
 def _check(params: Any, expected: Any) -> None:
-    shapes, wanted = (
+    shapes, ours = (
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (params, expected)
     )
-    for name in sorted({*shapes, *wanted}):
-        if shapes.get(name) != wanted.get(name):
+    for name in sorted({*shapes, *ours}):
+        if shapes.get(name) != ours.get(name):
             raise ValueError(
                 f"the parameters to begin with do not fit: {name} should have shape "
-                f"{wanted.get(name, 'none: it is not there')}, got {shapes.get(name, 'nothing')}"
+                f"{ours.get(name, 'none: it is not there')}, got {shapes.get(name, 'nothing')}"
             )

@@ -6,7 +6,9 @@ state is donated: the new one takes the old one's memory.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,17 +18,13 @@ from jax import lax
 
 from diffusion import ema as ema_lib
 from diffusion.levels import Array
+from diffusion.objectives.objective import Context, Loss
 from diffusion.training import parallel as parallel_lib
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.packed_metrics import Packed
 from diffusion.training.state import TrainState
 
 Step = Callable[[TrainState, Any, Mapping[str, Array], Array], tuple[TrainState, Packed]]
-
-
-def widened(batch: Mapping[str, Array]) -> dict[str, Array]:
-    """What came as bfloat16, to be quick on its way, as float32: all is computed in that."""
-    return {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in batch.items()}
 
 
 def make_train_step(
@@ -41,10 +39,7 @@ def make_train_step(
     """A function (state, frozen, batch, key) -> (state, metrics), over all the devices.
 
     Args:
-      objective: with ``loss(params, frozen, batch, key, train=True) -> (loss, metrics)``. The loss
-        is a mean over the batch it is given, which may be a piece of the whole; ``batch['index']``
-        says which. ``batch['step']``, the number of steps done before, and ``key`` are the same for
-        all pieces.
+      objective: see ``objectives.objective``; its own ``step``, or one gradient step on its loss.
       optimizer: from ``optimizers.make``.
       emas: averages' profiles by name, as in ``state.create``.
       accumulate: into how many pieces, gone through one after another, each device cuts its share
@@ -60,55 +55,112 @@ def make_train_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-
     layout = parallel_lib.make(parallel, devices)
-
-    def gradients(params, frozen, batch, key, step):
-        def loss_fn(params, batch):
-            size = len(next(iter(batch.values())))
-            batch = {**widened(batch), "step": step}
-            with layout.tracing(size):
-                loss, metrics = objective.loss(params, frozen, batch, key, train=True)
-            return loss, {**metrics, "loss": loss}
-
-        def gradient(params, batch):
-            grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
-            return layout.keep(grads), metrics
-
-        if accumulate == 1:
-            return gradient(params, batch)
-        pieces = layout.split(batch, accumulate)
-        first = jax.tree.map(lambda x: x[0], pieces)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first)
-        )
-
-        def add(total, piece):
-            return jax.tree.map(jnp.add, total, gradient(params, piece)), None
-
-        total, _ = lax.scan(add, zeros, pieces)
-        return jax.tree.map(lambda x: x / accumulate, total)
+    tools = StepTools(layout, optimizer, emas, accumulate)
+    own_step = getattr(objective, "step", None) or partial(gradient_step, objective)
 
     def step(state: TrainState, frozen: Any, batch: Mapping[str, Array], key: Array):
-        key = jax.random.fold_in(key, state.step)
-        grads, metrics = layout.mean(gradients(state.params, frozen, batch, key, state.step))
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        return own_step(tools, state, frozen, batch, jax.random.fold_in(key, state.step))
 
-        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    return layout.compile(step)
+
+
+def gradient_step(
+    objective: Any,
+    tools: StepTools,
+    state: TrainState,
+    frozen: Any,
+    batch: Mapping[str, Array],
+    key: Array,
+) -> tuple[TrainState, Packed]:
+    """One gradient step on the objective's loss; ``key`` is the step's own."""
+    context = tools.context(state, frozen)
+    grads, metrics = tools.gradients(
+        lambda params, piece: objective.loss(params, context, piece, key), state.params, batch
+    )
+    return tools.finish(state, tools.updated(state, grads), grads, metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTools:
+    """What a step is made of, in one layout (see ``objectives.objective.Tools``).
+
+    Attributes:
+      layout: how the step lies over the devices.
+      optimizer: of the parameters; it clips gradients too.
+      emas: averages' profiles by name.
+      accumulate: pieces of each device's share of the batch.
+    """
+
+    layout: parallel_lib.Layout
+    optimizer: Optimizer
+    emas: Mapping[str, ema_lib.Profile]
+    accumulate: int = 1
+
+    def context(self, state: TrainState, frozen: Any) -> Context:
+        """The context of a training loss."""
+        return Context(frozen, lax.stop_gradient(state.ema), state.step, train=True)
+
+    def gradients(self, loss: Loss, params: Any, batch: Mapping[str, Array]) -> tuple[Any, dict]:
+        """The gradient of ``loss(params, piece) -> (loss, metrics)``, and metrics with "loss".
+
+        Both are means over all pieces and devices.
+        """
+        layout = self.layout
+
+        def measured(params, piece):
+            with layout.tracing(len(next(iter(piece.values())))):
+                value, metrics = loss(params, widened(piece))
+            return value, {**metrics, "loss": value}
+
+        def gradient(piece):
+            grads, metrics = jax.grad(measured, has_aux=True)(params, piece)
+            return layout.keep(grads), metrics
+
+        if self.accumulate == 1:
+            return layout.mean(gradient(batch))
+        pieces = layout.split(batch, self.accumulate)
+        first = jax.tree.map(lambda x: x[0], pieces)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first))
+        total, _ = lax.scan(
+            lambda total, piece: (jax.tree.map(jnp.add, total, gradient(piece)), None),
+            zeros,
+            pieces,
+        )
+        return layout.mean(jax.tree.map(lambda x: x / self.accumulate, total))
+
+    def updated(self, state: TrainState, grads: Any) -> TrainState:
+        """The state after one update: its parameters, optimiser, averages and count."""
+        updates, opt_state = self.optimizer.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averages = {
             name: ema_lib.update(state.ema[name], params, profile(state.step + 1))
-            for name, profile in emas.items()
+            for name, profile in self.emas.items()
         }
-        metrics |= {
-            "gradient_norm": norm,
-            "parameter_norm": optax.tree.norm(params),
-            "learning_rate": optimizer.learning_rate(state.step),
-            "finite": finite.astype(jnp.float32),
-        }
-        new = TrainState(state.step + 1, params, opt_state, averages)
-        kept = state.replace(step=state.step + 1)
-        return jax.tree.map(lambda n, k: jnp.where(finite, n, k), new, kept), Packed.of(metrics)
+        return TrainState(state.step + 1, params, opt_state, averages, state.extra)
 
-    return layout.compile(step)
+    def finish(
+        self, old: TrainState, new: TrainState, grads: Any, metrics: Mapping[str, Any]
+    ) -> tuple[TrainState, Packed]:
+        """The new state, or the old one with the new count where the step was not finite.
+
+        The packed metrics are those given and what every step has to say (``make_train_step``).
+        """
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        packed = Packed.of(
+            {
+                **metrics,
+                "gradient_norm": norm,
+                "parameter_norm": optax.tree.norm(new.params),
+                "learning_rate": self.optimizer.learning_rate(old.step),
+                "finite": finite.astype(jnp.float32),
+            }
+        )
+        kept = old.replace(step=new.step)
+        return jax.tree.map(lambda n, k: jnp.where(finite, n, k), new, kept), packed
+
+
+def widened(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """What came as bfloat16, to be quick on its way, as float32: all is computed in that."""
+    return {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in batch.items()}

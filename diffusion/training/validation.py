@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusion.data import batches as pipeline
 from diffusion.data.sources import Source
+from diffusion.objectives.objective import Context
 from diffusion.training import parallel
 from diffusion.training.state import TrainState
 
@@ -56,9 +57,10 @@ def make(
     placed: list[Any] = []  # frozen parameters and keys, once they are needed
 
     @jax.jit
-    def loss(params, frozen, batch, key):
+    def loss(params, frozen, ema, step, batch, key):
+        context = Context(frozen, ema, step, train=False)
         with layout.tracing(size):
-            return objective.loss(params, frozen, batch, key, train=False)[0]
+            return objective.loss(params, context, batch, key)[0]
 
     def validate(state: TrainState, step: int) -> dict[str, float]:
         if not placed:
@@ -66,9 +68,10 @@ def make(
         trees = {"validation_loss": state.ema[average], "validation_loss_params": state.params}
         totals = dict.fromkeys(trees, 0.0)
         for i, key in enumerate(placed[1]):
-            batch = parallel.place_batch(layout, batch_at(i)) | {"step": np.int32(step)}
+            batch = parallel.place_batch(layout, batch_at(i))
             for name, params in trees.items():
-                totals[name] += float(loss(params, placed[0], batch, key))
+                value = loss(params, placed[0], state.ema, np.int32(step), batch, key)
+                totals[name] += float(value)
         return {name: total / batches for name, total in totals.items()}
 
     return validate

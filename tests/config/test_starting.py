@@ -29,6 +29,9 @@ def own(classes=10):
     }
 
 
+SHAPES = jax.eval_shape(own)
+
+
 def merge(what="", classes=10, given=OTHER):
     return initialization.merge(own(classes), lambda: own(classes), given, what)
 
@@ -110,7 +113,7 @@ def test_a_run_begins_with_anothers(run, tmp_path, capsys):
     for source, value in ((run, 6), (run / "checkpoints" / "3", 3)):
         c = config(train__init_from=str(source), train__init_what="network")
         initialization.check(c)
-        params = initialization.initial(c, str(tmp_path))(random)
+        params = initialization.initial(c, str(tmp_path))(SHAPES, random)
         np.testing.assert_array_equal(params["network"]["conv_out"]["kernel"], value)
         np.testing.assert_array_equal(params["head"]["kernel"], 0)
         text = capsys.readouterr().out
@@ -129,7 +132,7 @@ def test_wrong_beginnings(run, tmp_path):
             initialization.check(config(**changes))
     c = config(train__init_from=str(run), train__init_average="fast")
     with pytest.raises(ValueError, match=r"config.train.init_from=.*'fast'.*'ema'"):
-        initialization.initial(c, str(tmp_path))(own)
+        initialization.initial(c, str(tmp_path))(SHAPES, own)
 
 
 def test_which_parameters_are_sampled_from(run):

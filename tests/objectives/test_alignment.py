@@ -13,7 +13,9 @@ from diffusion import ema, predictions, schedules
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import thousand_t
 from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.objective import Context
 from diffusion.objectives.terms.alignment import Alignment, Projector
+from diffusion.objectives.terms.term import Noised
 from diffusion.training import optimizers, parallel
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
@@ -50,7 +52,7 @@ def encode(params, images, grid):
     return images[:, ::2, ::2] * params["scale"]
 
 
-FROZEN = {"encoder": {"scale": jnp.array([1.0, -2.0, 0.5])}}
+FROZEN = {"alignment": {"scale": jnp.array([1.0, -2.0, 0.5])}}
 
 
 ALIGNMENT = Alignment(encode, Projector(3, 5), 2)
@@ -58,7 +60,7 @@ PLAIN = Denoising(Chain(), schedules.cosine(), predictions.v, thousand_t)
 
 
 def aligned(**changes):
-    return dataclasses.replace(PLAIN, alignment=dataclasses.replace(ALIGNMENT, **changes))
+    return dataclasses.replace(PLAIN, terms=(dataclasses.replace(ALIGNMENT, **changes),))
 
 
 PARAMS = aligned().init(KEY, BATCH)
@@ -66,12 +68,15 @@ PARAMS = aligned().init(KEY, BATCH)
 
 @cache
 def gradient(objective):
-    return jax.jit(jax.grad(lambda p, f, b: objective.loss(p, f, b, KEY)[0], argnums=(0, 1)))
+    def loss(params, frozen, step):
+        return objective.loss(params, Context(frozen, step=step), BATCH, KEY)[0]
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-def gradients(objective, **batch):
+def gradients(objective, step=0):
     """Of the parameters and of the frozen ones."""
-    return gradient(objective)(PARAMS, FROZEN, {**BATCH, **batch})
+    return gradient(objective)(PARAMS, FROZEN, step)
 
 
 def assert_close(a, b, atol=1e-6):
@@ -90,9 +95,11 @@ def assert_close(a, b, atol=1e-6):
 def test_the_loss_is_the_cosine(turned, expected):
     tokens = jax.random.normal(KEY, (5, 4, 4, 2))
     alignment = Alignment(lambda params, x, grid: turned(x), Same(), 1)
-    loss, similarity = alignment.loss({}, {"encoder": {}}, tokens, {"x": tokens})
-    assert float(loss) == pytest.approx(expected, abs=1e-6)
-    assert float(similarity) == pytest.approx(-2 * expected, abs=1e-6)
+    noised = Noised({"x": tokens}, None, None, None, None, {1: tokens})
+    before = jnp.arange(5.0)
+    loss, metrics = alignment(before, {}, Context({"alignment": {}}), noised)
+    np.testing.assert_allclose(loss - before, expected, atol=1e-6)
+    assert float(metrics["alignment"]) == pytest.approx(-2 * expected, abs=1e-6)
 
 
 def test_features_are_stretched_to_the_tokens_and_latents_have_images_beside_them():
@@ -100,19 +107,20 @@ def test_features_are_stretched_to_the_tokens_and_latents_have_images_beside_the
     coarse = jnp.array([-1.0, 1.0])[None, :, None, None] * jnp.ones((2, 2, 2, 1))
     alignment = Alignment(lambda params, x, grid: x, Same(), 1)
     latents = {"x": jnp.full((2, 3, 3, 4), jnp.nan), "clean": coarse}
-    assert float(alignment.loss({}, {"encoder": {}}, tokens, latents)[1]) == pytest.approx(1.0)
+    similarity = alignment.similarity({}, tokens, latents, {"alignment": {}})
+    np.testing.assert_allclose(similarity, 1.0, atol=1e-6)
 
 
 def test_what_lies_above_the_block_the_encoder_and_sampling_know_nothing_of_it():
     (with_it, encoder), (without, _) = (gradients(aligned(weight=w)) for w in (1.0, 0.0))
-    assert not np.any(encoder["encoder"]["scale"])
+    assert not np.any(encoder["alignment"]["scale"])
     for name in ("block_3", "last"):
         assert_close(with_it["network"][name], without["network"][name])
     for name in ("first", "block_1", "block_2"):
         kernels = (g["network"][name]["kernel"] for g in (with_it, without))
         assert np.abs(np.subtract(*kernels)).max() > 1e-3, name
-    assert all(np.any(g) for g in jax.tree.leaves(with_it["projector"]))
-    assert not any(np.any(g) for g in jax.tree.leaves(without["projector"]))
+    assert all(np.any(g) for g in jax.tree.leaves(with_it["alignment"]))
+    assert not any(np.any(g) for g in jax.tree.leaves(without["alignment"]))
     level = PLAIN.schedule(jnp.full(8, 0.5))
     images = [o.denoiser(PARAMS)(jnp.asarray(BATCH["x"]), level, Conditioning())
               for o in (PLAIN, aligned())]  # fmt: skip
@@ -123,15 +131,15 @@ def test_without_weight_or_after_the_stop_training_is_plain():
     plain, stopping = gradients(PLAIN)[0]["network"], aligned(weight=1.0, stop=10)
     for grads in (
         gradients(aligned(weight=0.0))[0],
-        gradients(stopping, step=jnp.int32(10))[0],
+        gradients(stopping, step=10)[0],
     ):
         assert_close(grads["network"], plain)
-        assert not any(np.any(g) for g in jax.tree.leaves(grads["projector"]))
-    before = gradients(stopping, step=jnp.int32(9))[0]
+        assert not any(np.any(g) for g in jax.tree.leaves(grads["alignment"]))
+    before = gradients(stopping, step=9)[0]
     assert_close(before, gradients(aligned(weight=1.0))[0])
-    assert all(np.any(g) for g in jax.tree.leaves(before["projector"]))
+    assert all(np.any(g) for g in jax.tree.leaves(before["alignment"]))
     # Nor does the loss on held-out data need the encoder.
-    losses = [jax.jit(lambda p, o=o: o.loss(p, None, BATCH, KEY, False)[0])(PARAMS)
+    losses = [jax.jit(lambda p, o=o: o.loss(p, Context(train=False), BATCH, KEY)[0])(PARAMS)
               for o in (PLAIN, stopping)]  # fmt: skip
     assert losses[0] == losses[1]
 

@@ -15,6 +15,8 @@ from test_denoising import PointMass, affine_objective, batch_of, time_itself
 from diffusion import predictions, schedules
 from diffusion.objectives.couplings import independent, nearest, optimal_transport
 from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.noise import Gaussian
+from diffusion.objectives.objective import Context
 from diffusion.training import optimizers, parallel
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
@@ -99,7 +101,7 @@ def test_the_nearest_has_its_distribution(center):
 
 @partial(jax.jit, static_argnums=(0, 3))
 def loss(objective, params, batch, train=True):
-    return objective.loss(params, {}, batch, KEY, train)[0]
+    return objective.loss(params, Context(train=train), batch, KEY)[0]
 
 
 def test_the_perfect_network_has_no_loss():
@@ -114,7 +116,7 @@ def test_the_perfect_network_has_no_loss():
     assert float(loss(objective, params, {"x": x + 0.5})) > 1e-3
 
 
-AFFINE = affine_objective(coupling=nearest, noise_offset=0.1)
+AFFINE = affine_objective(coupling=nearest, noise=Gaussian(offset=0.1))
 PARAMS = AFFINE.init(KEY, batch_of(8))
 
 

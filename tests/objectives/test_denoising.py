@@ -12,8 +12,11 @@ from diffusion import predictions, schedules
 from diffusion.conditioning import Conditioning, null_like
 from diffusion.denoiser import ddpm_index, log_sigma, thousand_t
 from diffusion.objectives import times, weightings
-from diffusion.objectives.denoising import Denoising, Uncertainty
+from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.distances import pseudo_huber
+from diffusion.objectives.noise import Gaussian
+from diffusion.objectives.objective import Context
+from diffusion.objectives.terms.uncertainty import Uncertainty
 
 
 class PointMass(nn.Module):
@@ -56,10 +59,10 @@ def test_perfect_network_has_no_loss(schedule, prediction):
     objective = Denoising(PointMass(0.4, s, p), s, p, time_itself, t_min=0.01 * s.t_max)
     batch = {"x": np.full((64, 3), 0.4, np.float32)}
     params = objective.init(jax.random.key(0), batch)
-    loss, _ = objective.loss(params, {}, batch, jax.random.key(1))
+    loss, _ = objective.loss(params, Context(), batch, jax.random.key(1))
     assert float(loss) < 1e-6
     off = Denoising(PointMass(0.9, s, p), s, p, time_itself, t_min=0.01 * s.t_max)
-    assert float(off.loss(params, {}, batch, jax.random.key(1))[0]) > 1e-3
+    assert float(off.loss(params, Context(), batch, jax.random.key(1))[0]) > 1e-3
 
 
 def affine_objective(**overrides):
@@ -88,9 +91,11 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(stratify):
     )
     batch = batch_of(8)
     params = objective.init(jax.random.key(0), batch)
-    whole, _ = objective.loss(params, {}, batch, jax.random.key(1))
+    whole, _ = objective.loss(params, Context(), batch, jax.random.key(1))
     halves = [
-        objective.loss(params, {}, {k: v[i : i + 4] for k, v in batch.items()}, jax.random.key(1))
+        objective.loss(
+            params, Context(), {k: v[i : i + 4] for k, v in batch.items()}, jax.random.key(1)
+        )
         for i in (0, 4)
     ]
     assert float(whole) == pytest.approx(np.mean([float(h[0]) for h in halves]), rel=1e-6)
@@ -112,7 +117,9 @@ def test_dropout_uses_the_null_label_at_its_rate():
         null=lambda cond: null_like(cond, label=3),
     )
     batch = batch_of(4000) | {"x": np.zeros((4000, 2), np.float32)}
-    loss, _ = objective.loss(objective.init(jax.random.key(0), batch), {}, batch, jax.random.key(2))
+    loss, _ = objective.loss(
+        objective.init(jax.random.key(0), batch), Context(), batch, jax.random.key(2)
+    )
     assert float(loss) == pytest.approx(0.3, abs=0.03)
 
 
@@ -127,29 +134,29 @@ def test_every_combination_gives_finite_gradients():
                 times=times.discrete if schedule == "zero_terminal_snr" else times.log_normal,
                 distance=pseudo_huber,
                 weighting=partial(weightings.min_snr, gamma=3.0),
-                uncertainty=Uncertainty(),
+                terms=(Uncertainty(),),
             )
             if prediction is predictions.eps and schedule == "zero_terminal_snr":
                 continue  # c_out is infinite there; refused by the configuration
             params = objective.init(jax.random.key(0), batch)
-            grads = jax.grad(lambda p, o=objective: o.loss(p, {}, batch, jax.random.key(1))[0])(
-                params
-            )
+            grads = jax.grad(
+                lambda p, o=objective: o.loss(p, Context(), batch, jax.random.key(1))[0]
+            )(params)
             assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads)), schedule
 
 
 def test_learned_uncertainty_converges_to_the_log_loss():
     """The minimum of L exp(-u) + u over u is at u = log L, whatever the level."""
-    objective = affine_objective(uncertainty=Uncertainty(), schedule=schedules.RectifiedFlow())
+    objective = affine_objective(terms=(Uncertainty(),), schedule=schedules.RectifiedFlow())
     batch = batch_of(256)
     params = objective.init(jax.random.key(0), batch)
     params["network"] = jax.tree.map(jnp.zeros_like, params["network"])
-    plain = dataclasses.replace(objective, uncertainty=None)
+    plain = dataclasses.replace(objective, terms=())
 
     def descend(u, step):
         def loss(u):
             parameters = {**params, "uncertainty": u}
-            return objective.loss(parameters, {}, batch, jax.random.fold_in(key, step))[0]
+            return objective.loss(parameters, Context(), batch, jax.random.fold_in(key, step))[0]
 
         rate = 0.02 * (1 - step / 1500)
         return jax.tree.map(lambda p, g: p - rate * g, u, jax.grad(loss)(u)), None
@@ -157,17 +164,62 @@ def test_learned_uncertainty_converges_to_the_log_loss():
     key = jax.random.key(1)
     u, _ = jax.jit(lambda u: jax.lax.scan(descend, u, jnp.arange(1500)))(params["uncertainty"])
     level = objective.schedule(jnp.linspace(0.1, 0.9, 9))
-    learned = objective.uncertainty.apply({"params": u}, level)
+    learned = objective.terms[0].log_variance(u, level)
     # A zero network's loss on v is E[v^2] = alpha^2 + sigma^2 (unit data), labels' shift apart.
     losses = [
         float(
             dataclasses.replace(plain, times=lambda u, s, t=t: jnp.full_like(u, t)).loss(
-                params, {}, batch, jax.random.key(9)
+                params, Context(), batch, jax.random.key(9)
             )[0]
         )
         for t in np.linspace(0.1, 0.9, 9)
     ]
     np.testing.assert_allclose(learned, np.log(losses), atol=0.12)
+
+
+def test_every_term_leaves_a_quarter_of_the_examples_in_each_quartile():
+    objective = affine_objective(stratify=64, terms=(Uncertainty(),))
+    batch, key = batch_of(64), jax.random.key(4)
+    params = objective.init(key, batch)
+    params["uncertainty"] = jax.tree.map(lambda p: p + 0.3, params["uncertainty"])
+    loss, metrics = objective.loss(params, Context(), batch, key)
+    total, weight = metrics["loss_q"]
+    np.testing.assert_array_equal(weight, 0.25)
+    assert float(total.sum()) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_terms_act_one_after_another_and_samplers_know_nothing_of_them():
+    @dataclasses.dataclass(frozen=True)
+    class Scaled:
+        """A term with one parameter, which multiplies and adds."""
+
+        name: str
+        factor: float
+        blocks = ()
+
+        def init(self, key, noised):
+            assert noised.x0_hat.shape == (8, 2) and noised.level.t.shape == (8,)
+            return {"shift": jnp.ones(())}
+
+        def __call__(self, loss, params, context, noised):
+            assert context.step == 5 and noised.x0_hat.shape == noised.x_t.shape
+            return self.factor * loss + params["shift"], {self.name: loss.mean()}
+
+    first, second, batch = Scaled("first", 3.0), Scaled("second", 2.0), batch_of(8)
+    objective = affine_objective(terms=(first, second))
+    params, context = objective.init(jax.random.key(0), batch), Context(step=5)
+    assert set(params) == {"network", "first", "second"}
+    assert set(objective.network_params(params)) == {"network"}
+    loss, metrics = objective.loss(params, context, batch, jax.random.key(1))
+    plain, _ = affine_objective().loss(params, context, batch, jax.random.key(1))
+    assert float(loss) == pytest.approx(2 * (3 * float(plain) + 1) + 1, rel=1e-6)
+    assert float(metrics["second"]) == pytest.approx(3 * float(plain) + 1, rel=1e-6)
+    level = objective.schedule(jnp.full(8, 0.5))
+    whole, alone = (
+        objective.denoiser(p)(jnp.asarray(batch["x"]), level, Conditioning())
+        for p in (params, objective.network_params(params))
+    )
+    np.testing.assert_array_equal(whole, alone)
 
 
 @pytest.mark.parametrize("stratify", [None, 32])
@@ -179,7 +231,7 @@ def test_levels_are_those_that_the_loss_sees(stratify):
         distance=lambda a, b: jnp.ones(len(a)),
     )
     batch, key = batch_of(32), jax.random.key(4)
-    loss, metrics = objective.loss(objective.init(key, batch), {}, batch, key)
+    loss, metrics = objective.loss(objective.init(key, batch), Context(), batch, key)
     t = np.asarray(objective.levels(key, jnp.arange(32)).t)
     assert float(loss) == pytest.approx(t.mean(), rel=1e-5)
     total, weight = metrics["loss_q"]
@@ -227,13 +279,13 @@ def noises(count, **options):
         **options,
     )
     batch = {"x": np.zeros((count, 2, 3, 2), np.float32)}
-    objective.loss(objective.init(jax.random.key(0), batch), {}, batch, jax.random.key(1))
+    objective.loss(objective.init(jax.random.key(0), batch), Context(), batch, jax.random.key(1))
     level = objective.schedule(np.float32(0.5))
     return np.asarray(found["seen"]) / level.sigma, np.asarray(found["target"])
 
 
 def test_noise_offset_is_shared_by_a_channel_and_part_of_the_target():
-    seen, target = noises(60_000, noise_offset=0.5)
+    seen, target = noises(60_000, noise=Gaussian(offset=0.5))
     np.testing.assert_allclose(seen, target, atol=1e-5)
     covariance = np.cov(target.reshape(-1, 12).T)
     channel = np.tile([0, 1], 6)
@@ -247,7 +299,7 @@ def test_noise_offset_is_shared_by_a_channel_and_part_of_the_target():
 
 
 def test_input_perturbation_is_not_part_of_the_target():
-    seen, target = noises(20_000, input_perturbation=0.3)
+    seen, target = noises(20_000, noise=Gaussian(perturbation=0.3))
     np.testing.assert_array_equal(target, noises(20_000)[1])
     more = (seen - target).reshape(20_000, 12)
     both = np.concatenate([more, target.reshape(20_000, 12)], axis=1)

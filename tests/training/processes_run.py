@@ -42,7 +42,7 @@ class Regression:
     def init(self, key, batch):
         return Network().init(key, batch["x"])["params"]
 
-    def loss(self, params, frozen, batch, key, train=True):
+    def loss(self, params, context, batch, key):
         noise = angles(key, 3 * batch["index"][:, None] + jnp.arange(WIDTH))
         y = Network().apply({"params": params}, batch["x"] + 0.2 * noise)
         return jnp.mean((y - batch["y"]) ** 2), {"mean": jnp.mean(y)}

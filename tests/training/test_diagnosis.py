@@ -15,7 +15,7 @@ PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 class Rooted(Linear):
     """Its loss is finite at zero error, where its gradient is not."""
 
-    def loss(self, params, frozen, batch, key, train=True):
+    def loss(self, params, context, batch, key):
         error = batch["x"] @ params["w"] + params["b"] - batch["y"]
         return jnp.sqrt(jnp.sum(error**2, -1)).mean(), {}
 
@@ -26,7 +26,7 @@ class Rooted(Linear):
 
 
 def examined(objective, batch, params=PARAMS):
-    return diagnosis.examine(objective, params, None, batch, KEY, 3)
+    return diagnosis.examine(objective, params, None, {}, batch, KEY, 3)
 
 
 def test_data_that_are_not_finite_are_named():

@@ -180,20 +180,35 @@ def test_averages_alone_can_be_read(tmp_path):
 
 def test_given_parameters_are_begun_with(tmp_path, straight):
     given = {"w": np.full((3, 2), 0.5, np.float32), "b": np.ones(2, np.float32)}
-    state = run(tmp_path / "a", 1, initial_params=lambda random: given)
+    state = run(tmp_path / "a", 1, initial_params=lambda shapes, random: given)
     # One warm-up step of a third of the rate is all that has happened to them and to the average.
     for tree in (state.params, state.ema["power"]):
         jax.tree.map(lambda p, g: np.testing.assert_allclose(p, g, atol=0.011), tree, given)
     assert_identical(given, {"w": np.full((3, 2), 0.5), "b": np.ones(2)})
 
-    def must_not_be_called(random):
+    def must_not_be_called(shapes, random):
         raise AssertionError
 
     assert int(run(tmp_path / "a", 2, initial_params=must_not_be_called).step) == 2
     with pytest.raises(ValueError, match=r"\['w'\] should have shape \(3, 2\), got \(2, 2\)"):
         run(
-            tmp_path / "b", 1, initial_params=lambda random: {"w": np.ones((2, 2)), "b": np.ones(2)}
+            tmp_path / "b",
+            1,
+            initial_params=lambda shapes, random: {"w": np.ones((2, 2)), "b": np.ones(2)},
         )
+
+
+def test_given_parameters_may_be_random_in_part(tmp_path):
+    def half(shapes, random):
+        assert shapes["w"].shape == (3, 2)
+        return {"w": random()["w"], "b": np.ones(2, np.float32)}
+
+    given, plain = (
+        run(tmp_path / name, 1, initial_params=initial)
+        for name, initial in (("half", half), ("plain", None))
+    )
+    np.testing.assert_allclose(given.params["w"], plain.params["w"], atol=0.011)
+    np.testing.assert_allclose(given.params["b"] - plain.params["b"], 1, atol=0.02)
 
 
 def test_data_that_end(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from linear_run import EMAS, assert_identical
 from processes_run import SGD, WIDTH, Regression, batch_of, run
 
+from diffusion.objectives.objective import Context
 from diffusion.runs.restore import restore_ema
 from diffusion.training import loop, parallel
 from diffusion.training.state import create
@@ -52,7 +53,7 @@ def kernel(tree):
 def test_one_sgd_step_is_the_gradient_of_the_whole_batch():
     start = create(Regression(), SGD, EMAS, jax.random.key(0), batch_of(0))
     grads, _ = jax.grad(Regression().loss, has_aux=True)(
-        start.params, None, batch_of(0), jax.random.fold_in(KEY, 0)
+        start.params, Context(), batch_of(0), jax.random.fold_in(KEY, 0)
     )
     expected = jax.tree.map(lambda p, g: p - 0.05 * g, start.params, grads)
     for accumulate in (1, 2):

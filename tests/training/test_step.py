@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from linear_run import EMAS, Linear, assert_identical, batch_of
 
+from diffusion.objectives.objective import Context
 from diffusion.training import optimizers, parallel
 from diffusion.training.parallel import split
 from diffusion.training.state import create
@@ -37,9 +38,9 @@ def assert_close(a, b):
 
 def test_one_sgd_step_is_the_gradient_of_the_whole_batch():
     start = create(Linear(), SGD, EMAS, jax.random.key(0), batch_of(0))
-    grads = jax.grad(lambda p: Linear().loss(p, None, batch_of(0), jax.random.fold_in(KEY, 0))[0])(
-        start.params
-    )
+    grads = jax.grad(
+        lambda p: Linear().loss(p, Context(), batch_of(0), jax.random.fold_in(KEY, 0))[0]
+    )(start.params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, start.params, grads)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
     for settings in (dict(), dict(devices=4), dict(devices=4, accumulate=2)):

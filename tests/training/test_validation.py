@@ -6,6 +6,7 @@ from linear_run import EMAS, Linear, batch_of
 
 from diffusion.data import batches as pipeline
 from diffusion.data.sources import Source
+from diffusion.objectives.objective import Context
 from diffusion.training import optimizers, parallel, validation
 from diffusion.training.state import create
 
@@ -38,7 +39,7 @@ def test_it_is_the_mean_loss_with_fixed_noise(count, batch_size, batches, size):
 
     def expected(params):
         losses = [
-            Linear().loss(params, None, batch_at(i), jax.random.fold_in(key, i))[0]
+            Linear().loss(params, Context(), batch_at(i), jax.random.fold_in(key, i))[0]
             for i in range(batches)
         ]
         return pytest.approx(float(np.mean(losses)), rel=1e-5)
@@ -59,11 +60,12 @@ def test_devices_and_layouts_change_nothing():
     assert found[0] == pytest.approx(found[2], rel=1e-6)
 
 
-def test_frozen_parameters_and_the_step_are_given():
+def test_frozen_parameters_averages_and_the_step_are_given():
     class Spy(Linear):
-        def loss(self, params, frozen, batch, key, train):
-            assert not train
-            return frozen["offset"].sum() + batch["step"].astype(jnp.float32), {}
+        def loss(self, params, context, batch, key):
+            assert not context.train and set(batch) == {"x", "y", "index"}
+            shift = jnp.sum(context.ema["constant"]["b"] - context.ema["power"]["b"])
+            return context.frozen["offset"].sum() + context.step.astype(jnp.float32) + shift, {}
 
     validate = validation.make(
         Spy(),
@@ -75,5 +77,5 @@ def test_frozen_parameters_and_the_step_are_given():
         frozen={"offset": np.ones(3, np.float32)},
         average="power",
     )
-    assert validate(state(1), 4)["validation_loss"] == 7
-    assert validate(state(1), 5)["validation_loss"] == 8
+    assert validate(state(1), 4)["validation_loss"] == 11
+    assert validate(state(1), 5)["validation_loss"] == 12

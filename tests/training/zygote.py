@@ -2,7 +2,8 @@
 
 This process imports everything and touches no device. For each line of JSON on its input,
 {"workdir": ..., "path": ..., "event": n, "seconds": s, "by": 9}, it forks one that trains as
-``linear_run.run`` does, and answers with {"status": how it ended, "seconds": ..., "counts": ...}.
+``linear_run.run`` does, of two networks with an optimiser each, and answers with
+{"status": how it ended, "seconds": ..., "counts": ...}.
 An event is an operation of Python's on a file of the workdir. The signal comes right before the
 n-th whose path contains ``path``, or after so many seconds, wherever the process is then; counts
 are of such events by the paths in ``PATHS``.
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from linear_run import EMAS, run
+from linear_run import EMAS, Rivals, run
 
 from diffusion.runs import snapshots
 
@@ -42,6 +43,7 @@ def train(workdir, path=None, event=0, by=signal.SIGKILL):
     state = run(
         workdir,
         STEPS,
+        objective=Rivals(),
         emas={"power": EMAS["power"]} | snapshots.profiles((0.1,)),
         checkpoint_every=4,
         keep=2,
@@ -51,6 +53,8 @@ def train(workdir, path=None, event=0, by=signal.SIGKILL):
     )
     arrays = {f"params_{name}": value for name, value in state.params.items()}
     arrays |= {f"ema_{name}": value for name, value in state.ema["power"].items()}
+    arrays["extra"] = state.extra["params"]["a"]
+    arrays["moments"] = state.extra["opt_state"][0].nu["a"]
     np.savez(Path(workdir) / "result.npz", **arrays)
     return counts
 

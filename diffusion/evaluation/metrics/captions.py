@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.data.sources import Batch, Source
+from diffusion.objectives.objective import Context
 
 Z95 = 1.959964  # half the width of a 95 % interval, in standard errors
 
@@ -50,7 +51,7 @@ def caption_gap(
     def losses(params: Any, batch: Batch, keys: jax.Array) -> jax.Array:
         def one(example: Batch, key: jax.Array) -> jax.Array:
             example = jax.tree.map(lambda leaf: leaf[None], example)
-            return objective.loss(params, {}, example, key, train=False)[0]
+            return objective.loss(params, Context(train=False), example, key)[0]
 
         return jax.vmap(one)(batch, keys)
 

@@ -9,16 +9,17 @@ frozen encoder's features y_n of the clean image (eq. 8). Only training needs en
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffusion.levels import Array
+from diffusion.objectives.objective import Batch, Context, Metrics, Params
+from diffusion.objectives.terms.term import Noised
 
-Params = Any
 Encoder = Callable[[Params, Array, tuple[int, int]], Array]
 """(its parameters, images [B, H, W, C] in [-1, 1], grid) -> features [B, h, w, D]; grid is the
 tokens' (h, w), which an encoder that can choose its resolution should meet."""
@@ -39,11 +40,11 @@ class Projector(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """What is aligned with what.
+    """The term, which acts in training alone.
 
     Attributes:
-      encoder: of clean images; its parameters are ``frozen["encoder"]``.
-      projector: of the tokens; its parameters are trained, as ``params["projector"]``.
+      encoder: of clean images; its parameters are ``frozen["alignment"]``.
+      projector: of the tokens; its parameters are trained.
       block: the denoiser's, as its ``features`` argument counts them.
       weight: of the loss; 0.5 in the paper.
       stop: steps after which it no longer counts nor costs anything (HASTE, Wang et al., 2025: it
@@ -55,40 +56,48 @@ class Alignment:
     block: int
     weight: float = 0.5
     stop: int | None = None
+    name: ClassVar[str] = "alignment"
 
-    def init(self, key: Array, tokens: jax.ShapeDtypeStruct) -> Params:
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The one block whose tokens are aligned."""
+        return (self.block,)
+
+    def init(self, key: Array, noised: Noised) -> Params:
         """The projector's initial parameters."""
+        tokens = noised.tokens[self.block]
         return self.projector.init(key, jnp.zeros(tokens.shape, tokens.dtype))["params"]
 
-    def loss(
-        self, params: Params, frozen: Params, tokens: Array, batch: Mapping[str, Array]
-    ) -> tuple[Array, Array]:
-        """The loss, weighted, and the mean cosine similarity.
-
-        Args:
-          params: the projector's.
-          frozen: holds the encoder's.
-          tokens: [B, h, w, C] of the denoiser.
-          batch: its images are "clean" (latents have theirs there) or else "x"; from "step", the
-            number of steps done before, on ``stop`` both results are 0.
-        """
-
-        def similarity(params: Params, tokens: Array) -> Array:
-            images = batch.get("clean", batch["x"])
-            features = self.encoder(frozen["encoder"], images, tokens.shape[1:3])
-            features = jax.lax.stop_gradient(features).astype(jnp.float32)
-            if features.shape[1:3] != tokens.shape[1:3]:
-                shape = (len(features), *tokens.shape[1:3], features.shape[-1])
-                features = jax.image.resize(features, shape, "linear")
-            return cosine(self.projector.apply({"params": params}, tokens), features).mean()
-
-        if self.stop is None or "step" not in batch:
-            found = similarity(params, tokens)
+    def __call__(
+        self, loss: Array, params: Params, context: Context, noised: Noised
+    ) -> tuple[Array, Metrics]:
+        """The loss less the weighted similarity of each example, and the mean similarity."""
+        if not context.train:
+            return loss, {}
+        args = params, noised.tokens[self.block], noised.batch, context.frozen
+        if self.stop is None:
+            found = self.similarity(*args)
         else:
             found = jax.lax.cond(
-                batch["step"] < self.stop, similarity, lambda *_: jnp.zeros(()), params, tokens
+                context.step < self.stop,
+                self.similarity,
+                lambda *_: jnp.zeros(loss.shape),
+                *args,
             )
-        return -self.weight * found, found
+        return loss - self.weight * found, {"alignment": found.mean()}
+
+    def similarity(self, params: Params, tokens: Array, batch: Batch, frozen: Any) -> Array:
+        """The mean cosine between projected tokens [B, h, w, C] and features, per example [B].
+
+        The images are batch["clean"] (latents have theirs there) or else batch["x"].
+        """
+        images = batch.get("clean", batch["x"])
+        features = self.encoder(frozen[self.name], images, tokens.shape[1:3])
+        features = jax.lax.stop_gradient(features).astype(jnp.float32)
+        if features.shape[1:3] != tokens.shape[1:3]:
+            shape = (len(features), *tokens.shape[1:3], features.shape[-1])
+            features = jax.image.resize(features, shape, "linear")
+        return cosine(self.projector.apply({"params": params}, tokens), features).mean((1, 2))
 
 
 def cosine(a: Array, b: Array, eps: float = 1e-8) -> Array:

@@ -8,40 +8,60 @@ term of which is drawn per example, with the mean held fixed.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import math
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
 from diffusion.levels import Array, NoiseLevel, namespace, posterior
+from diffusion.objectives.objective import Context, Metrics
+from diffusion.objectives.terms.term import Noised, needs_nothing
 from diffusion.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class VariationalBound:
-    """The hybrid loss's second term.
+    """The hybrid loss's second term: loss + weight * L_vlb, with the bound's T terms summed, in
+    bits per dimension.
 
     Attributes:
-      steps: T, the number of steps of the chain; times are rounded up to multiples of 1/T.
-      weight: lambda of L_simple + lambda L_vlb, where L_vlb is the bound's T terms summed, in bits
-        per dimension.
+      schedule: of the noise; times are multiples of t_max / T.
+      weight: lambda, of L_simple + lambda L_vlb.
+      steps: T, the number of steps of the chain.
       levels: number of grey levels of the data, for the likelihood at the last step.
     """
 
-    steps: int = 1000
+    schedule: Schedule
     weight: float = 1e-3
+    steps: int = 1000
     levels: int = 256
+    name: ClassVar[str] = "variational_bound"
+    blocks: ClassVar[tuple[int, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} must be a finite number >= 0, such as 1e-3")
+
+    init = staticmethod(needs_nothing)
 
     def __call__(
-        self, schedule: Schedule, t: Array, x0: Array, x_t: Array, x0_hat: Array, nu: Array
-    ) -> Array:
+        self, loss: Array, params: None, context: Context, noised: Noised
+    ) -> tuple[Array, Metrics]:
+        """The loss of each example with its bound, and the mean bound."""
+        del params, context
+        nu = (noised.variance + 1) / 2
+        vlb = self.bits(noised.level.t, noised.batch["x"], noised.x_t, noised.x0_hat, nu)
+        return loss + self.weight * vlb, {"vlb": vlb.mean()}
+
+    def bits(self, t: Array, x0: Array, x_t: Array, x0_hat: Array, nu: Array) -> Array:
         """T times the bound's term at times t [B], in bits per dimension, [B].
 
         That is KL(q(x_s | x_t, x_0) || p(x_s | x_t)) with s = t - 1/T, and at the last step,
         where s = 0, the negative log-likelihood of x_0 in bins of width 2 / (levels - 1).
         """
-        width = schedule.t_max / self.steps
+        schedule, width = self.schedule, self.schedule.t_max / self.steps
         # At the last step the posterior is a point; its variance is taken from the step before.
         first = posterior(schedule(jnp.float32(2 * width)), schedule(jnp.float32(width)))[1]
         now, before = schedule(t), schedule(jnp.maximum(t - width, 0.0))

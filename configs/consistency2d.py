@@ -1,0 +1,28 @@
+"""A consistency model of points: the teacher's flow in one or two evaluations.
+
+    python main.py --config=configs/toy2d.py --workdir=runs/toy2d
+    python main.py --config=configs/consistency2d.py --workdir=runs/consistency2d \
+        --config.consistency.teacher=runs/toy2d
+
+The student begins with the teacher's parameters. Without a teacher, ``--config.consistency.teacher=
+--config.train.init_from=``, this is consistency training.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+from configs import toy2d
+
+
+def get_config() -> ConfigDict:
+    c = toy2d.get_config()
+    teacher = FieldReference("runs/toy2d", field_type=str)
+    c.objective.name = "consistency"
+    c.consistency.teacher = teacher
+    c.train.init_from = teacher
+
+    c.optimizer.learning_rate = 5e-4
+    c.ema = "constant(decay=0.99)"
+
+    c.sampler.solver = "consistency(sigma_min=0.0)"
+    c.sampler.steps = 2
+    return c

@@ -1,0 +1,81 @@
+"""From ``config.consistency`` to a consistency model, and to its teacher, another run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base
+from diffusion import specs
+from diffusion.config.reference_runs import at_its_levels, opened
+from diffusion.objectives import consistency
+from diffusion.objectives.consistency import Consistency
+from diffusion.objectives.denoising import Denoising
+
+TARGETS = ("ema", "params")
+UNUSED = ("weighting", "coupling", "label_dropout", "terms")
+
+
+def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
+    """The objective, of the fields that any denoiser has, without a teacher.
+
+    Raises:
+      ValueError: a field has an impossible value, or one that a consistency model cannot use.
+    """
+    c, at = config.consistency, "config.consistency"
+    if c.target not in TARGETS:
+        raise specs.unknown(f"{at}.target", c.target, TARGETS)
+    default = base.get_config().objective
+    for name in UNUSED:
+        if config.objective[name] != default[name] and config.objective[name] not in (0, ()):
+            raise ValueError(
+                f"config.objective.{name}={config.objective[name]!r} has no part in "
+                f"config.objective.name='consistency'; leave it at {default[name]!r}"
+            )
+    if config.objective.prediction == "x0":
+        raise ValueError(
+            "config.objective.prediction='x0' does not give x back where there is no noise, as a "
+            "consistency function must; choose v, flow, edm or eps"
+        )
+    solver = specs.function(c.solver, consistency.SOLVERS, f"{at}.solver")
+    return Consistency(**fields | {"dropout": 0.0}, nodes=c.nodes, solver=solver, target=c.target)
+
+
+def attach(
+    config: ConfigDict,
+    objective: Denoising,
+    num_classes: int,
+    shape: tuple[int, ...],
+    load: Callable,
+) -> tuple[Denoising, dict[str, Any]]:
+    """The objective with its teacher, and the teacher's averaged parameters.
+
+    Args:
+      config: the whole config.
+      objective: without a teacher.
+      num_classes: of the labels that the network is given.
+      shape: of the data.
+      load: another run's config -> its objective, number of classes and data shape.
+
+    Raises:
+      ValueError: the teacher is not the workdir of a denoiser of such data.
+    """
+    path = config.consistency.teacher
+    if not path:
+        return objective, {}
+    if config.objective.name != "consistency":
+        raise ValueError(
+            f"config.consistency.teacher={path!r} teaches config.objective.name='consistency', not "
+            f"{config.objective.name!r}"
+        )
+    others = config, Denoising, num_classes, shape, load
+    run = opened(path, "config.consistency.teacher", *others)
+
+    def teacher(params: Any) -> Callable:
+        return at_its_levels(run.objective.denoiser(params), run)
+
+    params = run.objective.network_params(run.params())
+    return dataclasses.replace(objective, teacher=teacher), {"teacher": params}

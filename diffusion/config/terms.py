@@ -1,0 +1,79 @@
+"""From ``config.objective.terms`` to the terms of the denoising loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion import specs
+from diffusion.config import alignment
+from diffusion.config.errors import field, wrong_types
+from diffusion.config.objective import name_of, term_specs
+from diffusion.data.sources import Source
+from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.terms.uncertainty import Uncertainty
+from diffusion.objectives.terms.variance import VariationalBound
+from diffusion.schedules import Table
+
+FIELD = "config.objective.terms"
+
+
+def _variational_bound(weight: float = 1e-3, *, setting: alignment.Setting) -> VariationalBound:
+    c, schedule = setting.config.objective, setting.objective.schedule
+    if not isinstance(schedule, Table) or name_of(c.times) != "discrete":
+        raise ValueError(
+            "it bounds a chain of discrete steps: it needs a table schedule (linear, "
+            "scaled_linear, cosine, sigmoid) and times='discrete', got "
+            f"schedule={c.schedule!r}, times={c.times!r}"
+        )
+    return VariationalBound(schedule, weight, schedule.steps, setting.train.levels or 256)
+
+
+TERMS: dict[str, Callable] = {
+    "uncertainty": Uncertainty,
+    "variational_bound": _variational_bound,
+    "alignment": alignment.make,
+}
+TRAINING = ("alignment",)  # those that only training needs, with their encoders
+
+
+def attach(
+    config: ConfigDict, objective: Denoising, train: Source, load: Callable
+) -> tuple[Denoising, Source, dict[str, Any]]:
+    """The objective with its terms, the data with what these need, and their frozen parameters.
+
+    Args:
+      config: the whole config.
+      objective: without terms.
+      train: the training data.
+      load: another run's config -> its objective, number of classes and data shape.
+
+    Raises:
+      ValueError: a term is unknown or named twice, or does not fit; the message names the field.
+    """
+    terms, frozen = {}, {}
+    for text in term_specs(config):
+        setting = alignment.Setting(config, objective, train, load)
+        with field(f"{FIELD}={text!r}"), wrong_types():
+            make = specs.function(text, TERMS, FIELD, {"setting": setting}, filled=("setting",))
+            term = make()
+            if name_of(text) in TRAINING:
+                term, train, frozen[name_of(text)] = term
+            if term.name in terms:
+                raise ValueError(f"there are two terms {term.name}; each may stand once")
+        terms[term.name] = term
+    if terms:
+        objective = dataclasses.replace(objective, terms=tuple(terms.values()))
+    return objective, train, frozen
+
+
+def for_drawing(config: ConfigDict) -> ConfigDict:
+    """The config of the same model, for whatever is not training: without other networks."""
+    config = config.copy_and_resolve_references()
+    kept = [text for text in term_specs(config) if name_of(text) not in TRAINING]
+    config.objective.terms = tuple(kept)
+    config.consistency.teacher = ""
+    return config
