@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -156,11 +157,31 @@ def test_points(tmp_path):
     assert (tmp_path / "density.png").stat().st_size > 0
 
 
+def test_a_student_of_another_run(tmp_path):
+    """Which begins with the parameters of its teacher, in part."""
+    small = ["--config.samples.count=200", "--config.evaluation.count=200"]
+    small += ["--config.optimizer.warmup=5", "--config.model.mlp.depth=1"]
+    teacher, student = (tmp_path / name for name in ("teacher", "student"))
+    succeed(*small, f"--workdir={teacher}", "--config.train.steps=10", config="toy2d")
+    command = [*small, f"--workdir={student}", f"--config.consistency.teacher={teacher}"]
+    command += ["--config.train.init_what=kernel", "--config.train.validate_every=5"]
+    text = succeed(*command, "--config.train.steps=10", config="consistency2d")
+    assert f"parameter arrays of {teacher}, step 10 (ema)" in text and "are left out" in text
+    assert "kernel" in (student / "init_from.txt").read_text()
+    assert "sliced Wasserstein" in text
+    shutil.rmtree(teacher)  # of which drawing needs nothing
+    succeed(*command, "--config.train.steps=10", "--mode=sample", config="consistency2d")
+    assert np.load(student / "samples" / "samples.npz")["x"].shape == (200, 2)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--config.train.stepz=3"], "Did you mean config.train.steps?"),
-        (["--config.foo=3"], "unknown field config.foo; config has alignment, autoencoding, data"),
+        (
+            ["--config.foo=3"],
+            "unknown field config.foo; config has autoencoding, consistency, data",
+        ),
         (["--config.train.steps=many"], "--config.train.steps=many: invalid literal for int"),
         (["--mode=trian"], "train|sample|evaluate|sweep|learn"),
         (["--config.objective.schedule=cosin"], "Did you mean 'cosine'?"),

@@ -1,4 +1,4 @@
-"""config.alignment and config.objective.coupling: what they build, and what is refused."""
+"""config.objective.terms and coupling: what they build, and what is refused."""
 
 import json
 
@@ -10,6 +10,7 @@ import tiny_encoders
 
 from configs import digits, digits_classifier, toy2d
 from diffusion.config import alignment as aligning
+from diffusion.config import terms
 from diffusion.config.experiment import build
 from diffusion.config.model import make_model, other_run
 from diffusion.objectives.couplings import optimal_transport
@@ -23,10 +24,13 @@ def small(module=digits, **overrides):
     c = module.get_config()
     c.model.unet.update(widths=(4, 6), norm_groups=2, attention=0, mid_attention=0)
     c.model.dit.update(width=8, depth=3, heads=2)
-    c.alignment.hidden = 5
     for name, value in overrides.items():
         c.update_from_flattened_dict({name.replace("__", "."): value})
     return c
+
+
+def aligned(encoder, options=""):
+    return {"objective__terms": f"alignment(encoder={str(encoder)!r}, hidden=5{options})"}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +63,8 @@ def test_vision_transformers_see_images_as_they_were_trained_to(encoders):
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)), jnp.float32)
     sizes = {"dinov2": (4, 4), "clip": (3, 3)}  # of 8 pixels a patch; CLIP's own 24 / 8
     for name, grid in sizes.items():
-        objective = build(small(model__name="dit", alignment__encoder=str(encoders / name)))
-        alignment, params = objective.objective.alignment, objective.frozen["encoder"]
+        objective = build(small(model__name="dit", **aligned(encoders / name)))
+        (alignment,), params = objective.objective.terms, objective.frozen["alignment"]
         assert (alignment.block, alignment.weight, alignment.stop) == (1, 0.5, None)
         encoder = alignment.encoder
         assert jax.eval_shape(lambda x, e=encoder, p=params: e(p, x, (4, 4)), images).shape == (
@@ -92,26 +96,26 @@ def test_vision_transformers_see_images_as_they_were_trained_to(encoders):
 
 
 def test_a_classifier_gives_the_features_in_its_middle(encoders, classifiers_params):
-    config = small(alignment__encoder=str(encoders / "classifier"), alignment__stop=7)
+    config = small(**aligned(encoders / "classifier", ", stop=7"))
     experiment = build(config)
-    alignment = experiment.objective.alignment
+    (alignment,) = experiment.objective.terms
     assert (alignment.block, alignment.stop, alignment.projector.features) == (3, 7, 6)
     shapes = jax.eval_shape(
         experiment.objective.init, jax.random.key(0), {"x": np.zeros((1, 8, 8, 1), np.float32)}
         | {"label": np.zeros(1, np.int32)},
     )  # fmt: skip
-    assert shapes["projector"]["Dense_2"]["kernel"].shape == (5, 6)
+    assert shapes["alignment"]["Dense_2"]["kernel"].shape == (5, 6)
     # Nothing but training reads the encoder.
-    plain = build(aligning.without(config))
-    assert plain.objective.alignment is None and plain.frozen is None
+    plain = build(terms.for_drawing(config))
+    assert plain.objective.terms == () and plain.frozen is None
 
 
 def test_latents_have_their_images_beside_them(encoders):
-    config = small(alignment__encoder=str(encoders / "dinov2"))
+    config = small(**aligned(encoders / "dinov2"))
     source = build(small()).train
     objective, _ = make_model(config, source)
     config.data.autoencoder = "somewhere"
-    _, train, _ = aligning.attach(config, objective, source)
+    _, train, _ = terms.attach(config, objective, source, other_run)
     batch = train.read(np.array([3, 5]))
     np.testing.assert_array_equal(batch["clean"], source.read(np.array([3, 5]))["x"])
     assert set(batch) == {"x", "label", "clean"}
@@ -120,14 +124,25 @@ def test_latents_have_their_images_beside_them(encoders):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(alignment__encoder="nowhere"), r"config\.alignment\.encoder='nowhere': there is no"),
-        (dict(alignment__encoder="@text"), r"alignment\.encoder=.*a ClipText is no encoder"),
-        (dict(alignment__encoder="@dinov2", alignment__block=4), r"alignment\.block=4.*has 1\.\.3"),
+        (aligned("nowhere"), r"config\.objective\.terms=.*encoder='nowhere': there is no"),
+        (aligned("@text"), r"config\.objective\.terms=.*a ClipText is no encoder"),
         (
-            dict(alignment__encoder="@dinov2", objective__name="classification"),
-            r"config\.alignment\.encoder=.*is for config\.objective\.name='denoising'",
+            aligned("@dinov2", ", block=4"),
+            r"config\.objective\.terms=.*block=4.*the blocks 1\.\.3",
         ),
-        (dict(alignment__weight=-1.0), r"config\.alignment\.weight must be >= 0, got -1"),
+        (
+            aligned("@dinov2") | dict(objective__name="classification"),
+            r"config\.objective\.terms=.*change the loss of config\.objective\.name='denoising'",
+        ),
+        (aligned("@dinov2", ", weight=-1.0"), r"weight=-1\.0 must be a finite number >= 0"),
+        (dict(objective__terms="alignment(weight=1.0)"), r"alignment needs encoder"),
+        (dict(objective__terms=("uncertain()",)), r"terms: unknown 'uncertain'.*'uncertainty'"),
+        (dict(objective__terms=("uncertainty()",) * 2), r"two terms uncertainty"),
+        (dict(objective__terms=3), r"config\.objective\.terms=3: expected a term or several"),
+        (
+            dict(objective__noise="gaussian(offset=-0.1)"),
+            r"config\.objective\.noise=.*offset=-0\.1 must be a finite number >= 0",
+        ),
         (dict(objective__coupling="optimal"), r"config\.objective\.coupling: unknown 'optimal'"),
         (
             dict(objective__coupling="optimal_transport(group=5)"),
@@ -144,22 +159,22 @@ def test_latents_have_their_images_beside_them(encoders):
         (
             dict(
                 objective__coupling="nearest",
-                objective__learned_variance=True,
+                objective__terms="variational_bound()",
                 objective__times="discrete",
             ),
-            r"config\.objective\.coupling='nearest': the bound of",
+            r"config\.objective\.coupling='nearest': the variational_bound",
         ),
     ],
 )
 def test_mistakes_are_named(encoders, fields, message):
-    fields = {k: str(encoders / v[1:]) if str(v)[0] == "@" else v for k, v in fields.items()}
+    fields = {k: v.replace("@", f"{encoders}/") if "@" in str(v) else v for k, v in fields.items()}
     with pytest.raises(ValueError, match=message):
         build(small(**fields))
 
 
 def test_points_have_nothing_to_align(encoders):
-    with pytest.raises(ValueError, match=r"config\.alignment\.encoder aligns tokens of a unet"):
-        build(small(toy2d, alignment__encoder=str(encoders / "dinov2")))
+    with pytest.raises(ValueError, match=r"terms=.*of the tokens of a unet"):
+        build(small(toy2d, **aligned(encoders / "dinov2")))
 
 
 def test_couplings_are_within_a_devices_share():

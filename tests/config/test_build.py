@@ -76,8 +76,8 @@ MISTAKES = [
         r"config\.objective\.c_noise='log_sigma' is infinite",
     ),
     (
-        dict(objective__learned_variance=True),
-        r"learned_variance=True bounds a chain of discrete steps",
+        dict(objective__terms="variational_bound()"),
+        r"config\.objective\.terms='variational_bound\(\)': it bounds a chain of discrete steps",
     ),
     (dict(objective__label_dropout=1.5), r"config\.objective\.label_dropout must lie in \[0, 1\]"),
     (
@@ -182,9 +182,10 @@ def test_mistakes_are_named(overrides, message):
         dict(objective__schedule="ve", objective__prediction="edm", objective__weighting="edm"),
         dict(objective__schedule="zero_terminal_snr(scaled_linear)", objective__times="discrete"),
         dict(objective__schedule="linear", objective__times="discrete")
-        | dict(objective__learned_variance=True, sampler__solver="ddpm"),
+        | dict(objective__terms=("variational_bound(weight=0.01)",), sampler__solver="ddpm"),
         dict(objective__weighting="elbo", objective__schedule="vp_sde"),
-        dict(objective__uncertainty=True, objective__times="log_normal(mean=-0.5)"),
+        dict(objective__terms="uncertainty()", objective__times="log_normal(mean=-0.5)"),
+        dict(objective__name="consistency", objective__label_dropout=0.0, sampler__guidance=1.0),
         dict(model__name="dit", model__dit__scan=True, model__dit__positions="rotary"),
     ],
     ids=str,

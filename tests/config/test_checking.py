@@ -48,7 +48,7 @@ def test_the_defaults_and_the_configs_pass():
         ("optimizer.b2", 1.0, r"must lie in \[0, 1\), got 1\.0"),
         ("optimizer.warmup", -5, "must be >= 0"),
         ("objective.label_dropout", 1.5, r"must lie in \[0, 1\], got 1\.5"),
-        ("objective.noise_offset", float("nan"), "must be a finite number"),
+        ("objective.t_min", float("nan"), "must be a finite number"),
         ("model.unet.widths", (32, 0), r"must be positive, got \(32, 0\)"),
         ("model.unet.attention", (0, -1), "must be >= 0"),
         ("model.dit.dropout", 1.0, r"must lie in \[0, 1\)"),

@@ -80,7 +80,7 @@ def test_two_steps_give_a_pipeline_that_diffusers_runs(made, tmp_path):
     pipeline, _, c = made
     c = c.copy_and_resolve_references()
     c.objective.update(schedule="zero_terminal_snr(scaled_linear)", prediction="v")
-    c.objective.update(weighting="min_snr", noise_offset=0.1, input_perturbation=0.1)
+    c.objective.update(weighting="min_snr", noise="gaussian(offset=0.1, perturbation=0.1)")
     c.optimizer.update(name="sgd", learning_rate=1e-2, weight_decay=0.0, clip_norm=0.0)
     experiment = build(c)
     state = fit(
