@@ -242,7 +242,7 @@ def loss(experiment: Experiment) -> Callable[[Any, int], float]:
     plain = digits.get_config()
     for field in ("times", "weighting", "coupling"):
         config.objective[field] = plain.objective[field]
-    config.objective.terms = ()
+    config = terms.for_drawing(config)
     validate = validation.make(
         build(config).objective,
         experiment.held_out,

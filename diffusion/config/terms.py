@@ -73,7 +73,8 @@ def attach(
 def for_drawing(config: ConfigDict) -> ConfigDict:
     """The config of the same model, for whatever is not training: without other networks."""
     config = config.copy_and_resolve_references()
-    kept = [text for text in term_specs(config) if name_of(text) not in TRAINING]
-    config.objective.terms = tuple(kept)
-    config.consistency.teacher = ""
+    kept = tuple(text for text in term_specs(config) if name_of(text) not in TRAINING)
+    with config.ignore_type():  # it may have been one text
+        config.objective.terms = kept
+    config.consistency.teacher = config.train.init_from = config.train.init_what = ""
     return config
