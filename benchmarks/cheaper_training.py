@@ -33,7 +33,7 @@ import report
 
 from configs import digits, digits_classifier
 from diffusion import compiler
-from diffusion.config import sampler
+from diffusion.config import sampler, terms
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
 from diffusion.evaluation.metrics.samples import evaluate_samples

@@ -16,7 +16,7 @@ from diffusion.objectives.consistency import Consistency
 from diffusion.objectives.denoising import Denoising
 
 TARGETS = ("ema", "params")
-UNUSED = ("weighting", "coupling", "label_dropout", "terms")
+UNUSED = ("weighting", "coupling", "terms")
 
 
 def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
@@ -30,7 +30,7 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
         raise specs.unknown(f"{at}.target", c.target, TARGETS)
     default = base.get_config().objective
     for name in UNUSED:
-        if config.objective[name] != default[name] and config.objective[name] not in (0, ()):
+        if config.objective[name] not in (default[name], ""):
             raise ValueError(
                 f"config.objective.{name}={config.objective[name]!r} has no part in "
                 f"config.objective.name='consistency'; leave it at {default[name]!r}"
@@ -41,7 +41,7 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
             "consistency function must; choose v, flow, edm or eps"
         )
     solver = specs.function(c.solver, consistency.SOLVERS, f"{at}.solver")
-    return Consistency(**fields | {"dropout": 0.0}, nodes=c.nodes, solver=solver, target=c.target)
+    return Consistency(**fields, nodes=c.nodes, solver=solver, target=c.target)
 
 
 def attach(
