@@ -16,9 +16,8 @@ from diffusion.objectives.denoising import Denoising
 from diffusion.pipelines import companions
 from diffusion.pipelines.pipeline import Pipeline
 
-SOLVERS = {"euler": consistency.euler, "heun": consistency.heun}
 TARGETS = ("ema", "params")
-UNUSED = ("weighting", "coupling", "label_dropout", "terms")
+UNUSED = ("weighting", "coupling", "terms")
 
 
 def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
@@ -32,7 +31,7 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
         raise specs.unknown(f"{at}.target", c.target, TARGETS)
     default = base.get_config().objective
     for name in UNUSED:
-        if config.objective[name] != default[name] and config.objective[name] not in (0, ()):
+        if config.objective[name] not in (default[name], ""):
             raise ValueError(
                 f"config.objective.{name}={config.objective[name]!r} has no part in "
                 f"config.objective.name='consistency'; leave it at {default[name]!r}"
@@ -42,8 +41,8 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
             "config.objective.prediction='x0' does not give x back where there is no noise, as a "
             "consistency function must; choose v, flow, edm or eps"
         )
-    solver = specs.function(c.solver, SOLVERS, f"{at}.solver")
-    return Consistency(**fields | {"dropout": 0.0}, nodes=c.nodes, solver=solver, target=c.target)
+    solver = specs.function(c.solver, consistency.SOLVERS, f"{at}.solver")
+    return Consistency(**fields, nodes=c.nodes, solver=solver, target=c.target)
 
 
 def attach(

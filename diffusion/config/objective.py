@@ -13,13 +13,12 @@ from diffusion.conditioning import null_like
 from diffusion.config import consistency
 from diffusion.errors import field
 from diffusion.objectives import couplings, distances, times, weightings
+from diffusion.objectives import noise as noises
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
-from diffusion.objectives.noise import Gaussian
 from diffusion.pipelines.pipeline import Pipeline
 from diffusion.schedules import Table
 
-NOISES = {"gaussian": Gaussian}
 
 
 def _shared(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def denoising(
     c, at = config.objective, "config.objective"
     context = {"sigma_data": config.data.std, "schedule": pipeline.schedule}
     with field(f"{at}.noise={c.noise!r}"):
-        noise = specs.value(c.noise, NOISES, f"{at}.noise")
+        noise = specs.value(c.noise, noises.CHOICES, f"{at}.noise")
     fields = {
         **_shared(config, pipeline),
         "weighting": specs.function(c.weighting, weightings.CHOICES, f"{at}.weighting", context),

@@ -18,7 +18,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diffusion import conditioning
 from diffusion.denoiser import ConditionalDenoise, Denoise, denoiser
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives import quartiles, times
@@ -83,11 +82,11 @@ class Consistency(Denoising):
         """The mean loss over a batch, and the loss by quartile of the noise level."""
         x0 = batch["x"]
         index = batch.get("index", jnp.arange(len(x0)))
-        key_times, key_noise, _, key_network = jax.random.split(key, 4)
+        key_times, key_noise, key_drop, key_network = jax.random.split(key, 4)
         u = times.uniforms(key_times, index, self.stratify)
         after, now = self._neighbours(u)
         x = diffuse(x0, self.noise.draw(key_noise, index, x0), now)
-        cond = conditioning.from_batch(batch)
+        cond = self.conditioning(batch, index, key_drop)
         rngs = {"dropout": jax.random.fold_in(key_network, index[0])}
 
         def consistency(params: Params, x: Array, level: NoiseLevel) -> Array:
@@ -122,3 +121,6 @@ class Consistency(Denoising):
         t = jnp.concatenate([jnp.zeros(1), inner, jnp.full(1, float(self.schedule.t_max))])
         n = jnp.floor(u * self.nodes).astype(jnp.int32)
         return self.schedule(t[n]), self.schedule(t[n + 1])
+
+
+SOLVERS = {"euler": euler, "heun": heun}

@@ -92,11 +92,7 @@ class Denoising:
         draw = partial(self.noise.draw, key_noise, index, x0)
         noise = self.coupling(x0, draw, batch.get("label")) if context.train else draw(0)
         x_t = diffuse(x0, self.noise.perturb(key_noise, index, noise), level)
-
-        cond = conditioning.from_batch(batch)
-        if self.dropout > 0:
-            dropped = times.independent_uniforms(key_drop, index) < self.dropout
-            cond = conditioning.drop(cond, self.null(cond), dropped)
+        cond = self.conditioning(batch, index, key_drop)
 
         rngs = {"dropout": jax.random.fold_in(key_network, index[0])}
         noised, output = self._noised(params, batch, x_t, level, cond, context.train, rngs)
@@ -113,6 +109,14 @@ class Denoising:
         """The noise levels [B] at which ``loss`` with this key sees examples ``index`` [B]."""
         u = times.uniforms(jax.random.split(key, 4)[0], index, self.stratify)
         return times.levels(u, self.times, self.schedule, self.t_min)
+
+    def conditioning(self, batch: Batch, index: Array, key: Array) -> Conditioning:
+        """The batch's, with the null conditioning at the rate of ``dropout``."""
+        cond = conditioning.from_batch(batch)
+        if self.dropout > 0:
+            dropped = times.independent_uniforms(key, index) < self.dropout
+            cond = conditioning.drop(cond, self.null(cond), dropped)
+        return cond
 
     def denoiser(self, params: Params) -> ConditionalDenoise:
         """E[x_0 | x_t] as the network with these parameters estimates it."""

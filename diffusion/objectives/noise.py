@@ -65,3 +65,6 @@ def normal(key: Array, index: Array, shape: tuple[int, ...], dtype: jnp.dtype) -
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (size,), dtype))(
         index
     ).reshape(len(index), *shape)
+
+
+CHOICES = {"gaussian": Gaussian}

@@ -79,6 +79,27 @@ MISTAKES = [
         dict(objective__terms="variational_bound()"),
         r"config\.objective\.terms='variational_bound\(\)': it bounds a chain of discrete steps",
     ),
+    (
+        dict(objective__name="consistency", objective__weighting="snr"),
+        r"config\.objective\.weighting='snr' has no part in .*'consistency'; leave it at 'simple'",
+    ),
+    (
+        dict(objective__name="consistency", objective__prediction="x0"),
+        r"config\.objective\.prediction='x0' does not give x back.*choose v, flow, edm or eps",
+    ),
+    (
+        dict(objective__name="consistency", consistency__solver="rk4"),
+        r"config\.consistency\.solver: unknown 'rk4'; choose one of euler, heun",
+    ),
+    (
+        dict(objective__name="consistency", consistency__teacher="nowhere"),
+        r"config\.consistency\.teacher='nowhere' is not the workdir of a run",
+    ),
+    (dict(consistency__teacher="nowhere"), r"teacher='nowhere' teaches .*'consistency', not 'den"),
+    (
+        dict(objective__name="consistency", consistency__target="emma"),
+        r"config\.consistency\.target: unknown 'emma'.*mean 'ema'",
+    ),
     (dict(objective__label_dropout=1.5), r"config\.objective\.label_dropout must lie in \[0, 1\]"),
     (
         dict(objective__label_dropout=0.0),
@@ -185,7 +206,7 @@ def test_mistakes_are_named(overrides, message):
         | dict(objective__terms=("variational_bound(weight=0.01)",), sampler__solver="ddpm"),
         dict(objective__weighting="elbo", objective__schedule="vp_sde"),
         dict(objective__terms="uncertainty()", objective__times="log_normal(mean=-0.5)"),
-        dict(objective__name="consistency", objective__label_dropout=0.0, sampler__guidance=1.0),
+        dict(objective__name="consistency", consistency__solver="euler"),
         dict(model__name="dit", model__dit__scan=True, model__dit__positions="rotary"),
     ],
     ids=str,

@@ -11,6 +11,7 @@ from diffusion.evaluation.metrics.noisy_accuracy import accuracy_by_level
 from diffusion.levels import NoiseLevel
 from diffusion.models.noisy_classifier import NoisyClassifier
 from diffusion.objectives.classification import Classification
+from diffusion.objectives.objective import Context
 
 
 class Prototypes:
@@ -40,15 +41,15 @@ BATCH = {"x": X, "label": LABEL}
 
 def test_loss_is_the_cross_entropy_of_noised_examples():
     key = jax.random.key(0)
-    loss = jax.jit(OBJECTIVE.loss)
-    zero, _ = loss({"network": jnp.float32(0)}, {}, BATCH, key)
+    loss = jax.jit(lambda params, batch, key: OBJECTIVE.loss(params, Context(), batch, key))
+    zero, _ = loss({"network": jnp.float32(0)}, BATCH, key)
     np.testing.assert_allclose(zero, np.log(3), rtol=1e-5)  # nothing told apart
-    some, metrics = loss({"network": jnp.float32(0.3)}, {}, BATCH, key)
+    some, metrics = loss({"network": jnp.float32(0.3)}, BATCH, key)
     assert some < zero and 0.5 < metrics["accuracy"] < 1
     part = {name: leaf[16:48] for name, leaf in BATCH.items()} | {"index": np.arange(16, 48)}
     rest = {n: np.concatenate([leaf[:16], leaf[48:]]) for n, leaf in BATCH.items()}
     rest["index"] = np.r_[:16, 48:64]
-    halves = [loss({"network": jnp.float32(0.3)}, {}, b, key)[0] for b in (part, rest)]
+    halves = [loss({"network": jnp.float32(0.3)}, b, key)[0] for b in (part, rest)]
     np.testing.assert_allclose(np.mean(halves), some, rtol=1e-5)  # as on two devices
 
 

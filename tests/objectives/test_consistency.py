@@ -150,7 +150,7 @@ def train(objective, steps, rate, params=None, frozen=None):
     """Averaged parameters after training on two moons."""
     optimizer = optimizers.make("adam", rate, warmup=20, decay="cosine", steps=steps)
     emas = {"ema": ema.constant(0.99)}
-    x = densities.sample("two_moons", 256 * 50, np.random.default_rng(0)).astype(np.float32)
+    x = densities.sample("two_moons", 128 * 50, np.random.default_rng(0)).astype(np.float32)
     batches = [{"x": part} for part in np.split(x, 50)]
     state = create(objective, optimizer, emas, jax.random.key(0), batches[0], params)
     step = make_train_step(objective, optimizer, emas, devices=jax.devices()[:1])
@@ -167,12 +167,12 @@ def distance(denoise, solver):
 
 
 def test_one_step_of_a_student_is_far_better_than_one_of_its_teacher():
-    settings = (MLP(width=64, depth=3), FLOW, predictions.flow, thousand_t)
-    teacher = Denoising(*settings, stratify=256)
-    learned = train(teacher, 600, 2e-3)
-    student = Consistency(*settings, stratify=256, teacher=teacher.denoiser, nodes=16)
+    settings = (MLP(width=32, depth=2), FLOW, predictions.flow, thousand_t)
+    teacher = Denoising(*settings, stratify=128)
+    learned = train(teacher, 400, 3e-3)
+    student = Consistency(*settings, stratify=128, teacher=teacher.denoiser, nodes=16)
     params = jax.tree.map(jnp.copy, learned)
-    params = train(student, 400, 1e-3, params, {"teacher": learned})
+    params = train(student, 300, 2e-3, params, {"teacher": learned})
     one, two = (grids.uniform(FLOW, steps) for steps in (1, 2))
     control = distance(teacher.denoiser(learned), solvers.euler(one))
     found = distance(student.denoiser(params), solvers.euler(one))
