@@ -47,7 +47,7 @@ from diffusion.config.experiment import Experiment, build
 from diffusion.config.reference_runs import tuples
 from diffusion.evaluation import figures
 from diffusion.evaluation.convergence import rmse
-from diffusion.evaluation.metrics.samples import evaluate_samples
+from diffusion.evaluation.samples import evaluate_samples
 from diffusion.levels import NoiseLevel
 from diffusion.models import reuse
 from diffusion.models.token_merging import with_merged_tokens

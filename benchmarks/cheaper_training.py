@@ -36,7 +36,7 @@ from diffusion import compiler
 from diffusion.config import sampler
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
-from diffusion.evaluation.metrics.samples import evaluate_samples
+from diffusion.evaluation.samples import evaluate_samples
 from diffusion.modes import judge as judging
 from diffusion.modes.drawer import Drawer
 from diffusion.modes.train import train

@@ -13,10 +13,11 @@ from diffusion.data import densities
 from diffusion.data.sources import affordable
 from diffusion.evaluation import classifiers, figures
 from diffusion.evaluation.metrics import bits
-from diffusion.evaluation.metrics.captions import caption_gap, retrieval
-from diffusion.evaluation.metrics.frechet import nearest_distances
+from diffusion.evaluation.metrics.caption_gap import caption_gap
+from diffusion.evaluation.metrics.nearest import nearest_distances
 from diffusion.evaluation.metrics.noisy_accuracy import accuracy_by_level
-from diffusion.evaluation.metrics.samples import evaluate_points, evaluate_samples
+from diffusion.evaluation.metrics.retrieval import retrieval
+from diffusion.evaluation.samples import evaluate_points, evaluate_samples
 from diffusion.modes.drawer import Drawer
 
 

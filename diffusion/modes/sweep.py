@@ -12,7 +12,7 @@ from diffusion.config import sampler
 from diffusion.config.errors import field
 from diffusion.evaluation import convergence as library
 from diffusion.evaluation.classifiers import Classifier
-from diffusion.evaluation.metrics.samples import evaluate_points, evaluate_samples
+from diffusion.evaluation.samples import evaluate_points, evaluate_samples
 from diffusion.modes.drawer import Drawer
 from diffusion.sampling.tables import Solver
 

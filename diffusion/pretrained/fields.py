@@ -31,6 +31,26 @@ TRANSFORMERS_SUPPORTED = {
 }
 
 
+Table = Mapping[str, tuple[str, Any]]
+"""Our field -> (the same field in a ``config.json``, what the class takes if it is absent)."""
+
+
+def defaults(table: Table) -> dict[str, Any]:
+    """The ``config.json`` fields of a table, with their defaults."""
+    return dict(table.values())
+
+
+def ours(table: Table, c: SimpleNamespace) -> dict[str, Any]:
+    """Our fields of a table, from the values that ``fields`` has read."""
+    return {name: getattr(c, theirs) for name, (theirs, _) in table.items()}
+
+
+def theirs(table: Table, net: Any) -> dict[str, Any]:
+    """The ``config.json`` fields of a table, from a network of ours; tuples become lists."""
+    values = {name: getattr(net, own) for own, (name, _) in table.items()}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
 def architecture(config: Mapping[str, Any], supported: Collection[str]) -> str:
     """The class that a transformers ``config.json`` is of: ``_class_name``, else architectures.
 

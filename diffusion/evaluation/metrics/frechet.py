@@ -1,11 +1,13 @@
-"""Distances between two sets of examples, computed on the host in float64."""
+"""Fréchet distance of two sets of features, on the host in float64.
+
+Heusel et al. (2017). ``Statistics`` add up over batches, so that no set of features is kept whole.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 
 class Statistics(NamedTuple):
@@ -22,7 +24,7 @@ class Statistics(NamedTuple):
     n: int
 
     def merge(self, other: Statistics) -> Statistics:
-        """Statistics of both sets together (Chan et al., 1979), for features that come in parts."""
+        """Statistics of both sets together (Chan et al., 1979)."""
         n = self.n + other.n
         delta = other.mean - self.mean
         scatter = self.cov * max(self.n - 1, 0) + other.cov * max(other.n - 1, 0)
@@ -59,57 +61,36 @@ def frechet_from_statistics(a: Statistics, b: Statistics) -> float:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two sets of features [N, ...] and [M, ...]; see above.
+    """``frechet_from_statistics`` of two sets of features [N, ...] and [M, ...].
 
     It is biased upwards for small sets: compare only figures obtained with the same N and M.
     """
     return frechet_from_statistics(statistics(a), statistics(b))
 
 
-def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """E = 2 E|a - b| - E|a - a'| - E|b - b'| (Székely and Rizzo, 2013) of [N, D] and [M, D].
+def frechet_beside_real(
+    features: np.ndarray, real: np.ndarray, *, splits: int = 10, seed: int | np.random.Generator = 0
+) -> dict[str, float | int]:
+    """Fréchet distance of features [N, ...] to real ones [M, ...], beside real against real.
 
-    It is 0 only for equal distributions. Without bias (pairs of a point with itself are left
-    out), so that the figure for two samples of one distribution scatters around 0. O(N M).
+    Returns:
+      frechet: between all features and all real ones.
+      frechet_real_halves: between two disjoint halves of the real ones, and
+      frechet_half: between as many features and one such half. These two are comparable: both sets
+        have frechet_half_size members, and each figure is the mean over ``splits`` halvings.
     """
-    n, m = len(a), len(b)
-    if min(n, m) < 2:
-        raise ValueError(f"energy distance needs two points in each set, got {n} and {m}")
-    a, b = (np.asarray(points, np.float64).reshape(len(points), -1) for points in (a, b))
-    within = cdist(a, a).sum() / (n * (n - 1)) + cdist(b, b).sum() / (m * (m - 1))
-    return float(2 * cdist(a, b).mean() - within)
-
-
-def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, slices: int = 128, seed: int = 0) -> float:
-    """sqrt(mean over random directions of W2^2 of the projections) of [N, D] and [M, D].
-
-    Rabin et al. (2011). In the units of the data; positive for finite samples of one
-    distribution. On a line W2 compares quantiles, which for N = M are the sorted points.
-    """
-    a, b = (np.asarray(points, np.float64).reshape(len(points), -1) for points in (a, b))
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"points differ in dimension: {a.shape[1]} and {b.shape[1]}")
-    directions = np.random.default_rng(seed).standard_normal((a.shape[1], slices))
-    directions /= np.linalg.norm(directions, axis=0)
-    count = max(len(a), len(b))
-    a, b = (_quantiles(p @ directions, count) for p in (a, b))
-    return float(np.sqrt(((a - b) ** 2).mean()))
-
-
-def _quantiles(points: np.ndarray, count: int) -> np.ndarray:
-    """The (i + 1/2) / count quantiles, i = 0..count-1, of each column of points [N, S]."""
-    points, last = np.sort(points, axis=0), len(points) - 1
-    position = ((np.arange(count) + 0.5) * (len(points) / count) - 0.5).clip(0, last)
-    below = position.astype(int)
-    share = (position - below)[:, None]
-    return (1 - share) * points[below] + share * points[np.minimum(below + 1, last)]
-
-
-def nearest_distances(a: np.ndarray, b: np.ndarray, *, chunk: int = 1024) -> np.ndarray:
-    """Euclidean distance from each a [N, ...] to its nearest neighbour in b [M, ...]; [N]."""
-    a, b = (np.asarray(points, np.float32).reshape(len(points), -1) for points in (a, b))
-    norm = np.einsum("md,md->m", b, b)
-    nearest = [
-        b[np.argmin(norm - 2 * a[i : i + chunk] @ b.T, axis=1)] for i in range(0, len(a), chunk)
-    ]
-    return np.linalg.norm(a - np.concatenate(nearest), axis=1)
+    rng = np.random.default_rng(seed)
+    half = min(len(real) // 2, len(features))
+    to_half, between_halves = [], []
+    for _ in range(splits):
+        order = rng.permutation(len(real))
+        a, b = real[order[:half]], real[order[half : 2 * half]]
+        chosen = features[rng.permutation(len(features))[:half]]
+        to_half.append(frechet_distance(chosen, a))
+        between_halves.append(frechet_distance(a, b))
+    return {
+        "frechet": frechet_distance(features, real),
+        "frechet_half": float(np.mean(to_half)),
+        "frechet_real_halves": float(np.mean(between_halves)),
+        "frechet_half_size": half,
+    }

@@ -13,17 +13,16 @@ from diffusion.pretrained import fields
 from diffusion.pretrained.names import Names, dotted
 
 CLASSES = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
-DEFAULTS = {
-    "vocab_size": 32_128,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "layer_norm_epsilon": 1e-6,
-    "feed_forward_proj": "relu",
+FIELDS = {
+    "vocab_size": ("vocab_size", 32_128),
+    "width": ("d_model", 512),
+    "depth": ("num_layers", 6),
+    "heads": ("num_heads", 8),
+    "head_width": ("d_kv", 64),
+    "hidden": ("d_ff", 2048),
+    "buckets": ("relative_attention_num_buckets", 32),
+    "furthest": ("relative_attention_max_distance", 128),
+    "eps": ("layer_norm_epsilon", 1e-6),
 }
 ACTIVATIONS = {"relu": ("relu", False), "gated-gelu": ("gelu_new", True)}
 SUPPORTED = {**fields.TRANSFORMERS_SUPPORTED, "feed_forward_proj": tuple(ACTIVATIONS)}
@@ -41,7 +40,8 @@ def from_config(config: Mapping[str, Any]) -> T5Encoder:
       ValueError: for another class, an unknown field or an unsupported value.
     """
     name = fields.architecture(config, CLASSES)
-    c = fields.fields(config, name, DEFAULTS, SUPPORTED, HARMLESS)
+    defaults = fields.defaults(FIELDS) | {"feed_forward_proj": "relu"}
+    c = fields.fields(config, name, defaults, SUPPORTED, HARMLESS)
     function, gated = ACTIVATIONS[c.feed_forward_proj]
     for field, value in (("dense_act_fn", function), ("is_gated_act", gated)):
         if config.get(field, value) != value:
@@ -49,18 +49,7 @@ def from_config(config: Mapping[str, Any]) -> T5Encoder:
                 f"{field}={config[field]!r}: with feed_forward_proj={c.feed_forward_proj!r}, "
                 f"{name} is supported with {value!r}"
             )
-    return T5Encoder(
-        vocab_size=c.vocab_size,
-        width=c.d_model,
-        depth=c.num_layers,
-        heads=c.num_heads,
-        head_width=c.d_kv,
-        hidden=c.d_ff,
-        gated=gated,
-        buckets=c.relative_attention_num_buckets,
-        furthest=c.relative_attention_max_distance,
-        eps=c.layer_norm_epsilon,
-    )
+    return T5Encoder(gated=gated, **fields.ours(FIELDS, c))
 
 
 def to_config(net: T5Encoder) -> dict[str, Any]:
@@ -68,16 +57,8 @@ def to_config(net: T5Encoder) -> dict[str, Any]:
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
-        "vocab_size": net.vocab_size,
-        "d_model": net.width,
-        "d_kv": net.head_width,
-        "d_ff": net.hidden,
-        "num_layers": net.depth,
-        "num_heads": net.heads,
-        "relative_attention_num_buckets": net.buckets,
-        "relative_attention_max_distance": net.furthest,
-        "layer_norm_epsilon": net.eps,
         "feed_forward_proj": "gated-gelu" if net.gated else "relu",
+        **fields.theirs(FIELDS, net),
     }
 
 

@@ -11,7 +11,8 @@ import pytest
 from diffusion import predictions, schedules
 from diffusion.data import sources
 from diffusion.denoiser import ddpm_index
-from diffusion.evaluation.metrics.captions import caption_gap, retrieval
+from diffusion.evaluation.metrics.caption_gap import caption_gap
+from diffusion.evaluation.metrics.retrieval import retrieval
 from diffusion.objectives.denoising import Denoising
 
 CAPTIONS = ("0", "1", "2", "2", "3")

@@ -1,9 +1,9 @@
-"""Whether a text-to-image model follows its captions: held-out losses and retrieval."""
+"""Whether a text-to-image model uses its captions: held-out losses with other captions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,9 +33,9 @@ def caption_gap(
       objective: a ``Denoising``.
       params: its parameters.
       source: captioned examples, held out; every one is used.
-      draws: noise levels per example, which its losses are means over.
+      draws: noise levels per example; its loss is the mean over them.
       batch_size: examples at once.
-      seed: of the noise, and of which caption goes to which other example.
+      seed: of the noise, and of the choice of other captions.
 
     Returns:
       JSON-ready: loss, loss_other and loss_empty; gap = loss_other - loss with the half width
@@ -90,51 +90,8 @@ def caption_gap(
     }
 
 
-def retrieval(
-    drawn: np.ndarray,
-    asked: Sequence[str],
-    real: np.ndarray,
-    captions: Sequence[str],
-    features: Callable[[np.ndarray], np.ndarray] = lambda x: x.reshape(len(x), -1),
-) -> dict[str, Any]:
-    """Where a drawn picture's own caption ranks among all, by distance to their real pictures.
-
-    Args:
-      drawn: [N, ...] pictures of the captions ``asked``, N.
-      asked: captions among ``captions``.
-      real: [M, ...] real pictures, of ``captions``, M, which may repeat.
-      captions: of the real pictures.
-      features: what distances are taken of, by default pixels.
-
-    Returns:
-      JSON-ready: first and among_10, the shares of pictures whose own caption is the nearest and
-      among the ten nearest; the same by chance; mean_rank in 0..1 (0 is the nearest, by chance
-      0.5) and its standard error; number of captions and of pictures.
-    """
-    names = list(dict.fromkeys(captions))
-    row = {name: i for i, name in enumerate(names)}
-    a, b = (np.asarray(features(x), np.float64) for x in (drawn, real))
-    distance = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T  # [N, M]
-    nearest = np.full((len(drawn), len(names)), np.inf)
-    for column, caption in enumerate(captions):
-        nearest[:, row[caption]] = np.minimum(nearest[:, row[caption]], distance[:, column])
-    own = nearest[np.arange(len(drawn)), [row[caption] for caption in asked]]
-    rank = (nearest < own[:, None]).sum(1)
-    relative = rank / max(len(names) - 1, 1)
-    return {
-        "first": float((rank == 0).mean()),
-        "first_by_chance": 1 / len(names),
-        "among_10": float((rank < 10).mean()),
-        "among_10_by_chance": min(1.0, 10 / len(names)),
-        "mean_rank": float(relative.mean()),
-        "mean_rank_error": float(relative.std(ddof=1) / np.sqrt(len(rank))),
-        "captions": len(names),
-        "pictures": len(drawn),
-    }
-
-
 def _others(captions: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-    """For each example another one, of another caption."""
+    """For each example the index of another example, which has another caption."""
     numbers = np.unique(np.asarray(captions), return_inverse=True)[1]
     if numbers.max(initial=0) == 0:
         raise ValueError("expected examples of at least two captions")

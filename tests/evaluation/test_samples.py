@@ -7,7 +7,7 @@ import pytest
 
 from diffusion.data import densities, sources
 from diffusion.evaluation import classifiers
-from diffusion.evaluation.metrics.samples import evaluate_points, evaluate_samples
+from diffusion.evaluation.samples import evaluate_points, evaluate_samples
 
 
 @pytest.fixture(scope="module")

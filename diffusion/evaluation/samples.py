@@ -1,4 +1,4 @@
-"""How good samples are, always beside the same figure for real data."""
+"""Reports on samples: several metrics, each beside the same figure for real data."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import numpy as np
 from diffusion.data import densities
 from diffusion.data.sources import Source
 from diffusion.evaluation.classifiers import Classifier
-from diffusion.evaluation.metrics.frechet import (
-    energy_distance,
-    frechet_distance,
-    nearest_distances,
-    sliced_wasserstein,
-)
+from diffusion.evaluation.metrics.energy import energy_distance
+from diffusion.evaluation.metrics.frechet import frechet_beside_real
+from diffusion.evaluation.metrics.nearest import nearest
+from diffusion.evaluation.metrics.recognition import recognition
+from diffusion.evaluation.metrics.wasserstein import sliced_wasserstein
 
 
 def evaluate_samples(
@@ -31,7 +30,7 @@ def evaluate_samples(
 
     Args:
       samples: [N, H, W, C] in [-1, 1] (values outside are clipped).
-      labels: [N] the classes asked for.
+      labels: [N], the classes that the samples were drawn for.
       classifier: judges the samples; its features are the space of the Fréchet distances.
       train: the real examples that the generative model was trained on.
       held_out: real examples that neither model has seen.
@@ -39,17 +38,9 @@ def evaluate_samples(
       seed: of these halvings.
 
     Returns:
-      JSON-ready values:
-        recognised, recognised_per_class: share of samples that the classifier takes for the class
-          asked for, beside classifier_accuracy on held-out real data.
-        frechet: between all samples and all held-out data; sizes num_samples, num_held_out.
-        frechet_real_halves: between two disjoint halves of the held-out data, and
-        frechet_half: between as many samples and one such half. These two are comparable, the
-          distance being biased by the sizes; both sets have frechet_half_size members and each
-          figure is the mean over ``splits`` halvings.
-        nearest_train, nearest_train_held_out, nearest_ratio: median Euclidean pixel distance to
-          the nearest training example, of samples and of as many held-out ones at most, and
-          their ratio. Far below 1 hints at memorised examples.
+      The JSON-ready figures of ``recognition``, of ``frechet_beside_real`` in the classifier's
+      features and of ``nearest`` in pixels, beside as many held-out examples at most; num_samples,
+      num_held_out and the data's note.
 
     Raises:
       ValueError: no samples, other shapes than the data's, labels of another length, non-finite
@@ -68,38 +59,16 @@ def evaluate_samples(
         raise ValueError(f"{bad} of {len(samples)} samples contain NaN or infinity")
     samples = samples.clip(-1, 1)
 
-    hit = classifier.predict(samples) == labels
-    real = held_out.all()["x"]
-    known = train.all()["x"]
-    features, real_features = classifier.features(samples), classifier.features(real)
-    half = min(len(real) // 2, len(samples))
     rng = np.random.default_rng(seed)
-    against_half, between_halves = [], []
-    for _ in range(splits):
-        order = rng.permutation(len(real))
-        a, b = real_features[order[:half]], real_features[order[half : 2 * half]]
-        chosen = features[rng.permutation(len(samples))[:half]]
-        against_half.append(frechet_distance(chosen, a))
-        between_halves.append(frechet_distance(a, b))
-    nearest = float(np.median(nearest_distances(samples, known)))
+    real = held_out.all()["x"]
+    features, real_features = classifier.features(samples), classifier.features(real)
+    distances = frechet_beside_real(features, real_features, splits=splits, seed=rng)
     other = real[rng.permutation(len(real))[: len(samples)]]
-    nearest_real = float(np.median(nearest_distances(other, known)))
-    if nearest_real == 0:
-        raise ValueError(f"most of the held-out {held_out.name} is contained in the training data")
     return {
-        "recognised": float(hit.mean()),
-        "recognised_per_class": {str(c): float(hit[labels == c].mean()) for c in np.unique(labels)},
-        "classifier": classifier.name,
-        "classifier_accuracy": classifier.accuracy,
-        "classifier_num_held_out": classifier.num_held_out,
-        "frechet": frechet_distance(features, real_features),
+        **recognition(samples, labels, classifier),
+        **distances,
         "frechet_features": classifier.feature_name,
-        "frechet_half": float(np.mean(against_half)),
-        "frechet_real_halves": float(np.mean(between_halves)),
-        "frechet_half_size": half,
-        "nearest_train": nearest,
-        "nearest_train_held_out": nearest_real,
-        "nearest_ratio": nearest / nearest_real,
+        **nearest(samples, other, train.all()["x"]),
         "num_samples": len(samples),
         "num_held_out": len(real),
         "data_note": held_out.note,
