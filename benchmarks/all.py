@@ -1,4 +1,4 @@
-"""All measurements of a CPU, one after the other.
+"""All measurements for a CPU, one after the other.
 
     python benchmarks/all.py
 
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-# Script -> seconds after which it begins no further case.
+# Script -> seconds after which it starts no further case.
 SCRIPTS = {"networks": 420, "samplers": 200, "decode": 180, "cold": 0, "peak_memory": 150}
 LONG = ("training", "data", "memory")
 

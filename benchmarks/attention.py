@@ -3,9 +3,9 @@
     python benchmarks/attention.py
 
 prints a table and writes runs/benchmarks/attention.json. "default" is ``attend``: on an NVIDIA GPU
-cuDNN's kernel, with 77 keys of text filled up to 80; on a CPU products by head, large maps in
-blocks. "not filled up" asks for cuDNN by name. Inputs are bfloat16, on a CPU float32. Errors are
-||a - b|| / ||b|| of the output and of the gradients of its sum of squares, b in float32.
+cuDNN's kernel, with 77 keys of text padded to 80; on a CPU products by head, large maps in blocks.
+"not filled up" selects cuDNN by name, without padding. Inputs are bfloat16, on a CPU float32.
+Errors are ||a - b|| / ||b|| of the output and of the gradients of its sum of squares, b in float32.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
     print(compiler.tune())
 
-    with report.Report(arguments, COLUMNS) as told:
+    with report.Report(arguments, COLUMNS) as output:
         shapes = SMALL if arguments.small else SHAPES if report.has_gpu() else ON_CPU
         for name, (b, length, keys, heads, width) in shapes.items():
             random = [
@@ -69,7 +69,7 @@ def main() -> None:
                 kinds["not filled up"] = partial(attend, implementation="cudnn")
             for what, of in (("forward", jax.jit), ("gradient", gradient)):
                 found = measured(of, kinds, given, exact, arguments)
-                told.add({"case": name, "what": what} | found)
+                output.add({"case": name, "what": what} | found)
 
 
 def gradient(function: Callable) -> Callable:

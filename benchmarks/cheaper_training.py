@@ -5,11 +5,11 @@
 Trains configs/digits.py once per variant and seed: with another time distribution, weighting,
 coupling of images and noise, or with representation alignment. Runs of one seed see the same images
 and start from the same parameters. At some steps the averaged parameters are judged: samples by the
-config's sampler, and by few steps of Euler's method (ddim); loss on held-out digits as plain
-training has it. What a step takes is measured beforehand, in windows that alternate.
+config's sampler, and by few steps of Euler's method (ddim); the loss of
+plain training on held-out digits. The time of a step is measured first, in alternating windows.
 
---bases=v,flow,dit takes all rows, --variants="plain;optimal transport" only those. What tokens are
-aligned with is a small classifier of noised digits, trained first, or that of --encoder.
+--bases=v,flow,dit selects all rows, --variants="plain;optimal transport" only these two. Tokens are
+aligned with a small classifier of noised digits, which is trained first, or with that of --encoder.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def main() -> None:
     arguments = parser.parse_args()
     print(compiler.tune())
     steps = [int(n) for n in arguments.steps.split(",")]
-    wanted = [name for name in arguments.variants.split(";") if name]
+    chosen = [name for name in arguments.variants.split(";") if name]
     with tempfile.TemporaryDirectory() as folder:
         encoder = arguments.encoder or folder
         chosen = {
-            base: {n: v for n, v in VARIANTS[base].items() if n in wanted or not wanted}
+            base: {n: v for n, v in VARIANTS[base].items() if n in chosen or not chosen}
             for base in arguments.bases.split(",")
         }
         if not arguments.encoder and any("alignment" in n for b in chosen.values() for n in b):
@@ -205,7 +205,7 @@ def prepared(experiment: Experiment, count: int) -> Training:
 
 
 def step_times(made: Mapping[str, Training], windows: int, length: int = 5) -> dict[str, Any]:
-    """Milliseconds per step by variant, and how many times the first variant's: medians."""
+    """Milliseconds per step by variant, and ratios to the first variant: medians."""
     key, runs = jax.random.key(0), {}
     for name, training in made.items():
         data = list(itertools.islice(training.batches(0), length))
@@ -230,7 +230,7 @@ def step_times(made: Mapping[str, Training], windows: int, length: int = 5) -> d
 
 
 def few_steps(experiment: Experiment, solver: str, steps: int) -> Any:
-    """A solver's table with so many steps."""
+    """A solver's table with that number of steps."""
     config = experiment.config.copy_and_resolve_references()
     config.sampler.solver, config.sampler.steps = solver, steps
     return sampler.make_solver(config, experiment.objective)

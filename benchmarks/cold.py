@@ -2,12 +2,12 @@
 
     python benchmarks/cold.py
 
-prints a table and writes runs/benchmarks/cold.json. Ours is what a user types,
-``python main.py --config=configs/digits.py``; beside it ``plain_torch.py``, the same as a plain
-PyTorch script, eager and compiled. Seconds from the start of the process until it says that its
-first step is done, or until it has ended with the samples drawn and written (of a checkpoint, 16
-images). "cold" begins with an empty cache of compiled code, "warm" with that which the run before
-has left. Sides take turns; medians.
+prints a table and writes runs/benchmarks/cold.json. Our side is the command that a user types,
+``python main.py --config=configs/digits.py``; beside it runs ``plain_torch.py``, the same as a
+plain PyTorch script, eager and compiled. Seconds from the start of the process until it reports its
+first step, or until its end, when it has drawn and written 16 images from a checkpoint. "cold"
+starts with an empty cache of compiled code, "warm" with the cache of the run before. Sides take
+turns; the table gives medians.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ COLUMNS = {
 def main() -> None:
     parser = report.arguments(__doc__, "cold")
     arguments = parser.parse_args()
-    with report.Report(arguments, COLUMNS, "torch", "diffusers", "grain") as told:
-        sides = worker.sides(arguments, told.note)
+    with report.Report(arguments, COLUMNS, "torch", "diffusers", "grain") as output:
+        sides = worker.sides(arguments, output.note)
         with tempfile.TemporaryDirectory() as folder:
-            for row in rows(Path(folder), sides, arguments, told.log):
-                told.add(row)
+            for row in rows(Path(folder), sides, arguments, output.log):
+                output.add(row)
 
 
 def rows(folder: Path, sides: list[str], arguments: Any, log: Any) -> list[dict[str, Any]]:
@@ -60,17 +60,19 @@ def rows(folder: Path, sides: list[str], arguments: Any, log: Any) -> list[dict[
             if kind == "compile" and turn >= max(1, arguments.repetitions // 2):
                 continue  # it takes long
             for what in ("first step",) if arguments.small else ("first step", "first image"):
-                cache = folder / f"{kind}-{what.split()[1]}-{turn}"  # compilers dislike spaces
+                cache = (
+                    folder / f"{kind}-{what.split()[1]}-{turn}"
+                )  # without spaces, which some compilers do not accept
                 for state in ("cold", "warm"):
                     command, until = commands(kind, what, folder)
-                    seconds = until_said(command, until, environment(cache))
+                    seconds = seconds_until(command, until, environment(cache))
                     found.setdefault((what, state), {}).setdefault(kind, []).append(seconds)
                     log(f"{what}, {state}, {kind}: {seconds:.3g} s")
                 if (
                     turn == 0 and what == "first step" and not arguments.small
                 ):  # whole, for the images' weights
                     command, _ = commands(kind, "weights", folder)
-                    until_said(command, None, environment(cache))
+                    seconds_until(command, None, environment(cache))
     done = []
     for (what, state), times in found.items():
         row = {kind: statistics.median(all_) for kind, all_ in times.items()}
@@ -81,7 +83,7 @@ def rows(folder: Path, sides: list[str], arguments: Any, log: Any) -> list[dict[
 
 
 def commands(kind: str, what: str, folder: Path) -> tuple[list[str], str | None]:
-    """What is typed, and what is waited for; None: for its end."""
+    """The command, and the words that end the measurement; None: the end of the process."""
     if kind == "ours":
         workdir = folder / "ours"
         short = ["--config.train.steps=2", "--config.optimizer.warmup=0"]
@@ -113,7 +115,7 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-def until_said(command: list[str], until: str | None, variables: dict[str, str]) -> float:
+def seconds_until(command: list[str], until: str | None, variables: dict[str, str]) -> float:
     """Seconds from the start of the process to a line with these words, or to its end."""
     began = time.perf_counter()
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A table of finished runs: what differs between their configs, and how they were judged.
+"""A table of finished runs: the fields in which their configs differ, and their evaluations.
 
     python benchmarks/compare.py runs/ablation/*
 
@@ -30,7 +30,10 @@ def main() -> None:
         if (folder / "evaluation.json").exists():
             config = json.loads((folder / "config.json").read_text())
             used = config["model"]["name"]
-            config["model"] = {"name": used, used: config["model"][used]}  # the other models: idle
+            config["model"] = {
+                "name": used,
+                used: config["model"][used],
+            }  # without the models that are not used
             result = json.loads((folder / "evaluation.json").read_text())
             runs[folder] = (_flatten(config), result)
         else:

@@ -3,8 +3,8 @@
     python benchmarks/convolutions.py
 
 prints a table and writes runs/benchmarks/convolutions.json; a minute on a CPU. "y" is the
-convolution, "x" and "kernel" are its gradients; "used" tells what ``three_by_three`` takes for
-values alone and, after the slash, where derivatives are taken.
+convolution, "x" and "kernel" are its gradients; "used" is the form that ``three_by_three`` takes
+for values alone and, after the slash, where derivatives are taken.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def main() -> None:
     from diffusion import compiler
 
     print(compiler.tune())
-    with report.Report(arguments, COLUMNS) as told:
+    with report.Report(arguments, COLUMNS) as output:
         for shape in SMALL if arguments.small else SHAPES:
-            told.add(measured(*shape, arguments))
+            output.add(measured(*shape, arguments))
 
 
 def measured(b: int, size: int, c: int, o: int, arguments: Any) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Images a second of the data pipeline alone, against PyTorch's DataLoader and against training.
+"""Images per second of the data pipeline alone, against PyTorch's DataLoader and against training.
 
     python benchmarks/data.py --json=runs/benchmarks/data.json
 
 Photographs (JPEG files, written by the script) are decoded, resized, cropped at random and
 mirrored; arrays of CIFAR-10's size are shuffled and mirrored. Both sides do the same with Pillow
 and NumPy, in the same number of threads or processes, and give float batches in [-1, 1]. Every
-repetition starts a new stream, whose first batch, with what it takes to start, is not counted.
+repetition starts a new stream; its first batch, which includes the start, is not counted.
 Medians over alternating repetitions. Training is a step of configs/cifar10_ddpm.py.
 """
 
@@ -38,11 +38,11 @@ from diffusion.training import parallel
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
 
-SIDE = 256  # that photographs are cropped to
+SIDE = 256  # of a cropped photograph, in pixels
 PHOTOS = {"photographs, 500 x 375": ((500, 375), 24), "photographs, 2000 x 1500": ((2000, 1500), 8)}
 """Width and height, and batches of 32 that are timed."""
 SETTINGS = {"1 thread": (1, 0, 0), "2 threads": (2, 0, 0), "2 processes": (1, 2, 2)}
-"""Our threads and workers, and their workers; theirs knows no threads, and has one process then."""
+"""Our threads and workers, and the DataLoader's workers; it has no threads, then one process."""
 
 
 class Photos(torch.utils.data.Dataset):
@@ -170,7 +170,7 @@ def arrays_config(path: Path) -> Any:
 def compare(
     name: str, config: Any, dataset: torch.utils.data.Dataset, batches: int, repetitions: int
 ) -> list[dict[str, Any]]:
-    """A row for each setting: images a second, ours and theirs."""
+    """A row for each setting: images per second, ours and the DataLoader's."""
     source, rows = data.make_source(config.data, "train"), []
     size = config.train.batch_size
     for setting, (threads, workers, their_workers) in SETTINGS.items():
@@ -201,24 +201,24 @@ def compare(
 
 
 def drain(start: Callable[[], Iterator[Any]], batches: int) -> float:
-    """Seconds for so many batches after the first one."""
+    """Seconds for that number of batches after the first one."""
     stream = start()
     next(stream)
     began = time.perf_counter()
     for _ in itertools.islice(stream, batches):
         pass
     seconds = time.perf_counter() - began
-    del stream  # and with it threads and processes
+    del stream  # this also ends its threads and processes
     return seconds
 
 
 def training(config: Any, repetitions: int) -> float:
-    """Images a second of the training step alone, on all cores."""
+    """Images per second of the training step alone, on all cores."""
     experiment = build(config)
     layout = parallel.make("pmap", None)
     batch, key = next(data.batches(config, experiment.train, 0)), jax.random.key(0)
     state = create(experiment.objective, experiment.optimizer, experiment.emas, key, batch)
-    state, key = parallel.place(layout, (state, key))  # where the step leaves them
+    state, key = parallel.place(layout, (state, key))  # as the step returns them
     batch = parallel.place_batch(layout, batch)
     step = make_train_step(experiment.objective, experiment.optimizer, experiment.emas)
     seconds = []

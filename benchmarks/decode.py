@@ -2,8 +2,9 @@
 
     python benchmarks/decode.py
 
-prints a table and writes runs/benchmarks/decode.json. As networks.py: the same weights and latents,
-sides in turn, medians; 256 and 512 pixels on a CPU, 512 and 1024 on a GPU.
+prints a table and writes runs/benchmarks/decode.json. As in networks.py, both sides have the same
+weights and latents and take turns, and the table gives medians; 256 and 512 pixels on a CPU, 512
+and 1024 on a GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ def main() -> None:
     parser = report.arguments(__doc__, "decode")
     arguments = parser.parse_args()
     arguments.does, arguments.apart = "forward", False
-    with report.Report(arguments, networks.COLUMNS, "diffusers", "torch", "triton") as told:
-        networks.measure("decoders", arguments, told)
+    with report.Report(arguments, networks.COLUMNS, "diffusers", "torch", "triton") as output:
+        networks.measure("decoders", arguments, output)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/flags.py
 
-prints a table and writes runs/benchmarks/flags.json. Every option is a process of its own, which
-takes turns with one of the defaults; medians of the ratios.
+prints a table and writes runs/benchmarks/flags.json. Every option has a process of its own, which
+takes turns with a process under the defaults; the table gives medians of the ratios.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def main() -> None:
     parser.add_argument("--flags", default=";".join(FLAGS), help="options, with ; between them")
     arguments = parser.parse_args()
     arguments.only = arguments.only or ("tiny U-Net" if arguments.small else "SD 1.5;CIFAR")
-    with report.Report(arguments, COLUMNS) as told:
+    with report.Report(arguments, COLUMNS) as output:
         for case, request in worker.requests("networks", arguments):
             if case.forward and not case.train and case.batch not in (1, 4):
                 continue
             command = "step" if case.train else "forward"
             with worker.Worker("jax", request) as base:
                 for flags in arguments.flags.split(";"):
-                    if told.late(flags):
+                    if output.late(flags):
                         continue
                     row = {"case": f"{case.name}, batch {case.batch}", "what": command}
-                    told.add(row | compared(base, request, command, flags, arguments.repetitions))
+                    output.add(row | compared(base, request, command, flags, arguments.repetitions))
 
 
 def compared(

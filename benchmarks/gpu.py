@@ -1,13 +1,13 @@
-"""Everything that is to be known of one GPU, in one command and ten minutes.
+"""All measurements of one GPU, in one command and ten minutes.
 
     python benchmarks/gpu.py
 
-Needs an NVIDIA GPU, ``torch`` with CUDA and ``diffusers`` for the peers (without them our side
-alone is measured), and no network: weights are random. Writes to runs/benchmarks/gpu: results.json,
-with the results of every part as soon as they are there, report.md and log.txt. Parts come in the
-order of their importance, each a process of its own with a limit to its time; when --minutes are
-over no further part begins and a running one is ended, which loses nothing of what it had written.
---small tries all parts on tiny networks, on a CPU too; --parts=attention,sd runs some of them.
+It needs an NVIDIA GPU, ``torch`` with CUDA and ``diffusers`` (without the two only our side is
+measured), and no network: weights are random. It writes results.json, report.md and log.txt to
+runs/benchmarks/gpu; results.json has the results of every part as soon as they exist. Parts run in
+the order of their importance, each in a process of its own with a limit to its time. When
+--minutes are over, no further part starts, and a running part is ended; what it has written stays.
+--small tries all parts on tiny networks, on a CPU too; --parts=attention,sd runs only these.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def main() -> None:
     parser.add_argument("--turns", default="", help="further arguments of timed parts")
     parser.add_argument("--small", action="store_true", help="tiny cases, to try the script")
     arguments = parser.parse_args()
-    wanted = [name for name in arguments.parts.split(",") if name] or list(PARTS)
-    unknown = [name for name in wanted if name not in PARTS]
+    chosen = [name for name in arguments.parts.split(",") if name] or list(PARTS)
+    unknown = [name for name in chosen if name not in PARTS]
     if unknown:
         raise SystemExit(f"--parts: unknown {unknown}; choose from {', '.join(PARTS)}")
     if not report.has_gpu() and not arguments.small:
         raise SystemExit("there is no GPU here; --small tries the script on a CPU")
-    Run(Path(arguments.out), wanted, arguments).go()
+    Run(Path(arguments.out), chosen, arguments).go()
 
 
 class Run:
-    """The parts, one after the other, and what has been found so far."""
+    """The parts, one after the other, and their results so far."""
 
-    def __init__(self, out: Path, wanted: list[str], arguments: argparse.Namespace):
-        self.out, self.wanted, self.arguments = out, wanted, arguments
+    def __init__(self, out: Path, chosen: list[str], arguments: argparse.Namespace):
+        self.out, self.chosen, self.arguments = out, chosen, arguments
         self.began = time.monotonic()
         self.parts: dict[str, dict[str, Any]] = {}
         self.about = report.environment("jax", "jaxlib", "flax", "torch", "diffusers", "triton")
@@ -76,9 +76,9 @@ class Run:
         self.log = (out / "log.txt").open("w")
 
     def go(self) -> None:
-        """Runs them."""
+        """Runs the parts."""
         with tempfile.TemporaryDirectory() as folder:
-            for name in self.wanted:
+            for name in self.chosen:
                 left = 60 * self.arguments.minutes - (time.monotonic() - self.began)
                 if left < 15:
                     self.parts[name] = {"status": "not run: the time was over"}
@@ -96,7 +96,7 @@ class Run:
         words = line.format(small=small, turns=self.arguments.turns).split()
         script, *options = [word.replace("_", " ") if "only" in word else word for word in words]
         limit = min(limit if not self.arguments.small else 600, left)
-        if script != "training.py":  # it begins nothing more some time before it is ended
+        if script != "training.py":  # which starts no case shortly before its end
             options.append(f"--limit={0.6 * limit:.0f}")
         command = [sys.executable, str(HERE / script), *options, f"--json={path}"]
         began = time.monotonic()
@@ -127,12 +127,12 @@ class Run:
         self.parts[name] |= {"status": status, "seconds": time.monotonic() - began}
 
     def read(self, process: subprocess.Popen) -> None:
-        """What a part prints goes to the log."""
+        """Copies what a part prints to the log."""
         for line in process.stdout:
             self.say(line.rstrip("\n"))
 
     def say(self, text: str) -> None:
-        """To the log, with the time."""
+        """Writes a line to the log, with the time."""
         self.log.write(f"[{time.monotonic() - self.began:5.0f}] {text}\n")
         self.log.flush()
 
@@ -148,7 +148,7 @@ class Run:
                 self.write()
 
     def write(self) -> None:
-        """results.json and report.md."""
+        """Writes results.json and report.md."""
         report.save_json(
             self.out / "results.json", {"environment": self.about, "parts": self.parts}
         )

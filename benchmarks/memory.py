@@ -1,13 +1,13 @@
-"""Memory per device of training large models, by layout and number of devices, on paper.
+"""Memory per device of training large models, by layout and number of devices, by counting.
 
     python benchmarks/memory.py --json=runs/benchmarks/memory.json
 
 Nothing is allocated. Parameters, gradients, Adam's moments and the average are counted from
-``jax.eval_shape`` and each layout's rule for cutting leaves. Activations are what differentiation
+``jax.eval_shape`` and each layout's rule for dividing leaves. Activations are what differentiation
 keeps from the forward to the backward pass, in the precision they are computed in, from the
 abstract evaluation of ``jax.vjp``, with XLA's attention. The models that --compile names are also
 compiled, for four virtual CPU devices: the compiler's memory analysis must agree on the state, and
-gives what a step takes for a while. The CPU's compiler computes bfloat16 in float32 and fuses
+gives the temporary memory of a step. The CPU's compiler computes bfloat16 in float32 and fuses
 less, so that this is more than a GPU needs.
 """
 
@@ -46,7 +46,7 @@ from diffusion.training.step import make_train_step
 
 GIB = 2**30
 CAPACITIES = (16, 24, 80, 141)  # GiB of a device
-FULL = 0.9  # of which so much can be used
+FULL = 0.9  # the share of it that can be used
 PER_PARAMETER = 20  # bytes in float32: the parameter, its gradient, two moments, one average
 EMAS = {"ema": ema.constant(0.9999)}
 
@@ -63,7 +63,7 @@ class Case(NamedTuple):
     example: Mapping[str, tuple[tuple[int, ...], Any]]
 
     def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of so many examples."""
+        """The shapes of that number of examples."""
         return {
             name: jax.ShapeDtypeStruct((size, *shape), dtype)
             for name, (shape, dtype) in (self.example | {"index": ((), jnp.int32)}).items()
@@ -117,7 +117,7 @@ def abstract(case: Case) -> TrainState:
 
 
 def state_bytes(shapes: TrainState, devices: int = 1) -> dict[str, int]:
-    """What a step needs whatever the batch; gradients lie as parameters do."""
+    """The memory that a step needs for any batch; gradients are divided as parameters are."""
     parts = {
         "parameters": parallel.bytes_per_device(shapes.params, devices),
         "gradients": parallel.bytes_per_device(shapes.params, devices),
@@ -163,7 +163,7 @@ def analyse(case: Case, layout: str, devices: int, per_device: int) -> Any:
 
 
 def compile_step(case: Case, layout: str, devices: int, per_device: int) -> dict[str, float]:
-    """GiB per device: the state as counted and as compiled, and what a step takes besides."""
+    """GiB per device: the state as counted and as compiled, and a step's temporary memory."""
     began = time.perf_counter()
     found = analyse(case, layout, devices, per_device)
     counted = parallel.bytes_per_device(abstract(case), devices if layout == "fsdp" else 1)
@@ -178,7 +178,7 @@ def compile_step(case: Case, layout: str, devices: int, per_device: int) -> dict
 def largest(
     state: Sequence[Mapping[str, Any]], kept: Mapping[str, float], capacity: int, devices: int
 ) -> dict[str, float]:
-    """What fits into devices of so many GiB, of which ``FULL`` is used.
+    """The largest models that fit into devices of each size, of which ``FULL`` is used.
 
     Parameters, in 10^9, whose state and gradients leave a fifth of that to activations; and, for
     each model, how many examples' activations (with remat) fit beside state and gradients, at most:
@@ -208,9 +208,9 @@ def main() -> None:
         shapes = abstract(make(remat=True))
         for layout in parallel.NAMES:
             for devices in arguments.devices:
-                told = state_bytes(shapes, devices if layout == "fsdp" else 1)
-                told = {part: count / GIB for part, count in told.items()}
-                rows.append({"model": name, "layout": layout, "devices": devices, **told})
+                parts = state_bytes(shapes, devices if layout == "fsdp" else 1)
+                parts = {part: count / GIB for part, count in parts.items()}
+                rows.append({"model": name, "layout": layout, "devices": devices, **parts})
     columns = {"model": "model", "layout": "layout", "devices": "devices"}
     columns |= {"parameters": "parameters", "gradients": "gradients", "moments": "Adam's moments"}
     columns |= {"average": "average", "sum": "sum"}

@@ -1,4 +1,4 @@
-"""What our side measures of a case: called by ``worker.py`` in a process of its own."""
+"""Our side of a case: ``worker.py`` runs it in a process of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Run = Callable[[], Any]
 
 
 class Side:
-    """Our side of a case; every command is made when it is first asked for."""
+    """Our side of a case; a command is built at its first use."""
 
     def __init__(self, case: workloads.Case):
         self.case, self.gpu = case, jax.default_backend() == "gpu"
@@ -49,7 +49,7 @@ class Side:
         return getattr(self, name)(network)
 
     def free(self) -> None:
-        """Lets go of parameters."""
+        """Frees the parameters."""
         self.params.clear()
 
     def forward(self, network: Any) -> Run:
@@ -201,7 +201,7 @@ class Side:
         return self.params[scan, dtype]
 
     def batch(self) -> dict[str, jax.Array]:
-        """What a training step takes."""
+        """The arguments of a training step."""
         return {name: x for name, x in self.inputs.items() if name != "time"}
 
     def objective(self, network: Any) -> Denoising:
@@ -231,12 +231,12 @@ class Side:
 
 
 def wait(output: Any) -> None:
-    """Until it is computed."""
+    """Waits until the output is computed."""
     jax.block_until_ready(output)
 
 
 def to_numpy(output: Any) -> np.ndarray:
-    """An output as the other side gives it."""
+    """An output in the layout that both sides compare."""
     return np.asarray(output, np.float32)
 
 

@@ -3,11 +3,11 @@
     python benchmarks/peak_memory.py
 
 prints a table and writes runs/benchmarks/peak_memory.json. The cases of networks.py, training with
-AdamW and an average: every measurement is a fresh process that takes three steps; on a CPU its peak
-resident memory counts, with the libraries themselves, on a GPU what the library's allocator had
-given out at most. Two batches give the memory per example, and so the largest batch for a device's
-memory (on a CPU: for 16 GiB). On a GPU that batch is then tried, and smaller ones if it fails.
-(memory.py counts on paper, also for layouts over several devices.)
+AdamW and an average: every measurement is a fresh process that takes three steps. On a CPU its peak
+resident memory counts, which includes the libraries; on a GPU the largest amount that the library's
+allocator had given out. Two batches give the memory per example, and so the largest batch for a
+device's memory (on a CPU: for 16 GiB). On a GPU that batch is then tried, and smaller ones if it
+fails. (memory.py counts without a device, also for layouts over several devices.)
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CPU_GIB = 16
 
 def main() -> None:
     arguments = report.arguments(__doc__, "peak_memory").parse_args()
-    with report.Report(arguments, COLUMNS, "torch", "diffusers") as told:
-        sides = worker.sides(arguments, told.note)
+    with report.Report(arguments, COLUMNS, "torch", "diffusers") as output:
+        sides = worker.sides(arguments, output.note)
         for case, request in worker.requests("networks", arguments):
             if not case.train:
                 continue
@@ -49,14 +49,14 @@ def main() -> None:
                 if report.has_gpu():
                     kinds["compiled"] = ("torch", "step:compile")
             for kind, (side, command) in kinds.items():
-                if kind in arguments.skip.split(";") or told.late(f"{case.name}, {kind}"):
+                if kind in arguments.skip.split(";") or output.late(f"{case.name}, {kind}"):
                     continue
                 found = measured(side, command, request, case.batch)
-                told.add({"case": case.name, "side": kind} | found)
+                output.add({"case": case.name, "side": kind} | found)
 
 
 def measured(side: str, command: str, request: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Peaks at two batches of which one is four times the other, and what follows."""
+    """Peaks at two batches, one four times the other, and the largest batch that follows."""
     if not report.has_gpu():  # whose libraries and compilers take more than a small batch
         batch *= 4
     low = max(1, batch // 4)
@@ -65,7 +65,7 @@ def measured(side: str, command: str, request: dict[str, Any], batch: int) -> di
     except worker.Failed as failure:
         return {"batch": batch, "failed": str(failure)[:200]}
     slope = (peaks[batch] - peaks[low]) / (batch - low)
-    if slope < 2**10:  # an example takes less than what processes differ by
+    if slope < 2**10:  # an example takes less than the difference between processes
         return {"batch": batch, "gib": peaks[batch] / 2**30}
     capacity = USED * capacity_gib() * 2**30 if report.has_gpu() else CPU_GIB * 2**30
     largest = int((capacity - peaks[batch]) / slope) + batch
@@ -87,7 +87,7 @@ def peak(side: str, command: str, request: dict[str, Any], batch: int) -> int:
 
 
 def tried(side: str, command: str, request: dict[str, Any], largest: int) -> dict[str, Any]:
-    """The largest of three batches, from the one expected down, that works."""
+    """The largest batch that works, of three tries from the expected one downwards."""
     for factor in (1.0, 0.9, 0.8):
         size = max(1, int(largest * factor))
         try:

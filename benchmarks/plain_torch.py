@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def train(network, call, scheduler, steps: int, device: str) -> None:
-    """So many steps on the digits."""
+    """Trains that number of steps on the digits."""
     digits = load_digits()
     images = torch.tensor(digits.images[:, None] / 8 - 1, dtype=torch.float32)
     labels = torch.tensor(digits.target)

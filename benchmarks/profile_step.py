@@ -38,7 +38,7 @@ def main() -> None:
 
     print(compiler.tune())
 
-    with report.Report(arguments, COLUMNS) as told:
+    with report.Report(arguments, COLUMNS) as output:
         for case, request in worker.requests("networks", arguments):
             if not getattr(case, arguments.does):
                 continue
@@ -56,7 +56,7 @@ def main() -> None:
                 trace = max(Path(folder).glob("plugins/profile/*/*.xplane.pb"))
                 found = operations(trace, CALLS, origins(side.texts[command]()))
             for row in found:
-                told.add({"case": case.name, "what": arguments.does} | row)
+                output.add({"case": case.name, "what": arguments.does} | row)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every measurement says about itself, and how it is shown."""
+"""Reports of measurements: the environment, the rows found so far, tables."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ RESULTS = "runs/benchmarks"
 
 
 def arguments(doc: str, name: str) -> argparse.ArgumentParser:
-    """A parser with what all scripts have."""
+    """A parser with the options that all scripts share."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--json", default=f"{RESULTS}/{name}.json", help="where results go")
     parser.add_argument("--small", action="store_true", help="tiny cases, to try the script")
     parser.add_argument("--repetitions", type=int, default=5, help="medians are over these")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of calls at a time, at least")
+    parser.add_argument("--seconds", type=float, default=0.3, help="at least so long is one turn")
     parser.add_argument("--only", default="", help="cases whose names contain one of these (a;b)")
     parser.add_argument("--skip", default="", help="variants whose names contain one of these")
     parser.add_argument(
-        "--limit", type=float, default=0, help="begin nothing after so many seconds"
+        "--limit", type=float, default=0, help="start no further case after this many seconds"
     )
-    parser.add_argument("--batch", type=int, default=0, help="of all cases, not their own")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="batch size of all cases, instead of their own"
+    )
     return parser
 
 
 class Report:
-    """A table that grows: every row is in the JSON file as soon as it is there.
+    """A table that grows: every row is written to the JSON file at once.
 
     Args:
-      arguments: what the script was called with.
-      columns: key -> head, of the table.
-      packages: whose versions are told besides JAX's.
+      arguments: of the script.
+      columns: key -> head of the table's column.
+      packages: their versions are reported besides JAX's.
     """
 
     def __init__(self, arguments: argparse.Namespace, columns: Mapping[str, str], *packages: str):
@@ -65,7 +67,7 @@ class Report:
         print(f"results: {self._path}", flush=True)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Takes a row; one of the same case that came before, and knew less, makes way."""
+        """Adds a row; it replaces the last one if that is an earlier state of the same case."""
         same = ("case", "batch", "what")
         last = self._rows[-1] if self._rows else {}
         if "runs" in row and "runs" in last and all(last.get(k) == row.get(k) for k in same):
@@ -75,13 +77,13 @@ class Report:
         self.log(table([row], {k: v for k, v in self._columns.items() if k in row}))
 
     def note(self, text: str) -> None:
-        """Something that is missing, or otherwise to be known."""
+        """Reports and keeps a remark, for example that something is missing."""
         self._about["notes"].append(text)
         save(self._path, self._about, self._rows)
         self.log(text)
 
     def late(self, what: str = "") -> bool:
-        """Whether --limit is over; then notes what is therefore left out."""
+        """Whether the time of --limit is over; if so, notes that ``what`` is skipped."""
         limit = self._about["arguments"]["limit"]
         over = bool(limit) and time.monotonic() - self._began > limit
         if over and what:
@@ -89,12 +91,12 @@ class Report:
         return over
 
     def log(self, text: str) -> None:
-        """A line about what goes on."""
+        """A line about the progress."""
         print(text, file=sys.stderr, flush=True)
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Milliseconds of each of these calls of JAX: medians of turns of five calls."""
+    """Milliseconds of each call, a function of JAX: medians over turns of five calls."""
     import jax
 
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -110,7 +112,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, fl
 
 @cache
 def has_gpu() -> bool:
-    """Whether JAX computes on an NVIDIA GPU here; asks no library that would take its memory."""
+    """Whether JAX computes on an NVIDIA GPU here; loads no library that would take GPU memory."""
     if os.environ.get("JAX_PLATFORMS", "cuda") in ("cpu",):
         return False
     try:
@@ -152,12 +154,12 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def save(path: str | Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Both into a JSON file, which is whole at any time."""
+    """Writes both to a JSON file, which is complete at any time."""
     save_json(path, {"environment": about, "rows": list(rows)})
 
 
 def save_json(path: str | Path, found: Mapping[str, Any]) -> None:
-    """Into a file that is whole at any time."""
+    """Writes JSON to a file that is complete at any time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
@@ -166,7 +168,7 @@ def save_json(path: str | Path, found: Mapping[str, Any]) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """Markdown: key -> column's head; numbers with three digits, nothing where a row lacks them."""
+    """A Markdown table; columns: key -> head. Numbers have three digits; missing ones are empty."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [

@@ -3,9 +3,9 @@
     python benchmarks/samplers.py
 
 prints a table and writes runs/benchmarks/samplers.json. Both sides have the same weights, noise and
-steps; guided ones evaluate a batch of two. What a sampler answers for is the time outside the
-network: that of the whole less as many bare calls of the same network, over the whole. The two
-take turns with those of the other side; medians.
+steps; guided ones evaluate a batch of two. A sampler is responsible for the time outside the
+network: the time of the whole less that of as many bare calls of the same network, divided by the
+time of the whole. All calls of both sides take turns; the table gives medians.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ THEIRS = ("eager", "channels_last", "compile")
 
 def main() -> None:
     arguments = report.arguments(__doc__, "samplers").parse_args()
-    with report.Report(arguments, COLUMNS, "diffusers", "torch", "triton") as told:
-        sides = worker.sides(arguments, told.note)
+    with report.Report(arguments, COLUMNS, "diffusers", "torch", "triton") as output:
+        sides = worker.sides(arguments, output.note)
         for case, request in worker.requests("samplers", arguments):
-            if told.late(case.name):
+            if output.late(case.name):
                 continue
             workers = {side: worker.Worker(side, request) for side in sides}
             try:
-                told.log(case.name)
+                output.log(case.name)
                 found = worker.alternate(
                     workers,
                     commands(sides, [*arguments.skip.split(";"), *case.without]),
                     arguments.repetitions,
                     arguments.seconds,
-                    told,
+                    output,
                 )
-                told.add(row(case, found, workers))
+                output.add(row(case, found, workers))
             finally:
                 worker.close_all(workers)
 
@@ -72,20 +72,20 @@ def row(
 ) -> dict[str, Any]:
     """Milliseconds a step, and shares outside the network."""
     steps = case.settings["steps"]
-    told = {"case": case.name, "batch": case.batch, "steps": steps}
+    result = {"case": case.name, "batch": case.batch, "steps": steps}
     seconds = {name: one["seconds"] for name, one in found.items() if "seconds" in one}
-    told |= {name: 1e3 * s / steps for name, s in seconds.items() if "network" not in name}
-    told["networks"] = {n: 1e3 * s / steps for n, s in seconds.items() if "network" in n}
+    result |= {name: 1e3 * s / steps for name, s in seconds.items() if "network" not in name}
+    result["networks"] = {n: 1e3 * s / steps for n, s in seconds.items() if "network" in n}
     if {"ours", "ours, network"} <= seconds.keys():
-        told["outside"] = outside(found, "ours")
+        result["outside"] = outside(found, "ours")
     theirs = [kind for kind in THEIRS if kind in seconds]
     if theirs:
         best = min(theirs, key=seconds.get)
-        told |= {"best_theirs": best, "theirs_outside": outside(found, best)}
-        told["ratio"] = seconds[best] / seconds["ours"]
+        result |= {"best_theirs": best, "theirs_outside": outside(found, best)}
+        result["ratio"] = seconds[best] / seconds["ours"]
         outputs = [workers["jax"].output("sample"), workers["torch"].output(f"sample:{theirs[0]}")]
-        told["difference"] = worker.difference(*outputs)
-    return told | {"runs": found}
+        result["difference"] = worker.difference(*outputs)
+    return result | {"runs": found}
 
 
 def outside(found: Mapping[str, Mapping[str, Any]], name: str) -> float:

@@ -1,4 +1,4 @@
-"""What diffusers and PyTorch measure of a case: called by ``worker.py`` in a process of its own.
+"""The side of diffusers and PyTorch of a case: ``worker.py`` runs it in a process of its own.
 
 Variants: "eager", "channels_last" (eager, too) and "compile"; compiled networks are channels_last
 where they have convolutions. On a GPU all are bfloat16 and channels_last, projections of queries,
@@ -28,7 +28,7 @@ Run = Callable[[], Any]
 
 
 class Side:
-    """diffusers' side of a case; every command is made when it is first asked for."""
+    """diffusers' side of a case; a command is built at its first use."""
 
     def __init__(self, case: workloads.Case):
         diffusers.utils.logging.set_verbosity_error()
@@ -49,7 +49,7 @@ class Side:
         return getattr(self, name)(variant)
 
     def free(self) -> None:
-        """Lets go of the weights that new networks are made of, and of the cache."""
+        """Frees the weights from which networks are built, and the cache."""
         self.state = None
         self.kept.clear()
         if self.gpu:
@@ -219,7 +219,7 @@ class Side:
         return of
 
     def compiled(self, function: Callable, variant: str) -> Callable:
-        """``torch.compile``d, if the variant is; on a GPU at its strongest."""
+        """The function, compiled if the variant is; on a GPU with max-autotune."""
         if variant != "compile":
             return function
         if not self.gpu:
@@ -230,13 +230,13 @@ class Side:
         return torch.compile(function, mode=mode, fullgraph=True)
 
     def format(self, variant: str) -> torch.memory_format:
-        """How images lie."""
+        """The memory format of images."""
         convolutional = not isinstance(self.case.network, DiT)
         last = convolutional and (self.gpu or variant != "eager")
         return torch.channels_last if last else torch.contiguous_format
 
     def tensor(self, array: Any) -> torch.Tensor:
-        """On the device; images [B, C, H, W]."""
+        """An array as a tensor on the device; images become [B, C, H, W]."""
         tensor = torch.as_tensor(np.asarray(array), device=self.device)
         tensor = tensor.long() if tensor.dtype == torch.int32 else tensor
         return tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor
@@ -272,13 +272,13 @@ def _joined(network: torch.nn.Module, grads: tuple[torch.Tensor, ...]) -> Iterat
 
 
 def wait(output: Any) -> None:
-    """Until it is computed."""
+    """Waits until the output is computed."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def to_numpy(output: torch.Tensor) -> np.ndarray:
-    """An output as the other side gives it."""
+    """An output in the layout that both sides compare."""
     output = output.detach().float().cpu()
     return (output.permute(0, 2, 3, 1) if output.ndim == 4 else output).numpy()
 

@@ -1,4 +1,4 @@
-"""What the training loop costs besides the step.
+"""The cost of the training loop besides the step.
 
     python benchmarks/training.py --json=runs/benchmarks/training.json
 
@@ -47,7 +47,7 @@ from diffusion.training.loop import fit
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
 
-SAVE_EVERY = 500  # steps that the cost of a checkpoint is spread over
+SAVE_EVERY = 500  # steps over which the cost of a checkpoint is spread
 
 
 def unet() -> ConfigDict:
@@ -76,8 +76,8 @@ def transformer() -> ConfigDict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=7, help="of windows")
-    parser.add_argument("--seconds", type=float, default=3.0, help="about so long is a window")
+    parser.add_argument("--pairs", type=int, default=7, help="number of pairs of windows")
+    parser.add_argument("--seconds", type=float, default=3.0, help="approximate length of a window")
     parser.add_argument("--part", choices=["all", "loop", "layouts"], default="all")
     parser.add_argument("--small", action="store_true", help="short windows, to try the script")
     parser.add_argument("--json", default="", help="where to write the results")
@@ -200,7 +200,7 @@ def fit_windows(
     between: Callable[[], float] = lambda: 0.0,
     save_every: int | None = None,
 ) -> list[tuple[float, float]]:
-    """Seconds of each of ``fit``'s windows of so many steps, and what ``between`` gave after it.
+    """Seconds of each window of ``fit``, and the result of ``between`` after it.
 
     Args:
       experiment: what is trained.
@@ -247,7 +247,7 @@ def prepared(experiment: Experiment, name: str) -> tuple[Callable, list[Any], li
 
 
 def run_steps(step: Callable, state: list[Any], batches: list[Any], key: Any, steps: int) -> None:
-    """So many steps, waited for."""
+    """Runs that number of steps and waits for them."""
     for i in range(steps):
         state[0], _ = step(state[0], None, batches[i % len(batches)], key)
     jax.block_until_ready(state[0])
@@ -267,7 +267,7 @@ def timed(run: Callable[[int], Any], steps: int) -> float:
 
 
 def steps_for(run: Callable[[int], Any], seconds: float) -> int:
-    """How many steps take about so long; at least 10."""
+    """The number of steps that take about that long; at least 10."""
     run(10)
     return max(10, round(seconds * 10 / timed(run, 10)))
 
@@ -279,7 +279,7 @@ def row(
     base: list[float],
     ours: list[float],
 ) -> dict[str, Any]:
-    """Medians, and the overhead as the median of the pairs' ratios, with its range."""
+    """Medians, and the overhead: the median of the pairs' ratios, with its range."""
     overheads = [100 * (o / b - 1) for o, b in zip(ours, base)]
     found = {
         "what": what,

@@ -1,8 +1,8 @@
 """Two processes that take turns, one per side, so that neither disturbs the other's threads.
 
 ``Worker`` starts this file as a process for a case, and asks it for timed runs; ``alternate`` takes
-all variants of both sides in turn. Of those that are far behind the best of their side after two
-turns no more turns are taken.
+all variants of both sides in turn. A variant that is far behind the
+best of its side after two turns gets no further turns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BEHIND = 1.4  # times as slow as the best of the side
 
 
 class Failed(RuntimeError):
-    """A command that did not work, such as for want of memory; what it said."""
+    """A command failed, for example for lack of memory; holds its message."""
 
 
 class Worker:
@@ -62,7 +62,7 @@ class Worker:
         )
 
     def ask(self, do: str, command: str = "", **arguments: Any) -> Any:
-        """Its answer; raises Failed if it did not work out."""
+        """The process's answer; raises ``Failed`` if the command failed."""
         try:
             print(json.dumps({"do": do, "command": command, **arguments}), file=self.process.stdin)
             self.process.stdin.flush()
@@ -101,7 +101,7 @@ def alternate(
     commands: Mapping[str, tuple[str, str]],
     repetitions: int,
     seconds: float,
-    told: report.Report,
+    output: report.Report,
     rulers: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Seconds per call of every command, taken in turn.
@@ -111,18 +111,18 @@ def alternate(
       commands: name -> (side, the worker's command).
       repetitions: turns.
       seconds: a turn lasts about so long, of many calls if they are short.
-      told: is told of every command; when its time is over, those that are left are left out.
-      rulers: names of commands that are no variants, and have all turns.
+      output: reports every command; when its time is over, the remaining commands are skipped.
+      rulers: names of commands that are not variants, and get all turns.
 
     Returns:
       name -> {"seconds": median, "all": [...], "compile": seconds of the first call}, or {"failed":
-      why}.
+      reason}.
     """
     found: dict[str, dict[str, Any]] = {}
     calls: dict[str, int] = {}
-    log = told.log
+    log = output.log
     for name, (side, command) in commands.items():
-        if calls and told.late(name):
+        if calls and output.late(name):
             continue
         try:
             first = workers[side].ask("run", command, times=1)
@@ -141,7 +141,7 @@ def alternate(
             time.sleep(0.02)  # the other side's threads go to sleep
             try:
                 taken = workers[side].ask("run", command, times=calls[name])
-            except Failed as failure:  # a process that ended, for want of memory, say
+            except Failed as failure:  # the process ended, for example for lack of memory
                 log(f"  {name}: failed: {failure}")
                 continue
             found[name]["all"].append(taken / calls[name])
@@ -169,7 +169,7 @@ def close_all(workers: Mapping[str, Worker]) -> None:
 
 
 def sides(arguments: Any, note: Any) -> list[str]:
-    """The sides that can be measured here; tells why not the other one."""
+    """The sides that can be measured here; notes why one is missing."""
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
     if "torch" in arguments.skip.split(";"):
         return ["jax"]
@@ -198,7 +198,7 @@ def matmul_size(gpu: bool) -> int:
 def host_peak() -> int:
     """Bytes of this process's memory, at most.
 
-    Not ``getrusage``'s: a new process has its parent's there.
+    ``getrusage`` does not serve: there a new process starts with the peak of its parent.
     """
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(line for line in status if line.startswith("VmHWM"))
@@ -228,13 +228,13 @@ def case_of(request: Mapping[str, Any]) -> Any:
 
 
 def server(side: str, request: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
-    """What answers a side's commands about a case."""
+    """The function that answers a side's commands about a case."""
     module = importlib.import_module(SIDES[side])
     measured = module.Side(case_of(request))
     made: dict[str, Any] = {}
 
-    def answer(asked: Mapping[str, Any]) -> Any:
-        do, command = asked["do"], asked["command"]
+    def answer(message: Mapping[str, Any]) -> Any:
+        do, command = message["do"], message["command"]
         if do == "flops":
             return measured.case.flops()
         if do == "peak":
@@ -249,9 +249,9 @@ def server(side: str, request: Mapping[str, Any]) -> Callable[[Mapping[str, Any]
         if do == "save":
             import numpy as np
 
-            return np.save(asked["path"], module.to_numpy(made[command]()))
+            return np.save(message["path"], module.to_numpy(made[command]()))
         began = time.perf_counter()
-        for _ in range(asked["times"]):
+        for _ in range(message["times"]):
             output = made[command]()
         module.wait(output)
         return time.perf_counter() - began
@@ -260,7 +260,7 @@ def server(side: str, request: Mapping[str, Any]) -> Callable[[Mapping[str, Any]
 
 
 def work(side: str, request: Mapping[str, Any], lines: Iterable[str], answers: TextIO) -> None:
-    """What a side's process does: it answers commands until there are no more."""
+    """The work of a side's process: it answers commands until there are no more."""
     if side == "jax":
         from diffusion import compiler
 

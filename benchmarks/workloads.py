@@ -1,6 +1,6 @@
-"""The networks that are measured, with the inputs they take and weights that cost nothing to make.
+"""The networks that are measured, with their inputs and with weights that are cheap to make.
 
-A case is one of our modules, and what it is called with; diffusers builds the same network from the
+A case is one of our modules and its arguments; diffusers builds the same network from the
 module's config and takes the same weights through the same name table (``diffusion.pretrained``).
 Weights and inputs follow from a case alone, so that two processes have the same ones without a file
 between them.
@@ -39,7 +39,7 @@ class Case:
       shape: (H, W, C) of what goes in.
       batch: examples at once.
       signals: conditioning, name -> shape without the batch; label is an integer.
-      forward, train: what is measured.
+      forward, train: whether each is measured.
       variants: fields of the network for our side, by name ("remat": {"remat": True}).
       without: names of variants that are left out, for want of memory.
       settings: of a sampler: "scheduler" (a diffusers config), "steps" and, guided, "scale".
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def classes(self) -> int | None:
-        """How many labels there are."""
+        """The number of labels."""
         return getattr(self.network, "num_classes", None)
 
     def inputs(self) -> dict[str, np.ndarray]:
@@ -77,7 +77,7 @@ class Case:
         return found
 
     def flops(self) -> int:
-        """Of a forward pass (of an autoencoder: of decoding), counted."""
+        """FLOPs of a forward pass (of an autoencoder: of decoding), counted."""
         network = self.network.clone(attention_implementation="xla")
         arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.inputs().items()}
         params = models.shapes(self.network)

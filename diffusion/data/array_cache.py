@@ -1,8 +1,8 @@
 """Arrays computed once, batch by batch, and then read from disk: latents, text embeddings.
 
-A table is a folder of ``NAME.npy``, whose rows belong together, and ``about.json``, which says what
-they were computed from. It appears whole or not at all: until then it is ``FOLDER.partial``, from
-which a later call goes on.
+A table is a folder of ``NAME.npy``, whose rows belong together, and ``about.json``, which describes
+what they were computed from. The folder appears when it is complete; until then it is called
+``FOLDER.partial``, and a later call continues there.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def compute(
     """The table in ``folder``, computed now unless it is there.
 
     Args:
-      folder: where it lies, or will.
+      folder: of the table.
       count: number of rows, N.
-      rows: computes rows, always for ``batch_size`` indices, those of the last batch repeated.
-      about: what the rows are computed from, as JSON has it.
+      rows: computes rows, always for ``batch_size`` indices; the last batch repeats indices.
+      about: JSON values that describe what the rows are computed from.
       batch_size: rows per call.
       progress: whether to show a bar.
 
@@ -105,7 +105,7 @@ def read(folder: str | Path, about: Mapping[str, Any]) -> Table:
 
 
 def _done(partial: Path, about: Mapping[str, Any]) -> int:
-    """How many rows an interrupted call has left; 0 if they are of something else."""
+    """The number of rows that an interrupted call has finished; 0 if they are of something else."""
     try:
         same = json.loads((partial / ABOUT).read_text()) == about
         return json.loads((partial / PROGRESS).read_text())["done"] if same else 0

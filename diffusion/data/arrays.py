@@ -1,10 +1,10 @@
 """Images in NumPy's files: an ``.npz``, an ``.npy``, or a folder of ``.npy``.
 
     FILE.npz or DIR/                  x or image(s), perhaps label(s) and caption(s), N of each
-    FILE.npy                          images alone
-    DIR/train.npz, DIR/test.npz       either in splits; also DIR/train/, DIR/test/ and .npy
+    FILE.npy                          only images
+    DIR/train.npz, DIR/test.npz       any of these in splits; also DIR/train/, DIR/test/ and .npy
 
-Files of type ``.npy`` are mapped into memory, not read: they may be larger than it.
+Files of type ``.npy`` are mapped into memory and not read, so they may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffusion.data.sources import (
 IMAGES = ("x", "image", "images")
 LABELS = ("label", "labels", "y")
 CAPTIONS = ("caption", "captions", "text")
-FIRST = 256  # examples that are looked at before training
+FIRST = 256  # examples whose values are checked before training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Mapped:
         """[N, ...]."""
         return np.load(self.path, mmap_mode="r")
 
-    def __reduce__(self):  # the path alone goes to another process
+    def __reduce__(self):  # another process gets only the path
         return Mapped, (self.path,)
 
 
@@ -66,18 +66,18 @@ def source(
 ) -> Source:
     """The images of a split, ``train`` or ``test``.
 
-    uint8 is mapped from 0..255 to [-1, 1]; floats must lie there already. Images are [N, H, W] or
-    [N, H, W, 1, 3 or 4]; of 8 bits, the fourth channel is opacity.
+    uint8 is mapped from 0..255 to [-1, 1]; floats must lie in [-1, 1]. Images are [N, H, W] or
+    [N, H, W, 1, 3 or 4]; the fourth channel, of uint8 alone, is opacity.
 
     Args:
-      name: what the data is called.
+      name: of the data.
       path: see the module.
       split: which.
-      held_out: share that is ``test`` where there are no splits, always the same.
+      held_out: share of the images that is ``test`` if there are no splits; always the same ones.
       background: RGB under transparent parts.
 
     Raises:
-      FileNotFoundError: there is nothing of that kind.
+      FileNotFoundError: there is no such file or folder.
       ValueError: arrays are missing, do not fit together, or have impossible values.
     """
     check_split(split, name)
@@ -92,7 +92,7 @@ def source(
 
 
 def _files(path: Path, split: str) -> tuple[Path, Path]:
-    """What class numbers are counted in, and the file or folder of the split."""
+    """(the file or folder that defines the number of classes, that of the split)."""
     names = {"train": ("train",), "test": ("test", "val", "validation")}
     if path.is_dir():
         found = {
@@ -124,8 +124,8 @@ def _read(path: Path) -> dict[str, Held | Mapped]:
             np.load(path, mmap_mode="r")
             return {"x": Mapped(str(path))}
         with np.load(path) as file:
-            wanted = (*IMAGES, *LABELS, *CAPTIONS)
-            return {key: Held(file[key] if key in wanted else None) for key in file.files}
+            used = (*IMAGES, *LABELS, *CAPTIONS)
+            return {key: Held(file[key] if key in used else None) for key in file.files}
     except Exception as error:  # zipfile's, pickle's, NumPy's, zlib's
         raise ValueError(f"{path} cannot be read: {unreadable(error)}") from error
 
@@ -149,7 +149,7 @@ def _source(name: str, path: Path, counted: Path, background: tuple[int, int, in
                 known = int(np.asarray(trained.array).max(initial=-1)) + 1
                 if num_classes > known:
                     raise ValueError(
-                        f"{path}: {label_key} has {num_classes - 1}, {counted} has not"
+                        f"{path}: {label_key} has {num_classes - 1}, which {counted} lacks"
                     )
                 num_classes = known
     captions, caption_key = _first(arrays, CAPTIONS)
@@ -164,7 +164,7 @@ def _source(name: str, path: Path, counted: Path, background: tuple[int, int, in
         made = from_pictures(
             name, pictures, (*shape[:2], 1 if shape[2] == 1 else 3), background=background
         )
-        if shape[2] != 4:  # nothing to do but to convert: whole batches at once
+        if shape[2] != 4:  # without opacity, whole batches are converted at once
             made = dataclasses.replace(made, read=partial(_read_bytes, stored, columns))
     else:
         made = Source(name, len(x), shape, partial(_read_floats, stored, columns, str(path)))
@@ -177,7 +177,7 @@ def _first(arrays: dict, keys: tuple[str, ...]) -> tuple[Held | Mapped | None, s
 
 
 def _check_images(x: np.ndarray, at: str) -> tuple[int, int, int]:
-    """(H, W, C) of images that could be; looks at the first ones' values."""
+    """(H, W, C) of an array of images; checks its shape, its type and its first values."""
     floats = np.issubdtype(x.dtype, np.floating)
     if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3, 4):
         raise ValueError(
@@ -193,7 +193,7 @@ def _check_images(x: np.ndarray, at: str) -> tuple[int, int, int]:
     shape = (*x.shape[1:3], x.shape[3] if x.ndim == 4 else 1)
     if floats:
         if shape[2] == 4:
-            raise ValueError(f"{at} has four channels; opacity is only understood in uint8")
+            raise ValueError(f"{at} has four channels; only uint8 may have an opacity")
         low, high = _check_range(np.asarray(x[:FIRST], np.float32), at)
         if low >= 0 and high > 0:
             raise ValueError(

@@ -4,8 +4,8 @@ Batch ``step`` holds the positions ``step * B .. (step + 1) * B - 1`` of an endl
 which epoch e is a permutation of all examples, drawn from (seed, e). A batch may straddle two
 epochs: no example is dropped, and batches may be larger than the data. Since the position in
 the data is the step, resuming needs no stored state, and processes take slices of the same
-global batch, so the global batch does not depend on how many there are. Where a source gives
-``x_std`` beside ``x``, the mean and deviation of latents, the batch holds a sample of them.
+global batch, so the global batch does not depend on how many there are. If a source gives
+``x_std`` beside ``x``, the deviation and mean of latents, the batch holds samples of the latents.
 
 A source in buckets has such a stream per bucket, and every batch comes from one of them; see
 ``buckets.Schedule``.
@@ -36,12 +36,12 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is done to images, anew in every epoch, and what they become.
+    """Random changes of images, new ones in every epoch, and the type of the result.
 
     Attributes:
       flip: mirror each image left-right with probability 1/2.
-      crop: where images that are larger than their place are cropped: ``center``, or ``random``.
-      dtype: of ``x``: float32 or bfloat16, half as large on its way to the device.
+      crop: where larger images are cropped: ``center`` or ``random``.
+      dtype: of ``x``, float32 or bfloat16; the latter halves the transfer to the device.
     """
 
     flip: bool = False
@@ -61,18 +61,18 @@ class _Stream:
         # A batch touches few epochs, mostly one.
         self._epoch = functools.lru_cache(maxsize=2)(self._draw)
 
-    def __reduce__(self):  # to another process without what reading does not need
+    def __reduce__(self):  # another process gets only what reading needs
         bare = dataclasses.replace(self.source, captions=(), encode=None, buckets=(), pictures=None)
         return _Stream, (bare, *self._fields[1:])
 
     def _draw(self, number: int) -> tuple[np.ndarray, ...]:
-        """Order of the examples [N], whether each one is flipped [N], where cropped [N, 2]."""
+        """Of an epoch: order of the examples [N], flips [N] bool, positions of crops [N, 2]."""
         rng, n = np.random.default_rng((*self._seed, number)), len(self.source)
         drawn = rng.permutation(n), rng.random(n) < 0.5
         return (*drawn, rng.random((n, 2), np.float32)) if self._random_crop else drawn
 
     def drawn(self, number: int, part: np.ndarray) -> list[np.ndarray]:
-        """What is drawn for the rows ``part`` of batch ``number``."""
+        """The draws of ``_draw`` for the rows ``part`` of batch ``number``."""
         which, place = np.divmod(number * self._batch_size + part, len(self.source))
         pieces = [
             [values[place[which == e]] for values in self._epoch(int(e))] for e in np.unique(which)
@@ -80,7 +80,7 @@ class _Stream:
         return [np.concatenate(piece) for piece in zip(*pieces)]
 
     def read(self, number: int, part: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """These rows, and which of them to flip."""
+        """The rows ``part`` of batch ``number``, and whether each is flipped."""
         order, flipped, *at = self.drawn(number, part)
         return self.source.crop(order, at[0]) if at else self.source.read(order), flipped
 
@@ -97,7 +97,7 @@ class Batches:
     augmentation: Augmentation
 
     def examples(self, step: int) -> tuple[Source, np.ndarray]:
-        """The source, perhaps a bucket, that a step's batch is from, and which examples."""
+        """The source (or bucket) of a step's batch, and the indices of its examples there."""
         bucket, number = self._bucket(step)
         stream = self.streams[bucket]
         return stream.source, stream.drawn(number, self.part)[0]
@@ -160,7 +160,7 @@ def batch_function(
 
 
 def check(augmentation: Augmentation, source: Source) -> None:
-    """Raises ValueError where a source cannot be augmented like that."""
+    """Raises ValueError if a source does not allow the augmentation."""
     if augmentation.flip and len(source.shape) != 3:
         raise ValueError(f"flip needs images (H, W, C), {source.name} has shape {source.shape}")
     for name, valid in (("crop", CROPS), ("dtype", tuple(DTYPES))):
@@ -190,16 +190,16 @@ def batches(
       source: where examples come from.
       batch_size: B, over all processes.
       seed: fixes the order and the augmentation; epochs differ from each other.
-      start_step: the step to begin with; ``batches(..., start_step=k)`` continues a stream of
-        which k batches were used, exactly.
-      process_index: which of ``process_count`` equal slices of each global batch to give.
+      start_step: the first step; ``batches(..., start_step=k)`` continues exactly where a stream
+        stands after k batches.
+      process_index: which of ``process_count`` equal slices of each global batch this is.
       process_count: number of processes that share a batch.
       augmentation: see ``Augmentation``.
-      num_threads: reading threads, of each worker if there are any; 0: as many as cores, up to 16.
-        Batches do not depend on it.
-      prefetch: batches kept ready, by each worker if there are any.
-      workers: processes that read; 0: this one. Each gets a copy of the source, so they suit files
-        rather than arrays in memory. Batches do not depend on it.
+      num_threads: reader threads in each reading process; 0 means one per core, at most 16. Batches
+        do not depend on it.
+      prefetch: batches that each reading process keeps ready.
+      workers: reading processes; 0 means that this process reads. Each worker gets a copy of the
+        source, so workers suit files rather than arrays in memory. Batches do not depend on it.
 
     Yields:
       dicts with ``x`` [B / process_count, ...], ``label`` [...] int32 where there are labels, and
@@ -225,7 +225,7 @@ def batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     dataset = steps.map(batch_at).to_iter_dataset(options)
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads its own flags, outside of a program too
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags in any program
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)

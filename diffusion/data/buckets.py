@@ -1,7 +1,8 @@
-"""Aspect-ratio buckets: batches of one shape each from images of many (NovelAI, 2022).
+"""Aspect-ratio buckets: batches of one shape each from images of many shapes (NovelAI, 2022).
 
 A network that draws pictures of several shapes is best trained on whole pictures: square crops cut
-heads off. Shapes have about the same area, and each picture goes to the one nearest to its own.
+heads off. All buckets have about the same area, and each picture goes to the one whose aspect ratio
+is nearest.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ Shape = tuple[int, int]  # height, width
 def aspect(size: int, step: int = 64, max_aspect: float = 2.0) -> tuple[Shape, ...]:
     """Shapes (H, W) whose sides are multiples of ``step``, wide ones last.
 
-    For every height the widest with H W <= size^2, as long as neither side is more than
-    ``max_aspect`` times the other; and the same lying down. The square (size, size) is one.
+    For every height this is the widest shape with H W <= size^2 whose sides have a ratio of at most
+    ``max_aspect``; and the same with height and width exchanged. (size, size) is one of them.
 
     Args:
       size: side of the square.
-      step: what sides are multiples of: the autoencoder's factor times the network's.
+      step: of which sides are multiples: the autoencoder's factor times the network's.
       max_aspect: the largest ratio of the sides, at least 1.
 
     Raises:
@@ -49,7 +50,7 @@ def _inside(shape: Shape, other: Shape) -> bool:
 
 
 def nearest(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
-    """Which of ``shapes`` has the aspect ratio nearest to each of ``sizes`` [N, 2]: [N] int."""
+    """The index of the shape whose aspect ratio is nearest to that of each of ``sizes`` [N, 2]."""
     ratios = np.log([width / height for height, width in shapes])
     own = np.log(sizes[:, 1] / sizes[:, 0])
     return np.abs(own[:, None] - ratios).argmin(1)
@@ -60,9 +61,9 @@ class Schedule:
     """Which bucket each step takes its batch from: a pure function of (seed, step).
 
     Epoch e takes floor(n_b (e + 1) / B) - floor(n_b e / B) batches from bucket b, in an order
-    shuffled by (seed, e). After e epochs each bucket has thus given its e n_b examples, less a
-    rest of fewer than B, which the next one begins with: in the long run every example is seen
-    equally often, however small its bucket.
+    shuffled by (seed, e). After e epochs each bucket has given its e n_b examples, except fewer
+    than B, with which its next epoch begins. In the long run every example is seen equally often,
+    however small its bucket.
 
     Attributes:
       sizes: examples of each bucket.
@@ -90,7 +91,7 @@ class Schedule:
         return bucket, earlier + int(np.count_nonzero(order[:place] == bucket))
 
     def _before(self, epoch: int) -> int:
-        """How many batches the epochs before this one have."""
+        """The number of batches in all epochs before this one."""
         return sum(size * epoch // self.batch_size for size in self.sizes)
 
 

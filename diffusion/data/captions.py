@@ -1,8 +1,8 @@
 """Images with captions, for text to image.
 
-An ``.npz`` holds ``images`` [N, H, W, 1, 3 or 4] uint8 and ``caption`` [N]. Images with an opacity
-lie on one background, all have one size, and a fixed share of the captions is held out: captions
-that training never sees, made of words that it does.
+An ``.npz`` holds ``images`` [N, H, W, 1, 3 or 4] uint8 and ``caption`` [N]. Transparent images are
+laid on a background, and all images get one size. A fixed share of the captions is held out:
+training never sees these captions, but it sees all of their words.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def read(path: str | Path, keep: Callable[[dict[str, str]], bool] | None = None)
     """The pairs in an ``.npz``.
 
     Args:
-      path: of the file, or of a folder with several, which must hold images of one size.
-      keep: whether to keep an example, given the file's text arrays (``caption`` and others).
+      path: the file, or a folder of several files, whose images must have one size.
+      keep: decides from an example's texts (``caption`` and other text arrays) whether it stays.
 
     Raises:
       FileNotFoundError: there is no such file, or no ``.npz`` in the folder.
@@ -85,9 +85,10 @@ def emoji(path: str | Path) -> Pairs:
 
 
 def tiles(path: str | Path) -> Pairs:
-    """The tiles of Dungeon Crawl Stone Soup that show something by themselves.
+    """The tiles of Dungeon Crawl Stone Soup that show a whole thing.
 
-    Left out are parts of the player's figure, laid over each other in the game, and unused tiles.
+    Parts of the player's figure, which the game lays over each other, and unused tiles are left
+    out.
     """
     return read(
         path,
@@ -101,7 +102,7 @@ def tiles(path: str | Path) -> Pairs:
 def resize(images: np.ndarray, size: int, background: Sequence[int]) -> np.ndarray:
     """RGB [N, size, size, 3] uint8 of images [N, H, W, 1, 3 or 4], laid on a background colour.
 
-    Whole factors are means of blocks, or repeated pixels; other sizes are bicubic.
+    Whole factors use means of blocks or repeated pixels, other factors bicubic interpolation.
     """
     if images.shape[-1] == 4:
         opacity = images[..., 3:].astype(np.float32) / 255
@@ -120,11 +121,11 @@ def resize(images: np.ndarray, size: int, background: Sequence[int]) -> np.ndarr
 
 
 def held_out_captions(captions: Sequence[str], share: float, seen: int = 3) -> frozenset[str]:
-    """About ``share`` of the different captions, in lower case: the same ones in every run.
+    """About ``share`` of the different captions, in lower case; every run gets the same ones.
 
     Every word of a held-out caption occurs in at least ``seen`` captions that are not held out.
-    They are chosen by their hash; where there are not enough such captions, fewer are held out, but
-    at least one.
+    The hash of a caption decides. If there are too few such captions, fewer are held out, but at
+    least one.
 
     Raises:
       ValueError: share outside (0, 1), or fewer than two different captions.

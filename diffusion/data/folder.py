@@ -1,11 +1,11 @@
-"""A folder of images: class subfolders, or captions in ``metadata.jsonl``, or only images.
+"""A folder of images: with class subfolders, with captions in ``metadata.jsonl``, or plain.
 
     DIR/cat/1.png, DIR/dog/2.jpg              subfolders are classes, in alphabetical order
     DIR/1.png, DIR/metadata.jsonl             {"file_name": "1.png", "text": "a cat"}
-    DIR/train/..., DIR/test/...               either, in splits; also val or validation
+    DIR/train/..., DIR/test/...               any of these, in splits; also val or validation
 
-Where there are no splits, a share of the images is held out: those whose path has a small hash, so
-that the same ones are held out on every machine, and when others are added.
+Without splits, a share of the images is held out: those whose path has a small hash. So the same
+images are held out on every machine, and also after other images were added.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Listing:
       root: the folder.
       files: paths below it, with slashes.
       label: [N] int32, or None.
-      class_names: of the labels.
+      class_names: names of the classes.
       captions: one per image, or none at all.
-      ignored: how many images below the root have no line in the metadata.
+      ignored: number of images below the root without a line in the metadata.
     """
 
     root: Path
@@ -52,7 +52,7 @@ class Listing:
         return len(self.files)
 
     def take(self, keep: np.ndarray) -> Listing:
-        """Those at the indices ``keep``, or where it is True."""
+        """The images at the indices ``keep``, or where ``keep`` is True."""
         index = np.arange(len(self))[keep]
         return dataclasses.replace(
             self,
@@ -87,11 +87,11 @@ def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
     Args:
       folder: see the module.
       split: which.
-      held_out: share that is ``test`` where the folder has no split subfolders.
+      held_out: share of the images that is ``test`` if the folder has no split subfolders.
 
     Raises:
-      FileNotFoundError: no such folder, or no images in it.
-      ValueError: a line of the metadata is wrong, or one subfolder is no set of classes.
+      FileNotFoundError: there is no such folder, or it holds no images.
+      ValueError: a line of the metadata is wrong, or there is only one class subfolder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -106,7 +106,7 @@ def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
             return split_by_hash(whole, split, held_out)
     else:
         _check_beside(folder)
-        # A class alone is none, except among those that train has.
+        # A single class is refused in train only: test may lack the others.
         parts = {name: _read_one(folder / name, name == "train") for name in ("train", *tests)}
     if not tests or not len(parts[tests[0]]):
         return split_by_hash(parts["train"], split, held_out)
@@ -119,18 +119,18 @@ def _below(listing: Listing, name: str) -> Listing:
 
 
 def _check_beside(folder: Path) -> None:
-    """A class that is called "train" must not pass for a split."""
+    """Refuses other folders of images beside ``train``, which could then be a class."""
     for entry in sorted(folder.iterdir()):
         known = entry.name in ("train", *HELD_OUT) or entry.name.startswith(".")
         if not known and entry.is_dir() and any(True for _ in _image_files(entry)):
             raise ValueError(
-                f"{folder} has images in train, a split, and in {entry.name}, which is none; "
-                f"expected only train and {', '.join(HELD_OUT)}"
+                f"{folder} has images in train, a split, and in {entry.name}, which is not a "
+                f"split; expected only train and {', '.join(HELD_OUT)}"
             )
 
 
 def split_by_hash(listing: Listing, split: str, share: float) -> Listing:
-    """The part of ``train`` or ``test``; at least one image each.
+    """The images of ``train`` or ``test``, at least one in each.
 
     Raises ValueError for a share outside (0, 1), or a single image.
     """
@@ -139,7 +139,7 @@ def split_by_hash(listing: Listing, split: str, share: float) -> Listing:
 
 
 def held_out_by_hash(names: Sequence[str], share: float, what: str) -> np.ndarray:
-    """[N] bool: whether the hash of each name is among the smallest share; at least one is."""
+    """[N] bool: True for the names with the smallest hashes, a share of them, at least one."""
     if not 0 < share < 1:
         raise ValueError(f"the share held out must lie in (0, 1), got {share}")
     if len(names) < 2:
@@ -160,7 +160,7 @@ def _hash(name: str) -> float:
 
 
 def _read_one(root: Path, several: bool = True) -> Listing:
-    """The whole of a folder that has no splits, or of one split."""
+    """All images of a folder without splits, or of one split."""
     files = sorted(_image_files(root))
     if (root / METADATA).exists():
         return _read_metadata(root, files)
@@ -208,7 +208,7 @@ def _read_metadata(root: Path, files: Sequence[str]) -> Listing:
         row = _parse(line, at)
         name = os.path.normpath(_text(row, "file_name", at)).replace(os.sep, "/")
         if name in seen:
-            raise ValueError(f"{at}: file_name={name!r} is in line {seen[name]} already")
+            raise ValueError(f"{at}: file_name={name!r} is already in line {seen[name]}")
         if name not in there and not _is_file(root / name):
             raise FileNotFoundError(f"{at}: file_name={name!r}: there is no such file")
         seen[name] = number
@@ -219,7 +219,7 @@ def _read_metadata(root: Path, files: Sequence[str]) -> Listing:
     captions = tuple(_text(row, key, row["at"]) for row in rows) if key else ()
     label, names = _labels(rows) if any("label" in row for row in rows) else (None, ())
     if label is None and not captions:
-        raise ValueError(f"{path} has neither text, caption nor label; expected such as {_EXAMPLE}")
+        raise ValueError(f"{path} has neither text, caption nor label; an example: {_EXAMPLE}")
     return Listing(root, tuple(seen), label, names, captions, ignored=len(there - set(seen)))
 
 
@@ -239,22 +239,22 @@ def _parse(line: bytes, at: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{at} is not UTF-8 ({error.reason})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{at} is not JSON ({error}); expected such as {_EXAMPLE}") from None
+        raise ValueError(f"{at} is not JSON ({error}); an example: {_EXAMPLE}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{at} is no JSON object; expected such as {_EXAMPLE}")
+        raise ValueError(f"{at} is not a JSON object; an example: {_EXAMPLE}")
     return row
 
 
 def _text(row: dict[str, Any], key: str, at: str) -> str:
     if key not in row:
-        raise ValueError(f"{at}: {key} is missing; expected such as {_EXAMPLE}")
+        raise ValueError(f"{at}: {key} is missing; an example: {_EXAMPLE}")
     if not isinstance(row[key], str) or not row[key].strip():
-        raise ValueError(f"{at}: {key} must be a text that is not empty, got {row[key]!r}")
+        raise ValueError(f"{at}: {key} must be a non-empty text, got {row[key]!r}")
     return row[key]
 
 
 def _labels(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Numbers as they are; names in alphabetical order."""
+    """Class indices and names; numbers stay, names are numbered in alphabetical order."""
     kind = str if isinstance(rows[0].get("label"), str) else int
     for row in rows:
         value = row.get("label")
@@ -274,10 +274,10 @@ def _labels(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, tuple[str, ...]
 
 
 def _with_classes(listing: Listing, names: tuple[str, ...]) -> Listing:
-    """With the numbers that the training split gives to classes."""
+    """The listing with the class indices of the training split."""
     unknown = sorted(set(listing.class_names) - set(names))
     if unknown:
-        raise ValueError(f"{listing.root} has the class {unknown[0]!r}, which train has not")
+        raise ValueError(f"{listing.root} has the class {unknown[0]!r}, which train lacks")
     if listing.label is None:
         return listing
     number = np.array([names.index(name) for name in listing.class_names], np.int32)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffusion.data import images
 from diffusion.data.sources import Batch, Pictures, Source, subset, to_unit
 
-BLOCK = 64  # images that a thread looks at before it is given others
+BLOCK = 64  # images that a thread takes at a time
 
 
 def from_pictures(
@@ -32,11 +32,11 @@ def from_pictures(
 
     Args:
       name: see ``Source``.
-      pictures: the images, with ``label`` among the columns where they have one.
+      pictures: the images, with a column ``label`` if they have labels.
       shape: (H, W, C) of each when read, see ``images.fit``.
       background: RGB under transparent parts.
-      class_names: of the labels.
-      num_classes: by default as many as there are names.
+      class_names: names of the classes.
+      num_classes: by default the number of names.
       note: see ``Source``.
     """
     read = partial(_read, pictures, shape, background)
@@ -65,7 +65,7 @@ def resized(
 def in_buckets(
     source: Source, shapes: np.ndarray, background: tuple[int, int, int] = (255, 255, 255)
 ) -> Source:
-    """``source``, of pictures, with buckets: its examples by the shapes [N, 2] that fit them."""
+    """A source of pictures with buckets: examples grouped by their shapes (H, W), [N, 2]."""
     buckets = []
     for height, width in np.unique(shapes, axis=0).tolist():
         index = np.flatnonzero((shapes == (height, width)).all(1))
@@ -77,7 +77,7 @@ def in_buckets(
 def unreadable(pictures: Pictures, i: int, error: Exception) -> images.UnreadableError:
     """The error that names picture ``i``."""
     return images.UnreadableError(
-        f"{pictures.name(i)} cannot be read: {error}. Mend or remove it; of a folder, "
+        f"{pictures.name(i)} cannot be read: {error}. Mend or remove it; for a folder, "
         "config.data.on_error=skip finds such files and leaves them out"
     )
 
@@ -106,13 +106,13 @@ def sizes(pictures: Pictures, *, progress: bool = False) -> np.ndarray:
     """(height, width) of every picture when upright, [N, 2], from their headers.
 
     Raises:
-      UnreadableError: one has none; names it.
+      UnreadableError: a picture has no header; names it.
     """
     return np.array(each(pictures, images.size, "sizes", progress), np.int64).reshape(-1, 2)
 
 
 def damaged(pictures: Pictures, *, progress: bool = False) -> dict[int, str]:
-    """Which pictures cannot be decoded, and why; decodes every one, with all cores."""
+    """Index -> cause, of the pictures that cannot be decoded; decodes all of them on all cores."""
 
     def check(picture: images.Picture) -> str:
         try:
@@ -126,9 +126,9 @@ def damaged(pictures: Pictures, *, progress: bool = False) -> dict[int, str]:
 
 
 def each(pictures: Pictures, function: Callable, what: str, progress: bool) -> list[Any]:
-    """``function`` of every picture, in order, computed with all cores behind a bar.
+    """``function`` of every picture, in order, on all cores, with a progress bar.
 
-    An ``UnreadableError`` in it is raised with the picture's name.
+    An ``UnreadableError`` gets the picture's name.
     """
 
     def block(start: int) -> list[Any]:

@@ -1,8 +1,8 @@
-"""Pictures of any size, mode and format as arrays of one.
+"""Pictures of any size, mode and format as arrays of one size, in colour or grey.
 
-A picture is its first frame, turned upright (EXIF), with 8 bits per channel, laid on a background
-where it is transparent, in colour or grey. Colour profiles are not applied. It is resized until it
-just covers the height and width wanted, and what sticks out is cropped.
+Of a picture the first frame is read, turned upright (EXIF), with 8 bits per channel, and laid on a
+background where it is transparent. Colour profiles are not applied. The picture is resized until it
+just covers the target height and width, and then cropped to them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Picture = Path | bytes | np.ndarray
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 GAP = 2.0
-"""How much larger than wanted a picture is before the final, bicubic resizing. Larger ones are
-first reduced by whole factors, by means of blocks (JPEG: as it is decoded), which costs little."""
+"""How much larger than its target a picture may be before the final, bicubic resizing. Larger ones
+are first reduced by whole factors, by means of blocks (JPEGs while they are decoded)."""
 
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values where height and width are exchanged
@@ -40,10 +40,10 @@ class UnreadableError(ValueError):
 
 
 def size(picture: Picture) -> tuple[int, int]:
-    """(height, width) when upright, and what the header tells, without decoding.
+    """(height, width) when upright, from the header alone, without decoding.
 
     Raises:
-      UnreadableError: no picture, or of an unknown format.
+      UnreadableError: it is not a picture, or has an unknown format.
     """
     if isinstance(picture, np.ndarray):
         return picture.shape[:2]
@@ -66,12 +66,12 @@ def decode(
     Args:
       picture: see ``Picture``.
       channels: 1 or 3.
-      background: RGB in 0..255, what is under transparent parts.
-      covering: (H, W) that the result need only cover at ``GAP`` times the size: JPEGs may come
-        smaller than they are.
+      background: RGB in 0..255, the colour under transparent parts.
+      covering: target (H, W); a JPEG may then be decoded at a reduced size, of at least ``GAP``
+        times the target. None: at full size.
 
     Raises:
-      UnreadableError: it is damaged, or of a kind that has no fixed range of values.
+      UnreadableError: it is damaged, or its values have no fixed range.
     """
     if isinstance(picture, np.ndarray):
         grey = picture.ndim == 3 and picture.shape[-1] == 1
@@ -97,12 +97,12 @@ def fit(
 ) -> np.ndarray:
     """uint8 [height, width, C] of a picture in RGB or grey: resized to cover, and cropped.
 
-    Bicubic, and antialiased: what becomes smaller is filtered at the new resolution, which plain
-    interpolation omits. (Boxes alone blur, Lanczos rings at hard edges.)
+    Bicubic and antialiased: a picture that becomes smaller is filtered at the new resolution, which
+    plain interpolation omits. (Box filters blur, Lanczos filters ring at hard edges.)
 
     Args:
       image: in RGB or grey.
-      height, width: wanted.
+      height, width: of the result.
       at: where to crop: 0 keeps the top or left, 1 the bottom or right, 0.5 the middle.
     """
     if image.size != (width, height):
@@ -117,7 +117,7 @@ def fit(
 
 
 def mode(picture: Picture) -> str:
-    """How the picture is stored: Pillow's mode, with "rotated" or "animated" where it is."""
+    """How the picture is stored: Pillow's mode, with "rotated" and the like where it applies."""
     if isinstance(picture, np.ndarray):
         return {1: "L", 3: "RGB", 4: "RGBA"}[1 if picture.ndim == 2 else picture.shape[-1]]
     with _open(picture) as image:
@@ -144,12 +144,12 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """What is left to be done: Pillow turns TIFFs by itself."""
+    """The EXIF orientation that is not yet applied; Pillow turns TIFFs by itself."""
     return None if image.format == "TIFF" else image.getexif().get(ORIENTATION)
 
 
 def _flatten(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:
-    """8 bits, no transparency, RGB or grey."""
+    """The picture with 8 bits, without transparency, in RGB or grey."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow also reads into 32
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65_535:
@@ -164,13 +164,13 @@ def _flatten(image: Image.Image, channels: int, background: tuple[int, int, int]
         below = Image.new("RGB", image.size, tuple(background))
         below.paste(image, mask=image.getchannel("A"))
         image = below
-    wanted = "L" if channels == 1 else "RGB"
-    return image if image.mode == wanted else image.convert(wanted)
+    target = "L" if channels == 1 else "RGB"
+    return image if image.mode == target else image.convert(target)
 
 
 def _cause(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is no picture, or of an unknown format"
+        return "it is not a picture, or has an unknown format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{error}" if str(error) else type(error).__name__

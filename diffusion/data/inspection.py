@@ -19,13 +19,13 @@ BLOCK = 256  # examples read at once
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What one stored image is found to be.
+    """The properties of one stored image.
 
     Attributes:
-      size: (height, width), upright; (0, 0) of a damaged one.
+      size: (height, width) when upright; (0, 0) if it is damaged.
       mode: see ``images.mode``.
-      digest: of the file or array.
-      damage: why it cannot be decoded; empty if it can.
+      digest: SHA-256 of the file or array.
+      damage: why it cannot be decoded; empty if it can be.
     """
 
     size: tuple[int, int]
@@ -35,7 +35,7 @@ class Look:
 
 
 def look(stored: Pictures, *, progress: bool = False) -> list[Look]:
-    """Reads and decodes every image once, with all cores."""
+    """Reads and decodes every image once, on all cores."""
 
     def one(picture: images.Picture) -> Look:
         try:
@@ -51,7 +51,7 @@ def look(stored: Pictures, *, progress: bool = False) -> list[Look]:
 
 
 def digests(source: Source) -> list[bytes]:
-    """Of every example's ``x``, for data that are not stored as images."""
+    """SHA-256 of every example's ``x``, for data that are not stored as images."""
     found = []
     for start in range(0, len(source), BLOCK):
         x = source.read(np.arange(start, min(start + BLOCK, len(source))))["x"]
@@ -60,7 +60,7 @@ def digests(source: Source) -> list[bytes]:
 
 
 def sizes(looks: Sequence[Look], target: tuple[int, int]) -> dict[str, Any]:
-    """How large images are before they are resized to cover ``target`` (height, width)."""
+    """The sizes of images before they are resized to cover ``target`` (height, width)."""
     shapes = np.array([look.size for look in looks if not look.damage])
     if not len(shapes):
         return {}
@@ -69,11 +69,7 @@ def sizes(looks: Sequence[Look], target: tuple[int, int]) -> dict[str, Any]:
     return {
         "different": len(count),
         "most_common": dict(count.most_common(10)),
-        "short_side": {
-            "min": int(short.min()),
-            "median": float(np.median(short)),
-            "max": int(short.max()),
-        },
+        "short_side": _range(short),
         "aspect": {  # width / height
             name: round(float(np.quantile(shapes[:, 1] / shapes[:, 0], q)), 3)
             for name, q in (("min", 0), ("median", 0.5), ("max", 1))
@@ -86,8 +82,8 @@ def duplicates(parts: Mapping[str, Sequence[bytes]], names: Mapping[str, Any]) -
     """Examples that are equal to the byte, within and between splits.
 
     Args:
-      parts: digests by split; empty ones (of damaged files) count as nothing.
-      names: split -> function i -> what to call an example.
+      parts: digests by split; empty ones, of damaged files, are left out.
+      names: split -> function i -> the name of an example.
     """
     where: dict[bytes, list[tuple[str, int]]] = {}
     for split, values in parts.items():
@@ -118,31 +114,23 @@ def classes(label: np.ndarray, names: Sequence[str], count: int) -> dict[str, An
 
 
 def captions(texts: Sequence[str]) -> dict[str, Any]:
-    """How long captions are, in words."""
+    """The lengths of captions in words."""
     words = np.array([len(text.split()) for text in texts])
     return {
         "different": len(set(texts)),
-        "words": {
-            "min": int(words.min()),
-            "median": float(np.median(words)),
-            "max": int(words.max()),
-        },
+        "words": _range(words),
     }
 
 
 def tokens(tokenizer: Any, texts: Sequence[str], length: int) -> dict[str, Any]:
-    """How long captions are in tokens, start and end included, and how many are cut."""
+    """The lengths of captions in tokens, start and end included, and the share that is cut."""
     ids = tokenizer(list(texts), verbose=False)["input_ids"]
     lengths = np.array([len(row) for row in ids])
     unknown, end = tokenizer.unk_token_id, tokenizer.eos_token_id
-    # CLIP's end is also its unknown, which its byte pairs never need.
+    # CLIP's end token is also its unknown token; byte pairs never need the latter.
     wrong = 0 if unknown in (None, end) else sum(row.count(unknown) for row in ids)
     return {
-        "tokens": {
-            "min": int(lengths.min()),
-            "median": float(np.median(lengths)),
-            "max": int(lengths.max()),
-        },
+        "tokens": _range(lengths),
         "longest_allowed": length,
         "cut": float(np.mean(lengths > length)),
         "unknown": wrong / int(lengths.sum()),
@@ -158,7 +146,7 @@ class Moments:
         self._count, self._sum, self._square, self.histogram = 0, 0.0, 0.0, 0
 
     def add(self, batch: Batch) -> None:
-        """Takes the ``x`` of a batch, [B, ..., C]."""
+        """Adds the ``x`` of a batch, [B, ..., C]."""
         x = np.asarray(batch["x"], np.float64).reshape(-1, batch["x"].shape[-1])
         self._count += len(x)
         self._sum, self._square = self._sum + x.sum(0), self._square + (x**2).sum(0)
@@ -168,7 +156,7 @@ class Moments:
         )
 
     def result(self) -> dict[str, Any]:
-        """mean and std of each channel, and of all together."""
+        """Mean and standard deviation of each channel, and the deviation of all values together."""
         mean, square = self._sum / self._count, self._square / self._count
         whole = square.mean() - mean.mean() ** 2
         return {
@@ -176,3 +164,12 @@ class Moments:
             "std": [round(float(np.sqrt(max(s, 0))), 4) for s in square - mean**2],
             "std_of_all": round(float(np.sqrt(max(whole, 0))), 4),
         }
+
+
+def _range(values: np.ndarray) -> dict[str, float]:
+    """Smallest, middle and largest of integers."""
+    return {
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "max": int(values.max()),
+    }

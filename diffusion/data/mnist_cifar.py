@@ -1,6 +1,6 @@
-"""MNIST and CIFAR-10 by name: from their original files, or as TFDS has prepared them.
+"""MNIST and CIFAR-10 by name: from their original files, or from TFDS's prepared ones.
 
-What is nowhere to be found is downloaded; neither needs TensorFlow.
+Files that are not found are downloaded. TensorFlow is not needed.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def mnist(split: str, data_dir: str | Path | None = None, *, padding: int = 0) -
     Args:
       split: ``train`` (60,000) or ``test`` (10,000).
       data_dir: a folder with the original ``*-ubyte.gz`` files, or TFDS's folder with MNIST
-        prepared in it; where it has neither, the files are downloaded into it. None: TFDS's own
-        folder, and ``CACHE``.
+        prepared in it. If it has neither, the files are downloaded into it. None stands for TFDS's
+        own folder, then ``CACHE``.
       padding: black pixels added on each side.
 
     Raises:
-      FileNotFoundError: MNIST is neither there nor can be downloaded; says what to do.
+      FileNotFoundError: MNIST is not there and cannot be downloaded; the message helps.
       ValueError: a file is damaged.
     """
     check_split(split, "mnist")
@@ -85,13 +85,14 @@ def cifar10(split: str, data_dir: str | Path | None = None) -> Source:
     Args:
       split: ``train`` or ``test``.
       data_dir: a folder with the original ``cifar-10-binary.tar.gz``, or TFDS's folder with the
-        set prepared in it; where it has neither, the file is downloaded into it. None: TFDS's own
-        folder, and ``CACHE``. Or a folder with ``cifar10_jpegq75.npz``, a copy compressed as JPEG
-        at quality 75 (arrays ``train_jpeg``, ``train_offsets``, ``train_labels``, ``test_*``,
-        ``classes``), which is lossy, about 30 dB; the source's ``note`` says so.
+        set prepared in it. If it has neither, the file is downloaded into it. None stands for
+        TFDS's own folder, then ``CACHE``. Or a folder with ``cifar10_jpegq75.npz``, a copy
+        compressed as JPEG at quality 75 (arrays ``train_jpeg``, ``train_offsets``,
+        ``train_labels``, ``test_*``, ``classes``), which is lossy, about 30 dB; the source's
+        ``note`` says so.
 
     Raises:
-      FileNotFoundError: CIFAR-10 is neither there nor can be downloaded; says what to do.
+      FileNotFoundError: CIFAR-10 is not there and cannot be downloaded; the message helps.
       ValueError: a file is damaged.
     """
     check_split(split, "cifar10")
@@ -113,11 +114,12 @@ def download(base: str, name: str, sums: Mapping[str, str], folder: Path) -> Pat
       base: of the URL.
       name: of the file.
       sums: SHA-256 of this file and of those that belong to it.
-      folder: where it lies, or will.
+      folder: of the file.
 
     Raises:
-      FileNotFoundError: it cannot be downloaded; says how to fetch them all by other means.
-      ValueError: what came is not what was expected.
+      FileNotFoundError: it cannot be downloaded; the message explains how to fetch all files by
+        other means.
+      ValueError: the downloaded file has other contents than expected.
     """
     path = folder / name
     if path.exists():
@@ -136,7 +138,7 @@ def download(base: str, name: str, sums: Mapping[str, str], folder: Path) -> Pat
                     bar.update(len(block))
         if digest.hexdigest() != sums[name]:
             raise ValueError(
-                f"{base}{name} has another content than expected (SHA-256 {digest.hexdigest()}, "
+                f"{base}{name} has other contents than expected (SHA-256 {digest.hexdigest()}, "
                 f"not {sums[name]})"
             )
         os.replace(partial, path)

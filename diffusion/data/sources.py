@@ -1,7 +1,7 @@
 """Random-access data: ``len(source)``, ``source[i]``, and whole batches by ``source.read``.
 
-Each function returns a ``Source``. Images leave it as float32 in [-1, 1], NHWC; small sets lie
-in memory as uint8 and are converted batch by batch.
+Each function returns a ``Source``. It gives images as float32 in [-1, 1], NHWC. Small sets are kept
+in memory as uint8 and converted batch by batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffusion.data.images import Picture
 Batch = dict[str, np.ndarray]
 
 MOST_CLASSES = 1_000_000
-"""More are a mistake: other numbers taken for labels."""
+"""A larger number is a mistake: the labels are then other numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Pictures:
     """Images as they are stored, of any size and mode.
 
     Attributes:
-      count: how many.
+      count: number of images.
       get: i -> a file, its contents, or uint8 [H, W] or [H, W, C].
-      name: i -> what messages call it.
-      columns: what else is known of each, ``label`` or tokens: values that are indexed by [B].
+      name: i -> the image's name in messages.
+      columns: further values of each image, ``label`` or tokens; each is indexed by indices [B].
     """
 
     count: int
@@ -45,23 +45,23 @@ class Source:
     """Examples that can be read in any order.
 
     Attributes:
-      name: what the data is called in logs and pictures.
+      name: of the data in logs and pictures.
       size: number of examples.
       shape: shape of one example's ``x``: (H, W, C), or (2,) for points.
       read: indices [B] -> {'x': [B, *shape] float32, 'label': [B] int32 where there are labels},
         arrays that belong to the caller.
       num_classes: 0 without labels.
       class_names: [num_classes] names, for pictures.
-      levels: number of grey levels, evenly spaced in [-1, 1], of which x is made; 0: continuous.
-      note: what must be said beside every result obtained with the data.
-      captions: one per example, where there are any.
-      encode: captions [B] -> what a batch holds of them, {'tokens': [B, L] int32, ...}; the empty
-        caption stands for none.
+      levels: number of grey levels of x, evenly spaced in [-1, 1]; 0 for continuous values.
+      note: a remark that belongs beside every result obtained with the data.
+      captions: one per example, or none at all.
+      encode: captions [B] -> their arrays in a batch, {'tokens': [B, L] int32, ...}; the empty
+        caption stands for no caption.
       vocabulary: number of different tokens; 0 without.
-      crop: indices [B] and where to crop, [B, 2] in [0, 1] from the top left -> as ``read``, which
-        crops in the middle; None where there is nothing to crop.
-      buckets: the same examples, by the shape that fits them best; empty if all have one.
-      pictures: the images as they are stored, where they are decoded one by one.
+      crop: indices [B] and positions of crops, [B, 2] in [0, 1] from the top left -> as ``read``,
+        which crops in the middle; None if there is nothing to crop.
+      buckets: the same examples, grouped by the shape that fits best; empty if all have one shape.
+      pictures: the images as they are stored, if they are decoded one by one.
     """
 
     name: str
@@ -97,8 +97,8 @@ def read_npz(path: str | Path) -> Batch:
     """All arrays of an ``.npz``, by name.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it cannot be read; says why.
+      FileNotFoundError: there is no such file.
+      ValueError: it cannot be read; gives the reason.
     """
     try:
         with np.load(path) as file:
@@ -110,12 +110,12 @@ def read_npz(path: str | Path) -> Batch:
 
 
 def unreadable(error: Exception) -> str:
-    """Why a file of arrays is, in a few words; libraries' own speak of what is inside them."""
+    """Why a file of arrays cannot be read, in a few words, without the libraries' internals."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "Object arrays" in str(error):
-        return "it has an array of Python objects; expected numbers or texts"
-    return "it is damaged, or not what its name says"
+        return "it holds an array of Python objects; expected numbers or texts"
+    return "it is damaged, or its contents do not match its name"
 
 
 def from_arrays(
@@ -137,7 +137,7 @@ def from_arrays(
       label: [N] int class indices, or None.
       scale: for float data only.
       class_names: one name per class.
-      num_classes: if there are no names; by default the number of names, or max(label) + 1.
+      num_classes: by default the number of names, or max(label) + 1 without names.
       levels: of float data, see ``Source``; uint8 has 256.
       note: see ``Source``.
     """
@@ -158,7 +158,7 @@ def _read_arrays(x: np.ndarray, label: np.ndarray | None, scale: float, index: n
 
 
 def with_columns(source: Source, columns: Batch, without: tuple[str, ...] = ()) -> Source:
-    """The same examples with more in each batch, values [N, ...] by name, or with less."""
+    """The same examples with further values [N, ...] in each batch, and ``without`` others."""
     more = {"read": partial(_joined, source.read, columns, without)}
     if source.crop is not None:
         more["crop"] = partial(_joined, source.crop, columns, without)
@@ -198,7 +198,7 @@ def _at(function: Callable, index: np.ndarray, i: int) -> Any:
 
 
 def affordable(source: Source, limit: int = 2**31) -> Source:
-    """All of a source, or as many examples, evenly spread, as have ``limit`` bytes."""
+    """A source of at most ``limit`` bytes: all examples, or as many as fit, evenly spread."""
     count = max(1, limit // (4 * int(np.prod(source.shape))))
     if count >= len(source):
         return source

@@ -1,7 +1,7 @@
 """Image sets of TensorFlow Datasets, read and prepared without TensorFlow.
 
 Any set that TFDS has prepared in the ``array_record`` format is read by its name. ``prepare``
-makes such a set of one's own images.
+makes such a set from images of your own.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ def source(
 ) -> Source:
     """A prepared set by name.
 
-    ``image`` becomes ``x`` in [-1, 1], of the one size that all have, ``label`` (if there is one)
-    ``label``, and ``caption`` or ``text`` captions. Where images have several sizes, the shape is
-    (0, 0, C), and only ``pictures`` can be used.
+    The feature ``image`` becomes ``x`` in [-1, 1], ``label`` stays, and ``caption`` or ``text``
+    become captions. If the images have several sizes, the shape is (0, 0, C), and only ``pictures``
+    can be used.
 
     Args:
-      name: in TFDS's notation, "mnist" or "imagenet_resized/64x64".
-      split: ``train``, ``test`` (``validation``, where there is none; a share of ``train`` where
-        there is neither), or any in TFDS's notation (``train[:90%]``).
-      data_dir: TFDS's folder; None: its own.
-      held_out: that share.
-      known: other names that a user may have meant.
+      name: in TFDS's notation, "mnist" or "imagenet_resized/64x64". split: ``train``; ``test`` (or
+      else ``validation``, or else a share of ``train``); or any split
+        in TFDS's notation (``train[:90%]``).
+      data_dir: TFDS's folder; None for its default.
+      held_out: the share of ``train``.
+      known: other names that a user may mean; for the error message.
 
     Raises:
       ValueError: there is no such set, or it has no images.
-      NotPreparedError: it is not prepared; says how to.
+      NotPreparedError: it is not prepared; the message explains how to prepare it.
     """
     builder = _builder(name, data_dir, known)
     examples = _open(builder, name, split, data_dir, held_out)
@@ -84,23 +84,23 @@ def source(
 
 
 def prepare(name: str, data_dir: str | Path, splits: Mapping[str, Source], channels: int) -> Path:
-    """A TFDS set of one's own, in ``data_dir/name/1.0.0``, which ``source`` reads by its name.
+    """Writes a TFDS set of your own to ``data_dir/name/1.0.0``; ``source`` reads it by its name.
 
-    JPEGs and PNGs are taken as they are, unless they are transparent, rotated or of an unusual
-    mode; what is not is stored as a PNG. Every image is decoded once, so that none is damaged.
+    JPEGs and PNGs are copied, unless they are transparent, rotated or of an unusual mode; all other
+    images are stored as PNGs. Every image is decoded once, so that no damaged one gets in.
 
     Args:
       name: of the set: small letters, digits and underscores.
       data_dir: TFDS's folder.
-      splits: what it consists of.
+      splits: the sources of its splits.
       channels: 1 or 3.
 
     Returns:
       The folder of the set.
 
     Raises:
-      ValueError: the name is none, the images are not of 8 bits, or one is unreadable, or
-        there is such a set already.
+      ValueError: the name is not allowed, images are not of 8 bits, one is unreadable, or such a
+        set exists already.
     """
     import tensorflow_datasets
     from tensorflow_datasets.core.dataset_builders import adhoc_builder
@@ -125,7 +125,7 @@ def prepare(name: str, data_dir: str | Path, splits: Mapping[str, Source], chann
         features["caption"] = feature.Text()
 
     class Builder(adhoc_builder.AdhocBuilder, skip_registration=True):
-        """Whose own way to generate examples needs TensorFlow."""
+        """Generates examples without TensorFlow, which the base class needs for it."""
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
             del dl_manager
@@ -167,7 +167,7 @@ def _examples(source: Source, channels: int) -> Iterator[tuple[int, dict[str, An
 
 
 def _encoded(picture: images.Picture, channels: int) -> bytes:
-    """The picture as a JPEG or PNG that any reader understands alike."""
+    """The picture as a JPEG or PNG that all readers decode alike."""
     flat = images.decode(picture, channels=channels)
     if isinstance(picture, np.ndarray):
         return _png(flat)
@@ -188,7 +188,7 @@ def _builder(name: str, data_dir: str | Path | None, known: tuple[str, ...]) -> 
     from tensorflow_datasets.core import read_only_builder, registered
 
     options = {"data_dir": None if data_dir is None else str(data_dir)}
-    try:  # what lies there, before what is known under that name
+    try:  # prepared files come before TFDS's own definition of that name
         return read_only_builder.builder_from_files(name, **options, file_format="array_record")
     except registered.DatasetNotFoundError:
         pass
@@ -198,8 +198,8 @@ def _builder(name: str, data_dir: str | Path | None, known: tuple[str, ...]) -> 
         every = (*known, *registered.list_imported_builders())
         near = difflib.get_close_matches(name, every, n=1)
         raise ValueError(
-            f"{name!r} is none of {', '.join(known)}, and no set that TFDS knows or "
-            f"that is prepared in {data_dir or 'its folder'}."
+            f"{name!r} is none of {', '.join(known)}, and TFDS neither knows such a set nor "
+            f"finds one prepared in {data_dir or 'its folder'}."
             + (f" Did you mean {near[0]!r}?" if near else "")
         ) from None
 
@@ -215,7 +215,7 @@ def _open(builder: Any, name: str, split: str, data_dir: Any, held_out: float) -
     try:
         return builder.as_data_source(**options)
     except (KeyError, AssertionError, OSError) as error:
-        if splits:  # prepared: the fault lies elsewhere, e.g. in the split's name
+        if splits:  # it is prepared: the mistake lies elsewhere, e.g. in the split's name
             raise ValueError(f"{name}: {error}") from error
         if importlib.util.find_spec("tensorflow"):
             builder.download_and_prepare()
@@ -231,7 +231,7 @@ def _open(builder: Any, name: str, split: str, data_dir: Any, held_out: float) -
 
 
 def _split(split: str, splits: Mapping[str, Any], held_out: float) -> str:
-    """In TFDS's notation; a set without a test split gives up a share of its training data."""
+    """A split in TFDS's notation; without a test split it is a share of the training data."""
     if split not in ("train", "test") or "train" not in splits:
         return split
     if tests := [name for name in HELD_OUT if name in splits]:

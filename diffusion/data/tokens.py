@@ -13,20 +13,20 @@ Tokenize = Callable[[Sequence[str]], dict[str, np.ndarray]]
 def tokenizer(transformer: Any, length: int) -> Tokenize:
     """Captions -> ``tokens`` [N, length] int32 and ``context_mask`` [N, length] bool.
 
-    Longer captions are cut and keep their end; shorter ones are filled up, which the mask leaves
-    out.
+    Longer captions are cut and keep their end token. Shorter ones are padded; the mask is False at
+    the padding.
 
     Args:
       transformer: a tokenizer of ``transformers``.
-      length: of all captions, with start and end.
+      length: of all captions in tokens, start and end included.
 
     Raises:
-      ValueError: no room for a token, or a tokenizer that cannot fill up.
+      ValueError: ``length`` leaves no room for a token, or the tokenizer has no padding token.
     """
     if length < 3:
         raise ValueError(f"length must be at least 3 (start, a token, end), got {length}")
     if transformer.pad_token is None:
-        raise ValueError("the tokenizer has no token to fill captions up with (pad_token)")
+        raise ValueError("the tokenizer has no token to pad captions with (pad_token)")
 
     def tokenize(captions: Sequence[str]) -> dict[str, np.ndarray]:
         ids = transformer(
@@ -39,11 +39,11 @@ def tokenizer(transformer: Any, length: int) -> Tokenize:
 
 
 def compact(tokenize: Tokenize, captions: Sequence[str]) -> tuple[Tokenize, int]:
-    """The same with ids 0..K - 1 of the tokens that ``captions`` use, and K.
+    """``tokenize`` with new ids 1..K - 1 for the tokens that ``captions`` use, and K.
 
-    They keep their order, so that CLIP's end is still the largest. Id 0 stands for all others. A
-    text encoder trained from scratch learns nothing of tokens that it never sees: without them its
-    embedding is a small part of CLIP's 49,408 rows.
+    The tokens keep their order, so that CLIP's end is still the largest id. Id 0 stands for all
+    other tokens. A text encoder that is trained from scratch learns nothing about tokens that it
+    never sees; without them its embedding is a small part of CLIP's 49,408 rows.
     """
     used = np.unique(tokenize([*captions, ""])["tokens"])
 

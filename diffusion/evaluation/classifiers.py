@@ -1,4 +1,4 @@
-"""Independent classifiers: they judge what a generative model made, and never see its samples."""
+"""Independent classifiers: they judge a generative model, and are never fitted on its samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A page of pictures with what is known of each beneath, and diagrams of the whole below."""
+"""A page of pictures, each with its description, and below them diagrams of the data."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Checkpoints with Orbax: saved in the background, whole or not at all, and checked when read.
+"""Checkpoints with Orbax: saved in the background, complete or not at all, and checked when read.
 
 A checkpoint is ``workdir/checkpoints/<step>``:
 
-    params/, opt_state/, ema_<name>/   Orbax's; an item each, so that sampling reads one average
+    params/, opt_state/, ema_<name>/   Orbax's; separate items, so that sampling reads one average
     about.json                         step, log's interval, metrics, configuration, code version
     manifest.json                      size and checksum of every file
 
-The step is all there is to know of keys and data: the run's key is fold_in(seed's, step), and the
-batch that follows is that of the step. Until it is complete a checkpoint lies in ``.saving``.
+The step determines keys and data: the key is fold_in(key of the seed, step), and the next batch is
+that of the step. A checkpoint lies in ``.saving`` until it is complete.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class SaveError(OSError):
 class Checkpoints:
     """The checkpoints of a run, whose working directory this process holds until ``close``.
 
-    All processes of a run call the methods together; the first one tidies up and decides.
+    All processes of a run call the methods together; the first one removes files and decides.
 
     Args:
       workdir: the run's directory.
-      keep: how many of the newest stay; None for all.
-      keep_best: how many more stay, of those with the best ``best``.
+      keep: number of the newest checkpoints that stay; None for all.
+      keep_best: number of further checkpoints that stay, those with the best ``best``.
       best: name of a metric that is best when low; "-name" for one that is best when high.
-      about: JSON to put into every checkpoint: configuration, code version.
-      say: what to do with messages.
+      about: JSON values for every checkpoint: configuration, code version.
+      say: prints a message.
 
     Raises:
       ValueError: ``keep`` or ``keep_best`` is impossible, or another run holds the directory.
@@ -74,7 +74,7 @@ class Checkpoints:
         if keep_best < 0:
             raise ValueError(f"keep_best must be at least 0, got {keep_best}")
         workdirs.acquire(workdir)
-        storage.quieten()
+        storage.silence_asyncio()
         self._workdir = Path(workdir).absolute()
         self._directory = self._workdir / workdirs.CHECKPOINTS
         self._keep, self._keep_best, self._best = keep, keep_best, best
@@ -90,12 +90,12 @@ class Checkpoints:
             shutil.rmtree(self._directory / SAVING, ignore_errors=True)
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step; None where there is none.
+        """The step of the newest complete checkpoint; None if there are no checkpoints.
 
-        Damaged ones that are newer are told of and set aside, as ``damaged_<step>``.
+        Newer ones that are damaged are reported and renamed to ``damaged_<step>``.
 
         Raises:
-          DamagedError: there are checkpoints, none of them whole.
+          DamagedError: there are checkpoints, and all are damaged.
         """
         self.wait()
         if self._newest is None:
@@ -112,13 +112,13 @@ class Checkpoints:
     ) -> None:
         """Starts to save in the background; the state may be donated at once.
 
-        A step that is saved already is left as it is. A save that fails, on a full disk say, is
-        told of and leaves the last good checkpoint; training can go on.
+        A step that is saved already stays as it is. A failed save, for example on a full disk, is
+        reported and leaves the last good checkpoint; training can continue.
 
         Args:
           state: what to save.
-          extra: any JSON, given back by ``restore``.
-          metrics: the last ones logged, by which the best are kept.
+          extra: any JSON values, which ``restore`` returns.
+          metrics: the last logged ones; they decide which checkpoints are the best.
         """
         step = int(state.step)
         self.wait()
@@ -155,7 +155,7 @@ class Checkpoints:
         """The newest whole checkpoint and its ``extra``.
 
         Args:
-          template: a state of ``jax.ShapeDtypeStruct`` (or arrays) with the shardings wanted.
+          template: a state of ``jax.ShapeDtypeStruct`` (or arrays) with the target shardings.
 
         Raises:
           FileNotFoundError: there is none.
@@ -184,13 +184,13 @@ class Checkpoints:
         return TrainState(count, restored.params, restored.opt_state, ema), about["extra"]
 
     def wait(self) -> None:
-        """Waits until what is being saved is on disk, or has failed."""
+        """Waits until the save in progress is on disk or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def finish(self) -> None:
-        """Waits likewise, at the end of a run, and removes what a killed one left to remove.
+        """Waits for the last save of a run, and removes checkpoints that a killed run left over.
 
         Raises:
           SaveError: the last save failed; names the last good checkpoint.
@@ -205,7 +205,7 @@ class Checkpoints:
             )
 
     def close(self) -> None:
-        """Waits until everything is on disk, and lets the working directory go."""
+        """Waits until everything is on disk, and releases the working directory."""
         if not self._open:
             return
         self._open = False
@@ -227,14 +227,14 @@ class Checkpoints:
             )
 
     def _check_room(self, state: TrainState) -> None:
-        """Spares a save that cannot succeed; several processes must do the same, so they try."""
+        """Avoids a save that cannot succeed. Several processes try, since all must act alike."""
         sizes = (leaf.nbytes for item in _items(state).values() for leaf in jax.tree.leaves(item))
         needed = self._bytes or sum(sizes) // 2  # compressed; parameters hardly are
         if shutil.disk_usage(self._directory).free < needed and jax.process_count() == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _finish(self, step: int, about: str) -> None:
-        """The end of a save, in a thread: its manifest, its name, and room for the next."""
+        """The end of a save, in a thread: writes its manifest, renames it, removes old ones."""
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
@@ -251,7 +251,7 @@ class Checkpoints:
     def _fail(self, step: int, error: Exception) -> None:
         reason = storage.reason(error, self._directory)
         self._failed = (step, reason)
-        with contextlib.suppress(Exception):  # what it still holds is not to be relied on
+        with contextlib.suppress(Exception):  # its state is unreliable after a failure
             self._checkpointer.close()
         self._checkpointer = None
         if jax.process_index() == 0:
@@ -266,7 +266,7 @@ class Checkpoints:
         return f"the last good checkpoint is {self._directory / str(self._newest)}"
 
     def prune(self) -> None:
-        """Removes what is neither among the newest nor among the best; saving does so too."""
+        """Removes checkpoints that are neither among the newest nor among the best."""
         if self._keep is None or jax.process_index() != 0:
             return
         steps = workdirs.steps(self._workdir)
@@ -319,7 +319,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _first_decides(function: Callable[[], int | None]) -> int | None:
-    """What the first process finds, for all of them."""
+    """The result of the first process, for all processes."""
     if jax.process_count() == 1:
         return function()
     found, error = -1, None

@@ -1,7 +1,7 @@
-"""What a folder of files should hold: ``manifest.json``, with the size and CRC-32 of each.
+"""The manifest of a folder: ``manifest.json``, with the size and CRC-32 of each file.
 
-It is written last. A disk that lost, cut or changed a file since is thereby found out, also in the
-manifest itself, which holds a checksum of its own text.
+It is written last. It reveals files that were lost, cut or changed since, and also a damaged
+manifest, since it holds a checksum of its own text.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ _PIECE = 1 << 22  # bytes read at once
 
 
 def write(folder: Path) -> int:
-    """Writes the manifest of all files below ``folder``; gives their bytes in all."""
+    """Writes the manifest of all files below ``folder``; returns their total bytes."""
     files = {name: list(_measure(path)) for name, path in sorted(_files(folder).items())}
     (folder / MANIFEST).write_text(_sealed(files))
     return sum(size for size, _ in files.values())
 
 
 def damage(folder: Path, *parts: str) -> list[str]:
-    """What is not as the manifest says, a line for each file; empty if all is well.
+    """The differences from the manifest, a line for each file; empty if there are none.
 
     Args:
       folder: with a manifest.
-      parts: files and folders in it to look at; default all.
+      parts: names of files and folders in it to check; by default all.
     """
     try:
         text = (folder / MANIFEST).read_text()
@@ -50,7 +50,7 @@ def damage(folder: Path, *parts: str) -> list[str]:
             if found != size:
                 wrong.append(f"{name} has {found} bytes instead of {size}")
             elif _measure(folder / name)[1] != checksum:
-                wrong.append(f"{name} was changed: its checksum is another")
+                wrong.append(f"{name} was changed: its checksum differs")
         except FileNotFoundError:
             wrong.append(f"{name} is missing")
         except OSError as error:
@@ -59,7 +59,7 @@ def damage(folder: Path, *parts: str) -> list[str]:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files, as the manifest says."""
+    """Bytes of all files according to the manifest."""
     files = json.loads((folder / MANIFEST).read_text())["files"]
     return sum(size for size, _ in files.values())
 

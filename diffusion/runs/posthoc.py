@@ -1,11 +1,11 @@
-"""Averages of any profile, after training, from snapshots of a few (EDM2, Karras et al., 2024).
+"""Averages of any profile, made after training from a few snapshots (EDM2, Karras et al., 2024).
 
 A power-function average after T steps weights the parameters at time tau in [0, T] by the density
 p(tau) = (gamma + 1) tau^gamma / T^(gamma + 1). (``ema.power_function`` does so exactly, if step s's
-parameters count as those of (s - 1, s].) The wanted density is approximated by those of the
+parameters count as those of (s - 1, s].) The target density is approximated by those of the
 snapshots, p ~ sum_i x_i p_i, in the least squares sense (app. C): A x = b with A_ij = <p_i, p_j>
-and b_i = <p_i, p>. Beyond the paper, sum_i x_i = 1 is demanded, so that what does not change over
-time is reproduced exactly. On random walks that makes the error three to fifteen times smaller
+and b_i = <p_i, p>. Beyond the paper, sum_i x_i = 1 is required, so that parameters that do not
+change over time are reproduced exactly. On random walks that makes the error three to fifteen times smaller
 where snapshots are few. For sigma_rel in [0.05, 0.20], parameters of size 3 and walks of size 1:
 
     snapshots of 0.05 and 0.10, each    4      8      16     32     (evenly spread over the run)
@@ -29,12 +29,12 @@ from diffusion.runs import snapshots
 
 @dataclass(frozen=True)
 class Mixture:
-    """How to make an average from others.
+    """A linear combination of averages that approximates another.
 
     Attributes:
       coefficients: [n], their sum is 1.
-      residual: || p - sum_i x_i p_i || / || p ||; 0 is exact. Whatever lies in between was
-        averaged, the error of a parameter theta is at most residual * || p || * || theta - c ||,
+      residual: || p - sum_i x_i p_i || / || p ||; 0 is exact. For any course of the
+        parameters, the error of a parameter theta is at most residual * || p || * || theta - c ||,
         norms over time, for any constant c.
     """
 
@@ -44,7 +44,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What ``reconstruct`` did: the step, how many snapshots it used, and ``Mixture.residual``."""
+    """A summary of ``reconstruct``: step, number of snapshots used, ``Mixture.residual``."""
 
     step: int
     snapshots: int
@@ -66,25 +66,25 @@ def inner(gamma_a: Any, t_a: Any, gamma_b: Any, t_b: Any) -> np.ndarray:
 
 
 def weights(profile: Profile, steps: int) -> np.ndarray:
-    """[steps]: how much of each step's parameters an average has, float64.
+    """[steps]: the weight of each step's parameters in an average, float64.
 
-    What is missing to 1 is the weight of the initial parameters.
+    The difference between their sum and 1 is the weight of the initial parameters.
     """
     beta = np.asarray(profile(np.arange(1, steps + 1)), np.float64)
     later = np.append(np.cumprod(beta[:0:-1])[::-1], 1.0)  # product of the betas that follow
     return (1 - beta) * later
 
 
-def mix(kept: Sequence[tuple[float, int]], wanted: float | Profile, step: int) -> Mixture:
-    """The coefficients of ``kept`` that come nearest to a profile.
+def mix(kept: Sequence[tuple[float, int]], target: float | Profile, step: int) -> Mixture:
+    """The coefficients of ``kept`` whose combination is nearest to a profile.
 
     Args:
       kept: pairs (sigma_rel, step) of power-function averages.
-      wanted: sigma_rel of a power function, or any profile of ``ema``.
-      step: that the wanted average ends at, at least 1.
+      target: sigma_rel of a power function, or any profile of ``ema``.
+      step: at which the average ends, at least 1.
 
     Raises:
-      ValueError: there is none to mix, or the step is impossible.
+      ValueError: ``kept`` is empty, or the step is below 1.
     """
     if not kept:
         raise ValueError("there are no snapshots to mix")
@@ -93,14 +93,14 @@ def mix(kept: Sequence[tuple[float, int]], wanted: float | Profile, step: int) -
     gammas = np.array([gamma_from_sigma_rel(sigma_rel) for sigma_rel, _ in kept])
     ends = np.array([float(end) for _, end in kept])
     a = inner(gammas[:, None], ends[:, None], gammas, ends)
-    if callable(wanted):
-        w = weights(wanted, step)
+    if callable(target):
+        w = weights(target, step)
         b, norm = np.array([w @ _power(g, end, step) for g, end in zip(gammas, ends)]), w @ w
     else:
-        gamma = gamma_from_sigma_rel(wanted)
+        gamma = gamma_from_sigma_rel(target)
         b, norm = inner(gammas, ends, gamma, step), float(inner(gamma, step, gamma, step))
     n = len(kept)
-    # Lagrange's conditions for the least squares with sum 1, A scaled to the size of the ones.
+    # Lagrange's conditions for least squares with sum 1; A is scaled to the size of the ones.
     system = np.block([[a * step, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
     right = np.append(b * step, 1.0)
     try:
@@ -112,18 +112,18 @@ def mix(kept: Sequence[tuple[float, int]], wanted: float | Profile, step: int) -
 
 
 def reconstruct(
-    workdir: str | os.PathLike, wanted: float | Profile, step: int | None = None
+    workdir: str | os.PathLike, target: float | Profile, step: int | None = None
 ) -> tuple[Any, Reconstruction]:
     """An average that was not kept, from a run's snapshots.
 
     Args:
       workdir: the run's directory.
-      wanted: sigma_rel of a power function in (0, 0.288], or any profile of ``ema``.
-      step: that the average ends at, any up to the last snapshot's (most exactly at the steps of
+      target: sigma_rel of a power function in (0, 0.288], or any profile of ``ema``.
+      step: at which the average ends, at most the last snapshot's (most exact at the steps of
         snapshots); None for the last.
 
     Returns:
-      Parameters as nested dicts, float32, on the first device; and how it went.
+      Parameters as nested dicts, float32, on the first device; and a summary.
 
     Raises:
       FileNotFoundError: there are no snapshots.
@@ -139,7 +139,7 @@ def reconstruct(
     step = last if step is None else step
     if step > last:
         raise ValueError(f"the last snapshot in {workdir} is of step {last}, before {step}")
-    mixture = mix([(s.sigma_rel, s.step) for s in kept], wanted, step)
+    mixture = mix([(s.sigma_rel, s.step) for s in kept], target, step)
     used = [(x, s) for x, s in zip(mixture.coefficients, kept) if abs(x) > 1e-9]
     readers = [(x, snapshots.read(snapshot)) for x, snapshot in used]
     place = jax.local_devices()[0]

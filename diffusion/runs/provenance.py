@@ -1,4 +1,4 @@
-"""Which code a run is of, and who asked for it how."""
+"""Where a run comes from: its configuration, the version of the code, the command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def about(config: ConfigDict) -> dict[str, Any]:
-    """What each checkpoint says of its run: config, code version, command."""
+    """The record of a run in each checkpoint: configuration, version of the code, command."""
     return {"config": config.to_dict(), "code": code(), "command": shlex.join(sys.argv)}
 
 

@@ -1,4 +1,4 @@
-"""Reading what a run has saved: one average of its parameters, from a checkpoint that is whole."""
+"""One average of a run's parameters, from a checkpoint that is not damaged."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flax.traverse_util import flatten_dict
 from diffusion.runs import manifest
 from diffusion.runs import workdir as workdirs
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's errors are told in our words.
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # We report Orbax's errors ourselves.
 
 ABOUT = "about.json"
 
 
 class DamagedError(ValueError):
-    """There are checkpoints, but none that is whole."""
+    """There are checkpoints, but all are damaged."""
 
 
 def restore_ema(
@@ -34,15 +34,15 @@ def restore_ema(
     step: int | str | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Any, int]:
-    """One average of a run, and the step that it is from.
+    """One average of a run, and its step.
 
     Args:
       workdir: the run's directory.
       name: the average's name; "params" for the parameters that were trained.
       template: parameters of ``jax.ShapeDtypeStruct`` with shardings; None for nested dicts on
         the first device.
-      step: which checkpoint; None or "newest" for the newest that is whole, "best" for the best.
-      say: what to do with messages, of damage to a newer one.
+      step: which checkpoint; None or "newest" for the newest undamaged one, "best" for the best.
+      say: prints a message about damage to a newer one.
 
     Raises:
       FileNotFoundError: there is no (such) checkpoint.
@@ -67,9 +67,9 @@ def choose(
     *,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """The folder of a checkpoint whose ``item`` is whole; arguments and errors of ``restore_ema``.
+    """The folder of a checkpoint whose ``item`` is undamaged; as in ``restore_ema``.
 
-    Nothing is changed: a run may be training there.
+    Nothing is changed, because a run may be training there.
     """
     directory = Path(workdir).absolute() / workdirs.CHECKPOINTS
     steps, newest = workdirs.steps(workdir), step in (None, "newest")
@@ -106,12 +106,12 @@ def choose(
 
 
 def ranked(workdir: str | os.PathLike, steps: list[int], best: str | None = None) -> list[int]:
-    """Those of the steps whose checkpoints know the metric, the best first, then the newest.
+    """The steps whose checkpoints have the metric, the best first, of equal ones the newest.
 
     Args:
       workdir: the run's directory.
-      steps: with checkpoints.
-      best: the metric; None for the one that they were saved with.
+      steps: of checkpoints.
+      best: the metric; None for the one with which they were saved.
     """
     values = {}
     for step in steps:
@@ -129,7 +129,7 @@ def ranked(workdir: str | os.PathLike, steps: list[int], best: str | None = None
 
 
 def different(path: Path, params: Any) -> str:
-    """How parameters differ in name and shape from those stored, a line each; "" if they don't."""
+    """Differences from the stored parameters in name and shape, a line each; "" for none."""
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
     there, here = (
@@ -145,7 +145,7 @@ def different(path: Path, params: Any) -> str:
 
 
 def listed(wrong: list[str]) -> str:
-    """The first few lines of ``manifest.damage``, in one."""
+    """The first few lines of ``manifest.damage`` in one line."""
     more = len(wrong) - 3
     return "; ".join(wrong[:3]) + (f"; and {more} more" if more > 0 else "")
 

@@ -1,7 +1,7 @@
 """Snapshots of averages, from which ``posthoc`` makes others (EDM2, Karras et al., 2024, app. C).
 
-Two power-function averages, of relative widths 0.05 and 0.10, are kept beside the run's own and
-saved now and then as ``workdir/snapshots/step_<step>_<sigma_rel>.safetensors``. Values are stored
+Training keeps two power-function averages, of relative widths 0.05 and 0.10, beside the run's own,
+and saves them at intervals as ``workdir/snapshots/step_<step>_<sigma_rel>.safetensors``. Values are stored
 as float16 where they fit: rounding changes a reconstruction by about 2e-4 of the parameters' size,
 no more than the reconstruction's own error from 16 snapshots, and the files are half as large.
 """
@@ -39,17 +39,17 @@ class Snapshot:
 
 
 def profiles(sigma_rels: Sequence[float] = SIGMA_RELS) -> dict[str, ema.Profile]:
-    """The averages that training must keep, for ``fit``'s ``emas``."""
+    """The averages that training must keep, for the argument ``emas`` of ``fit``."""
     return {_name(sigma_rel): ema.power_function(sigma_rel) for sigma_rel in sigma_rels}
 
 
 def writer(
     workdir: str | os.PathLike, every: int, sigma_rels: Sequence[float] = SIGMA_RELS
 ) -> Callable[[TrainState, int], None]:
-    """The hook of ``fit`` that saves them, each ``every`` steps and after the last.
+    """The hook of ``fit`` that saves them, every ``every`` steps and after the last step.
 
-    What it writes is a function of the state. Its first call removes snapshots that the run, going
-    on from an earlier checkpoint or with other settings, would not have at that step.
+    The files depend on the state alone. The first call removes snapshots that the run would not have
+    at that step, if it continues from an earlier checkpoint or with other settings.
     """
     folder = Path(workdir) / FOLDER
     first = True
@@ -84,7 +84,7 @@ def listed(workdir: str | os.PathLike) -> list[Snapshot]:
 
 
 def read(snapshot: Snapshot) -> dict[str, Callable[[], np.ndarray]]:
-    """The parameters' names, with "/" between the parts, and how to read each.
+    """Parameter's name, with "/" between the parts -> a function that reads it.
 
     Raises:
       ValueError: the file is damaged; names it.
@@ -97,8 +97,8 @@ def read(snapshot: Snapshot) -> dict[str, Callable[[], np.ndarray]]:
             array = tensors[name].read()
             if _checksum(array) != checksums.get(name):
                 raise ValueError(
-                    f"{snapshot.path} is damaged: the checksum of {name} is another. Without the "
-                    "file, the other snapshots serve"
+                    f"{snapshot.path} is damaged: the checksum of {name} differs. Delete the file: "
+                    "the other snapshots suffice"
                 )
             return array
 

@@ -1,4 +1,4 @@
-"""Full disks: how they show, and files that outlast them."""
+"""Full disks: how to recognise them, and a file that survives them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def disk_full(error: BaseException) -> bool:
 
 
 def reason(error: BaseException, folder: Path) -> str:
-    """An error of writing below ``folder``, in a few words."""
+    """The cause of an error in writing below ``folder``, in a few words."""
     if not disk_full(error):
         text = error.strerror if isinstance(error, OSError) else str(error)
         return (text or type(error).__name__).splitlines()[0]
@@ -27,10 +27,10 @@ def reason(error: BaseException, folder: Path) -> str:
     return f"the disk is full ({free / 1e6:,.1f} MB free where {folder} is)"
 
 
-def quieten() -> None:
-    """Keeps to itself what asyncio says, a traceback per array, when a save of Orbax's fails.
+def silence_asyncio() -> None:
+    """Silences asyncio, which prints a traceback per array when a save of Orbax fails.
 
-    The failure itself is raised and told of.
+    The failure itself is still raised and reported.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if not hasattr(sys.unraisablehook, "quiet"):
@@ -45,23 +45,23 @@ def quieten() -> None:
 
 
 class Appender:
-    """Appends to a file. What a full disk refuses is kept, and tried again with what follows.
+    """Appends to a file. Data that a full disk refuses are kept and written with the next ones.
 
     Args:
       path: the file; its folder is made if missing.
-      say: what to do with messages: one when the disk is full, one when it no longer is.
+      say: prints a message when the disk is full, and another when it no longer is.
     """
 
     def __init__(self, path: str | os.PathLike, say: Callable[[str], None]):
         self._path, self._say = Path(path), say
-        self._waiting, self._told = b"", False
+        self._waiting, self._reported = b"", False
 
     def write(self, data: bytes) -> None:
-        """Takes bytes; ``flush`` writes them."""
+        """Keeps bytes; ``flush`` writes them."""
         self._waiting += data
 
     def flush(self) -> None:
-        """Writes what waits, all of it or nothing."""
+        """Writes the kept bytes, all of them or none."""
         if not self._waiting:
             return
         size = 0
@@ -77,20 +77,20 @@ class Appender:
                 raise
             if self._path.exists():
                 os.truncate(self._path, size)
-            if not self._told:
-                self._told = True
+            if not self._reported:
+                self._reported = True
                 self._say(
-                    f"{self._path} cannot be written: {reason(error, self._path.parent)}; what it "
-                    "lacks is kept and tried again"
+                    f"{self._path} cannot be written: {reason(error, self._path.parent)}; its "
+                    "new data are kept and tried again"
                 )
             return
         self._waiting = b""
-        if self._told:
-            self._told = False
+        if self._reported:
+            self._reported = False
             self._say(f"{self._path} is complete again")
 
     def close(self) -> None:
-        """Writes what waits, or says that it is lost."""
+        """Writes the kept bytes, or reports that they are lost."""
         self.flush()
         if self._waiting:
             self._say(f"{self._path} lacks its last {len(self._waiting):,} bytes")

@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who ask for it; imported only then."""
+"""Weights & Biases, imported only if a configuration uses it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def installed() -> bool:
 
 
 class Tracker:
-    """A run of Weights & Biases, the same one each time that the workdir's run goes on.
+    """A run of Weights & Biases; it stays the same one whenever the workdir's run continues.
 
-    What is logged again after a restart is not logged twice: W&B takes steps in ascending order
-    alone, and the repeated ones have the same numbers. With WANDB_MODE=offline everything stays
+    Steps that repeat after a restart are not logged twice: W&B accepts steps only in ascending
+    order, and repeated steps have the same numbers. With WANDB_MODE=offline everything stays
     in ``workdir/wandb`` until ``wandb sync``.
 
     Args:
-      workdir: of the run; keeps the id and W&B's files.
+      workdir: of the run; holds the id and W&B's files.
       project: its name on W&B.
-      config: shown there.
+      config: shown on W&B.
     """
 
     def __init__(self, workdir: str | os.PathLike, project: str, config: Mapping[str, Any]):

@@ -20,7 +20,7 @@ STARTS = "starts.jsonl"
 LOCK = "lock"
 CHECKPOINTS = "checkpoints"
 
-_held: dict[Path, list] = {}  # workdir: [open file, how often]
+_held: dict[Path, list] = {}  # workdir: [open file, number of blocks]
 
 
 class InUseError(ValueError):
@@ -36,10 +36,10 @@ def steps(workdir: str | os.PathLike) -> list[int]:
 
 @contextmanager
 def held(workdir: str | os.PathLike) -> Iterator[None]:
-    """The directory is this process's to write into, until the block ends.
+    """Only this process may write into the directory, until the block ends.
 
-    The lock goes with the process, so that a killed run leaves none behind. Blocks within blocks
-    of the same process are one. Of several processes of one run, the first holds it.
+    The lock ends with the process, so that a killed run leaves none behind. Blocks of one process may
+    be nested. Of several processes of one run, the first holds the lock.
 
     Raises:
       InUseError: another process holds it; names process and machine.
@@ -52,7 +52,7 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
 
 
 def acquire(workdir: str | os.PathLike) -> None:
-    """What ``held`` does at its beginning."""
+    """Takes the lock, as ``held`` at its beginning."""
     if jax.process_index() != 0:
         return
     folder = Path(workdir).absolute()
@@ -81,7 +81,7 @@ def acquire(workdir: str | os.PathLike) -> None:
 
 
 def release(workdir: str | os.PathLike) -> None:
-    """What ``held`` does at its end."""
+    """Releases the lock, as ``held`` at its end."""
     folder = Path(workdir).absolute()
     if folder in _held:
         _held[folder][1] -= 1
@@ -103,8 +103,8 @@ def check_config(
       workdir: the run's directory.
       config: nested dicts of JSON values.
       changeable: patterns (``fnmatch``) of dotted names that may differ from the run's.
-      defaults: values of settings that the run, of an older version, may not have had.
-      accept: give what differs, a line each, instead of refusing it.
+      defaults: values of settings that the run, of an older version, may lack.
+      accept: return the differences, a line each, instead of refusing them.
 
     Raises:
       ValueError: the run has checkpoints, and settings differ; the message lists them.
@@ -132,7 +132,7 @@ def check_config(
 
 
 def read_config(workdir: str | os.PathLike, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the run in ``workdir``; ``defaults`` for what its version did not have.
+    """The configuration of the run in ``workdir``, completed by ``defaults``.
 
     Raises:
       ValueError: the file is damaged.
@@ -141,19 +141,19 @@ def read_config(workdir: str | os.PathLike, defaults: Mapping[str, Any]) -> dict
 
 
 def save_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Writes ``workdir/config.json``, whole or not at all; makes the directory if missing."""
+    """Writes ``workdir/config.json``, complete or not at all; makes the directory if missing."""
     write_text(Path(workdir) / CONFIG, as_json(config))
 
 
 def record_start(workdir: str | os.PathLike, step: int, about: Mapping[str, Any]) -> None:
-    """Adds a line to ``workdir/starts.jsonl``: when, after which step, and ``about``."""
+    """Adds a line to ``workdir/starts.jsonl``: the time, the last step so far, and ``about``."""
     line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "after_step": step}
     with (Path(workdir) / STARTS).open("a") as file:
         file.write(json.dumps({**line, **about}, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all; makes its folder if missing."""
+    """Writes a file, complete or not at all; makes its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -175,8 +175,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         pass
     raise ValueError(
-        f"{path} is damaged, so that nobody knows what the run there is. Each line of "
-        f"{path.with_name(STARTS)} has a copy; put the last one's back"
+        f"{path} is damaged, and with it the settings of the run. Each line of "
+        f"{path.with_name(STARTS)} has a copy; restore it from the last line"
     )
 
 

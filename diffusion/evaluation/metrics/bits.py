@@ -1,4 +1,4 @@
-"""Bits per dimension of data, as a trained model has them: by the ODE or the variational bound."""
+"""Bits per dimension of data under a trained model: by the ODE or the variational bound."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ode(
     atol: float = 1e-4,
     max_steps: int = 4096,
 ) -> Estimator:
-    """By the probability-flow ODE (``sampling.likelihood``), which explains the options.
+    """The estimator by the probability-flow ODE; ``sampling.likelihood`` explains the options.
 
     Raises:
       ValueError: for an unknown divergence or dequantization, probes or samples < 1.
@@ -104,13 +104,14 @@ def ode(
 
 
 def bound(steps: int = 0, draws: int = 0, nu: float = 0.0) -> Estimator:
-    """By the variational bound (``evaluation.metrics.bound``).
+    """The estimator by the variational bound (``evaluation.metrics.bound``).
 
     Args:
-      steps: T; 0 takes a table's own steps, and 1000 on other schedules. They are evenly spaced in
-        a table's time, and elsewhere in log SNR.
-      draws: how many of these steps are evaluated for each example, at random; 0: all.
-      nu: where variances that are not learned lie.
+      steps: T; 0 means the steps of a table, and 1000 for other schedules. They are evenly spaced
+      in
+        a table's time, for other schedules in log SNR.
+      draws: number of these steps, drawn at random, that each example evaluates; 0 means all.
+      nu: position of variances that are not learned, see ``variational_bound``.
 
     Raises:
       ValueError: for steps or draws < 0, or nu outside [0, 1].
@@ -157,21 +158,21 @@ def evaluate_bits(
 
     Args:
       estimator: ``ode(...)`` or ``bound(...)``.
-      denoiser: params -> conditional denoiser, without guidance or clipping: those sample from
-        something else than the model that was trained.
+      denoiser: params -> conditional denoiser, without guidance or clipping, which would change the
+        model's distribution.
       schedule: the one it was trained on.
       params: its weights.
       sources: by name.
       count: examples of each, chosen at random (all, if there are fewer).
       batch_size: per call, over all devices.
-      labels: whether the model is given each example's label: then this is about p(x | label).
+      labels: whether the model gets each example's label; the result is then about p(x | label).
       seed: of the choice and of the estimator's noise.
       devices: by default all local ones; each takes its share of a batch.
 
     Returns:
       For each source JSON-ready numbers: bits_per_dim, its standard_error over examples, nats (per
       example), evaluations (mean) and count; failed, the number of examples whose ODE was not
-      solved in max_steps and which are left out of all of these.
+      solved within max_steps; all other figures leave them out.
     """
     devices = jax.local_devices() if devices is None else devices
     mesh = Mesh(np.asarray(devices), ("batch",))
@@ -214,7 +215,7 @@ def evaluate_bits(
 
 
 def chosen_examples(source: Source, count: int, seed: int) -> np.ndarray:
-    """Which ``count`` examples of the source are looked at, [min(count, N)]."""
+    """The indices of the ``count`` examples that are evaluated, [min(count, N)]."""
     return np.random.default_rng(seed).permutation(len(source))[:count]
 
 

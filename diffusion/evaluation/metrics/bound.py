@@ -53,11 +53,11 @@ def variational_bound(
 ) -> Bound:
     """The bound on -log p(x_0) of each example, in bits per dimension; traceable.
 
-    The reverse step's variance is the learned one, if the denoiser gives nu. Otherwise nu = 0 takes
-    the posterior's, right for data that are points at this noise level, and nu = 1 the forward
-    step's, right for data that are smooth at it; the last step, from sigma_1, always the forward's.
-    With nu = 0, on smooth data, the bound comes close only as log SNR has finer steps, not with
-    more steps evenly spaced in sigma.
+    If the denoiser gives nu, the reverse step's variance is the learned one. Otherwise nu = 0 takes
+    the posterior's variance, right for data that are points at this noise level, and nu = 1 the
+    forward step's, right for data that are smooth at it; the last step, from sigma_1, always takes
+    the forward step's. With nu = 0, on smooth data, the bound becomes tight only with finer steps
+    of log SNR, not with more steps evenly spaced in sigma.
 
     Image i's noise, and its steps, come from ``keys[i]`` alone.
 
@@ -66,11 +66,11 @@ def variational_bound(
       grid: N + 1 levels, noisiest first, ending at (1, 0); float64 NumPy.
       x0: [B, ...].
       keys: [B] typed keys.
-      levels: number of grey levels, evenly spaced in [-1, 1], of which x0 is made: then this is
-        about their probability. None: about the density of continuous data.
-      nu: in [0, 1], where log-variances lie that are not learned.
-      draws: how many of the N - 1 steps before the last to evaluate, one at random in each of as
-        many equal ranges; unbiased. None: all.
+      levels: number of grey levels of x0, evenly spaced in [-1, 1]; the bound is then one on their
+        probability. None: one on the density of continuous data.
+      nu: in [0, 1], the position of log-variances that are not learned.
+      draws: number of the N - 1 steps before the last that are evaluated, one at random in each of
+        as many equal ranges; unbiased. None: all.
 
     Raises:
       ValueError: for a grid that does not end at sigma = 0, nu outside [0, 1], or draws outside

@@ -1,4 +1,4 @@
-"""How well a classifier of noised examples does, by noise level."""
+"""Accuracy of a classifier of noised examples, by noise level."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a picture is from the one it should be."""
+"""Peak signal-to-noise ratio of pictures against their references."""
 
 from __future__ import annotations
 

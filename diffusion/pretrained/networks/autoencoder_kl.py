@@ -12,24 +12,27 @@ from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.pretrained import fields
 from diffusion.pretrained.names import Names, dotted
 
+FIELDS = {
+    "widths": ("block_out_channels", (64,)),
+    "blocks": ("layers_per_block", 1),
+    "in_channels": ("in_channels", 3),
+    "out_channels": ("out_channels", 3),
+    "latent_channels": ("latent_channels", 4),
+    "mid_attention": ("mid_block_add_attention", True),
+    "quant_conv": ("use_quant_conv", True),
+    "post_quant_conv": ("use_post_quant_conv", True),
+    "norm_groups": ("norm_num_groups", 32),
+    "scaling_factor": ("scaling_factor", 0.18215),
+    "latents_mean": ("latents_mean", None),
+    "latents_std": ("latents_std", None),
+    "force_upcast": ("force_upcast", True),
+}
 DEFAULTS = {
-    "in_channels": 3,
-    "out_channels": 3,
+    **fields.defaults(FIELDS),
     "down_block_types": ("DownEncoderBlock2D",),
     "up_block_types": ("UpDecoderBlock2D",),
-    "block_out_channels": (64,),
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
     "sample_size": 32,
-    "scaling_factor": 0.18215,
     "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "force_upcast": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
 }
 SUPPORTED = {"act_fn": ("silu", "swish")}
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -61,22 +64,10 @@ def from_config(config: Mapping[str, Any]) -> AutoencoderKL:
             raise ValueError(f"sample_size={size}: AutoencoderKL is supported with square ones")
         size = size[0]
     return AutoencoderKL(
-        widths=given.block_out_channels,
-        blocks=given.layers_per_block,
-        in_channels=given.in_channels,
-        out_channels=given.out_channels,
-        latent_channels=given.latent_channels,
         attention=attention if any(attention) else False,
-        mid_attention=given.mid_block_add_attention,
-        quant_conv=given.use_quant_conv,
-        post_quant_conv=given.use_post_quant_conv,
-        norm_groups=given.norm_num_groups,
-        scaling_factor=given.scaling_factor,
         shift_factor=given.shift_factor or 0.0,
-        latents_mean=given.latents_mean,
-        latents_std=given.latents_std,
         sample_size=size,
-        force_upcast=given.force_upcast,
+        **fields.ours(FIELDS, given),
     )
 
 
@@ -86,24 +77,12 @@ def to_config(net: AutoencoderKL) -> dict[str, Any]:
     given = net.attention if isinstance(net.attention, tuple) else (net.attention,) * levels
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": net.in_channels,
-        "out_channels": net.out_channels,
         "down_block_types": [DOWN[attends] for attends in given],
         "up_block_types": [UP[attends] for attends in reversed(given)],
-        "block_out_channels": list(net.widths),
-        "layers_per_block": net.blocks,
         "act_fn": "silu",
-        "latent_channels": net.latent_channels,
-        "norm_num_groups": net.norm_groups,
         "sample_size": net.sample_size,
-        "scaling_factor": net.scaling_factor,
         "shift_factor": net.shift_factor or None,
-        "latents_mean": None if net.latents_mean is None else list(net.latents_mean),
-        "latents_std": None if net.latents_std is None else list(net.latents_std),
-        "force_upcast": net.force_upcast,
-        "use_quant_conv": net.quant_conv,
-        "use_post_quant_conv": net.post_quant_conv,
-        "mid_block_add_attention": net.mid_attention,
+        **fields.theirs(FIELDS, net),
     }
 
 

@@ -23,28 +23,25 @@ TEXT, PROJECTED, VISION = (
     "CLIPVisionModelWithProjection",
 )
 COMMON = {
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "projection_dim": 512,
+    "width": ("hidden_size", 512),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 8),
+    "hidden": ("intermediate_size", 2048),
+    "activation": ("hidden_act", "quick_gelu"),
+    "eps": ("layer_norm_eps", 1e-5),
 }
-TEXT_DEFAULTS = {
+TEXT_FIELDS = {
     **COMMON,
-    "vocab_size": 49_408,
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "eos_token_id": 49_407,
+    "vocab_size": ("vocab_size", 49_408),
+    "length": ("max_position_embeddings", 77),
 }
-VISION_DEFAULTS = {
+VISION_FIELDS = {
     **COMMON,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
+    "width": ("hidden_size", 768),
+    "heads": ("num_attention_heads", 12),
+    "hidden": ("intermediate_size", 3072),
+    "channels": ("num_channels", 3),
+    "projection": ("projection_dim", 512),
 }
 SUPPORTED = {**fields.TRANSFORMERS_SUPPORTED, "hidden_act": tuple(ACTIVATIONS)}
 LARGEST = 2  # the end token by which transformers takes each text's largest
@@ -59,26 +56,21 @@ def from_config(config: Mapping[str, Any]) -> ClipText | ClipVision:
     name = fields.architecture(config, (TEXT, PROJECTED, VISION))
     if name == VISION:
         return _vision(config)
-    c = fields.fields(config, name, TEXT_DEFAULTS, SUPPORTED, fields.TRANSFORMERS)
+    defaults = fields.defaults(TEXT_FIELDS) | {"projection_dim": 512, "eos_token_id": 49_407}
+    c = fields.fields(config, name, defaults, SUPPORTED, fields.TRANSFORMERS)
     if not isinstance(c.eos_token_id, int):
         raise ValueError(f"eos_token_id={c.eos_token_id!r}: {name} is supported with a number")
     return ClipText(
-        vocab_size=c.vocab_size,
-        width=c.hidden_size,
-        depth=c.num_hidden_layers,
-        heads=c.num_attention_heads,
-        hidden=c.intermediate_size,
-        length=c.max_position_embeddings,
-        activation=c.hidden_act,
         end=None if c.eos_token_id == LARGEST else c.eos_token_id,
         projection=c.projection_dim if name == PROJECTED else None,
-        eps=c.layer_norm_eps,
+        **fields.ours(TEXT_FIELDS, c),
     )
 
 
 def _vision(config: Mapping[str, Any]) -> ClipVision:
     harmless = (*fields.TRANSFORMERS, "eos_token_id")
-    c = fields.fields(config, VISION, VISION_DEFAULTS, SUPPORTED, harmless)
+    defaults = fields.defaults(VISION_FIELDS) | {"image_size": 224, "patch_size": 32}
+    c = fields.fields(config, VISION, defaults, SUPPORTED, harmless)
     sides = {}
     for field in ("image_size", "patch_size"):
         given = getattr(c, field)
@@ -87,45 +79,26 @@ def _vision(config: Mapping[str, Any]) -> ClipVision:
             raise ValueError(f"{field}={given}: {VISION} is supported with squares")
         sides[field] = both.pop()
     return ClipVision(
-        width=c.hidden_size,
-        depth=c.num_hidden_layers,
-        heads=c.num_attention_heads,
-        hidden=c.intermediate_size,
-        size=sides["image_size"],
-        patch=sides["patch_size"],
-        channels=c.num_channels,
-        activation=c.hidden_act,
-        projection=c.projection_dim,
-        eps=c.layer_norm_eps,
+        size=sides["image_size"], patch=sides["patch_size"], **fields.ours(VISION_FIELDS, c)
     )
 
 
 def to_config(net: ClipText | ClipVision) -> dict[str, Any]:
     """The ``config.json`` from which transformers builds the same network."""
-    config = {
-        "hidden_size": net.width,
-        "num_hidden_layers": net.depth,
-        "num_attention_heads": net.heads,
-        "intermediate_size": net.hidden,
-        "hidden_act": net.activation,
-        "layer_norm_eps": net.eps,
-    }
     if isinstance(net, ClipVision):
-        return config | {
+        return {
             "architectures": [VISION],
             "model_type": "clip_vision_model",
             "image_size": net.size,
             "patch_size": net.patch,
-            "num_channels": net.channels,
-            "projection_dim": net.projection,
+            **fields.theirs(VISION_FIELDS, net),
         }
-    return config | {
+    return {
         "architectures": [TEXT if net.projection is None else PROJECTED],
         "model_type": "clip_text_model",
-        "vocab_size": net.vocab_size,
-        "max_position_embeddings": net.length,
         "eos_token_id": LARGEST if net.end is None else net.end,
         "projection_dim": net.width if net.projection is None else net.projection,
+        **fields.theirs(TEXT_FIELDS, net),
     }
 
 

@@ -18,18 +18,17 @@ from diffusion.models.dit import DiT
 from diffusion.pretrained import fields
 from diffusion.pretrained.names import KERNEL, PLAIN, Layout, Names, Row, copies, fused, substituted
 
-DEFAULTS = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": None,
-    "num_layers": 28,
-    "dropout": 0.0,
-    "sample_size": 32,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 1000,
-    "norm_eps": 1e-5,
+FIELDS = {
+    "heads": ("num_attention_heads", 16),
+    "depth": ("num_layers", 28),
+    "patch": ("patch_size", 2),
+    "num_classes": ("num_embeds_ada_norm", 1000),
+    "dropout": ("dropout", 0.0),
+    "mlp_norm_eps": ("norm_eps", 1e-5),
+    "in_channels": ("in_channels", 4),
+    "image_size": ("sample_size", 32),
 }
+DEFAULTS = {**fields.defaults(FIELDS), "attention_head_dim": 72, "out_channels": None}
 SUPPORTED = {
     "attention_bias": (True,),
     "activation_fn": ("gelu-approximate",),
@@ -91,16 +90,9 @@ def from_config(config: Mapping[str, Any]) -> DiT:
         )
     return DiT(
         width=c.num_attention_heads * c.attention_head_dim,
-        depth=c.num_layers,
-        heads=c.num_attention_heads,
-        patch=c.patch_size,
-        num_classes=c.num_embeds_ada_norm,
         learned_variance=c.out_channels == 2 * c.in_channels,
-        dropout=c.dropout,
         time_freq_shift=1.0,
-        mlp_norm_eps=c.norm_eps,
-        in_channels=c.in_channels,
-        image_size=c.sample_size,
+        **fields.ours(FIELDS, c),
     )
 
 
@@ -129,20 +121,13 @@ def to_config(net: DiT) -> dict[str, Any]:
             raise ValueError(f"{field}={getattr(net, field)}: DiTTransformer2DModel needs it")
     return {
         "_class_name": "DiTTransformer2DModel",
-        "num_attention_heads": net.heads,
         "attention_head_dim": net.width // net.heads,
-        "in_channels": net.in_channels,
         "out_channels": net.in_channels * (2 if net.learned_variance else 1),
-        "num_layers": net.depth,
-        "dropout": net.dropout,
-        "sample_size": net.image_size,
-        "patch_size": net.patch,
-        "num_embeds_ada_norm": net.num_classes,
-        "norm_eps": net.mlp_norm_eps,
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
         "norm_type": "ada_norm_zero",
         "norm_elementwise_affine": False,
+        **fields.theirs(FIELDS, net),
     }
 
 

@@ -21,16 +21,24 @@ from diffusion.pretrained.names import Names, dotted
 from diffusion.pretrained.networks import unet_conditional, unet_plain
 
 CLASSES = {"UNet2DModel": unet_plain, "UNet2DConditionModel": unet_conditional}
+FIELDS = {
+    "time_width": ("time_embedding_dim", None),
+    "time_cos_first": ("flip_sin_to_cos", True),
+    "time_freq_shift": ("freq_shift", 0),
+    "dropout": ("dropout", 0.0),
+    "norm_groups": ("norm_num_groups", 32),
+    "norm_eps": ("norm_eps", 1e-5),
+    "image_size": ("sample_size", None),
+}
+OWN_FIELDS = {  # whose defaults each class has of its own
+    "widths": ("block_out_channels", None),
+    "in_channels": ("in_channels", None),
+    "out_channels": ("out_channels", None),
+}
 DEFAULTS = {
-    "sample_size": None,
-    "dropout": 0.0,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
+    **configs.defaults(FIELDS),
     "downsample_padding": 1,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
     "resnet_time_scale_shift": "default",
-    "time_embedding_dim": None,
     "num_class_embeds": None,
     "layers_per_block": 2,
 }
@@ -68,21 +76,12 @@ def from_config(config: Mapping[str, Any]) -> UNet:
                 f"block_out_channels={c.block_out_channels}"
             )
     return UNet(
-        widths=c.block_out_channels,
         blocks=c.layers_per_block,
         asymmetric_downsampling=c.downsample_padding == 0,
         scale_shift=c.resnet_time_scale_shift == "scale_shift",
-        time_width=c.time_embedding_dim,
-        time_cos_first=c.flip_sin_to_cos,
-        time_freq_shift=c.freq_shift,
         num_classes=c.num_class_embeds,
         null_class=False,
-        dropout=c.dropout,
-        norm_groups=c.norm_num_groups,
-        norm_eps=c.norm_eps,
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        image_size=c.sample_size,
+        **configs.ours(FIELDS | OWN_FIELDS, c),
         **own.fields(c),
     )
 
@@ -98,23 +97,13 @@ def to_config(net: UNet) -> dict[str, Any]:
     if net.time_scale != 1:
         raise ValueError(f"time_scale={net.time_scale}: diffusers has only 1")
     own = unet_conditional if net.attends_to_context else unet_plain
-    size = net.image_size
     return {
         **own.config(net),
-        "sample_size": list(size) if isinstance(size, tuple) else size,
-        "in_channels": net.in_channels,
-        "out_channels": net.out_channels,
-        "flip_sin_to_cos": net.time_cos_first,
-        "freq_shift": net.time_freq_shift,
-        "block_out_channels": list(net.widths),
+        **configs.theirs(FIELDS | OWN_FIELDS, net),
         "downsample_padding": 0 if net.asymmetric_downsampling else 1,
-        "dropout": net.dropout,
         "act_fn": "silu",
-        "norm_num_groups": net.norm_groups,
-        "norm_eps": net.norm_eps,
         "num_class_embeds": net.num_classes and net.num_classes + net.null_class,
         "resnet_time_scale_shift": "scale_shift" if net.scale_shift else "default",
-        "time_embedding_dim": net.time_width,
     }
 
 
