@@ -26,7 +26,7 @@ from diffusion.pipelines.tiles import Tiling
 from diffusion.pipelines.tokenizers import load_tokenizer
 from diffusion.pretrained import folders, hub
 from diffusion.pretrained.models import Model, example
-from diffusion.pretrained.schedulers import fields as schedulers
+from diffusion.pretrained.schedulers import catalogue as schedulers
 
 KINDS = (
     "StableDiffusionPipeline",

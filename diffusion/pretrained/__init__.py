@@ -1,7 +1,7 @@
-"""The pretrained world: what other libraries' files mean here.
+"""Pretrained models in the file formats of other libraries.
 
-``load`` and ``save`` take and give a model's folder; ``open_model`` and ``nbytes`` tell what is in
-one, and what it would take, without reading weights.
+``load`` reads a model's folder, and ``save`` writes one. ``open_model`` shows what a folder holds,
+and ``nbytes`` how much memory its parameters need, both without reading weights.
 """
 
 from diffusion.pretrained.index import Index, nbytes, read_index, save_index

@@ -1,4 +1,4 @@
-"""The fields of a ``config.json``: each is used, has its one supported value, or is harmless."""
+"""The fields of a ``config.json``: each is used, has a supported value, or changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRANSFORMERS = """
     transformers_version typical_p use_bfloat16 use_cache
 """
 TRANSFORMERS = tuple(_TRANSFORMERS.split())
-"""Fields of all of transformers' classes that change nothing an encoder computes at inference."""
+"""Fields of all classes of transformers that do not change an encoder's output at inference."""
 TRANSFORMERS_SUPPORTED = {
     "is_decoder": (False,),
     "per_layer_config": (None,),
@@ -32,7 +32,7 @@ TRANSFORMERS_SUPPORTED = {
 
 
 Table = Mapping[str, tuple[str, Any]]
-"""Our field -> (the same field in a ``config.json``, what the class takes if it is absent)."""
+"""Our field -> (the same field in a ``config.json``, its default there)."""
 
 
 def defaults(table: Table) -> dict[str, Any]:
@@ -52,10 +52,10 @@ def theirs(table: Table, net: Any) -> dict[str, Any]:
 
 
 def architecture(config: Mapping[str, Any], supported: Collection[str]) -> str:
-    """The class that a transformers ``config.json`` is of: ``_class_name``, else architectures.
+    """The class of a ``config.json`` of transformers: ``_class_name``, or else ``architectures``.
 
     Raises:
-      ValueError: it is none of those supported.
+      ValueError: the class is not supported.
     """
     listed = config.get("architectures") or [None]
     name = config.get("_class_name", listed[0])
@@ -75,14 +75,14 @@ def fields(
     """The values of the fields in ``defaults``, lists as tuples.
 
     Args:
-      config: as in the file; fields whose names start with "_" say nothing about the network.
+      config: as in the file; fields whose names start with "_" do not describe the network.
       what: the class's name, for errors.
-      defaults: the fields that are used, and what the class takes for absent ones.
-      supported: the legal values of some fields, used or not; the first is an absent field's.
-      harmless: other fields, which change nothing that is computed.
+      defaults: the fields that are used, with the class's defaults.
+      supported: the legal values of some fields, used or not; the first is the default.
+      harmless: other fields, which do not change the output.
 
     Raises:
-      ValueError: for an unknown field or an unsupported value, naming it and what is supported.
+      ValueError: for an unknown field or an unsupported value.
     """
     known = {*defaults, *supported, *harmless}
     for field, value in config.items():

@@ -1,9 +1,9 @@
-"""safetensors files: what one holds, without computing; writing one tensor at a time.
+"""safetensors files: reading and writing, one tensor at a time.
 
 A file is 8 bytes (the header's length, little-endian), a JSON header
 ``{key: {dtype, shape, data_offsets}, "__metadata__": {str: str}}`` and the tensors' bytes, one
-after another. Reading goes by offset and not by memory map: mapped pages count as this process's
-memory, so that a map of the whole file would double what loading needs.
+after another. Tensors are read by their offsets and not mapped into memory: mapped pages count as
+this process's memory, so that mapping the whole file would double the memory of loading.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ weights = weights.get("state_dict", weights)
 tensors = {{k: v.clone().contiguous() for k, v in weights.items() if torch.is_tensor(v)}}
 save_file(tensors, {target!r}, {{"format": "pt"}})"""
 """How to convert a pickle, where torch and safetensors are installed."""
-_ALIGNMENT = 64  # bytes; XLA on the CPU takes such host arrays as they are, without a copy
+_ALIGNMENT = 64  # bytes; XLA on the CPU uses host arrays of this alignment without a copy
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor whose values come when asked for.
+    """A tensor whose values are read later.
 
     Attributes:
       shape: its shape.
       dtype: its dtype, as stored.
-      read: gives the values, an array of that shape and dtype.
-      source: where it comes from, for messages.
+      read: returns the values, an array of that shape and dtype.
+      source: its file, for messages.
     """
 
     shape: tuple[int, ...]
@@ -135,7 +135,7 @@ def open_file(path: str | Path) -> dict[str, Tensor]:
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """What a file's header says beside its tensors, often ``{"format": "pt"}``."""
+    """The metadata in a file's header, often ``{"format": "pt"}``."""
     return dict(_header(Path(path))[0].get("__metadata__", {}))
 
 
@@ -160,9 +160,9 @@ def write_file(
 
 @contextmanager
 def written(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[None]:
-    """Writes ``NAME.partial``; takes its name on leaving the block, or goes if that fails."""
+    """Writes ``NAME.partial``, which is renamed at the end of the block, or removed on an error."""
     header: dict = {"__metadata__": dict(metadata)} if metadata else {}
-    # Widest first, as the reference library writes: every tensor stays aligned to its own dtype.
+    # Widest first, as the reference library does, so that every tensor is aligned to its dtype.
     keys = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
     offset = 0
     for key in keys:
@@ -195,7 +195,7 @@ def written(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Iterat
 
 
 def refuse_pickle(path: Path) -> ValueError:
-    """The error for a file that only unpickling (or a library that is gone) would read."""
+    """The error for a file that only unpickling (or an unsupported library) could read."""
     lines = CONVERT.format(source=str(path), target=str(path.with_suffix(".safetensors")))
     return ValueError(
         f"{path} is not a safetensors file. {path.suffix} files are read by unpickling, which runs"
@@ -223,7 +223,7 @@ def _reader(
 
 
 def _header(path: Path) -> tuple[dict, int]:
-    """(header, where the tensors' bytes begin)."""
+    """(header, offset of the tensors' bytes)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)

@@ -68,7 +68,7 @@ def open_folder(folder: str | Path, variant: str | None = None) -> dict[str, fil
     for base in (DIFFUSERS, TRANSFORMERS):
         single = [folder / single_name(base, variant)]
         indices = [folder / name for name in index_names(base, variant)]
-        # Where both are there each library has its own preference.
+        # If there are both, each library has its own preference.
         for path in (*indices, *single) if base == DIFFUSERS else (*single, *indices):
             if path.is_file():
                 return files.open_file(path) if path in single else _open_shards(path)
@@ -81,7 +81,7 @@ def single_name(base: str, variant: str | None) -> str:
 
 
 def index_names(base: str, variant: str | None) -> list[str]:
-    """The names an index may have, the present one first."""
+    """The names that an index may have, the current one first."""
     if not variant:
         return [f"{base}.safetensors.index.json"]
     return [f"{base}.safetensors.index.{variant}.json", f"{base}.safetensors.{variant}.index.json"]
@@ -131,12 +131,12 @@ def _open_shards(index: Path) -> dict[str, files.Tensor]:
 def _no_weights(folder: Path, variant: str | None) -> Exception:
     held = variants(folder)
     pickles = sorted(path for path in folder.iterdir() if path.suffix in files.PICKLES)
-    asked = f"weights of variant {variant!r}" if variant else "weights without a variant"
+    missing = f"weights of variant {variant!r}" if variant else "weights without a variant"
     if variant in held:
         return FileNotFoundError(f"{folder} holds shards, but not their index.json")
     if held:
         names = ", ".join(sorted(repr(name) for name in held))
-        return FileNotFoundError(f"{folder} holds no {asked}; it holds variant={names}")
+        return FileNotFoundError(f"{folder} holds no {missing}; it holds variant={names}")
     if pickles:
         return files.refuse_pickle(pickles[0])
     names = f"{single_name(DIFFUSERS, variant)} or {single_name(TRANSFORMERS, variant)}"
@@ -155,13 +155,13 @@ def write_folder(
 ) -> None:
     """Writes a model's weights into a folder, sharded where they are large.
 
-    At most one tensor is in memory at a time. All files are complete before the first takes its
-    name, and an index takes its own last, so that an interrupted writing leaves either the old
-    weights or a folder that ``open_folder`` refuses. Weights of the same base and variant that
-    were there before are replaced, whichever their number of shards.
+    At most one tensor is in memory at a time. All files are complete before the first gets its
+    name, and the index gets its name last. So an interrupted call leaves either the old weights or
+    a folder that ``open_folder`` refuses. Earlier weights of the same base and variant are
+    replaced, whatever their number of shards.
 
     Args:
-      folder: made if it is not there; if it is, it must be empty or a model's.
+      folder: made if missing; an existing folder must be empty or a model's.
       base: ``DIFFUSERS`` or ``TRANSFORMERS``.
       tensors: key -> tensor, in the order in which they fill the shards.
       max_shard_bytes: a larger tensor has a shard of its own.
@@ -169,7 +169,7 @@ def write_folder(
       metadata: for the headers.
 
     Raises:
-      ValueError: for a folder that is something else's, a bad shard size or variant.
+      ValueError: the folder holds other things, or the shard size or variant is not allowed.
     """
     folder = check_folder(folder)
     if max_shard_bytes <= 0:
@@ -197,7 +197,7 @@ def write_folder(
 
 
 def split(tensors: files.Tensors, max_bytes: float) -> list[list[str]]:
-    """Keys by shard: filled in order, a shard ends where the next tensor would not fit."""
+    """Keys by shard, in order; a shard ends if the next tensor would not fit."""
     shards: list[list[str]] = [[]]
     size = 0
     for key, tensor in tensors.items():
@@ -213,7 +213,7 @@ def check_folder(folder: str | Path) -> Path:
     """The folder, if a model may be written there: new, empty, or a model's already.
 
     Raises:
-      ValueError: if it is a file, or holds things but no model.
+      ValueError: it is a file, or holds other things than a model.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -230,7 +230,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def _former(folder: Path, base: str, variant: str | None) -> list[Path]:
-    """The indices (first, so that no index outlives its shards) and weights of one variant."""
+    """The indices and weights of one variant; indices come first, so none outlives its shards."""
     dotted = rf"\.{re.escape(variant)}" if variant else ""
     shards = rf"{base}(?:{dotted}(?:{_SHARD})?|{_SHARD}{dotted})\.safetensors"
     indices = [folder / name for name in index_names(base, variant)]

@@ -1,8 +1,7 @@
 """Where a model's files are: a folder on this machine, or an id on the Hugging Face hub.
 
-The hub's library keeps what it fetched in its own cache and looks there first; ``HF_HOME``,
-``HF_TOKEN``, ``HF_HUB_OFFLINE`` and its other environment variables mean what its documentation
-says.
+The hub's library keeps fetched files in its own cache and looks there first; ``HF_HOME``,
+``HF_TOKEN``, ``HF_HUB_OFFLINE`` and its other environment variables apply.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def locate(
     weights: bool = True,
     components: Sequence[str] = (),
 ) -> Path:
-    """The folder of a model or pipeline, fetched from the hub if it is not one of this machine.
+    """The folder of a model or pipeline, fetched from the hub if this machine has none.
 
     Args:
       path_or_id: a folder, or 'owner/name' on the hub. An existing folder wins.
@@ -49,7 +48,7 @@ def locate(
             raise files.refuse_pickle(path)
         raise ValueError(
             f"{path} is a file, not a folder; single-file checkpoints in the original naming are"
-            " read by pipelines.checkpoints.open_checkpoint and pretrained.single_file"
+            " read by pipelines.from_single_file.open_checkpoint and pretrained.single_file"
         )
     folder = path / (subfolder or "")
     if not folder.is_dir():
@@ -64,10 +63,10 @@ def patterns(
     weights: bool = True,
     components: Sequence[str] = (),
 ) -> list[str]:
-    """What to fetch of a repository: shell patterns, whose ``*`` matches ``/`` as well.
+    """The files to fetch from a repository: shell patterns, whose ``*`` matches ``/`` as well.
 
-    Repositories hold the same weights several times over (variants, pickles, single files): of
-    each model only one set is asked for.
+    Repositories hold the same weights several times (variants, pickles, single files); of each
+    model only one set is fetched.
     """
     names = list(_NO_WEIGHTS)
     for base in (folders.DIFFUSERS, folders.TRANSFORMERS) if weights else ():
@@ -95,7 +94,7 @@ def _fetch(repo: str, allow: list[str], revision: str | None) -> Path:
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=allow, ignore_patterns=unused
         )
-    # Its errors of connection are of the library that it happens to use; all are OSErrors or these.
+    # Errors of connection come from the library below; all are OSErrors or one of these.
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""model_index.json: what a pipeline's folder holds, as diffusers' pipelines read and write it."""
+"""The index of a pipeline's folder, model_index.json, in the format of diffusers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NAME = "model_index.json"
 
 @dataclass(frozen=True)
 class Index:
-    """A pipeline.
+    """The parts of a pipeline.
 
     Attributes:
       kind: its class, such as "StableDiffusionPipeline".
-      components: name, which is that of the subfolder -> (library, class); None: there is none.
+      components: name of the component and its subfolder -> (library, class), or None if absent.
       options: its other settings, such as ``force_zeros_for_empty_prompt``.
     """
 

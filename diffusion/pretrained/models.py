@@ -1,4 +1,4 @@
-"""Pretrained models, whole: a folder or hub id -> module, parameters, config; and back."""
+"""Pretrained models: a folder or hub id -> module, parameters, config; and back."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ CLASSES = {
     "T5Model": "t5",
     "T5WithLMHeadModel": "t5",
 }
-"""Class, as a config.json names it -> the file here that knows it: its ``from_config``,
-``to_config``, ``names`` and ``example``."""
+"""Class in a config.json -> its file in ``networks``, which has ``from_config``, ``to_config``,
+``names`` and ``example``."""
 MODULES = {
     "AutoencoderKL": "autoencoder_kl",
     "UNet": "unet",
@@ -43,7 +43,7 @@ MODULES = {
     "DinoV2": "dinov2",
     "T5Encoder": "t5",
 }
-"""The same by our own class."""
+"""Our class -> its file in ``networks``."""
 
 
 class Loaded(NamedTuple):
@@ -56,14 +56,14 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """A model in a folder, none of whose weights has been read.
+    """A model in a folder, whose weights are not read yet.
 
     Attributes:
       module: the network.
       config: its config.json.
       names: the name table of its weights.
       tensors: its weights; None if it was opened without them.
-      source: where it lies, for messages.
+      source: its place, for messages.
     """
 
     module: nn.Module
@@ -74,7 +74,7 @@ class Model:
 
     @cached_property
     def shapes(self) -> dict:
-        """Of the parameters, as ``jax.ShapeDtypeStruct``s; nothing is computed."""
+        """Shapes of the parameters, as ``jax.ShapeDtypeStruct``s; nothing is computed."""
         return shapes(self.module)
 
     def nbytes(self, dtype: DTypeLike = jnp.float32) -> int:
@@ -82,7 +82,7 @@ class Model:
         return weights.nbytes(self.shapes, dtype)
 
     def check(self) -> None:
-        """Raises ValueError unless the weights are this model's, every one of them."""
+        """Raises ValueError unless the weights are exactly this model's."""
         stored = names.canonical(self.names, self.tensors)
         found = {key: self.tensors[name].shape for key, name in stored.items()}
         names.check(names.bind(self.names, self.shapes), found, self.source)
@@ -110,8 +110,7 @@ def example(module: nn.Module) -> tuple:
 
 
 def class_name(config: Mapping[str, Any], source: str = "config.json") -> str:
-    """The class that a config.json is of: diffusers' ``_class_name``, or transformers'
-    ``architectures``.
+    """The class of a config.json: diffusers' ``_class_name`` or transformers' ``architectures``.
 
     Raises:
       ValueError: if it names none, or one that is not supported.
@@ -151,14 +150,14 @@ def open_model(
 
     Args:
       path_or_id: a model's folder, or an id on the Hugging Face hub.
-      subfolder: of a pipeline's, e.g. 'unet'.
+      subfolder: of a pipeline's folder, e.g. 'unet'.
       variant: of the weights, e.g. 'fp16'.
       revision: a branch, tag or commit on the hub.
-      expected: the class that it has to be of, e.g. 'UNet2DConditionModel'.
-      with_weights: without, only config.json is needed (and fetched).
+      expected: the class that it must have, e.g. 'UNet2DConditionModel'.
+      with_weights: if False, only config.json is needed (and fetched).
 
     Raises:
-      FileNotFoundError: nothing there, or a file is missing.
+      FileNotFoundError: there is no such folder, or a file is missing.
       ValueError: another class than expected; a field of config.json, or a file, that cannot be
         read; weights that are not this model's.
     """
@@ -214,15 +213,15 @@ def save(
       folder: new, empty, or a model's, which is then replaced.
       module: the network.
       params: its parameters.
-      config: a config.json to write as it is, such as the one that was loaded, if it describes
-        this network; by default one is made.
+      config: a config.json of this network, written unchanged, such as the loaded one; by default
+        a new one is made.
       dtype: of the weights in the file; by default the parameters' own.
       variant: another name for the weights, e.g. 'fp16'.
       max_shard_bytes: larger weights are split over several files.
 
     Raises:
       ValueError: the folder holds other things, the parameters are not the module's, the config
-        describes another network, or the network is one that these libraries do not have.
+        describes another network, or these libraries do not have the network.
     """
     file = _file(module)
     own = file.to_config(module)
@@ -253,5 +252,5 @@ def _file(module: nn.Module) -> ModuleType:
 
 
 def _import(name: str) -> ModuleType:
-    # On demand: a model's file brings the model's code with it.
+    # Only when needed: a network's file imports the network's code.
     return import_module(f"diffusion.pretrained.networks.{name}")

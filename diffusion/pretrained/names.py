@@ -1,9 +1,9 @@
-"""Whose parameter is whose: one table per model, read and written through the same rows.
+"""Name tables: the names and layouts of our parameters in the files of others.
 
-A ``Names`` says what our parameters are called elsewhere and how they lie there. Bound to a model's
-parameters it is a list of ``Match``es, each a few tensors of ours and the tensors elsewhere that
-hold the same numbers, nearly always one and one. ``from_tensors`` reads a checkpoint through them,
-``to_tensors`` writes one.
+A model has one table, ``Names``, for reading and writing. Bound to a model's parameters it is a
+list of ``Match``es: some of our parameters and the tensors elsewhere that hold the same numbers,
+nearly always one and one. ``from_tensors`` reads a checkpoint through them, ``to_tensors`` writes
+one.
 
     names = Names(dotted("linear_1", "linear_2"))
     params = from_tensors(names, shapes, state_dict)
@@ -27,11 +27,11 @@ Arrays = Sequence[np.ndarray]
 
 
 class Layout(NamedTuple):
-    """How the numbers of a match lie on both sides; both functions only move them.
+    """The layouts of a match's numbers on both sides; both functions only move numbers.
 
     Attributes:
-      join: arrays as they lie elsewhere -> ours.
-      split: ours -> as they lie elsewhere.
+      join: the arrays elsewhere -> ours.
+      split: ours -> the arrays elsewhere.
     """
 
     join: Callable[[Arrays], Arrays]
@@ -95,7 +95,7 @@ class Row:
       ours: a regular expression that matches the whole path of one parameter
         ("blocks_(\\d+)/attn/qkv/kernel"), then templates for the other ones ("blocks_\\1/...").
       theirs: templates of the keys.
-      layout: how they lie.
+      layout: of the numbers on both sides.
     """
 
     ours: tuple[str, ...]
@@ -110,9 +110,9 @@ class Names:
     Attributes:
       rename: our module path "a_0/b" -> their prefix "a.0.b", for every parameter that is in no
         row. The parameter's own name follows: kernel, scale and embedding are "weight" there.
-      rows: all others; the first that matches counts.
-      aliases: (regular expression, replacement) pairs that make of other spellings, in older
-        files, the keys that the table has; applied in order to every key that is read.
+      rows: of all other parameters; the first row that matches counts.
+      aliases: (regular expression, replacement) pairs that turn the spellings of older files into
+        the table's keys; applied in order to every key that is read.
       ignored: regular expression for keys that hold no parameter.
     """
 
@@ -129,7 +129,7 @@ class Match(NamedTuple):
       ours: paths "a/b/kernel".
       theirs: keys "a.b.weight".
       shapes: of the tensors under these keys.
-      layout: how one becomes the other.
+      layout: converts one into the other.
     """
 
     ours: tuple[str, ...]
@@ -139,7 +139,7 @@ class Match(NamedTuple):
 
 
 def dotted(*keep: str) -> Callable[[str], str]:
-    """The rule "layers_0/fc" -> "layers.0.fc", but for the path parts to ``keep`` ("linear_1")."""
+    """The rule "layers_0/fc" -> "layers.0.fc"; the parts ``keep`` ("linear_1") stay unchanged."""
 
     def rename(path: str) -> str:
         parts = path.split("/")
@@ -176,12 +176,12 @@ def bind(names: Names, params: Any) -> list[Match]:
             matched |= dict.fromkeys(found[0], found)
     for path in flat.keys() - matched.keys():
         matched[path] = _by_rule(names, path)
-    # In the parameters' order, which is the same in every run, a match once.
+    # In the order of the parameters, which is the same in every run; each match once.
     ordered = dict.fromkeys(matched[path][:2] for path in flat)
     matches = []
     for ours, theirs in ordered:
         layout = matched[ours[0]][2]
-        # Broadcast numbers take no memory, and layouts mostly make views of them.
+        # Broadcast numbers take no memory, and most layouts make views of them.
         split = layout.split([np.broadcast_to(np.int8(0), flat[p].shape) for p in ours])
         matches.append(Match(ours, theirs, tuple(a.shape for a in split), layout))
     counts = Counter(key for match in matches for key in match.theirs)
@@ -208,12 +208,12 @@ def _by_rule(names: Names, path: str) -> tuple[tuple[str, ...], tuple[str, ...],
 
 
 def canonical(names: Names, keys: Iterable[str]) -> dict[str, str]:
-    """The table's key -> the key as it is stored, without those that hold no parameter."""
+    """The table's key -> the stored key, for all keys that hold parameters."""
     return {key: stored[0] for key, stored in _spellings(names, keys).items()}
 
 
 def _spellings(names: Names, keys: Iterable[str]) -> dict[str, list[str]]:
-    """The table's key -> the keys under which it is stored, which may be several."""
+    """The table's key -> the stored keys, of which there may be several."""
     found: dict[str, list[str]] = {}
     for stored in keys:
         key = stored
@@ -227,15 +227,15 @@ def _spellings(names: Names, keys: Iterable[str]) -> dict[str, list[str]]:
 def check(
     matches: Sequence[Match], shapes: Mapping[str, tuple[int, ...]], what: str = "checkpoint"
 ) -> None:
-    """Accounts for every tensor.
+    """Checks that all expected tensors are there, and no others.
 
     Args:
-      matches: what is expected.
-      shapes: what there is, by the table's keys.
-      what: is said to be wrong.
+      matches: the expected tensors.
+      shapes: shapes of the tensors that there are, by the table's keys.
+      what: names their source in errors.
 
     Raises:
-      ValueError: tensors are missing, left over or misshapen; names them all, at most ten a kind.
+      ValueError: tensors are missing, unexpected or misshapen; names at most ten of each kind.
     """
     expected = {key: shape for match in matches for key, shape in zip(match.theirs, match.shapes)}
     missing = [key for key in expected if key not in shapes]
@@ -253,7 +253,7 @@ def check(
     ]
     if missing and unexpected:
         near = get_close_matches(missing[0], unexpected, 1, 0.8)
-        lines += [f"  (is {near[0]} what should be {missing[0]}?)"] if near else []
+        lines += [f"  (should {near[0]} be {missing[0]}?)"] if near else []
     if lines:
         raise ValueError(
             f"{what} does not hold this model: of {len(expected)} tensors,\n" + "\n".join(lines)
@@ -272,13 +272,13 @@ def from_tensors(
     Args:
       names: the table.
       params: the model's, for their shapes: arrays or ``jax.ShapeDtypeStruct``s, nested dicts.
-      tensors: whatever has a ``shape`` and ``numpy.asarray`` reads, by key; each is read once, and
+      tensors: by key, objects with a ``shape`` that ``numpy.asarray`` reads; each is read once, and
         none is kept.
       put: called with each parameter, a NumPy array in the dtype that was read.
       what: names the checkpoint in errors.
 
     Returns:
-      Nested dicts of what ``put`` gave.
+      Nested dicts of the results of ``put``.
 
     Raises:
       ValueError: see ``check``; nothing is read then.
@@ -291,7 +291,7 @@ def from_tensors(
             if not np.array_equal(np.asarray(tensors[first]), np.asarray(tensors[other])):
                 raise ValueError(f"{what}: {first} and {other} are the same weight, but not equal")
     flat = dict.fromkeys(flax.traverse_util.flatten_dict(params, sep="/"))
-    # The largest first: what reading them takes besides comes while little else is there.
+    # The largest first: their temporary memory is needed while little else is in memory.
     for match in sorted(matches, key=lambda match: -sum(map(math.prod, match.shapes))):
         try:
             arrays = match.layout.join([np.asarray(tensors[stored[key]]) for key in match.theirs])
@@ -302,7 +302,7 @@ def from_tensors(
 
 
 def to_tensors(names: Names, params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, contiguous array) of every tensor that a checkpoint of these parameters has."""
+    """(key, contiguous array) of every tensor in a checkpoint of these parameters."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     for match in bind(names, params):
         arrays = match.layout.split([np.asarray(flat[path]) for path in match.ours])

@@ -30,9 +30,8 @@ def load_params(
 ) -> dict:
     """The parameters that a checkpoint holds, on the device.
 
-    One parameter after the other goes from its file to the device, so that besides those that are
-    there already the host holds only the one being read (on the CPU, whose device is the host,
-    without a further copy of it).
+    The parameters go from the file to the device one by one, so that the host holds only one of
+    them at a time. On the CPU, where host and device share memory, no second copy is made.
 
     Args:
       names: the model's name table.
@@ -58,11 +57,11 @@ def load_params(
     def put(array: np.ndarray) -> jax.Array:
         target = array.dtype if dtype is None else np.dtype(dtype)
         if target.itemsize <= array.dtype.itemsize:
-            # In the order in which it lies, and before there is twice as much to move.
+            # In its memory order, and before the conversion to a wider type could double it.
             array = array.astype(target, order="K", copy=False)
         if target != array.dtype or not array.flags.c_contiguous:
             array, given = aligned(array.shape, target), array
-            np.copyto(array, given, casting="unsafe")  # between bfloat16 and float16, too
+            np.copyto(array, given, casting="unsafe")  # also between bfloat16 and float16
         place = device(array.shape) if callable(device) else device
         return jax.device_put(array, place).block_until_ready()
 
@@ -95,7 +94,7 @@ def _reader(flat: Mapping[str, Any], match: Match, i: int, dtype: np.dtype) -> C
 
 
 def nbytes(shapes: Any, dtype: DTypeLike | None = None) -> int:
-    """Bytes of parameters, or of what their shapes promise, in a dtype or their own."""
+    """Bytes of parameters, arrays or shapes, in ``dtype`` or their own dtypes."""
     return sum(
         leaf.size * np.dtype(dtype or leaf.dtype).itemsize for leaf in jax.tree.leaves(shapes)
     )

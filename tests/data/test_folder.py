@@ -72,7 +72,7 @@ def test_split_subfolders(tmp_path, name):
     # One class alone is fine where train says which there are.
     assert test.label.tolist() == [2] and test.class_names == train.class_names
     image(tmp_path / name / "dog" / "1.png")
-    with pytest.raises(ValueError, match="class 'dog', which train has not"):
+    with pytest.raises(ValueError, match="class 'dog', which train lacks"):
         folder.read(tmp_path, "test")
     image(tmp_path / "car" / "1.png")
     with pytest.raises(ValueError, match="in train, a split, and in car, which is none"):
@@ -117,14 +117,17 @@ ROW = {"file_name": "0.png", "text": "a"}
     "rows, message",
     [
         (["{"], r"metadata\.jsonl, line 1 is not JSON"),
-        ([ROW, "[1]"], "line 2 is no JSON object"),
+        ([ROW, "[1]"], "line 2 is not a JSON object"),
         ([ROW, {"text": "b"}], "line 2: file_name is missing"),
-        ([ROW, {**ROW, "file_name": 3}], "line 2: file_name must be a text.*got 3"),
+        ([ROW, {**ROW, "file_name": 3}], "line 2: file_name must be a non-empty text.*got 3"),
         ([ROW, "", {**ROW, "file_name": "7.png"}], "line 3: file_name='7.png': there is no such"),
-        ([ROW, {**ROW, "file_name": "./0.png"}], "line 2: file_name='0.png' is in line 1 already"),
+        ([ROW, {**ROW, "file_name": "./0.png"}], "line 2: file_name='0.png' is already in line 1"),
         ([ROW, {"file_name": "1.png"}], "line 2: text is missing"),
-        ([ROW, {"file_name": "1.png", "text": " "}], "line 2: text must be a text.*got ' '"),
-        ([ROW, {"file_name": "1.png", "text": None}], "line 2: text must be a text"),
+        (
+            [ROW, {"file_name": "1.png", "text": " "}],
+            "line 2: text must be a non-empty text.*got ' '",
+        ),
+        ([ROW, {"file_name": "1.png", "text": None}], "line 2: text must be a non-empty text"),
         ([{**ROW, "label": "a"}, {"file_name": "1.png", "text": "b"}], "line 2: label must be a n"),
         ([{**ROW, "label": 0}, {**ROW, "file_name": "1.png", "label": -1}], "line 2: label.*-1"),
         ([{"file_name": "0.png"}], "neither text, caption nor label"),
@@ -178,7 +181,7 @@ def test_unreadable_files_are_fatal_by_name(damaged):
     with pytest.raises(ValueError, match=r"images/05\.png cannot be read.*on_error=skip"):
         for source in (train, test):
             source.read(np.arange(min(6, len(source))))
-    with pytest.raises(ValueError, match=r"images/07\.png cannot be read: it is no picture"):
+    with pytest.raises(ValueError, match=r"images/07\.png cannot be read: it is not a picture"):
         for split in ("train", "test"):  # headers alone are read for the sizes
             make_source(config(damaged), split)
 

@@ -90,7 +90,7 @@ def test_other_content_is_refused_and_not_kept(server):
     files, target, *_ = server
     path = files / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="has another content than expected"):
+    with pytest.raises(ValueError, match="has other contents than expected"):
         mnist_cifar.mnist("train", target)
     assert not list(target.iterdir())
 

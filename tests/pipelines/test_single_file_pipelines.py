@@ -14,7 +14,7 @@ from tiny_tokenizer import tiny_tokenizer
 from diffusion.pipelines.from_pretrained import open_pipeline
 from diffusion.pipelines.from_single_file import open_checkpoint, save_checkpoint
 from diffusion.pretrained import files, models
-from diffusion.pretrained.schedulers import fields as schedulers
+from diffusion.pretrained.schedulers import catalogue as schedulers
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 KINDS = {"v1": "StableDiffusionPipeline", "xl_base": "StableDiffusionXLPipeline"}

@@ -13,7 +13,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.denoiser import Stateful, denoiser
 from diffusion.levels import NoiseLevel
 from diffusion.pretrained.schedulers import CLASSES, dynamic_mu, from_diffusers
-from diffusion.pretrained.schedulers.fields import DEFAULTS
+from diffusion.pretrained.schedulers.catalogue import DEFAULTS
 from diffusion.sampling.guidance import conditional
 from diffusion.sampling.sample import image_keys, sample
 from diffusion.sampling.solvers.dpm_solver import multistep

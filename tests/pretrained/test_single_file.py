@@ -19,9 +19,8 @@ from diffusion.models.clip import ClipText
 from diffusion.models.unet import UNet
 from diffusion.pretrained import files, models, weights
 from diffusion.pretrained.networks import autoencoder_kl, clip, unet
-from diffusion.pretrained.schedulers.fields import read
-from diffusion.pretrained.single_file import families
-from diffusion.pretrained.single_file import names as ldm_names
+from diffusion.pretrained.schedulers.catalogue import read
+from diffusion.pretrained.single_file import families, keys
 from diffusion.pretrained.single_file.checkpoint import (
     open_autoencoder,
     open_single_file,
@@ -171,7 +170,7 @@ KEYS = {  # of the published files
 def test_keys_of_the_published_files(name):
     """Where diffusers' conversion takes several spellings, the original code takes one."""
     prefix, build = FAMILIES[name].parts["unet"]
-    rename = ldm_names.unet(build()).rename
+    rename = keys.unet(build()).rename
     assert {path: rename(path) for path in KEYS[name]} == {
         path: prefix + key for path, key in KEYS[name].items()
     }
@@ -404,5 +403,5 @@ def test_networks_without_an_original_naming(tmp_path):
         with pytest.raises(ValueError, match=message):
             write_single_file(file, kind, parts)
     with pytest.raises(ValueError, match="attention in the middle alone"):
-        ldm_names.autoencoder(VAE.clone(attention=(False, True)))
+        keys.autoencoder(VAE.clone(attention=(False, True)))
     assert not file.exists()

@@ -1,8 +1,8 @@
 """transformers' ``CLIPTextModel``, ``CLIPTextModelWithProjection`` and
 ``CLIPVisionModelWithProjection``.
 
-Keys are read with and without ``text_model.`` (``vision_model.``) in front, and written with it: so
-are the published files, and transformers 4 and others read nothing else.
+Keys are read with and without the prefix ``text_model.`` (``vision_model.``), and written with it,
+as in the published files; transformers 4 and other libraries read no other keys.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ VISION_FIELDS = {
     "projection": ("projection_dim", 512),
 }
 SUPPORTED = {**fields.TRANSFORMERS_SUPPORTED, "hidden_act": tuple(ACTIVATIONS)}
-LARGEST = 2  # the end token by which transformers takes each text's largest
+LARGEST = 2  # with this end token, transformers looks for each text's largest token
 
 
 def from_config(config: Mapping[str, Any]) -> ClipText | ClipVision:

@@ -1,7 +1,7 @@
 """diffusers' ``DiTTransformer2DModel``: DiT (Peebles & Xie, 2022), such as DiT-XL/2.
 
-Every block there has its own embedders of time and class, all of them equal in the published files:
-here they are one, and reading checks that they are equal.
+Every block there has its own embedders of time and class, which are equal in the published files.
+Here there is one of each, and reading checks that all are equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SUPPORTED = {
 }
 # There is no group norm, and the softmax is in float32 anyway.
 HARMLESS = ("norm_num_groups", "upcast_attention")
-# What the class was before it had a name of its own; these of its fields have other defaults.
+# The former class of the same network; some of its fields have other defaults.
 FORMER = "Transformer2DModel"
 FORMER_DEFAULTS = {
     "attention_head_dim": 88,

@@ -1,4 +1,4 @@
-"""transformers' ``T5EncoderModel``: the encoders of T5 and T5 v1.1, also out of whole T5 models."""
+"""transformers' ``T5EncoderModel``: encoders of T5 and T5 v1.1, also from whole T5 models."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 and its refiner, inpainting, InstructPix2Pix, latent consistency models, the x4 upscaler).
 
 A ``UNet`` that attends to a context is a ``UNet2DConditionModel``, any other one a ``UNet2DModel``.
-Our fields go through the levels from fine to coarse; diffusers' lists about up blocks the other
-way.
+Our fields list the levels from fine to coarse; diffusers' lists of up blocks have the reverse
+order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIELDS = {
     "norm_eps": ("norm_eps", 1e-5),
     "image_size": ("sample_size", None),
 }
-OWN_FIELDS = {  # whose defaults each class has of its own
+OWN_FIELDS = {  # each class has its own defaults for these
     "widths": ("block_out_channels", None),
     "in_channels": ("in_channels", None),
     "out_channels": ("out_channels", None),
@@ -129,7 +129,7 @@ def example(net: UNet) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Cond
         _known(net, "context_width")
         cond["context"] = array(1, net.context_width)
     if net.added_embedding:
-        # How much of this width is pooled and how much time ids only the pipeline knows.
+        # Only the pipeline knows how this width divides into pooled text and time ids.
         _known(net, "added_width")
         cond["pooled"] = array(net.added_width)
     if net.num_classes is not None:

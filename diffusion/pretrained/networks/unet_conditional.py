@@ -34,7 +34,7 @@ DEFAULTS = {
 SUPPORTED = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "addition_embed_type": (None, "text_time"),
-    # diffusers refuses this one, too: the number of heads is in attention_head_dim.
+    # diffusers refuses it, too: attention_head_dim holds the number of heads.
     "num_attention_heads": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -49,7 +49,7 @@ SUPPORTED = {
     "class_embeddings_concat": (False,),
     "cross_attention_norm": (None,),
 }
-# Of blocks and embeddings that are not supported.
+# Fields of blocks and embeddings that are not supported.
 HARMLESS = ("mid_block_only_cross_attention", "addition_embed_type_num_heads")
 DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -132,7 +132,7 @@ def config(net: UNet) -> dict[str, Any]:
         )
     if net.resnet_resampling:
         raise ValueError("resnet_resampling=True: UNet2DConditionModel is supported with False")
-    # Levels without transformers have a depth, too; that of the coarsest is the middle's.
+    # Levels without transformers have a depth, too; the coarsest level's is that of the middle.
     depths = [depth or 1 for depth in down]
     if net.mid_blocks == 2:
         last = depths[-1][0] if isinstance(depths[-1], list) else depths[-1]

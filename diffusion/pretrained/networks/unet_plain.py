@@ -1,4 +1,4 @@
-"""The fields that ``UNet2DModel`` reads in its own way: attention to the image itself only."""
+"""The fields that ``UNet2DModel`` reads in its own way; it has self-attention only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fields(c: SimpleNamespace) -> dict[str, Any]:
         raise ValueError(f"layers_per_block={c.layers_per_block}: UNet2DModel takes one number")
     down = _kinds(c, "down_block_types", DOWN)
     up = _kinds(c, "up_block_types", UP)[::-1]
-    # The coarsest level does not downsample, the finest not upsample.
+    # The coarsest level does not downsample, and the finest does not upsample.
     resampling = {c.downsample_type if kind == "self" else kind for kind in down[:-1]}
     resampling |= {c.upsample_type if kind == "self" else kind for kind in up[1:]}
     if len(resampling) > 1:
@@ -51,7 +51,7 @@ def fields(c: SimpleNamespace) -> dict[str, Any]:
             "supported with resampling by convolutions everywhere or by ResNet blocks everywhere"
         )
     mid_attention = c.mid_block_type is not None and c.add_attention
-    # With scale_shift, diffusers leaves out the norm for which it is given no number of groups.
+    # With scale_shift, diffusers has no norm there unless the number of its groups is given.
     default = None if c.resnet_time_scale_shift == "scale_shift" else c.norm_num_groups
     if mid_attention and (c.attn_norm_num_groups or default) != c.norm_num_groups:
         raise ValueError(

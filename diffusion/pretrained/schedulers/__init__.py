@@ -5,9 +5,9 @@
     images = sample(sampler.transform(denoise), sampler.solver, keys, shape)
 
 gives what diffusers 0.42 computes with the same network and noise, to float32's rounding, for the
-classes in ``CLASSES`` and every field that changes their numbers. Each class's function says which
-of its peculiarities are kept. Where it gives NaN or does not do what a field says, the field is
-refused, but for these, which here are finite:
+classes in ``CLASSES`` and every field that changes their numbers. The docstring of each class's
+function lists which peculiarities are kept. A field is refused where diffusers gives NaN or ignores
+the field, except for these cases, which are finite here:
 
 - DDIM with eta=1 from zero terminal SNR; KDPM2 ancestral where sigma falls more than a
   thousandfold in a step (the first of squaredcos_cap_v2 with "linspace");
@@ -27,7 +27,7 @@ import numpy as np
 
 from diffusion.pretrained.schedulers import discrete, dpm, flows, multistep
 from diffusion.pretrained.schedulers import sigmas as sigma_space
-from diffusion.pretrained.schedulers.fields import DEFAULTS, read
+from diffusion.pretrained.schedulers.catalogue import DEFAULTS, read
 from diffusion.pretrained.schedulers.scheduler import Request, Sampler
 
 CLASSES = {
@@ -55,7 +55,7 @@ CLASSES = {
     "EDMDPMSolverMultistepScheduler": (sigma_space.edm_dpm, ""),
     "CMStochasticIterativeScheduler": (sigma_space.consistency, "timesteps"),
 }
-"""Of each class, what makes its sampler, and the arguments that it takes besides ``steps``."""
+"""Class -> (the function that makes its sampler, its arguments besides ``steps``)."""
 
 
 def from_diffusers(

@@ -76,9 +76,9 @@ def ddim(c: SimpleNamespace, r: Request) -> Sampler:
 def ddim_inverse(c: SimpleNamespace, r: Request) -> Sampler:
     """DDIM from less to more noise, for inversion: from t - T // N to t, ascending.
 
-    As in diffusers, the network is told the timestep that the step *ends* at while x is at the one
-    before, first at clean data (set_alpha_to_one) or table step 0. ``solver.level`` is the former,
-    ``grid`` the latter; give the data as x_init.
+    As in diffusers, the network receives the timestep at which the step *ends*, while x is at the
+    one before, first at clean data (set_alpha_to_one) or table step 0. ``solver.level`` is the
+    former, ``grid`` the latter; give the data as x_init.
 
     Raises:
       ValueError: for prediction_type "sample" from clean data, where eps cannot follow from x_0.
@@ -105,7 +105,7 @@ def ddim_inverse(c: SimpleNamespace, r: Request) -> Sampler:
     first = 0.0 if c.set_alpha_to_one else 1 / schedule.steps
 
     def clipped(x: Array, level: NoiseLevel, raw: Array) -> Array:
-        """What x_0 is where x is, one stride below the level that the network is told."""
+        """x_0 at the level of x, which is one stride below the level that the network receives."""
         now = schedule(jnp.maximum(level.t - stride / schedule.steps, first))
         output = _output(level, c.prediction_type, raw, x)
         x0, _ = _estimates(x, output, now, c.prediction_type)

@@ -1,4 +1,4 @@
-"""The flow-matching classes (SD3, FLUX): alpha = 1 - sigma, and the network is told T sigma."""
+"""The flow-matching classes (SD3, FLUX): alpha = 1 - sigma, and the network receives T sigma."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def euler(c: SimpleNamespace, r: Request) -> Sampler:
     x_0 and noises it anew.
 
     As in diffusers: without custom sigmas the shift applies twice, to the range of times and to
-    each; custom sigmas [N], without the final 0, are shifted once; custom timesteps alone are
-    told as they are while the sigmas made from them are shifted; with both, neither needs the
-    other. invert_sigmas (Mochi) counts time from noise to data and predicts x_0 - eps.
+    each; custom sigmas [N], without the final 0, are shifted once. With custom timesteps alone, the
+    network receives them unshifted, while the sigmas made from them are shifted; if both are given,
+    they are independent. invert_sigmas (Mochi) counts time from noise to data and predicts x_0 -
+    eps.
 
     Raises:
       ValueError: for use_dynamic_shifting without mu, and stochastic_sampling with invert_sigmas,
@@ -61,7 +62,7 @@ def euler(c: SimpleNamespace, r: Request) -> Sampler:
     wider = spread(c, float(sigmas[0]), float(sigmas[-1]), steps)
     sigmas = np.asarray(sigmas if wider is None else wider, np.float32)
     index = sigmas * np.float32(total) if r.timesteps is None else np.asarray(r.timesteps)
-    if c.invert_sigmas:  # diffusers tells T (1 - sigma), whatever timesteps were given
+    if c.invert_sigmas:  # the network receives T (1 - sigma), whatever timesteps were given
         index = sigmas * np.float32(total)
     grid = part(flow_grid(index, np.append(sigmas, 0.0), total), _start(r, steps))
     if c.stochastic_sampling:
@@ -107,7 +108,7 @@ def dynamic_mu(c: SimpleNamespace, tokens: int) -> float:
 
 
 def _start(r: Request, steps: int) -> int:
-    """As the pipelines of flow models count: strength cuts off whole steps, not kept ones."""
+    """The first step as in pipelines of flow models, which round the steps that are left out."""
     if r.strength is None:
         return 0
     return int(max(steps - min(steps * r.strength, steps), 0))

@@ -1,7 +1,7 @@
-"""What the classes in lambda = log(alpha/sigma) share: grids, orders, the result.
+"""The common parts of the classes in lambda = log(alpha/sigma): grids, orders, the result.
 
 Their x is variance preserving, as ours. With use_flow_sigmas they run on the rectified flow,
-alpha = 1 - sigma, and the network is told floor(T sigma).
+alpha = 1 - sigma, and the network receives floor(T sigma).
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def falling_orders(c: SimpleNamespace, steps: int, zero: bool = True) -> list[in
 
 
 def refuse_still(c: SimpleNamespace, grid: NoiseLevel, orders: list[int]) -> None:
-    """Where the last sigma is repeated, diffusers' formulas but for order 1 and "midpoint" are
-    0 / 0."""
+    """Refuses a repeated last sigma where diffusers' formulas are 0 / 0: all but order 1 and
+    "midpoint"."""
     steep = orders[-1] > 2 or (orders[-1] == 2 and c.solver_type == "heun")
     here, last = grid.ratio[-2:]
     if steep and abs(last - here) < 1e-6 * here:
@@ -116,7 +116,7 @@ def refuse_still(c: SimpleNamespace, grid: NoiseLevel, orders: list[int]) -> Non
 
 
 def check_flow_prediction(c: SimpleNamespace, data: bool) -> None:
-    """v on the flow, and flow's velocity elsewhere, are formulas without meaning in diffusers."""
+    """Refuses v on the flow, and the flow's velocity elsewhere: diffusers' formulas are wrong."""
     flow = c.prediction_type == "flow_prediction"
     if flow and not c.use_flow_sigmas:
         raise ValueError("prediction_type: 'flow_prediction' needs use_flow_sigmas=True")

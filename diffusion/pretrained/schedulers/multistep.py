@@ -39,7 +39,8 @@ def unipc(c: SimpleNamespace, r: Request) -> Sampler:
     """UniPC (``solvers.unipc``).
 
     Raises:
-      ValueError: for what is NaN or ignored in diffusers: final_sigmas_type "zero" with "bh1" or
+      ValueError: where diffusers gives NaN or ignores a field: final_sigmas_type "zero" with "bh1"
+      or
         with predict_x0=False, or without lower_order_final; thresholding with predict_x0=False.
     """
     if c.final_sigmas_type == "zero":
@@ -153,8 +154,8 @@ def sa_solver(c: SimpleNamespace, r: Request) -> Sampler:
 
 
 def _check_near(grid: NoiseLevel, start: int, field: str, noise: bool) -> None:
-    """Our correctors leave out steps from beyond sigma = 1000 in noise prediction, where diffusers'
-    corrections are float32's rounding."""
+    """Our correctors skip steps from beyond sigma = 1000 in noise prediction, where diffusers'
+    corrections are only rounding errors of float32."""
     if noise and far(NoiseLevel(*(leaf[start] for leaf in grid))):
         raise ValueError(
             f"{field} is not supported from sigma = {grid.ratio[start]:.6g} > 1000; use data "

@@ -1,4 +1,4 @@
-"""What all classes share: the result, diffusers' float32 tables, predictions, transforms."""
+"""The common parts of all classes: the result, float32 tables, predictions, transforms."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from diffusion.schedules import Schedule, Table
 
 
 class Sampler(NamedTuple):
-    """What a ``scheduler_config.json`` says, in this library's terms.
+    """A ``scheduler_config.json`` in this library's terms.
 
-    ``denoiser(network, sampler.prediction, sampler.c_noise)``, guided and then transformed by
-    ``sampler.transform``, is what ``sample`` runs ``sampler.solver`` on.
+    ``sample`` runs ``sampler.solver`` on ``denoiser(network, sampler.prediction,
+    sampler.c_noise)``, first guided and then transformed by ``sampler.transform``.
 
     Attributes:
-      schedule: t -> NoiseLevel, which the network was trained on.
-      prediction: what its output means.
-      c_noise: the timestep it is told, from the level.
-      grid: [N + 1] the levels that are stepped through, the last one where x ends.
+      schedule: t -> NoiseLevel, on which the network was trained.
+      prediction: the meaning of its output.
+      c_noise: level -> the timestep that the network receives.
+      grid: [N + 1] the levels of the steps; at the last one x ends.
       solver: the table; ``solver.init`` is the initial x's standard deviation here.
       timesteps: [R] diffusers' ``timesteps``, one per evaluation.
       transform: Denoise -> Denoise, clipping or thresholding; it comes after guidance.
@@ -54,7 +54,7 @@ class Sampler(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The arguments of diffusers' ``set_timesteps`` and ``step``; None where not given."""
+    """The arguments of diffusers' ``set_timesteps`` and ``step``; None for those not given."""
 
     steps: int | None = None
     timesteps: np.ndarray | None = None
@@ -73,7 +73,7 @@ class Request:
         return len(self.timesteps if self.timesteps is not None else self.sigmas)
 
     def start(self, count: int) -> int:
-        """The first of N steps that is taken, as in diffusers' image-to-image pipelines."""
+        """The first of N steps to run, as in diffusers' image-to-image pipelines."""
         if self.strength is None:
             return 0
         return count - min(int(count * self.strength), count)
@@ -123,7 +123,7 @@ def alphas_cumprod(c: SimpleNamespace, floor: bool = False) -> np.ndarray:
 
 
 def _linspace32(start: float, end: float, steps: int) -> np.ndarray:
-    """As torch's: a float32 step, and both halves count from their own end."""
+    """As torch.linspace: with a float32 step, and each half counted from its own end."""
     start, end = np.float32(start), np.float32(end)
     step = np.float64((end - start) / np.float32(max(steps - 1, 1)))
     i = np.arange(steps)
@@ -154,8 +154,8 @@ def _betas_of(alpha_bar: Callable[[float], float], steps: int) -> np.ndarray:
 
 
 class LogTable(Table):
-    """A table that is inverted as diffusers does: time is linear in log(sigma/alpha) between
-    its steps, and ends at the first and the last."""
+    """A table that is inverted as in diffusers: time is linear in log(sigma/alpha) between its
+    steps, and limited to the first and the last."""
 
     def invert(self, alpha: Array | float, sigma: Array | float) -> np.ndarray:
         """As ``Schedule.invert``, on the host."""
@@ -233,7 +233,7 @@ def threshold(denoise: Denoise, quantile: float, largest: float) -> Denoise:
 
 
 def on_estimate(denoise: Denoise, change: Callable[[Array, NoiseLevel, Array], Array]) -> Denoise:
-    """x_0_hat := change(x, level, x_0_hat); ``unclipped`` is what it was."""
+    """x_0_hat := change(x, level, x_0_hat); ``unclipped`` keeps the value before."""
 
     def wrap(step: Step) -> Step:
         def changed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
@@ -247,7 +247,7 @@ def on_estimate(denoise: Denoise, change: Callable[[Array, NoiseLevel, Array], A
 
 
 def transform_of(c: SimpleNamespace) -> Callable[[Denoise], Denoise]:
-    """Thresholding or else clipping, as the config asks for."""
+    """Thresholding, or else clipping, according to the config."""
     fields = vars(c)
     if fields.get("thresholding"):
         return partial(threshold, quantile=c.dynamic_thresholding_ratio, largest=c.sample_max_value)

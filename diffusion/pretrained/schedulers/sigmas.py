@@ -55,7 +55,7 @@ Build = Callable[[NoiseLevel, LogTable], Solver]
 def euler(c: SimpleNamespace, r: Request) -> Sampler:
     """Euler's method (``solvers.euler``), on sigmas interpolated between the table's.
 
-    With timestep_type "continuous" and v_prediction the network is told log(sigma)/4 (Stable Video
+    With timestep_type "continuous" and v_prediction the network receives log(sigma)/4 (Stable Video
     Diffusion). With interpolation_type "log_linear" there are N + 1 sigmas, of which the last,
     the table's first, is where it ends (and N + 1 steps where both are so). Zero terminal SNR is
     diffusers' sigma = 4096.
@@ -105,7 +105,7 @@ def lms(c: SimpleNamespace, r: Request) -> Sampler:
 
 
 def _discrete(c: SimpleNamespace, r: Request, build: Build, rounded: bool = False) -> Sampler:
-    """Timesteps -> sigmas -> grid -> the solver that ``build`` makes of it.
+    """Timesteps -> sigmas -> grid -> the solver ``build(grid)``.
 
     ``rounded``: Karras' sigmas go with whole timesteps, as in KDPM2.
     """
@@ -131,7 +131,7 @@ def _discrete(c: SimpleNamespace, r: Request, build: Build, rounded: bool = Fals
 
 
 def _continuous(c: SimpleNamespace) -> bool:
-    """Whether the network is told log(sigma)/4."""
+    """Whether the network receives log(sigma)/4."""
     continuous = getattr(c, "timestep_type", None) == "continuous"
     return continuous and c.prediction_type == "v_prediction"
 
@@ -160,7 +160,7 @@ def _sigmas(
             index = index.round()
     elif logarithmic and not _continuous(c):
         return index, sigmas
-    elif logarithmic:  # one step more, to the end that final_sigmas_type says
+    elif logarithmic:  # one more step, to the end that final_sigmas_type names
         index = log_times(sigmas, products)
     last = sigma[0] if fields.get("final_sigmas_type") == "sigma_min" else 0.0
     return np.asarray(index, np.float32), np.append(sigmas, last)

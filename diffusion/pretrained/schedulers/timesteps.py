@@ -15,8 +15,7 @@ from diffusion.levels import NoiseLevel
 from diffusion.pretrained.schedulers.scheduler import LogTable, Request, sigma_to_t
 
 STILL = 1e-9
-"""Where diffusers repeats its last sigma, so that the last step does nothing, the step here has
-this relative length."""
+"""Relative length of the last step where diffusers repeats its last sigma and does nothing."""
 
 
 def ddim_timesteps(c: SimpleNamespace, steps: int) -> np.ndarray:
@@ -38,7 +37,7 @@ def ddim_timesteps(c: SimpleNamespace, steps: int) -> np.ndarray:
 
 
 def in_table(index: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers in 0..T-1, or an error."""
+    """Checks that timesteps are whole numbers in 0..T-1."""
     index = np.asarray(index).astype(np.int64)
     if index.min() < 0 or index.max() >= total:
         raise ValueError(
@@ -100,7 +99,7 @@ def ratios(products: np.ndarray) -> np.ndarray:
 
 
 def spread(c: SimpleNamespace, first: float, last: float, steps: int) -> np.ndarray | None:
-    """[N] sigmas from first to last as use_{karras,exponential,beta}_sigmas say; None if none does.
+    """[N] sigmas from first to last by use_{karras,exponential,beta}_sigmas; None without these.
 
     A config's own sigma_min and sigma_max come before first and last.
     """
@@ -127,7 +126,7 @@ def log_times(sigmas: np.ndarray, products: np.ndarray) -> np.ndarray:
 
 
 def table_grid(table: LogTable, index: np.ndarray, sigmas: np.ndarray) -> NoiseLevel:
-    """The grid of sigmas [N + 1], where the network is told timesteps index [N]."""
+    """The grid of sigmas [N + 1], at which the network receives the timesteps index [N]."""
     sigmas = still(np.asarray(sigmas, np.float32).astype(np.float64))
     end = table.invert(1.0, sigmas[-1]) if sigmas[-1] > 0 else 0.0
     t = np.append((np.asarray(index, np.float64) + 1) / table.steps, end)

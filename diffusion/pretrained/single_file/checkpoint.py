@@ -1,8 +1,8 @@
 """Single-file checkpoints in the original naming: Stable Diffusion 1, 2, XL and their relatives.
 
-Such a file holds U-Net, autoencoder and text encoders side by side and says nothing about them:
-what it is shows in its keys and shapes (``family``), the networks' other settings are those of the
-published models of that family. Tokenizers and schedulers are not in it.
+Such a file holds the weights of U-Net, autoencoder and text encoders, without their settings. Its
+keys and shapes determine its ``family``; the networks' other settings are those of the published
+models of that family. Tokenizers and schedulers are not in the file.
 
     file = open_single_file("v1-5-pruned-emaonly.safetensors")
     params = file.components["unet"].load(dtype=jnp.bfloat16)
@@ -19,10 +19,9 @@ from typing import Any
 import flax.linen as nn
 from jax.typing import DTypeLike
 
-from diffusion.pretrained import files, folders, weights
-from diffusion.pretrained import names as ldm_names
+from diffusion.pretrained import files, folders, names, weights
 from diffusion.pretrained.models import Model, shapes, to_config
-from diffusion.pretrained.single_file import names
+from diffusion.pretrained.single_file import keys
 from diffusion.pretrained.single_file.families import (
     EMA,
     FAMILIES,
@@ -36,13 +35,12 @@ from diffusion.pretrained.single_file.families import (
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What a single-file checkpoint holds; no weights have been read.
+    """The contents of a single-file checkpoint, whose weights are not read yet.
 
     Attributes:
       family: a key of ``FAMILIES``.
       pipeline: diffusers' class for it.
-      components: 'unet' and, as far as they are in the file, 'vae', 'text_encoder' and
-        'text_encoder_2'.
+      components: 'unet' and, if the file has them, 'vae', 'text_encoder' and 'text_encoder_2'.
       scheduler: the fields of the scheduler_config.json that is published for it.
     """
 
@@ -59,15 +57,15 @@ def open_single_file(
     prediction_type: str | None = None,
     ema: bool = False,
 ) -> SingleFile:
-    """Finds out what a single-file checkpoint is and checks it, without reading its weights.
+    """Determines the family of a single-file checkpoint and checks it, without reading weights.
 
     Args:
       path: a .safetensors file.
-      modules: networks to take instead of the published ones, by component.
-      prediction_type: 'epsilon' or 'v_prediction', what the U-Net predicts. The weights do not
-        show it. By default what is published for the family, except that of Stable Diffusion 2
-        files with a ``global_step`` of 875000 are the one trained on epsilon (512 x 512).
-      ema: take the moving averages of the U-Net's weights, which some files hold beside them.
+      modules: networks to use instead of the published ones, by component.
+      prediction_type: the U-Net's output, 'epsilon' or 'v_prediction', which the weights do not
+        show. The default is the published one of the family; of Stable Diffusion 2, a file with a
+        ``global_step`` of 875000 is the one trained on epsilon (512 x 512).
+      ema: use the moving averages of the U-Net's weights, which some files also hold.
 
     Raises:
       ValueError: another kind of file; weights that are missing, misshapen or of no component.
@@ -83,7 +81,7 @@ def open_single_file(
     for name, (prefix, build) in kind.parts.items():
         held = {key: left.pop(key) for key in list(left) if key.startswith(prefix)}
         if name == "vae" and not held:
-            # Some files call it by another name.
+            # Some files use another prefix.
             held = {VAE + k[4:]: left.pop(k) for k in list(left) if k.startswith("vae.")}
         if name == "unet" and ema:
             held = _averages(held, tensors, path)
@@ -107,13 +105,13 @@ def open_single_file(
 def open_autoencoder(
     path: str | Path, kind: str = "v1", *, module: nn.Module | None = None
 ) -> Model:
-    """An autoencoder alone in the original naming, as replacements of a checkpoint's are passed on
-    ("vae-ft-mse-840000-ema-pruned", "sdxl_vae").
+    """An autoencoder alone in the original naming, such as "vae-ft-mse-840000-ema-pruned" or
+    "sdxl_vae", which replace that of a checkpoint.
 
     Args:
       path: a .safetensors file.
-      kind: the family that it is made for, which says how it scales latents.
-      module: a network to take instead of the published one.
+      kind: the family that it is made for, which determines how it scales latents.
+      module: a network to use instead of the published one.
 
     Raises:
       ValueError: it holds something else.
@@ -127,7 +125,7 @@ def open_autoencoder(
     prefix = next((p for p in (VAE, "vae.") if any(key.startswith(p) for key in tensors)), "")
     beside = rf"{prefix}(?:loss\..*|model_ema\..*)|{NO_WEIGHTS}"
     held = {k: _convolution(k, t) for k, t in tensors.items() if not re.fullmatch(beside, k)}
-    table = ldm_names.autoencoder(net, prefix)
+    table = keys.autoencoder(net, prefix)
     model = Model(net, to_config(net), table, held, str(path))
     model.check()
     return model
@@ -142,8 +140,8 @@ def write_single_file(
 ) -> None:
     """Writes a checkpoint in the original naming, one tensor in memory at a time.
 
-    Of Stable Diffusion 2's text encoder the last layer and the projection, which are not used, are
-    not written.
+    The last layer and the projection of Stable Diffusion 2's text encoder are not used and not
+    written.
 
     Args:
       path: the file.
@@ -180,7 +178,7 @@ def _known(kind: str) -> Family:
 
 
 def _averages(held: files.Tensors, tensors: files.Tensors, path: str | Path) -> files.Tensors:
-    """Moving averages lie under their weight's key without dots."""
+    """The moving averages; their keys are those of the weights without dots."""
     named = {key: EMA + key.removeprefix("model.").replace(".", "") for key in held}
     missing = [name for name in named.values() if name not in tensors]
     if missing:
@@ -192,7 +190,7 @@ def _averages(held: files.Tensors, tensors: files.Tensors, path: str | Path) -> 
 
 
 def _convolution(key: str, tensor: files.Tensor) -> files.Tensor:
-    """Attention of the autoencoder as 1 x 1 convolutions, which some files keep as matrices."""
+    """A weight of the autoencoder's attention as a 1 x 1 convolution; some files have a matrix."""
     if not re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", key) or len(tensor.shape) == 4:
         return tensor
     shape = (*tensor.shape[:2], 1, 1)

@@ -1,6 +1,6 @@
-"""The kinds of single-file checkpoints: what tells them apart, and what their files do not say.
+"""The families of single-file checkpoints: how to recognise them, and their published settings.
 
-The networks' fields are the published ones; of the names, ``FAMILIES`` has diffusers'.
+The keys of ``FAMILIES`` are diffusers' names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffusion.models import unet as unets
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.clip import ClipText
 from diffusion.pretrained import files
-from diffusion.pretrained.single_file import names as ldm_names
+from diffusion.pretrained.single_file import keys
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -27,7 +27,7 @@ NO_WEIGHTS = (
     r"|logvar|scale_factor|global_step|denoiser\.sigmas|first_stage_model\.loss\..*"
     r"|low_scale_model\..*|edm_mean|edm_std|.*\.logit_scale|.*\.position_ids"
 )
-"""What files hold beside weights: training state, noise schedules, losses, indices."""
+"""Keys that are not weights: training state, noise schedules, losses, indices."""
 
 
 def _openai() -> ClipText:
@@ -51,13 +51,13 @@ def _unet(preset: Callable, channels: int, context: int, size: int, **fields: An
 
 
 TABLES = {
-    CLIP: ldm_names.clip,
-    XL_CLIP: ldm_names.clip,
-    OPEN_CLIP: ldm_names.open_clip,
-    XL_OPEN_CLIP: ldm_names.open_clip,
-    REFINER_OPEN_CLIP: ldm_names.open_clip,
-    UNET: ldm_names.unet,
-    VAE: ldm_names.autoencoder,
+    CLIP: keys.clip,
+    XL_CLIP: keys.clip,
+    OPEN_CLIP: keys.open_clip,
+    XL_OPEN_CLIP: keys.open_clip,
+    REFINER_OPEN_CLIP: keys.open_clip,
+    UNET: keys.unet,
+    VAE: keys.autoencoder,
 }
 """Prefix of a component's keys -> its name table."""
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -73,7 +73,7 @@ LOW_RES = {
     **{"beta_end": 0.02, "num_train_timesteps": 1000, "prediction_type": "epsilon"},
     **{"clip_sample": True, "variance_type": "fixed_small"},
 }
-"""What noises the small picture that the x4 upscaler enlarges."""
+"""The scheduler that noises the small picture which the x4 upscaler enlarges."""
 EULER = {
     **{"_class_name": "EulerDiscreteScheduler", **LATENT, "num_train_timesteps": 1000},
     **{"timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "epsilon"},
@@ -153,11 +153,11 @@ FAMILIES = {
         added_width=2560,
     ),
 }
-"""By diffusers' names of them."""
+"""Families by diffusers' names."""
 
 
 def family(tensors: files.Tensors) -> str:
-    """Which kind of checkpoint these tensors are, a key of ``FAMILIES``.
+    """The family of these tensors, a key of ``FAMILIES``.
 
     Raises:
       ValueError: none that is known.
@@ -178,7 +178,7 @@ def family(tensors: files.Tensors) -> str:
     held = (
         kind for prefix, kind in zip(prefixes, kinds) if any(k.startswith(prefix) for k in tensors)
     )
-    # A file without text encoders still shows for which its cross-attention was made.
+    # In a file without text encoders, the width of cross-attention shows for which it was made.
     kind = next(held, by_context.get(context))
     channels = first.shape[1]
     found = {

@@ -1,9 +1,8 @@
 """Name tables in the naming of the original latent-diffusion code (Rombach et al., 2022), in which
 single-file checkpoints of Stable Diffusion 1, 2 and XL are kept.
 
-Their U-Net counts its blocks through, one list downwards and one upwards; their autoencoder's
-attention has 1 x 1 convolutions; OpenCLIP's text encoder keeps queries, keys and values in one
-matrix.
+Its U-Net numbers all blocks in one list downwards and one upwards; its autoencoder's attention has
+1 x 1 convolutions; OpenCLIP's text encoder keeps queries, keys and values in one matrix.
 """
 
 from __future__ import annotations

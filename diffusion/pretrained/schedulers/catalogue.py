@@ -1,8 +1,8 @@
 """The fields of diffusers' ``scheduler_config.json``: names, defaults and legal values, by class.
 
-As of diffusers 0.42. A file often holds fields of the class that it was converted from, which
-diffusers drops: here they pass only if dropping them changes nothing one could have meant
-(``_harmless``). Everything else that is unknown or unsupported is an error.
+As of diffusers 0.42. A file often holds fields of the class from which it was converted, and
+diffusers drops them. Here they are accepted only if dropping them cannot change the intended result
+(``_harmless``). Any other unknown or unsupported field is an error.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "clip_denoised": True,
     },
 }
-"""Of each class, its fields and their defaults."""
+"""Class -> its fields and their defaults."""
 
 COMMON_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 THREE = ("epsilon", "sample", "v_prediction")
@@ -232,7 +232,7 @@ CHOICES: dict[str, dict[str, tuple]] = {
         "predictor_order": (1, 2, 3, 4),
         "corrector_order": (1, 2, 3, 4),
     },
-    # diffusers reads these two nowhere in TCD, so that True would not do what it says.
+    # diffusers does not use these two in TCD, so that True would have no effect.
     "TCDScheduler": {"clip_sample": (False,), "thresholding": (False,)},
     "EDMEulerScheduler": {"prediction_type": ("epsilon", "v_prediction")},
     "EDMDPMSolverMultistepScheduler": {
@@ -240,7 +240,7 @@ CHOICES: dict[str, dict[str, tuple]] = {
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     },
 }
-"""Legal values; a class's own before those of "*"."""
+"""Legal values by class; "*" holds those of all classes that have none of their own."""
 
 SYNONYMS = {
     "DPMSolverMultistepScheduler": "dpm",
@@ -261,7 +261,7 @@ REPLACED: dict[str, dict[str, dict[str, str]]] = {
         "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     },
 }
-"""Values of related classes that diffusers replaces."""
+"""Values of related classes, and the values by which diffusers replaces them."""
 
 
 def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
@@ -303,8 +303,8 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
 
 
 def _harmless(key: str, value: Any) -> bool:
-    """Whether another class's field means nothing here: it is off, a default, or a mere parameter
-    (of a switch that this class does not have)."""
+    """Whether another class's field can be dropped: it is off, at its default, or only a parameter
+    of a switch that this class does not have."""
     owners = [fields for fields in DEFAULTS.values() if key in fields]
     switchless = ("set_alpha_to_one", "skip_prk_steps", "steps_offset", "clip_sample_range")
     parameters = (*switchless, "dynamic_thresholding_ratio", "sample_max_value", "flow_shift")
