@@ -104,8 +104,6 @@ def main() -> None:
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()
     print(compiler.tune())
-    about = report.environment("jax", "jaxlib", "flax", "numpy", "scikit-learn")
-    print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     if arguments.sd15:
         rows = forwards(arguments)
         columns = {"what": "", "time": "time", "flops": "operations"}
@@ -120,9 +118,7 @@ def main() -> None:
     if not arguments.sd15:
         columns = {"what": "", "time": "time", "flops": "operations"}
         columns |= {"recognised": "recognised", "frechet": "Fréchet", "rms": "RMS to full"}
-    print(report.table(rows, columns))
-    if arguments.json:
-        report.save(arguments.json, about | {"arguments": vars(arguments)}, rows)
+    report.finish(rows, columns, arguments, "jaxlib", "flax", "numpy", "scikit-learn")
 
 
 def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:

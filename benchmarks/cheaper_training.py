@@ -110,16 +110,12 @@ def main() -> None:
                     runs.append(made[name].run(seed, steps))
                     say(base, name, seed, runs[-1][-1])
                 rows += summarise(base, name, runs, times)
-    about = report.environment("jax", "jaxlib", "flax", "optax", "scikit-learn")
-    print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     columns = {"base": "base", "variant": "variant", "step_ms": "ms/step", "cost": "cost"}
     columns |= {"steps": "steps", "loss": "held-out loss", "recognised": "recognised [%]"}
     columns |= {"frechet": "Fréchet"}
     for name in filter(None, SAMPLERS):
         columns |= {f"{name}_recognised": f"{name} [%]", f"{name}_frechet": f"{name} Fréchet"}
-    print(report.table(rows, columns))
-    if arguments.json:
-        report.save(arguments.json, about | {"arguments": vars(arguments)}, rows)
+    report.finish(rows, columns, arguments, "jaxlib", "flax", "optax", "scikit-learn")
 
 
 def make(base: str, name: str, overrides: Overrides, steps: int, encoder: str) -> Experiment:

@@ -33,7 +33,6 @@ from jax.experimental import multihost_utils
 from diffusion.runs import manifest, storage
 from diffusion.runs import workdir as workdirs
 from diffusion.runs.restore import ABOUT, DamagedError, all_damaged, different, listed, ranked
-from diffusion.training.state import TrainState
 
 SAVING = ".saving"
 
@@ -106,7 +105,7 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
+        state: Any,
         extra: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -116,7 +115,7 @@ class Checkpoints:
         reported and leaves the last good checkpoint; training can continue.
 
         Args:
-          state: what to save.
+          state: a ``TrainState``.
           extra: any JSON values, which ``restore`` returns.
           metrics: the last logged ones; they decide which checkpoints are the best.
         """
@@ -151,7 +150,7 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._finish, args=(step, about), name="save")
         self._thread.start()
 
-    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
         """The newest whole checkpoint and its ``extra``.
 
         Args:
@@ -181,7 +180,8 @@ class Checkpoints:
         about = json.loads((folder / ABOUT).read_text())
         count = jax.device_put(jnp.int32(about["step"]), template.step.sharding)
         ema = {name: restored[f"ema_{name}"] for name in template.ema}
-        return TrainState(count, restored.params, restored.opt_state, ema), about["extra"]
+        fields = {"params": restored.params, "opt_state": restored.opt_state, "ema": ema}
+        return template.replace(step=count, **fields), about["extra"]
 
     def wait(self) -> None:
         """Waits until the save in progress is on disk or has failed."""
@@ -226,7 +226,7 @@ class Checkpoints:
                 f"yet{hint}, only {', '.join(sorted(metrics))}"
             )
 
-    def _check_room(self, state: TrainState) -> None:
+    def _check_room(self, state: Any) -> None:
         """Avoids a save that cannot succeed. Several processes try, since all must act alike."""
         sizes = (leaf.nbytes for item in _items(state).values() for leaf in jax.tree.leaves(item))
         needed = self._bytes or sum(sizes) // 2  # compressed; parameters hardly are
@@ -308,7 +308,7 @@ class Checkpoints:
         return step
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def _items(state: Any) -> dict[str, Any]:
     averages = {f"ema_{name}": params for name, params in state.ema.items()}
     return {"params": state.params, "opt_state": state.opt_state, **averages}
 

@@ -38,8 +38,8 @@ def steps(workdir: str | os.PathLike) -> list[int]:
 def held(workdir: str | os.PathLike) -> Iterator[None]:
     """Only this process may write into the directory, until the block ends.
 
-    The lock ends with the process, so that a killed run leaves none behind. Blocks of one process may
-    be nested. Of several processes of one run, the first holds the lock.
+    The lock ends with the process, so that a killed run leaves none behind. Blocks of one process
+    may be nested. Of several processes of one run, the first holds the lock.
 
     Raises:
       InUseError: another process holds it; names process and machine.

@@ -125,7 +125,7 @@ ROW = {"file_name": "0.png", "text": "a"}
         ([ROW, {"file_name": "1.png"}], "line 2: text is missing"),
         (
             [ROW, {"file_name": "1.png", "text": " "}],
-            "line 2: text must be a non-empty text.*got ' '",
+            "line 2: text must be a non-empty.*got ' '",
         ),
         ([ROW, {"file_name": "1.png", "text": None}], "line 2: text must be a non-empty text"),
         ([{**ROW, "label": "a"}, {"file_name": "1.png", "text": "b"}], "line 2: label must be a n"),
