@@ -75,7 +75,7 @@ def test_split_subfolders(tmp_path, name):
     with pytest.raises(ValueError, match="class 'dog', which train lacks"):
         folder.read(tmp_path, "test")
     image(tmp_path / "car" / "1.png")
-    with pytest.raises(ValueError, match="in train, a split, and in car, which is none"):
+    with pytest.raises(ValueError, match="in train, a split, and in car, which is not"):
         folder.read(tmp_path, "train")
 
 
