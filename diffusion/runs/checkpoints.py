@@ -89,7 +89,7 @@ class Checkpoints:
             shutil.rmtree(self._directory / SAVING, ignore_errors=True)
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None if there are no checkpoints.
+        """The step of the newest undamaged checkpoint; None if there are no checkpoints.
 
         Newer ones that are damaged are reported and renamed to ``damaged_<step>``.
 
@@ -151,13 +151,13 @@ class Checkpoints:
         self._thread.start()
 
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest whole checkpoint and its ``extra``.
+        """The newest undamaged checkpoint and its ``extra``.
 
         Args:
           template: a state of ``jax.ShapeDtypeStruct`` (or arrays) with the target shardings.
 
         Raises:
-          FileNotFoundError: there is none.
+          FileNotFoundError: there are no checkpoints.
           ValueError: it is of another model or optimiser.
         """
         step = self.latest()
