@@ -6,14 +6,14 @@ Every setting draws the same images, from the same noise and parameters, as the 
 --workdir does at full cost; without one, ``configs/digits.py`` is trained first. Its time is the
 median, over alternating repetitions, of a batch's time over that of a batch at full cost in the
 same repetition. Operations are those of matrix products and convolutions in the networks,
-counted from what is traced, over all evaluations. Recognised and Fréchet distance are the run's own
-evaluation, "RMS" is the root mean squared difference to the images at full cost. Fewer steps are
-the rival of every cache, and stand beside.
+counted in their traces, over all evaluations. The share recognised and the Fréchet distance
+come from the run's own evaluation; "RMS" is the root mean squared difference from the images at
+full cost. Fewer steps compete with every cache, so the table has them, too.
 
     python benchmarks/cheaper.py --sd15 --json=runs/benchmarks/cheaper_sd15.json
 
-times a forward pass of Stable Diffusion 1.5's U-Net with random weights instead: what is left of it
-with deep features reused and with tokens merged. That says nothing about quality.
+times a forward pass of Stable Diffusion 1.5's U-Net with random weights instead: the share of its
+time that remains when deep features are reused or tokens are merged. Quality is not measured.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
+from diffusion.config.reference_runs import tuples
+from diffusion.evaluation.samples import evaluate_samples
+from diffusion.modes.drawer import Drawer
 from ml_collections import ConfigDict
 
 from configs import base
@@ -44,16 +47,13 @@ from diffusion import compiler, specs
 from diffusion.conditioning import Conditioning
 from diffusion.config import guidance
 from diffusion.config.experiment import Experiment, build
-from diffusion.config.reference_runs import tuples
 from diffusion.evaluation import figures
 from diffusion.evaluation.convergence import rmse
-from diffusion.evaluation.metrics.samples import evaluate_samples
 from diffusion.levels import NoiseLevel
 from diffusion.models import reuse
 from diffusion.models.token_merging import with_merged_tokens
 from diffusion.models.unet import sd15
 from diffusion.modes import judge as judging
-from diffusion.modes.drawer import Drawer
 from diffusion.runs import restore
 from diffusion.runs import workdir as workdirs
 from diffusion.sampling.guidance.chain import AFTER
@@ -98,14 +98,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--at-least", type=int, default=256, help="tokens of merged maps")
     parser.add_argument("--images", default="", help="folder for a grid of each setting")
-    parser.add_argument("--only", default="", help="settings in which this regular expression is")
+    parser.add_argument("--only", default="", help="settings that match this regular expression")
     parser.add_argument("--sd15", action="store_true", help="time Stable Diffusion's U-Net")
     parser.add_argument("--latents", type=int, default=64, help="its input's side")
     parser.add_argument("--json", default="", help="where to write the results")
     arguments = parser.parse_args()
     print(compiler.tune())
-    about = report.environment("jax", "jaxlib", "flax", "numpy", "scikit-learn")
-    print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     if arguments.sd15:
         rows = forwards(arguments)
         columns = {"what": "", "time": "time", "flops": "operations"}
@@ -120,9 +118,7 @@ def main() -> None:
     if not arguments.sd15:
         columns = {"what": "", "time": "time", "flops": "operations"}
         columns |= {"recognised": "recognised", "frechet": "Fréchet", "rms": "RMS to full"}
-    print(report.table(rows, columns))
-    if arguments.json:
-        report.save(arguments.json, about | {"arguments": vars(arguments)}, rows)
+    report.finish(rows, columns, arguments, "jaxlib", "flax", "numpy", "scikit-learn")
 
 
 def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -179,7 +175,7 @@ def show(folder: str, setting: Setting, x: np.ndarray) -> None:
 
 
 def describe(setting: Setting) -> str:
-    """In words."""
+    """The setting in words."""
     words = [f"steps {value}" if name == "steps" else value for name, value in setting.items()]
     return ", ".join(words).replace(", at_least={at_least}", "") or "full"
 
@@ -187,7 +183,7 @@ def describe(setting: Setting) -> str:
 def quality(
     setting: Setting, x: np.ndarray, target: np.ndarray, labels: Any, judge: Any, e: Experiment
 ) -> dict[str, Any]:
-    """What the setting is, and how good its images are."""
+    """The setting and the quality of its images."""
     row = {"what": describe(setting), "setting": setting, "rms": rmse(x, target)}
     if judge is not None and labels is not None:
         found = evaluate_samples(x, labels, judge, e.train, e.held_out)
@@ -199,7 +195,7 @@ def quality(
 def ratio(
     full: Drawer, drawer: Drawer, params: Any, arguments: argparse.Namespace
 ) -> tuple[float, list[float]]:
-    """Of the times of a batch, each repetition's beside; both are compiled by now."""
+    """Ratios of a batch's time to full cost, by repetition; both are compiled already."""
 
     def seconds(d: Drawer) -> float:
         began = time.perf_counter()
@@ -224,7 +220,7 @@ def interval_of(experiment: Experiment) -> Any:
 
 
 def operations(experiment: Experiment, params: Any) -> int:
-    """Of all evaluations, per image, as this sampler's settings and branches have them."""
+    """Operations of all evaluations, per image, under this sampler's settings and branches."""
     made, level = experiment.guidance, experiment.solver.level
     evaluations = experiment.solver.evaluations
     acceleration = made.acceleration.at(evaluations)
@@ -251,7 +247,7 @@ def operations(experiment: Experiment, params: Any) -> int:
 
 
 def decided(experiment: Experiment, params: Any, evaluations: int) -> np.ndarray:
-    """At which evaluations a threshold refreshes: of the first batch of images."""
+    """The evaluations at which a threshold refreshes, for the first batch of images."""
     c, made, seen = experiment.config.sampler, experiment.guidance, []
     drawer = Drawer(experiment)
     keys = image_keys(c.seed, np.arange(c.batch_size))
@@ -276,7 +272,7 @@ def decided(experiment: Experiment, params: Any, evaluations: int) -> np.ndarray
 
 
 def forwards(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows about a forward pass of Stable Diffusion 1.5's U-Net."""
+    """Rows for a forward pass of Stable Diffusion 1.5's U-Net."""
     gpu = jax.default_backend() == "gpu"
     dtype = jnp.bfloat16 if gpu else jnp.float32
     network = sd15(dtype=dtype)

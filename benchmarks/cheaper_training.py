@@ -5,11 +5,11 @@
 Trains configs/digits.py once per variant and seed: with another time distribution, weighting,
 coupling of images and noise, or with representation alignment. Runs of one seed see the same images
 and start from the same parameters. At some steps the averaged parameters are judged: samples by the
-config's sampler, and by few steps of Euler's method (ddim); loss on held-out digits as plain
-training has it. What a step takes is measured beforehand, in windows that alternate.
+config's sampler, and by few steps of Euler's method (ddim); the loss of
+plain training on held-out digits. The time of a step is measured first, in alternating windows.
 
---bases=v,flow,dit takes all rows, --variants="plain;optimal transport" only those. What tokens are
-aligned with is a small classifier of noised digits, trained first, or that of --encoder.
+--bases=v,flow,dit selects all rows, --variants="plain;optimal transport" only these two. Tokens are
+aligned with a small classifier of noised digits, which is trained first, or with that of --encoder.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import numpy as np
 import report
+from diffusion.evaluation.samples import evaluate_samples
+from diffusion.modes.drawer import Drawer
 
 from configs import digits, digits_classifier
 from diffusion import compiler
 from diffusion.config import sampler, terms
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
-from diffusion.evaluation.metrics.samples import evaluate_samples
 from diffusion.modes import judge as judging
-from diffusion.modes.drawer import Drawer
 from diffusion.modes.train import train
 from diffusion.training import parallel, validation
 from diffusion.training.state import create
@@ -88,11 +88,11 @@ def main() -> None:
     arguments = parser.parse_args()
     print(compiler.tune())
     steps = [int(n) for n in arguments.steps.split(",")]
-    wanted = [name for name in arguments.variants.split(";") if name]
+    chosen = [name for name in arguments.variants.split(";") if name]
     with tempfile.TemporaryDirectory() as folder:
         encoder = arguments.encoder or folder
         chosen = {
-            base: {n: v for n, v in VARIANTS[base].items() if n in wanted or not wanted}
+            base: {n: v for n, v in VARIANTS[base].items() if n in chosen or not chosen}
             for base in arguments.bases.split(",")
         }
         if not arguments.encoder and any("alignment" in n for b in chosen.values() for n in b):
@@ -110,16 +110,12 @@ def main() -> None:
                     runs.append(made[name].run(seed, steps))
                     say(base, name, seed, runs[-1][-1])
                 rows += summarise(base, name, runs, times)
-    about = report.environment("jax", "jaxlib", "flax", "optax", "scikit-learn")
-    print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     columns = {"base": "base", "variant": "variant", "step_ms": "ms/step", "cost": "cost"}
     columns |= {"steps": "steps", "loss": "held-out loss", "recognised": "recognised [%]"}
     columns |= {"frechet": "Fréchet"}
     for name in filter(None, SAMPLERS):
         columns |= {f"{name}_recognised": f"{name} [%]", f"{name}_frechet": f"{name} Fréchet"}
-    print(report.table(rows, columns))
-    if arguments.json:
-        report.save(arguments.json, about | {"arguments": vars(arguments)}, rows)
+    report.finish(rows, columns, arguments, "jaxlib", "flax", "optax", "scikit-learn")
 
 
 def make(base: str, name: str, overrides: Overrides, steps: int, encoder: str) -> Experiment:
@@ -205,7 +201,7 @@ def prepared(experiment: Experiment, count: int) -> Training:
 
 
 def step_times(made: Mapping[str, Training], windows: int, length: int = 5) -> dict[str, Any]:
-    """Milliseconds per step by variant, and how many times the first variant's: medians."""
+    """Milliseconds per step by variant, and ratios to the first variant: medians."""
     key, runs = jax.random.key(0), {}
     for name, training in made.items():
         data = list(itertools.islice(training.batches(0), length))
@@ -230,7 +226,7 @@ def step_times(made: Mapping[str, Training], windows: int, length: int = 5) -> d
 
 
 def few_steps(experiment: Experiment, solver: str, steps: int) -> Any:
-    """A solver's table with so many steps."""
+    """A solver's table with that number of steps."""
     config = experiment.config.copy_and_resolve_references()
     config.sampler.solver, config.sampler.steps = solver, steps
     return sampler.make_solver(config, experiment.objective)

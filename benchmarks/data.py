@@ -109,11 +109,8 @@ def main() -> None:
         rows += compare("arrays, 32 x 32", config, theirs, 300, arguments.repetitions)
         config.train.batch_size = arguments.step_batch
         speed = training(config, arguments.repetitions) if arguments.step_batch else None
-    about = report.environment("jax", "grain", "pillow", "torch")
-    print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     columns = {"data": "data", "setting": "in", "ours": "here [images/s]"}
     columns |= {"theirs": "DataLoader [images/s]", "ratio": "here / DataLoader"}
-    print(report.table(rows, columns))
     if speed is not None:
         print(f"a training step of configs/cifar10_ddpm.py takes {speed:.3g} images/s; of arrays")
         for row in (row for row in rows if row["data"].startswith("arrays")):
@@ -123,8 +120,7 @@ def main() -> None:
                 )
             )
         rows.append({"data": "training step of cifar10_ddpm", "ours": speed})
-    if arguments.json:
-        report.save(arguments.json, about | {"arguments": vars(arguments)}, rows)
+    report.finish(rows, columns, arguments, "grain", "pillow", "torch")
 
 
 def write_photos(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:

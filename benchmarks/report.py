@@ -95,6 +95,20 @@ class Report:
         print(text, file=sys.stderr, flush=True)
 
 
+def finish(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    arguments: argparse.Namespace,
+    *packages: str,
+) -> None:
+    """Prints the environment and the table; writes both to ``arguments.json``, if it is given."""
+    about = environment("jax", *packages)
+    print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
+    print(table(rows, columns))
+    if arguments.json:
+        save(arguments.json, about | {"arguments": vars(arguments)}, rows)
+
+
 def in_turns(calls: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
     """Milliseconds of each call, a function of JAX: medians over turns of five calls."""
     import jax

@@ -94,14 +94,10 @@ def main() -> None:
     if arguments.part == "all":
         rows += [checkpoints(small_unet, **length), checkpoints(unet, **length)]
         rows += in_four_devices(**length)
-    about = report.environment("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    print(f"{about['cpu']}, {about['cores']} cores, load {about['load']:.1f}; {about['devices']}")
     columns = {"what": "what", "model": "model", "steps": "steps per window", "pairs": "pairs"}
     columns |= {"base": "base [ms/step]", "ours": "compared [ms/step]", "overhead": "overhead [%]"}
     columns |= {"low": "lowest", "high": "highest", "seconds_per_save": "seconds per save"}
-    print(report.table(rows, columns))
-    if arguments.json:
-        report.save(arguments.json, about | {"arguments": vars(arguments)}, rows)
+    report.finish(rows, columns, arguments, "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def loop(config: Callable[[], ConfigDict], pairs: int, seconds: float) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from diffusion.pipelines.pipeline import Pipeline
 from diffusion.schedules import Table
 
 
-
 def _shared(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
     """What all have that see noised examples: the model, and which levels."""
     c, at, schedule = config.objective, "config.objective", pipeline.schedule

@@ -84,7 +84,7 @@ def read(folder: str | Path, about: Mapping[str, Any]) -> Table:
     """The table in ``folder``.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is no such folder.
       ValueError: it was computed from something else than ``about``; names what differs.
     """
     folder = Path(folder)

@@ -36,8 +36,8 @@ def contact_sheet(
     Args:
       pictures: each [H, W, 1 or 3] in [-1, 1], of any sizes; small ones are enlarged by whole
         factors, large ones reduced.
-      texts: what stands beneath each; cut after a few lines.
-      title: above.
+      texts: the descriptions beneath the pictures; cut after a few lines.
+      title: of the page.
       subtitle: below the title.
       columns: pictures in a row.
       plots: each draws one of the diagrams, which stand side by side.

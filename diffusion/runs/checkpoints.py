@@ -34,7 +34,6 @@ from jax.experimental import multihost_utils
 from diffusion.runs import manifest, storage
 from diffusion.runs import workdir as workdirs
 from diffusion.runs.restore import ABOUT, DamagedError, all_damaged, different, listed, ranked
-from diffusion.training.state import TrainState
 
 SAVING = ".saving"
 
@@ -91,7 +90,7 @@ class Checkpoints:
             shutil.rmtree(self._directory / SAVING, ignore_errors=True)
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None if there are no checkpoints.
+        """The step of the newest undamaged checkpoint; None if there are no checkpoints.
 
         Newer ones that are damaged are reported and renamed to ``damaged_<step>``.
 
@@ -107,7 +106,7 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
+        state: Any,
         extra: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -117,7 +116,7 @@ class Checkpoints:
         reported and leaves the last good checkpoint; training can continue.
 
         Args:
-          state: what to save.
+          state: a ``TrainState``.
           extra: any JSON values, which ``restore`` returns.
           metrics: the last logged ones; they decide which checkpoints are the best.
         """
@@ -152,14 +151,14 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._finish, args=(step, about), name="save")
         self._thread.start()
 
-    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest whole checkpoint and its ``extra``.
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest undamaged checkpoint and its ``extra``.
 
         Args:
           template: a state of ``jax.ShapeDtypeStruct`` (or arrays) with the target shardings.
 
         Raises:
-          FileNotFoundError: there is none.
+          FileNotFoundError: there are no checkpoints.
           ValueError: it is of another model or optimiser.
         """
         step = self.latest()
@@ -183,8 +182,8 @@ class Checkpoints:
         count = jax.device_put(jnp.int32(about["step"]), template.step.sharding)
         ema = {name: restored[f"ema_{name}"] for name in template.ema}
         extra = restored["extra"] if "extra" in items else template.extra
-        state = TrainState(count, restored.params, restored.opt_state, ema, extra)
-        return state, about["extra"]
+        fields = {"params": restored.params, "opt_state": restored.opt_state, "ema": ema}
+        return template.replace(step=count, extra=extra, **fields), about["extra"]
 
     def wait(self) -> None:
         """Waits until the save in progress is on disk or has failed."""
@@ -229,7 +228,7 @@ class Checkpoints:
                 f"yet{hint}, only {', '.join(sorted(metrics))}"
             )
 
-    def _check_room(self, state: TrainState) -> None:
+    def _check_room(self, state: Any) -> None:
         """Avoids a save that cannot succeed. Several processes try, since all must act alike."""
         sizes = (leaf.nbytes for item in _items(state).values() for leaf in jax.tree.leaves(item))
         needed = self._bytes or sum(sizes) // 2  # compressed; parameters hardly are
@@ -311,7 +310,7 @@ class Checkpoints:
         return step
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def _items(state: Any) -> dict[str, Any]:
     averages = {f"ema_{name}": params for name, params in state.ema.items()}
     extra = {"extra": state.extra} if jax.tree.leaves(state.extra) else {}
     return {"params": state.params, "opt_state": state.opt_state, **averages, **extra}

@@ -36,7 +36,7 @@ class Logger:
         self._events: Events | None = None
 
     def rewind(self, step: int) -> None:
-        """Forgets what was logged after ``step``, at which the run goes on: no step appears twice."""
+        """Removes the lines after ``step``, from which the run continues: no step appears twice."""
         if self._file.exists():
             kept = [line for line in self._file.read_bytes().splitlines() if _step(line) <= step]
             partial = self._file.with_suffix(".jsonl.partial")
@@ -89,20 +89,10 @@ class Silent(Logger):
     def __init__(self, workdir: str | os.PathLike):
         del workdir
 
-    def rewind(self, step: int) -> None:
-        """Nothing."""
+    def _nothing(self, *_: object) -> None:
+        """Stands for every method of ``Logger``."""
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Nothing."""
-
-    def text(self, message: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    rewind = scalars = image = text = close = _nothing
 
 
 def _step(line: bytes) -> float:

@@ -5,8 +5,9 @@ p(tau) = (gamma + 1) tau^gamma / T^(gamma + 1). (``ema.power_function`` does so 
 parameters count as those of (s - 1, s].) The target density is approximated by those of the
 snapshots, p ~ sum_i x_i p_i, in the least squares sense (app. C): A x = b with A_ij = <p_i, p_j>
 and b_i = <p_i, p>. Beyond the paper, sum_i x_i = 1 is required, so that parameters that do not
-change over time are reproduced exactly. On random walks that makes the error three to fifteen times smaller
-where snapshots are few. For sigma_rel in [0.05, 0.20], parameters of size 3 and walks of size 1:
+change over time are reproduced exactly. On random walks that makes the error three to fifteen times
+smaller where snapshots are few. For sigma_rel in [0.05, 0.20], parameters of size 3 and walks of
+size 1:
 
     snapshots of 0.05 and 0.10, each    4      8      16     32     (evenly spread over the run)
     largest error, of the size          7e-3   2e-3   4e-4   7e-5

@@ -1,9 +1,10 @@
 """Snapshots of averages, from which ``posthoc`` makes others (EDM2, Karras et al., 2024, app. C).
 
 Training keeps two power-function averages, of relative widths 0.05 and 0.10, beside the run's own,
-and saves them at intervals as ``workdir/snapshots/step_<step>_<sigma_rel>.safetensors``. Values are stored
-as float16 where they fit: rounding changes a reconstruction by about 2e-4 of the parameters' size,
-no more than the reconstruction's own error from 16 snapshots, and the files are half as large.
+and saves them at intervals as ``workdir/snapshots/step_<step>_<sigma_rel>.safetensors``. Values are
+stored as float16 where they fit: rounding changes a reconstruction by about 2e-4 of the parameters'
+size, no more than the reconstruction's own error from 16 snapshots, and the files are half as
+large.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from flax.traverse_util import flatten_dict
 
 from diffusion import ema, processes
 from diffusion.pretrained import files
-from diffusion.training.state import TrainState
 
 FOLDER = "snapshots"
 SIGMA_RELS = (0.05, 0.10)
@@ -45,16 +45,16 @@ def profiles(sigma_rels: Sequence[float] = SIGMA_RELS) -> dict[str, ema.Profile]
 
 def writer(
     workdir: str | os.PathLike, every: int, sigma_rels: Sequence[float] = SIGMA_RELS
-) -> Callable[[TrainState, int], None]:
+) -> Callable[[Any, int], None]:
     """The hook of ``fit`` that saves them, every ``every`` steps and after the last step.
 
-    The files depend on the state alone. The first call removes snapshots that the run would not have
-    at that step, if it continues from an earlier checkpoint or with other settings.
+    The files depend on the state alone. The first call removes snapshots that the run would not
+    have at that step, if it continues from an earlier checkpoint or with other settings.
     """
     folder = Path(workdir) / FOLDER
     first = True
 
-    def write(state: TrainState, step: int) -> None:
+    def write(state: Any, step: int) -> None:
         nonlocal first
         trees = {s: processes.local(state.ema[_name(s)]) for s in sigma_rels}
         if jax.process_index() != 0:

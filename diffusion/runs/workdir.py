@@ -38,8 +38,8 @@ def steps(workdir: str | os.PathLike) -> list[int]:
 def held(workdir: str | os.PathLike) -> Iterator[None]:
     """Only this process may write into the directory, until the block ends.
 
-    The lock ends with the process, so that a killed run leaves none behind. Blocks of one process may
-    be nested. Of several processes of one run, the first holds the lock.
+    The lock ends with the process, so that a killed run leaves none behind. Blocks of one process
+    may be nested. Of several processes of one run, the first holds the lock.
 
     Raises:
       InUseError: another process holds it; names process and machine.
@@ -102,6 +102,7 @@ def check_config(
       workdir: the run's directory.
       config: nested dicts of JSON values.
       changeable: patterns (``fnmatch``) of dotted names that may differ from the run's.
+      defaults: values of settings that the run, of an older version, may lack.
       accept: return the differences, a line each, instead of refusing them.
 
     Raises:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from diffusion.modes.drawer import Drawer
 
 from configs import digits
 from diffusion.config import acceleration
@@ -12,7 +13,6 @@ from diffusion.config.experiment import build
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.unet import UNet
-from diffusion.modes.drawer import Drawer
 from diffusion.sampling import feature_cache
 from diffusion.sampling.acceleration import Acceleration
 from diffusion.sampling.feature_cache import every

@@ -5,6 +5,7 @@ import re
 
 import jax
 import pytest
+from diffusion.config.sampler import make_solver
 
 from configs import (
     cifar10_ddpm,
@@ -17,7 +18,6 @@ from configs import (
 )
 from diffusion.config import experiment as builder
 from diffusion.config.experiment import build
-from diffusion.config.sampler import make_solver
 from diffusion.data import sources
 from diffusion.sampling import grids, solvers
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diffusion.modes.drawer import Drawer
 
 from configs import digits, digits_classifier, toy2d
 from diffusion.conditioning import Conditioning
@@ -11,7 +12,6 @@ from diffusion.config import reference_runs
 from diffusion.config.experiment import build
 from diffusion.denoiser import as_estimate
 from diffusion.levels import NoiseLevel
-from diffusion.modes.drawer import Drawer
 from diffusion.runs import workdir as workdirs
 
 

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from diffusion.modes.drawer import Drawer
 from PIL import Image
 from tiny_tokenizer import tiny_tokenizer
 
@@ -19,7 +20,6 @@ from diffusion.levels import NoiseLevel
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.modes import others
 from diffusion.modes import train as training
-from diffusion.modes.drawer import Drawer
 from diffusion.pretrained.models import shapes
 
 COLOURS, THINGS = ("red", "blue", "black", "green"), ("cat", "house", "sea", "river")

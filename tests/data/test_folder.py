@@ -75,7 +75,7 @@ def test_split_subfolders(tmp_path, name):
     with pytest.raises(ValueError, match="class 'dog', which train lacks"):
         folder.read(tmp_path, "test")
     image(tmp_path / "car" / "1.png")
-    with pytest.raises(ValueError, match="in train, a split, and in car, which is none"):
+    with pytest.raises(ValueError, match="in train, a split, and in car, which is not"):
         folder.read(tmp_path, "train")
 
 
@@ -125,7 +125,7 @@ ROW = {"file_name": "0.png", "text": "a"}
         ([ROW, {"file_name": "1.png"}], "line 2: text is missing"),
         (
             [ROW, {"file_name": "1.png", "text": " "}],
-            "line 2: text must be a non-empty text.*got ' '",
+            "line 2: text must be a non-empty.*got ' '",
         ),
         ([ROW, {"file_name": "1.png", "text": None}], "line 2: text must be a non-empty text"),
         ([{**ROW, "label": "a"}, {"file_name": "1.png", "text": "b"}], "line 2: label must be a n"),

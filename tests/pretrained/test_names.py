@@ -79,7 +79,7 @@ def test_every_tensor_is_accounted_for():
         n.from_tensors(TABLE, params(), theirs, what="model.safetensors")
     for part in (
         "model.safetensors", "1 missing: norm.bias", "1 unexpected: norm.biass",
-        "1 misshapen: free (5,), expected (2,)", "(is norm.biass what should be norm.bias?)",
+        "1 misshapen: free (5,), expected (2,)", "(should norm.biass be norm.bias?)",
     ):  # fmt: skip
         assert part in str(error.value)
 

@@ -29,6 +29,13 @@ def test_checksum():
     assert events.crc32c(bytes(32)) == 0x8A9136AA
 
 
+def test_checksum_of_long_data(monkeypatch):
+    data = np.random.default_rng(0).bytes(70_001)
+    long = events.crc32c(data)
+    monkeypatch.setattr(events, "LANES", len(data))
+    assert events.crc32c(data) == long
+
+
 def steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 

@@ -23,7 +23,7 @@ KILLS = {"": 4, "metrics.jsonl": 3, "snapshots/": 4, "checkpoints/": 6, "time": 
 def start(tmp_path_factory):
     """Starts a run; gives how it ended."""
     environment = os.environ | {
-        "PYTHONPATH": str(HERE.parents[1]),
+        "PYTHONPATH": os.pathsep.join(map(str, HERE.parents[:2])),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

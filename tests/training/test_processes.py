@@ -27,7 +27,7 @@ def start(*arguments):
     devices = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2")
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        env={**os.environ, "XLA_FLAGS": devices, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "XLA_FLAGS": devices, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -11,25 +11,29 @@ from typing import Any
 
 from diffusion.models.unet import UNet
 from diffusion.models.unet_fields import AttentionKind, level_kinds
+from diffusion.pretrained import fields as configs
 
+FIELDS = {
+    "only_cross_attention": ("only_cross_attention", False),
+    "linear_projection": ("use_linear_projection", False),
+    "upcast_attention": ("upcast_attention", False),
+    "guidance_width": ("time_cond_proj_dim", None),
+}
 DEFAULTS = {
+    **configs.defaults(FIELDS),
+    "attention_head_dim": 8,
     "in_channels": 4,
     "out_channels": 4,
     "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
     "block_out_channels": (320, 640, 1280, 1280),
-    "only_cross_attention": False,
     "cross_attention_dim": 1280,
     "transformer_layers_per_block": 1,
     "reverse_transformer_layers_per_block": None,
-    "attention_head_dim": 8,
-    "use_linear_projection": False,
-    "upcast_attention": False,
     "addition_embed_type": None,
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
-    "time_cond_proj_dim": None,
 }
 SUPPORTED = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
@@ -107,11 +111,8 @@ def fields(c: SimpleNamespace) -> dict[str, Any]:
         "mid_attention": mid_depth if crosses_mid else 0,
         "mid_blocks": next(count for count, name in MID.items() if name == c.mid_block_type),
         "num_heads": c.attention_head_dim,
-        "only_cross_attention": c.only_cross_attention,
-        "linear_projection": c.use_linear_projection,
-        "upcast_attention": c.upcast_attention,
         "context_width": contexts.pop(),
-        "guidance_width": c.time_cond_proj_dim,
+        **configs.ours(FIELDS, c),
         **added,
     }
 
@@ -154,15 +155,12 @@ def config(net: UNet) -> dict[str, Any]:
         "layers_per_block": _plain(net.blocks),
         "transformer_layers_per_block": depths,
         "reverse_transformer_layers_per_block": reversed_depths,
-        "only_cross_attention": _plain(net.only_cross_attention),
+        **configs.theirs(FIELDS, net),
         "cross_attention_dim": _context_width(net),
         "attention_head_dim": _heads(net),
-        "use_linear_projection": net.linear_projection,
-        "upcast_attention": net.upcast_attention,
         "addition_embed_type": "text_time" if net.added_embedding else None,
         "addition_time_embed_dim": net.time_id_width if net.added_embedding else None,
         "projection_class_embeddings_input_dim": net.added_width,
-        "time_cond_proj_dim": net.guidance_width,
     }
 
 
