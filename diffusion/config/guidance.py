@@ -18,7 +18,7 @@ from diffusion.config.errors import field, wrong_types
 from diffusion.config.reference_runs import Run, at_its_levels, opened
 from diffusion.denoiser import Denoise, Stateful
 from diffusion.levels import Array, NoiseLevel
-from diffusion.models.attention import self_attention_paths
+from diffusion.models.identity_maps import self_attention_paths
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.sampling.acceleration import NONE, Acceleration

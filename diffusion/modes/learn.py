@@ -14,17 +14,18 @@ from diffusion.config import sampler
 from diffusion.evaluation import convergence
 from diffusion.evaluation.figures import BLUE, GRAY, ORANGE, new_figure
 from diffusion.modes.drawer import Drawer
-from diffusion.sampling import learned_tables
-from diffusion.sampling.table_training import Learned, Lessons, Student
+from diffusion.sampling.coefficients import coefficients
+from diffusion.sampling.solvers.table_file import save
+from diffusion.sampling.student import Learned, Lessons, Student
 from diffusion.sampling.tables import Solver
 
 
 def learn(drawer: Drawer, params: Any, folder: Path) -> None:
     """Learns a table for each number of evaluations in ``config.learn``.
 
-    Leaves in ``folder``: learned_N.npz, for ``--config.sampler.solver="given(path='...')"``, and
-    learned.json, learned.md and learned.png: the distance to the teacher's samples, from noise that
-    was not learned from, beside that of every fixed solver and grid named.
+    Leaves in ``folder`` learned_N.npz, for ``--config.sampler.solver="from_file(path='...')"``, and
+    learned.json, learned.md and learned.png: the distance to the teacher's samples, on held-out
+    noise, beside that of every fixed solver and grid in the config.
     """
     experiment = drawer.experiment
     config, c = experiment.config, experiment.config.learn
@@ -60,7 +61,7 @@ def learn(drawer: Drawer, params: Any, folder: Path) -> None:
     rows = []
     for n, tables in fixed.items():
         row, result = _learn_one(drawer, student, n, tables, (lessons, held_out, test), bar)
-        learned_tables.save(str(folder / f"learned_{n}.npz"), result.solver)
+        save(str(folder / f"learned_{n}.npz"), result.solver)
         rows.append(row)
         print(_line(row))
         report = {"teacher": c.teacher, "teacher_steps": c.teacher_steps, "rows": rows}
@@ -139,7 +140,7 @@ def _fixed(drawer: Drawer, n: int) -> dict[tuple[str, str], Solver]:
 
 def _can_start(table: Solver, n: int) -> bool:
     try:
-        learned_tables.coefficients(table)
+        coefficients(table)
     except ValueError:
         return False
     return table.evaluations == n
