@@ -50,7 +50,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from diffusion import compiler
-    from diffusion.models.attention import attend
+    from diffusion.models.kernels.attention import attend
 
     print(compiler.tune())
 

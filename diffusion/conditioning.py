@@ -1,4 +1,4 @@
-"""What a network is conditioned on, as one batch-first structure."""
+"""All conditioning signals of a network in one batch-first structure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Conditioning:
 
     Attributes:
       label: [B] int class index; the network's null class is ``num_classes``.
-      tokens: [B, L] int, a caption, for networks with a text encoder of their own.
+      tokens: [B, L] int, a caption, for networks that contain a text encoder.
       context: [B, L, C] tokens for cross-attention (text or image embeddings).
       context_mask: [B, L] bool, True where a token is attended to.
       pooled: [B, P] vector added to the time embedding (SDXL's pooled text, CLIP image).
@@ -38,7 +38,7 @@ class Conditioning:
 
 
 def from_batch(batch: Mapping[str, Array]) -> Conditioning:
-    """The conditioning that a batch dict holds under its fields' names."""
+    """The conditioning in a batch dict: its entries with the names of fields."""
     names = [f.name for f in fields(Conditioning)]
     return Conditioning(**{name: batch[name] for name in names if name in batch})
 
@@ -46,8 +46,8 @@ def from_batch(batch: Mapping[str, Array]) -> Conditioning:
 def null_like(cond: Conditioning, **nulls: Array | float) -> Conditioning:
     """``cond`` with the given fields replaced by null values, broadcast over the batch.
 
-    ``null_like(cond, label=10, context=empty_prompt)``: a field that is not named stays, so that
-    what is never dropped (an inpainting mask, a size) is the same with and without guidance.
+    In ``null_like(cond, label=10, context=empty_prompt)`` all other fields stay, so that signals
+    that are never dropped (an inpainting mask, a size) are the same with and without guidance.
     """
     replaced = {}
     for name, value in nulls.items():

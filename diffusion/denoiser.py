@@ -1,8 +1,8 @@
 """From a network to E[x_0 | x_t], the one interface of samplers, guidance and distillation.
 
 A ``Denoise`` is a function ``(x [B, ...], NoiseLevel with leaves () or [B]) -> x_0_hat [B, ...]``;
-a ``ConditionalDenoise`` takes a third argument, the conditioning. Where there is more to say than
-x_0_hat (learned variances, what it was before clipping) the result is an ``Estimate``.
+a ``ConditionalDenoise`` takes a third argument, the conditioning. A denoiser that knows more than
+x_0_hat (learned variances, x_0_hat before clipping) returns an ``Estimate``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from diffusion.schedules import Schedule
 
 
 class Estimate(NamedTuple):
-    """E[x_0 | x_t] and what else a denoiser may know.
+    """E[x_0 | x_t], and optionally learned variances and the estimate before clipping.
 
     Attributes:
       x0: [B, ...] the estimate of x_0.
-      nu: [B, ...] in [0, 1], where each log-variance of the reverse step lies between its lower and
-        its upper bound (Nichol & Dhariwal, 2021); None if variances were not learned.
+      nu: [B, ...] in [0, 1], the place of each log-variance of the reverse step between its lower
+        and its upper bound (Nichol & Dhariwal, 2021); None if variances were not learned.
       unclipped: [B, ...] x0 before it was clipped or thresholded; None if it was not.
     """
 
@@ -42,7 +42,7 @@ class Stateful(NamedTuple):
     Attributes:
       init: x [B, ...] -> the memory before the first evaluation, a pytree.
       step: (x, level, memory) -> (x_0_hat or Estimate, memory).
-      skip: memory -> memory, at an evaluation that another denoiser answers.
+      skip: memory -> memory, at an evaluation that another denoiser makes.
     """
 
     init: Callable[[Array], Any]
@@ -55,7 +55,7 @@ Network = Callable[[Array, Array, Conditioning], Array]  # (c_in x, c_noise [B],
 
 
 def as_estimate(result: Array | Estimate) -> Estimate:
-    """What a denoiser gave, as an ``Estimate``."""
+    """A denoiser's result as an ``Estimate``."""
     return result if isinstance(result, Estimate) else Estimate(result)
 
 
@@ -81,7 +81,7 @@ def denoiser(
 ) -> ConditionalDenoise:
     """x_0_hat = c_skip x + c_out F(c_in x, c_noise, cond).
 
-    Where the network gives twice as many channels as x has, the second half is read as learned
+    If the network's output has twice as many channels as x, the second half holds learned
     variances, in [-1, 1], and the result is an ``Estimate`` with nu in [0, 1].
     """
 
@@ -98,10 +98,11 @@ def denoiser(
 
 
 def on_schedule(schedule: Schedule, x: Array, level: NoiseLevel) -> tuple[Array, NoiseLevel]:
-    """The same noised example as another schedule has it: where sigma / alpha is the same.
+    """The noised example and its level on another schedule, at the same sigma / alpha.
 
-    For networks of another schedule than the sampler's: x [B, ...] is multiplied by
-    sqrt((alpha'^2 + sigma'^2) / (alpha^2 + sigma^2)). Ratios beyond ``schedule.t_max`` become its.
+    It serves networks of another schedule than the sampler's: x [B, ...] is multiplied by
+    sqrt((alpha'^2 + sigma'^2) / (alpha^2 + sigma^2)). Levels beyond ``schedule.t_max`` become the
+    one at t_max.
     """
     t = jnp.minimum(schedule.invert(level.alpha, level.sigma), schedule.t_max)
     other = schedule(t)

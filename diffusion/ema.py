@@ -1,6 +1,6 @@
 """Exponential moving averages of the parameters, ema <- beta ema + (1 - beta) params.
 
-A profile is a function of t = 1, 2, ..., the number of updates done, giving beta. With the
+A profile is a function t -> beta of the number of updates so far, t = 1, 2, .... With the
 power-function profile beta = (1 - 1/t)^(gamma + 1) the average after T updates is
 
     sum_t w_t params_t,   w_t proportional to t^gamma approximately,
@@ -19,7 +19,7 @@ import numpy as np
 
 from diffusion.levels import Array
 
-Profile = Callable[[Array], Array]  # updates done, t >= 1 -> beta in [0, 1]
+Profile = Callable[[Array], Array]  # number of updates, t >= 1 -> beta in [0, 1]
 
 SIGMA_REL_MAX = 1 / np.sqrt(12)  # gamma = 0, the plain mean of all parameters so far
 

@@ -16,7 +16,7 @@ Array = jax.Array | np.ndarray
 
 
 def namespace(*values: Any) -> ModuleType:
-    """NumPy for host values, ``jax.numpy`` if any is JAX's."""
+    """``jax.numpy`` if any value is a JAX array, else NumPy."""
     return jnp if any(isinstance(v, jax.Array) for v in values) else np
 
 
@@ -50,7 +50,7 @@ class NoiseLevel(NamedTuple):
         return 2 * (xp.log(self.alpha) - xp.log(self.sigma))
 
     def expand(self, ndim: int) -> NoiseLevel:
-        """Leaves [B] -> [B, 1, ...] and () -> [1, ...], of ndim axes, for arithmetic with x."""
+        """Leaves [B] -> [B, 1, ...] and () -> [1, ...] with ndim axes, for arithmetic with x."""
         return NoiseLevel(*(a.reshape(a.shape + (1,) * (ndim - a.ndim)) for a in self))
 
 

@@ -1,4 +1,4 @@
-"""What the network's output means.
+"""The meaning of the network's output.
 
 A noised example and the network's ideal output F* are two linear combinations of data and noise:
 
@@ -11,8 +11,8 @@ A prediction is the second row. Everything else follows by solving the 2 x 2 sys
     x_0_hat = c_skip x_t + c_out F,   c_skip = b / det,  c_out = -sigma / det
     eps_hat = (alpha F - a x_t) / det,                   det = alpha b - sigma a
 
-Both a and b are finite at both ends of every schedule, so targets lose no precision there; what
-cannot be inverted (eps where alpha = 0) shows as det = 0.
+Both a and b are finite at both ends of every schedule, so that targets lose no precision there.
+Where the system cannot be solved (eps at alpha = 0), det = 0.
 """
 
 from __future__ import annotations

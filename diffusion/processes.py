@@ -1,7 +1,7 @@
 """Several processes that train one model together, on one machine or many.
 
 Each runs the same program on its own devices and its own share of every batch. JAX's coordination
-service, in process 0, introduces them to each other and notices when one is gone.
+service, in process 0, connects them and notices when one has ended.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion.levels import Array
-from diffusion.training.parallel import AXIS, Layout
 
 CONNECT_TIMEOUT = 300
-"""Seconds that processes wait for each other at the start."""
+"""Seconds for which processes wait for each other at the start."""
 
 HEARTBEAT_TIMEOUT = 100
 """Seconds without a sign of life after which a process counts as dead, and the others end."""
 
 SHUTDOWN_TIMEOUT = 7 * 24 * 3600
-"""Seconds that a process which is done waits for the others: process 0 may still evaluate."""
+"""Seconds for which a finished process waits for the others: process 0 may still evaluate."""
 
 
 def detected(environment: Mapping[str, str] = os.environ) -> str:
-    """The cluster that started several processes of this program, "" if none did.
+    """The kind of cluster that started several processes of this program, "" if there is none.
 
-    SLURM (``srun``), Open MPI (``mpirun``) and indexed jobs of Kubernetes say how many there are.
+    It is recognised by the environment variables of SLURM (``srun``), Open MPI (``mpirun``) and
+    indexed jobs of Kubernetes.
     """
 
     def count(name: str) -> int:
@@ -63,18 +63,16 @@ def join(
 
     Args:
       coordinator: HOST:PORT at which process 0 can be reached from all others.
-      num_processes: how many there are.
-      process_id: which this is, from 0. All three, or none: then a cluster is looked for.
-      timeout: seconds to wait for the others.
-      heartbeat: seconds of silence after which a process counts as dead.
+      num_processes: number of processes.
+      process_id: number of this process, from 0. Without these three a cluster is looked for.
+      timeout: seconds to wait for the others; then the program ends with a message.
+      heartbeat: seconds without a sign of life after which a process counts as dead.
 
     Returns:
       The number of processes.
 
     Raises:
-      ValueError: only some of the three are given, or one is impossible.
-
-    The program ends with a message when the others do not come in time.
+      ValueError: if only some of the three are given, or one is impossible.
     """
     given = {
         "--coordinator": coordinator,
@@ -101,8 +99,8 @@ def join(
 
     def give_up():
         who = "this process" if process_id is None else f"process {process_id}"
-        tell(
-            f"error: {who} waited {timeout} s for {where}, and they did not all come. Is each "
+        report(
+            f"error: {who} waited {timeout} s for {where}, and they did not all connect. Is each "
             "running, with the same --coordinator and --num_processes and its own --process_id? "
             "Can process 0's host and port be reached from all of them?"
         )
@@ -124,8 +122,8 @@ def join(
         )
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{cluster} started several processes, and JAX cannot tell how they find each other "
-            f"({error}); say it with {', '.join(given)}"
+            f"{cluster} started several processes, and JAX cannot find out how to connect them "
+            f"({error}); give {', '.join(given)}"
         ) from error
     finally:
         timer.cancel()
@@ -148,16 +146,17 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 class Agreement:
-    """A flag that every process may raise and all see at the same step.
+    """A flag that every process may raise and all read at the same step.
 
-    Reading it waits for the other processes; asked a few steps late, it does not wait at all.
+    ``mesh`` has one axis, of all processes' devices. Reading the flag waits for the other
+    processes; a few steps later it no longer waits.
     """
 
-    def __init__(self, layout: Layout):
-        self._sharding = NamedSharding(layout.mesh, PartitionSpec(AXIS))
-        whole = NamedSharding(layout.mesh, PartitionSpec())
+    def __init__(self, mesh: Mesh):
+        self._sharding = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+        whole = NamedSharding(mesh, PartitionSpec())
         self._any = jax.jit(lambda flags: flags.max(), out_shardings=whole)
-        self._local = layout.mesh.local_mesh.size
+        self._local = mesh.local_mesh.size
 
     def __call__(self, flag: int) -> Array:
         """The largest of all processes' numbers, () int32."""
@@ -166,12 +165,12 @@ class Agreement:
 
 
 def local(tree: Any) -> Any:
-    """Parameters that process 0 can use alone; all processes must call it.
+    """The arrays as process 0 can use them alone; all processes must call it.
 
-    With one process, and of arrays that are this process's, the very same. Of arrays that lie whole
-    on every device, those of this process's devices, without a copy. Arrays cut over the devices of
-    several processes are gathered one by one: each stays on the host of process 0 and, while it
-    is gathered, takes its whole size on every device.
+    Arrays of this process alone are returned as they are. Of arrays that are whole on every device,
+    those on this process's devices are returned, without a copy. Arrays that are sharded over the
+    devices of several processes are gathered one by one, to the host of process 0; meanwhile each
+    needs its whole size on every device.
     """
 
     def take(x: Any) -> Any:
@@ -189,27 +188,27 @@ def local(tree: Any) -> Any:
 
 
 def leave(error: BaseException) -> None:
-    """Ends this process at once, if there are others: they wait for it, and must not for ever.
+    """Ends this process at once, if there are others, which would otherwise wait for it for ever.
 
-    They notice that it is gone by their connections or, at the latest, by its heartbeat.
+    They notice its end by their connections or, at the latest, by the missing heartbeat.
     """
     if not jax.distributed.is_initialized():
         return
     if isinstance(error, jax.errors.JaxRuntimeError):
-        tell(
+        report(
             f"error in process {jax.process_index()}: {error}\n"
-            "If another process ended, see what it said: this one cannot go on alone. The same "
-            "commands go on from the last checkpoint."
+            "If another process ended, its own message has the reason: this one cannot go on "
+            "alone. The same commands continue from the last checkpoint."
         )
     elif isinstance(error, ValueError | OSError | ArithmeticError | MemoryError):
-        tell(f"error in process {jax.process_index()}: {error}")
+        report(f"error in process {jax.process_index()}: {error}")
     else:
-        tell("".join(traceback.format_exception(error)))
+        report("".join(traceback.format_exception(error)))
     if jax.process_index() == 0:
-        time.sleep(2)  # without it the others end at once: let them say what they have to say
+        time.sleep(2)  # the others end at once with process 0: time for their own messages
     os._exit(1)
 
 
-def tell(message: str) -> None:
-    """A line on stderr, at once."""
+def report(message: str) -> None:
+    """Prints a line on stderr, at once."""
     print(message, file=sys.stderr, flush=True)

@@ -5,8 +5,8 @@ is a frozen dataclass ``t -> NoiseLevel``, continuous in ``t``: ``t = 0`` is cle
 the noisiest time. Its inverse takes the *pair* ``(alpha, sigma)`` rather than their ratio, so
 that it also holds at both ends, where the ratio is 0 or infinite.
 
-All functions follow their argument: NumPy in, NumPy float64 out (grids and solver tables are
-made this way, on the host); JAX in, JAX out (traceable, differentiable for t > 0).
+All functions return the kind of their argument: float64 NumPy for NumPy (grids and solver tables,
+on the host), JAX for JAX (traceable, differentiable for t > 0).
 
 Tables of T steps put step k = 0..T-1 at ``t = (k + 1) / T`` and clean data, (1, 0), at t = 0.
 Between two steps the point (alpha, sigma) moves along the chord and is put back on the unit
@@ -51,10 +51,10 @@ class Schedule:
         raise NotImplementedError
 
     def at_ratio(self, ratio: Array | float) -> NoiseLevel:
-        """The levels where sigma / alpha is as given: finite, >= 0, any shape; on the host.
+        """The levels with the given sigma / alpha: finite, >= 0, of any shape; on the host.
 
-        The ratios are kept exactly; t, and the common scale of alpha and sigma, come from
-        inverting the schedule.
+        The ratios are exact; t, and the common scale of alpha and sigma, come from inverting the
+        schedule.
         """
         ratio = np.asarray(ratio, np.float64)
         level = self(np.minimum(self.invert(np.ones_like(ratio), ratio), self.t_max))
@@ -66,17 +66,17 @@ class Schedule:
     def shifted(self, shift: float) -> Schedule:
         """The schedule with sigma / alpha multiplied by ``shift`` (> 1: noisier, for large images).
 
-        Simple diffusion (Hoogeboom et al., 2023) states it as log SNR + 2 log(1 / shift), SD3
-        (Esser et al., 2024, eq. 23) as t' = shift t / (1 + (shift - 1) t), the same thing on the
-        rectified flow. Here time points move: the level's ``t`` is the moved one, as SD3's
-        network sees it.
+        Simple diffusion (Hoogeboom et al., 2023) writes it as log SNR + 2 log(1 / shift), SD3
+        (Esser et al., 2024, eq. 23) as t' = shift t / (1 + (shift - 1) t), which is the same on
+        the rectified flow. Here time points move: the level's ``t`` is the moved one, which is the
+        input of SD3's network.
         """
         return Shifted(self, float(shift))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(Schedule):
-    """``base`` read at the times where its sigma / alpha is ``shift`` times as large."""
+    """``base`` at the times where its sigma / alpha is ``shift`` times as large."""
 
     base: Schedule
     shift: float
@@ -104,7 +104,7 @@ class Table(Schedule):
 
     Attributes:
       alphas: [T] sqrt of the cumulative product, decreasing, in [0, 1).
-      sigmas: [T] sqrt(1 - alphas^2); given apart because it is more accurate from the betas.
+      sigmas: [T] sqrt(1 - alphas^2); computed from the betas it is more accurate than from alphas.
     """
 
     alphas: np.ndarray
@@ -154,8 +154,8 @@ class Table(Schedule):
         return (k + w) / self.steps
 
     def shifted(self, shift: float) -> Table:
-        """As ``Schedule.shifted``, but the table changes and times stay (as for zero terminal SNR):
-        moved times would end before, or crowd at, the table's last step."""
+        """``Schedule.shifted`` by a change of the table, with the same times, as for zero terminal
+        SNR: moved times would end before the table's last step, or be dense there."""
         if not shift > 0:
             raise ValueError(f"shift must be positive, got {shift}")
         norm = np.hypot(self.alphas, shift * self.sigmas)
@@ -299,7 +299,7 @@ class EDM(Schedule):
         return sigma / alpha
 
     def shifted(self, shift: float) -> EDM:
-        """As ``Schedule.shifted``: sigma_max is multiplied, every sigma keeps its own time."""
+        """``Schedule.shifted``: sigma_max is multiplied, and every sigma keeps its time."""
         return EDM(self.sigma_max * shift)
 
 

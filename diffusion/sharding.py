@@ -1,4 +1,4 @@
-"""Arrays cut over devices: examples stay where they are, and parameters come to them."""
+"""Arrays that are sharded over devices: examples stay in place, and parameters are gathered."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)  # within ``ex
 
 @contextmanager
 def examples_stay(sharding: NamedSharding, size: int) -> Iterator[None]:
-    """While linen modules are traced, what they take and give is laid out by ``sharding``.
+    """A context in which linen modules are traced with inputs and outputs laid out by ``sharding``.
 
-    Else XLA may choose to cut activations along the axes that the parameters are cut along, and to
-    move them instead of the parameters. Held are arrays whose first axis is a multiple of ``size``,
-    the number of examples.
+    Without it XLA may shard activations along the axes of the parameters' shards, and move them
+    instead of the parameters. The layout applies to arrays whose first axis is a multiple of
+    ``size``, the number of examples.
     """
 
     def hold(x: Any) -> Any:
@@ -44,9 +44,9 @@ def examples_stay(sharding: NamedSharding, size: int) -> Iterator[None]:
 
 
 def everywhere(tree: Any) -> Any:
-    """Arrays, within ``examples_stay`` whole on every device: for loops over small ones.
+    """The arrays, within ``examples_stay`` whole on every device, for loops over small arrays.
 
-    Cut over the devices, each round of such a loop would wait for all of them.
+    If they were sharded, each round of such a loop would wait for all devices.
     """
     mesh = _mesh.get()
     if mesh is None:
@@ -55,5 +55,5 @@ def everywhere(tree: Any) -> Any:
 
 
 def is_cut(x: Any) -> bool:
-    """Whether an array lies in pieces over several devices."""
+    """Whether an array is sharded over several devices."""
     return isinstance(x, jax.Array) and not x.is_fully_replicated

@@ -5,7 +5,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from diffusion.levels import NoiseLevel
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
 
 MEANS, STDS, WEIGHTS = np.array([-0.6, 0.7]), np.array([0.3, 0.2]), np.array([0.4, 0.6])

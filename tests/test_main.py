@@ -139,7 +139,7 @@ def test_learned_solvers_can_be_used(trained):
     row = json.loads((workdir / "learned.json").read_text())["rows"][0]
     assert row["learned"] > 0 and len(row["times"]) == 3
     assert (workdir / "learned.png").stat().st_size > 0
-    solver = f"--config.sampler.solver=given(path='{workdir / 'learned_3.npz'}')"
+    solver = f"--config.sampler.solver=from_file(path='{workdir / 'learned_3.npz'}')"
     succeed(*command, "--mode=sample", solver, "--config.sampler.steps=3")
     refused = run(*command, "--mode=sample", solver)
     assert "config.sampler.solver" in refused.stderr and "set steps=3" in refused.stderr

@@ -1,16 +1,15 @@
 """The KL autoencoder of latent diffusion (Rombach et al., 2022): images to latents and back.
 
-Stable Diffusion's 1, 2, XL, 3 and x4 upscaler's differ in widths, channels and in what their
-latents are shifted and scaled by. Submodules are named after diffusers' keys, with ``_`` for the
+Those of Stable Diffusion 1, 2, XL, 3 and of the x4 upscaler differ in widths, in channels and in
+the shift and scale of their latents. Submodules are named after diffusers' keys, with ``_`` for the
 dots before numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +17,13 @@ import jax.numpy as jnp
 
 from diffusion.levels import Array
 from diffusion.models.attention import SpatialAttention
+from diffusion.models.fields import (
+    check_at_least_one,
+    check_dropout,
+    check_image_size,
+    check_norm_groups,
+    per_level,
+)
 from diffusion.models.kernels.convolution import three_by_three
 from diffusion.models.layers import GroupNorm, Pointwise
 from diffusion.models.unet_blocks import (
@@ -26,6 +32,7 @@ from diffusion.models.unet_blocks import (
     Downsample,
     MidBlock,
     ResnetBlock,
+    UpBlock,
     Upsample,
 )
 
@@ -48,7 +55,7 @@ class Gaussian(NamedTuple):
         return self.mean + jnp.exp(0.5 * self.log_variance) * z
 
     def sample(self, key: Array) -> Array:
-        """``at`` normal numbers from ``key``."""
+        """``at`` standard normal numbers from ``key``."""
         return self.at(jax.random.normal(key, self.mean.shape, self.mean.dtype))
 
     def kl(self) -> Array:
@@ -69,18 +76,19 @@ class AutoencoderKL(nn.Module):
       blocks: ResNet blocks per level of the encoder; the decoder has one more.
       in_channels, out_channels: of images.
       latent_channels: of latents.
-      attention: whether every ResNet block of a level is followed by self-attention: one value or
-        one per level.
+      attention: whether self-attention follows every ResNet block of a level: one value or one per
+        level.
       mid_attention: self-attention at the lowest resolution, in encoder and decoder.
-      quant_conv, post_quant_conv: pointwise layer after the encoder, and before the decoder.
+      quant_conv, post_quant_conv: whether there is a pointwise layer after the encoder, and one
+        before the decoder.
       norm_groups: of the group norms.
-      scaling_factor, shift_factor, latents_mean, latents_std: what ``to_latents`` does; mean and
+      scaling_factor, shift_factor, latents_mean, latents_std: numbers of ``to_latents``; mean and
         std are None or have one number per latent channel.
-      sample_size: size of the images it was made for, which tiling takes for its tiles.
-      force_upcast: compute in float32 where dtype is float16, in which SDXL's overflows.
+      sample_size: size of the images that the network was trained on; tiles have it by default.
+      force_upcast: whether to compute in float32 where dtype is float16, in which SDXL's overflows.
       dropout: rate within ResNet blocks, when training.
-      remat: recompute each ResNet and attention block in the backward pass.
-      attention_implementation: see ``attention.attend``.
+      remat: whether the backward pass recomputes each ResNet and attention block.
+      attention_implementation: as in ``kernels.attention.attend``.
       dtype: of the computation; parameters, norm statistics and softmax are float32.
 
     Raises:
@@ -125,13 +133,7 @@ class AutoencoderKL(nn.Module):
 
     def check(self, image_size: int | Sequence[int]) -> None:
         """Raises ValueError unless ``image_size`` is a multiple of ``factor``."""
-        for size in (image_size,) if isinstance(image_size, int) else image_size:
-            if size < self.factor or size % self.factor:
-                nearest = max(round(size / self.factor), 1) * self.factor
-                raise ValueError(
-                    f"image size {size} is not divisible by {self.factor} = 2^(levels - 1) with "
-                    f"{len(self.widths)} levels (widths={tuple(self.widths)}); nearest: {nearest}"
-                )
+        check_image_size(image_size, self.widths)
 
     def setup(self) -> None:
         dtype = self.computation
@@ -152,7 +154,7 @@ class AutoencoderKL(nn.Module):
                 implementation=self.attention_implementation,
                 dtype=dtype,
             ),
-            attends=_per_level(self.attention, len(self.widths)),
+            attends=[per_level(self.attention, level) for level in range(len(self.widths))],
             mid_attention=self.mid_attention,
             groups=self.norm_groups,
             dtype=dtype,
@@ -169,7 +171,7 @@ class AutoencoderKL(nn.Module):
 
         Args:
           x: images [B, H, W, in_channels] in [-1, 1]; H and W are multiples of f = ``factor``.
-          train: whether to drop out; wants a ``dropout`` key.
+          train: whether dropout is active; it then needs an rng named "dropout".
         """
         self.check(x.shape[1:3])
         h = self.encoder(x, train)
@@ -187,7 +189,10 @@ class AutoencoderKL(nn.Module):
     def __call__(
         self, x: Array, key: Array | None = None, train: bool = False
     ) -> tuple[Array, Gaussian]:
-        """Reconstruction of x from a sample of its latents, or their mode without key; Gaussian."""
+        """Reconstruction of x, and its latents' Gaussian.
+
+        The reconstruction is that of a sample drawn with ``key``, or of the mode without a key.
+        """
         latents = self.encode(x, train)
         z = latents.mode() if key is None else latents.sample(key)
         return self.decode(z, train), latents
@@ -208,7 +213,10 @@ class AutoencoderKL(nn.Module):
 
 
 class Half(nn.Module):
-    """What encoder and decoder are made of: the constructors still want widths and names."""
+    """What encoder and decoder have in common.
+
+    ``resnet`` and ``attention`` are constructors that lack only widths and names.
+    """
 
     features: int
     widths: Sequence[int]
@@ -276,30 +284,8 @@ class Decoder(Half):
                 partial(Upsample, dtype=self.dtype) if level > 0 else None,
                 name=f"up_blocks_{k}",
             )
-            x = up(x, train)
+            x = up(x, [None] * (self.blocks + 1), None, None, None, train)
         return self.output(x)
-
-
-class UpBlock(nn.Module):
-    """One level of the decoder; unlike a U-Net's it reads no skip connections."""
-
-    resnet: Constructor
-    attentions: Sequence[Constructor | None]  # one after each ResNet block
-    upsample: Constructor | None
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        for j, attention in enumerate(self.attentions):
-            x = self.resnet(name=f"resnets_{j}")(x, None, train)
-            if attention is not None:
-                x = attention(name=f"attentions_{j}")(x)
-        if self.upsample is not None:
-            x = self.upsample(name="upsamplers_0")(x)
-        return x
-
-
-def _per_level(value: Any, levels: int) -> tuple:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * levels
 
 
 def _shift_and_scale(net: AutoencoderKL) -> tuple[Array, Array]:
@@ -313,17 +299,10 @@ def _validate(net: AutoencoderKL) -> None:
     """Raises ValueError for fields that do not fit together."""
     if not net.widths or min(net.widths) < 1:
         raise ValueError(f"widths={net.widths}; expected at least one level, of widths >= 1")
-    for field in ("blocks", "in_channels", "out_channels", "latent_channels", "norm_groups"):
-        if getattr(net, field) < 1:
-            raise ValueError(f"{field}={getattr(net, field)}; expected at least 1")
-    common = math.gcd(*net.widths)
-    if common % net.norm_groups:
-        divisors = [d for d in range(1, common + 1) if common % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - net.norm_groups))
-        raise ValueError(
-            f"norm_groups={net.norm_groups} does not divide every one of widths={net.widths}; "
-            f"nearest: {nearest}"
-        )
+    check_at_least_one(
+        net, "blocks", "in_channels", "out_channels", "latent_channels", "norm_groups"
+    )
+    check_norm_groups(net.norm_groups, net.widths)
     for field, expected in (
         ("attention", len(net.widths)),
         ("latents_mean", net.latent_channels),
@@ -334,5 +313,4 @@ def _validate(net: AutoencoderKL) -> None:
             raise ValueError(f"{field}={value} has {len(value)} entries; expected {expected}")
     if net.scaling_factor <= 0:
         raise ValueError(f"scaling_factor={net.scaling_factor}; expected a positive number")
-    if not 0 <= net.dropout < 1:
-        raise ValueError(f"dropout={net.dropout}; expected a rate in [0, 1)")
+    check_dropout(net)

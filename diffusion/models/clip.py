@@ -8,6 +8,7 @@ start as transformers' do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,7 +18,9 @@ from jax.nn.initializers import normal
 
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
+from diffusion.models.fields import nearest_divisors
 from diffusion.models.layers import LayerNorm
+from diffusion.models.unet_blocks import Constructor
 
 
 def quick_gelu(x: Array) -> Array:
@@ -34,14 +37,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "g
 
 
 class Encoded(NamedTuple):
-    """What a CLIP encoder says of texts or images.
+    """The outputs of a CLIP encoder for texts or images.
 
     Attributes:
-      last: [B, L, D] of every token; a text's after the final norm, an image's before it.
-      hidden: depth + 1 times [B, L, D]: what the first layer gets, then each layer's output,
+      last: [B, L, D] the last layer's output; a text's after the final norm, an image's before it.
+      hidden: depth + 1 times [B, L, D]: the input of the first layer, then each layer's output,
         without the final norm. The penultimate layer is ``hidden[-2]``.
-      pooled: [B, D] of the whole, after the final norm: a text's end token, an image's class token.
-      projected: [B, P] its projection into the space that texts and images share; None without one.
+      pooled: [B, D] the end token of a text, the class token of an image, after the final norm.
+      projected: [B, P] ``pooled`` projected into the space that texts and images share; None for
+        an encoder without a projection.
     """
 
     last: Array
@@ -97,13 +101,9 @@ class ClipMLP(nn.Module):
 class ClipLayer(nn.Module):
     """Pre-norm transformer layer on x [B, L, D]."""
 
-    heads: int
-    hidden: int
-    depth: int
-    activation: str
+    attention: Constructor
+    mlp: Constructor
     eps: float
-    causal: bool
-    implementation: str | None
     dtype: jnp.dtype
 
     @nn.compact
@@ -111,44 +111,21 @@ class ClipLayer(nn.Module):
         def norm(name: str) -> LayerNorm:
             return LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
 
-        attention = ClipAttention(
-            self.heads, self.depth, self.causal, self.implementation, self.dtype, name="self_attn"
-        )
-        x = x + attention(norm("layer_norm1")(x), mask)
-        mlp = ClipMLP(self.hidden, self.depth, self.activation, self.dtype, name="mlp")
-        return x + mlp(norm("layer_norm2")(x))
+        x = x + self.attention(name="self_attn")(norm("layer_norm1")(x), mask)
+        return x + self.mlp(name="mlp")(norm("layer_norm2")(x))
 
 
 class ClipTransformer(nn.Module):
-    """Layers; gives the hidden states of ``Encoded``."""
+    """``depth`` layers, given by their constructor; returns ``Encoded.hidden``."""
 
     depth: int
-    heads: int
-    hidden: int
-    activation: str
-    eps: float
-    causal: bool
-    remat: bool
-    implementation: str | None
-    dtype: jnp.dtype
+    layer: Constructor
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> tuple[Array, ...]:
-        layer = nn.remat(ClipLayer) if self.remat else ClipLayer
         states = [x]
         for i in range(self.depth):
-            block = layer(
-                self.heads,
-                self.hidden,
-                self.depth,
-                self.activation,
-                self.eps,
-                self.causal,
-                self.implementation,
-                self.dtype,
-                name=f"layers_{i}",
-            )
-            states.append(block(states[-1], mask))
+            states.append(self.layer(name=f"layers_{i}")(states[-1], mask))
         return tuple(states)
 
 
@@ -215,14 +192,14 @@ class ClipText(nn.Module):
       vocab_size: number of tokens.
       width: of the tokens' embeddings.
       depth, heads, hidden: layers, attention heads, width inside the MLPs.
-      length: tokens of a text, at most.
+      length: largest number of tokens in a text.
       activation: "quick_gelu" (OpenAI's) or "gelu" (OpenCLIP's).
-      end: the token that a text ends with; None takes the largest of each text, as OpenAI does:
-        the end is then the last token of the vocabulary.
+      end: the token that ends a text; None takes the largest token of each text, as OpenAI does,
+        whose end token is the last of the vocabulary.
       projection: width of the projected embedding; None: there is none.
       eps: of the norms.
-      remat: recompute the layers in the backward pass, to save memory.
-      implementation: of the attention, as in ``attend``.
+      remat: whether the backward pass recomputes the layers, to save memory.
+      implementation: of the attention, as in ``kernels.attention.attend``.
       dtype: of the computation; norms and softmax are in float32.
     """
 
@@ -241,19 +218,8 @@ class ClipText(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        _check(self.width, self.heads, self.activation)
         self.embeddings = TextEmbeddings(self.vocab_size, self.length, self.width, self.dtype)
-        self.encoder = ClipTransformer(
-            self.depth,
-            self.heads,
-            self.hidden,
-            self.activation,
-            self.eps,
-            True,
-            self.remat,
-            self.implementation,
-            self.dtype,
-        )
+        self.encoder = _transformer(self, causal=True)
         self.final_layer_norm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
         if self.projection is not None:
             self.text_projection = _projection(self.projection, self.width, self.dtype)
@@ -263,8 +229,8 @@ class ClipText(nn.Module):
 
         Args:
           ids: [B, L] int tokens, each text with an end token, L at most ``length``.
-          mask: [B, L] bool, True where a token is attended to; Stable Diffusion uses none, so that
-            tokens attend to the padding before them.
+          mask: [B, L] bool, True where a token is attended to. Stable Diffusion has no mask: its
+            tokens also attend to the padding before them.
         """
         hidden = self.encoder(self.embeddings(ids), mask)
         last = self.final_layer_norm(hidden[-1])
@@ -283,10 +249,11 @@ class ClipVision(nn.Module):
     """CLIP's image encoder, a vision transformer with a class token.
 
     Attributes:
-      size: of the images' sides, in pixels.
-      patch: of the patches' sides.
-      channels: of the images.
-      others: as in ``ClipText``.
+      size: side of the images, in pixels.
+      patch: side of the patches, in pixels.
+      channels: channels of the images.
+
+    The other fields are those of ``ClipText``.
     """
 
     width: int = 768
@@ -304,20 +271,9 @@ class ClipVision(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        _check(self.width, self.heads, self.activation)
         self.embeddings = PatchEmbeddings(self.size, self.patch, self.width, self.dtype)
-        self.pre_layrnorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)  # their spelling
-        self.encoder = ClipTransformer(
-            self.depth,
-            self.heads,
-            self.hidden,
-            self.activation,
-            self.eps,
-            False,
-            self.remat,
-            self.implementation,
-            self.dtype,
-        )
+        self.pre_layrnorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)  # transformers' spelling
+        self.encoder = _transformer(self, causal=False)
         self.post_layernorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
         self.visual_projection = _projection(self.projection, self.width, self.dtype)
 
@@ -335,8 +291,17 @@ def _projection(features: int, width: int, dtype: jnp.dtype) -> nn.Dense:
     return nn.Dense(features, use_bias=False, kernel_init=normal(width**-0.5), dtype=dtype)
 
 
-def _check(width: int, heads: int, activation: str) -> None:
-    if width % heads:
-        raise ValueError(f"width={width} cannot be split into heads={heads}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+def _transformer(net: ClipText | ClipVision, causal: bool) -> ClipTransformer:
+    """The layers of an encoder. Raises ValueError for fields that do not fit together."""
+    if net.width % net.heads:
+        raise ValueError(
+            f"width={net.width} cannot be split into heads={net.heads}; nearest: "
+            f"{nearest_divisors(net.width, net.heads)}"
+        )
+    if net.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={net.activation!r}; expected {' or '.join(ACTIVATIONS)}")
+    attention = partial(ClipAttention, net.heads, net.depth, causal, net.implementation, net.dtype)
+    mlp = partial(ClipMLP, net.hidden, net.depth, net.activation, net.dtype)
+    layer = nn.remat(ClipLayer) if net.remat else ClipLayer
+    layer = partial(layer, attention, mlp, net.eps, net.dtype)
+    return ClipTransformer(net.depth, layer)

@@ -1,9 +1,11 @@
-"""DINOv2's vision transformer (Oquab et al., 2024), whose features images are told apart by.
+"""DINOv2's vision transformer (Oquab et al., 2024), whose features are those of image metrics.
 
 Submodules are named after transformers' keys, with ``_`` for the dots before numbers.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ from jax.nn.initializers import normal, ones, zeros
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
 from diffusion.models.clip import gelu
+from diffusion.models.fields import nearest_divisors
 from diffusion.models.layers import LayerNorm
+from diffusion.models.unet_blocks import Constructor
 
 
 class DinoSelfAttention(nn.Module):
@@ -35,7 +39,7 @@ class DinoSelfAttention(nn.Module):
 
 
 class DinoOutput(nn.Module):
-    """One matrix."""
+    """The projection, in a module of its own as in transformers."""
 
     dtype: jnp.dtype
 
@@ -61,7 +65,7 @@ class DinoAttention(nn.Module):
 
 
 class DinoMLP(nn.Module):
-    """Two layers with GELU between, or SwiGLU of two thirds of the width, a multiple of 8."""
+    """Two layers with GELU between, or SwiGLU of two thirds of the width, rounded up to 8 n."""
 
     ratio: int
     swiglu: bool
@@ -113,23 +117,15 @@ class DinoLayer(nn.Module):
 
 
 class DinoEncoder(nn.Module):
-    """Layers."""
+    """``depth`` layers, given by their constructor."""
 
     depth: int
-    heads: int
-    ratio: int
-    swiglu: bool
-    bias: bool
-    eps: float
-    implementation: str | None
-    dtype: jnp.dtype
+    layer: Constructor
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        fields = (self.heads, self.ratio, self.swiglu, self.bias, self.eps)
         for i in range(self.depth):
-            layer = DinoLayer(*fields, self.implementation, self.dtype, name=f"layer_{i}")
-            x = layer(x)
+            x = self.layer(name=f"layer_{i}")(x)
         return x
 
 
@@ -161,7 +157,7 @@ class DinoEmbeddings(nn.Module):
         x = DinoPatches(self.patch, self.width, self.dtype, name="patch_embeddings")(images)
         batch, grid, side = len(x), x.shape[1:3], self.size // self.patch
         first = self.param("cls_token", normal(1e-6), (1, 1, self.width))
-        if self.mask_token:  # of pre-training, kept for the file's sake
+        if self.mask_token:  # of pre-training; weight files hold it
             self.param("mask_token", zeros, (1, self.width))
         positions = self.param(
             "position_embeddings", normal(0.02), (1, side**2 + 1, self.width)
@@ -181,16 +177,16 @@ class DinoV2(nn.Module):
     The first token is the class token. H and W are multiples of the patch.
 
     Attributes:
-      width, depth, heads: of the tokens, layers, attention heads.
+      width, depth, heads: channels of a token, layers, attention heads.
       ratio: hidden width of the MLPs over width.
-      size: of the images' sides, in pixels, that the positions are made for; others stretch them.
-      patch: of the patches' sides.
-      channels: of the images.
-      swiglu: of the MLPs (the giant network's).
-      qkv_bias: whether queries, keys and values have one.
-      mask_token: whether the parameters hold one; it is not used.
+      size: side, in pixels, of the images that the positions are for; other images stretch them.
+      patch: side of the patches, in pixels.
+      channels: channels of the images.
+      swiglu: whether the MLPs are SwiGLU (the giant network's).
+      qkv_bias: whether queries, keys and values have a bias.
+      mask_token: whether the parameters hold a mask token, which is not used.
       eps: of the norms.
-      implementation: of the attention, as in ``attend``.
+      implementation: of the attention, as in ``kernels.attention.attend``.
       dtype: of the computation.
     """
 
@@ -210,12 +206,16 @@ class DinoV2(nn.Module):
 
     def setup(self) -> None:
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} cannot be split into heads={self.heads}")
+            raise ValueError(
+                f"width={self.width} cannot be split into heads={self.heads}; nearest: "
+                f"{nearest_divisors(self.width, self.heads)}"
+            )
         self.embeddings = DinoEmbeddings(
             self.size, self.patch, self.width, self.mask_token, self.dtype
         )
-        fields = (self.depth, self.heads, self.ratio, self.swiglu, self.qkv_bias, self.eps)
-        self.encoder = DinoEncoder(*fields, self.implementation, self.dtype)
+        fields = (self.heads, self.ratio, self.swiglu, self.qkv_bias, self.eps)
+        layer = partial(DinoLayer, *fields, self.implementation, self.dtype)
+        self.encoder = DinoEncoder(self.depth, layer)
         self.layernorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
 
     def __call__(self, images: Array) -> Array:

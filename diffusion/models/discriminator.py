@@ -15,16 +15,16 @@ from diffusion.models.layers import GroupNorm
 class PatchDiscriminator(nn.Module):
     """Images [B, H, W, C] -> logits [B, h, w, 1], one per overlapping patch; real is positive.
 
-    4 x 4 convolutions: ``layers`` of stride 2, doubling their channels up to 8 ``width``, then two
-    of stride 1; leaky ReLU in between. With 3 layers a patch is 70 x 70 pixels, with 2 it is
-    34 x 34, with 1 it is 16 x 16.
+    It has 4 x 4 convolutions: ``layers`` of stride 2, which double the channels up to 8 ``width``,
+    then two of stride 1, with leaky ReLUs between them. With 3 layers a patch is 70 x 70 pixels,
+    with 2 it is 34 x 34, with 1 it is 16 x 16.
 
     Attributes:
       width: channels of the first layer.
-      layers: of stride 2.
-      norm: of all layers but the first and the last: 'batch' (Isola et al.; the statistics are the
-        batch's, in use too), 'group' (in groups of 8 channels, so that an example's logits depend
-        on it alone) or 'none'.
+      layers: number of layers of stride 2.
+      norm: of all layers but the first and the last: 'batch' (Isola et al.; always by the batch's
+        own statistics), 'group' (in groups of 8 channels, so that an example's logits depend on it
+        alone) or 'none'.
       dtype: of the computation.
     """
 
@@ -45,10 +45,7 @@ class PatchDiscriminator(nn.Module):
 
     def check(self, size: int) -> None:
         """Raises ValueError if images of this size leave no patch to judge."""
-        after = size
-        for _ in range(self.layers):
-            after //= 2
-        if after < 3:
+        if size // 2**self.layers < 3:
             raise ValueError(
                 f"layers={self.layers}: images of size {size} are too small; they need at least "
                 f"{3 * 2**self.layers} for so many layers"
@@ -100,7 +97,7 @@ def _around_one(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float
 
 
 def hinge(real: Array, fake: Array) -> Array:
-    """(E max(0, 1 - D(x)) + E max(0, 1 + D(y))) / 2, of logits of real and of made images."""
+    """(E max(0, 1 - D(x)) + E max(0, 1 + D(y))) / 2 of the logits of real x and generated y."""
     return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + fake).mean())
 
 

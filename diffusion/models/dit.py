@@ -3,13 +3,12 @@
 Parameters, with the names of the original code: ``x_embedder``, ``t_embedder``, ``y_embedder``,
 ``blocks_0`` ... each with ``attn/{qkv,proj}``, ``mlp/{fc1,fc2}`` and ``adaLN_modulation``, and
 ``final_layer/{adaLN_modulation,linear}``. With ``scan=True`` there is one ``blocks`` whose arrays
-have the layer as their first axis; `stack_blocks` and `unstack_blocks` convert.
+have the layer as their first axis; ``stack_blocks`` and ``unstack_blocks`` convert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -18,16 +17,10 @@ import jax.numpy as jnp
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models import positions as pos
-from diffusion.models.layers import EmbeddingMLP, sinusoidal
-from diffusion.models.transformer_layers import (
-    MLPS,
-    NORMS,
-    CrossAttention,
-    SelfAttention,
-    modulate,
-    patchify,
-    unpatchify,
-)
+from diffusion.models.dit_blocks import Block, FinalLayer, TimeEmbedder, normal
+from diffusion.models.fields import nearest_divisors
+from diffusion.models.layers import EmbeddingMLP
+from diffusion.models.transformer_layers import MLPS, NORMS, patchify, unpatchify, xavier
 
 SIZES = {
     "S": {"width": 384, "depth": 12, "heads": 6},
@@ -36,16 +29,17 @@ SIZES = {
     "XL": {"width": 1152, "depth": 28, "heads": 16},
 }
 PATCHES = (2, 4, 8)
-
-normal = nn.initializers.normal(0.02)
-xavier = nn.initializers.xavier_uniform()
-zeros = nn.initializers.zeros
+BLOCK_FIELDS = (  # that it takes from a DiT
+    *("heads", "mlp_ratio", "norm", "mlp", "qk_norm", "dropout", "dtype"),
+    *("attention_implementation", "mlp_norm_eps"),
+)
 
 
 def preset(name: str) -> dict[str, int]:
     """Fields width, depth, heads and patch of 'S/2' ... 'XL/8': ``DiT(**preset('XL/2'), ...)``.
 
-    Raises ValueError for another name.
+    Raises:
+      ValueError: for another name.
     """
     valid = [f"{size}/{patch}" for size in SIZES for patch in PATCHES]
     if name not in valid:
@@ -54,116 +48,44 @@ def preset(name: str) -> dict[str, int]:
     return {**SIZES[size], "patch": int(patch)}
 
 
-class TimeEmbedder(nn.Module):
-    """256 sinusoids of c_noise [B], then Dense, SiLU, Dense -> [B, features], float32."""
-
-    features: int
-    kernel_init: nn.initializers.Initializer = normal
-    freq_shift: float = 0.0
-
-    @nn.compact
-    def __call__(self, time: Array) -> Array:
-        dense = partial(nn.Dense, self.features, kernel_init=self.kernel_init)
-        sinusoids = sinusoidal(time, 256, freq_shift=self.freq_shift)
-        return dense(name="linear_2")(nn.silu(dense(name="linear_1")(sinusoids)))
-
-
-class Block(nn.Module):
-    """adaLN-Zero block: self-attention, optional cross-attention, MLP; identity at initialisation.
-
-    The residual stream has the compute dtype; norms, modulation and additions are float32.
-    """
-
-    heads: int
-    mlp_ratio: float
-    norm: str
-    mlp: str
-    qk_norm: bool
-    dropout: float
-    dtype: jnp.dtype
-    attention_implementation: str | None
-    mlp_norm_eps: float
-    train: bool
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        c: Array,
-        rotary: tuple[Array, Array] | None,
-        context: Array | None,
-        context_mask: Array | None,
-    ) -> Array:
-        width, norm = x.shape[-1], NORMS[self.norm]
-        attention = (self.heads, self.qk_norm, self.dtype, self.attention_implementation)
-        dropout = nn.Dropout(self.dropout, deterministic=not self.train)
-
-        def residual(x: Array, update: Array, gate: Array | float) -> Array:
-            return (x + gate * dropout(update).astype(jnp.float32)).astype(self.dtype)
-
-        m = nn.Dense(6 * width, kernel_init=zeros, name="adaLN_modulation")(c)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(m, 6, axis=-1)
-
-        h = modulate(norm(x), shift_a, scale_a).astype(self.dtype)
-        x = residual(x, SelfAttention(*attention, name="attn")(h, rotary), gate_a[:, None])
-        if context is not None:
-            h = CrossAttention(*attention, name="cross_attn")(x, context, context_mask)
-            x = residual(x, h, 1.0)
-        h = modulate(norm(x, self.mlp_norm_eps), shift_m, scale_m).astype(self.dtype)
-        mlp = MLPS[self.mlp](int(self.mlp_ratio * width), self.dtype, name="mlp")
-        return residual(x, mlp(h), gate_m[:, None])
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and a linear map to ``features`` per token; zero at initialisation."""
-
-    features: int
-    norm: str
-
-    @nn.compact
-    def __call__(self, x: Array, c: Array) -> Array:
-        m = nn.Dense(2 * x.shape[-1], kernel_init=zeros, name="adaLN_modulation")(c)
-        shift, scale = jnp.split(m, 2, axis=-1)
-        x = modulate(NORMS[self.norm](x), shift, scale)
-        return nn.Dense(self.features, kernel_init=zeros, name="linear")(x)
-
-
 class DiT(nn.Module):
     """Diffusion transformer: (x [B, H, W, C], c_noise [B], cond) -> [B, H, W, C or 2C], float32.
 
-    The output at initialisation is exactly zero. Fields of cond that the network was not made
-    for are ignored; those that it was made for must be present. ``cond.image``, where given, is
-    concatenated to x along the channels.
+    The output at initialisation is exactly zero. The network ignores fields of cond that it has no
+    input for and requires the others. ``cond.image``, if there is one, is concatenated to x along
+    the channels.
 
     Attributes:
-      width, depth, heads, patch: sizes; see `preset`.
+      width, depth, heads, patch: sizes; ``preset`` gives the published ones.
       mlp_ratio: hidden width of the MLPs over width.
-      num_classes: embeds ``cond.label``, of which ``num_classes`` is the null class; 0 for none.
-      learned_variance: the output has 2C channels, the second half for variances.
+      num_classes: number of classes that ``cond.label`` counts from 0, with ``num_classes`` itself
+        as the null class; 0 for a network without labels.
+      learned_variance: whether the output has 2C channels, the second half for variances.
       positions: 'sincos' (fixed, added to the tokens) or 'rotary' (axial, in every attention).
       norm: 'layer' or 'rms', neither with parameters of its own.
       mlp: 'gelu' or 'swiglu'.
-      qk_norm: RMS-normalises queries and keys, with a learned scale.
-      cross_attention: every block also attends to ``cond.context`` under ``cond.context_mask``.
-      pooled: ``cond.pooled`` is embedded and added to the time embedding.
-      unit_embeddings: time and class embeddings start at unit scale, not at the published 0.02,
-        with which the zero-initialised modulation takes hundreds of steps to tell them apart: for
-        short runs.
+      qk_norm: whether queries and keys are RMS-normalised, with a learned scale.
+      cross_attention: whether blocks also attend to ``cond.context`` under ``cond.context_mask``.
+      pooled: whether ``cond.pooled`` is embedded and added to the time embedding.
+      unit_embeddings: whether time and class embeddings start at unit scale, for short runs. From
+        the published scale of 0.02 the zero-initialised modulation takes hundreds of steps to
+        distinguish them.
       dropout: rate on what each attention and MLP adds, in training.
       dtype: compute type of blocks; embeddings, modulation and the last layer are float32.
-      remat: recomputes blocks in the backward pass rather than storing their activations.
-      remat_keeps_products: with ``remat``, the dense layers' results are stored, and only what is
-        quick to compute from them (norms, modulation, activations, attention) is recomputed.
-      scan: one compiled block looped over layers: compiles faster, parameters are stacked.
-      attention_implementation: as for `attend`.
-      time_freq_shift: see `layers.sinusoidal`; 0 in the original code, 1 in diffusers.
+      remat: whether the backward pass recomputes blocks instead of storing their activations.
+      remat_keeps_products: with ``remat``, dense layers' results are stored, and only what follows
+        from them quickly (norms, modulation, activations, attention) is recomputed.
+      scan: one compiled block loops over the layers, which compiles faster; parameters are stacked.
+      attention_implementation: as in ``kernels.attention.attend``.
+      time_freq_shift: as in ``layers.sinusoidal``; 0 in the original code, 1 in diffusers.
       mlp_norm_eps: eps of the norms before the MLPs; 1e-6 in the original code, 1e-5 in diffusers.
-      in_channels: channels of x and cond.image together, where known; others are refused.
-      image_size: 'sincos' positions are those of images of this size, stretched to others'; None:
-        positions count the patches.
+      in_channels: channels of x and cond.image together; other inputs are refused. None: any.
+      image_size: 'sincos' positions are those of images of this size, stretched to the size of x.
+        None: positions count the patches.
 
-    Raises ValueError, when made, for fields that do not fit together and, when called, for images
-    that the patch does not divide, missing conditioning or features out of range.
+    Raises:
+      ValueError: at construction, for fields that do not fit together; when called, for images
+        that the patch does not divide, missing conditioning or ``features`` out of range.
     """
 
     width: int
@@ -208,15 +130,13 @@ class DiT(nn.Module):
             raise ValueError(
                 f"width={self.width} must be a positive multiple of 4; nearest: {low} or {low + 4}"
             )
-        unit = 4 if self.positions == "rotary" else 1
-        valid = [h for h in range(1, self.width + 1) if self.width % (h * unit) == 0]
-        if self.heads not in valid:
-            below = [h for h in valid if h < self.heads][-1:]
-            above = [h for h in valid if h > self.heads][:1]
+        rotary = self.positions == "rotary"
+        units = self.width // 4 if rotary else self.width
+        if self.heads < 1 or units % self.heads:
             raise ValueError(
                 f"heads={self.heads} must divide width={self.width}"
-                + (" into heads whose width is a multiple of 4 (rotary)" if unit == 4 else "")
-                + f"; nearest: {' or '.join(map(str, below + above))}"
+                + (" into heads whose width is a multiple of 4 (rotary)" if rotary else "")
+                + f"; nearest: {nearest_divisors(units, self.heads)}"
             )
         super().__post_init__()
 
@@ -232,8 +152,8 @@ class DiT(nn.Module):
     ) -> Array | tuple[Array, tuple[Array, ...]]:
         """The network's output F; with ``features``, F and the tokens after those blocks.
 
-        ``features=(8,)`` gives ``(F, (tokens,))`` with the tokens [B, H/patch, W/patch, width] as
-        the 8th block leaves them (blocks count from 1), for representation alignment.
+        ``features=(8,)`` gives ``(F, (tokens,))`` with the 8th block's output tokens
+        [B, H/patch, W/patch, width], for representation alignment; blocks count from 1.
         """
         self._check_call(x, cond, features)
         height, width, channels = x.shape[1:]
@@ -285,24 +205,13 @@ class DiT(nn.Module):
     def _blocks(
         self, x: Array, inputs: tuple, train: bool, features: Sequence[int]
     ) -> tuple[Array, list[Array]]:
-        """The tokens after all blocks, and after those that ``features`` names."""
+        """The tokens after all blocks, and after each of those in ``features``."""
         block, policy = Block, None
         if self.remat_keeps_products:
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         if self.remat:
             block = nn.remat(Block, prevent_cse=not self.scan, policy=policy)
-        fields = {
-            "heads": self.heads,
-            "mlp_ratio": self.mlp_ratio,
-            "norm": self.norm,
-            "mlp": self.mlp,
-            "qk_norm": self.qk_norm,
-            "dropout": self.dropout,
-            "dtype": self.dtype,
-            "attention_implementation": self.attention_implementation,
-            "mlp_norm_eps": self.mlp_norm_eps,
-            "train": train,
-        }
+        fields = {name: getattr(self, name) for name in BLOCK_FIELDS} | {"train": train}
         if self.scan:
 
             def body(layer, x, inputs):
@@ -334,13 +243,10 @@ class DiT(nn.Module):
             )
         height, width = x.shape[1:3]
         if height % self.patch or width % self.patch:
-            nearest = [
-                sorted({max(1, n // self.patch) * self.patch, -(-n // self.patch) * self.patch})
-                for n in (height, width)
-            ]
+            nearest = [max(round(n / self.patch), 1) * self.patch for n in (height, width)]
             raise ValueError(
-                f"image of {height} x {width} is not divisible by patch={self.patch}; nearest "
-                f"heights: {nearest[0]}, nearest widths: {nearest[1]}"
+                f"image of {height} x {width} is not divisible by patch={self.patch}; nearest: "
+                f"{nearest[0]} x {nearest[1]}"
             )
         for used, name, meaning in (
             (self.num_classes, "label", f"[B], with {self.num_classes} for none"),
@@ -362,7 +268,7 @@ def stack_blocks(params: Mapping) -> dict:
 
 
 def unstack_blocks(params: Mapping) -> dict:
-    """Inverse of `stack_blocks`."""
+    """Inverse of ``stack_blocks``."""
     rest = {name: value for name, value in params.items() if name != "blocks"}
     depth = len(jax.tree.leaves(params["blocks"])[0])
     for i in range(depth):

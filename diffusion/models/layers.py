@@ -32,10 +32,10 @@ def sinusoidal(
 
 
 class EmbeddingMLP(nn.Module):
-    """Dense, SiLU, Dense: makes an embedding out of sinusoids or of a conditioning vector.
+    """Dense, SiLU, Dense: an embedding of sinusoids or of a conditioning vector.
 
-    A second vector, where there is one, is projected and added to the first. Its projection starts
-    at zero, so that a network that gains such an input computes what it did without.
+    A second vector, if there is one, is projected and added to the first. Its projection starts at
+    zero, so that a new second input does not change what a network computes.
     """
 
     features: int
@@ -56,9 +56,9 @@ class EmbeddingMLP(nn.Module):
 
 
 def slow_alone(x: Array) -> bool:
-    """Whether sums over x [1, ..., C], as gradients of norms need them, are slow.
+    """Whether sums over x [1, ..., C], which gradients of norms need, are slow.
 
-    They are with XLA's CPU compiler and YNNPACK: ten to a hundred times as slow as over [2, ..., C]
+    With XLA's CPU compiler and YNNPACK they are ten to a hundred times as slow as over [2, ..., C]
     or without the axis of length 1.
     """
     return x.shape[0] == 1 and jax.default_backend() == "cpu"
@@ -67,9 +67,9 @@ def slow_alone(x: Array) -> bool:
 class GroupNorm(nn.Module):
     """Group normalisation of x [B, ..., C] with float32 statistics (Wu & He, 2018).
 
-    Statistics are taken per channel and then joined per group, and end as one factor and one
-    offset per channel: everything of x's size stays [B, N, C]. On CPU, forward and gradient take
-    half the time of ``nn.GroupNorm``, which reduces over [N, C / G].
+    Statistics are computed per channel, then per group, and become one factor and one offset per
+    channel: all arrays of x's size stay [B, N, C]. On a CPU, forward pass and gradient take half
+    the time of ``nn.GroupNorm``, which reduces over [N, C / G].
     """
 
     groups: int = 32
@@ -96,7 +96,7 @@ class GroupNorm(nn.Module):
         variance = jnp.maximum(group_mean(h * h) - mean * mean, 0)
         factor = jnp.repeat(jax.lax.rsqrt(variance + self.eps), width, axis=1) * scale
         offset = bias - jnp.repeat(mean, width, axis=1) * factor
-        if slow_alone(x) and h.shape[1] % 2 == 0:  # a batch of two halves
+        if slow_alone(x) and h.shape[1] % 2 == 0:  # treat the example as a batch of two halves
             h = h.reshape(2, -1, channels)
             factor = jax.lax.optimization_barrier(jnp.ones((2, 1)) @ factor)
         return (h * factor[:, None] + offset[:, None]).reshape(x.shape).astype(self.dtype)
@@ -111,7 +111,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Pointwise(nn.Module):
-    """1 x 1 convolution with kernel [1, 1, in, out], computed as the matrix product that it is."""
+    """1 x 1 convolution with kernel [1, 1, in, out], computed as a matrix product."""
 
     features: int
     dtype: jnp.dtype = jnp.float32

@@ -1,4 +1,4 @@
-"""LPIPS: how far two images are apart to the eye (Zhang et al., 2018), by VGG16's features."""
+"""LPIPS, the perceptual distance of two images by VGG16's features (Zhang et al., 2018)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet in [0, 1
 class LPIPS(nn.Module):
     """Distances [B] of images x, y [B, H, W, 3] in [-1, 1]; H and W at least 16.
 
-    sum over 5 layers of the mean over pixels of w . (f(x) / |f(x)| - f(y) / |f(y)|)^2, f the last
-    activations before each pooling, w >= 0 learned from people's judgements.
+    A distance is the sum over 5 layers of the mean over pixels of
+    w . (f(x) / |f(x)| - f(y) / |f(y)|)^2, where f are the last activations before each pooling and
+    the weights w >= 0 were fitted to people's judgements.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -46,7 +47,7 @@ class LPIPS(nn.Module):
                 h = nn.relu(h)
                 index += 2
             f = h.astype(jnp.float32)
-            # Where all features are 0 a root without the small number has no gradient.
+            # The small number keeps the root's gradient finite where all features are 0.
             norm = jnp.sqrt((f * f).sum(-1, keepdims=True) + 1e-20) + 1e-10
             f, g = jnp.split(f / norm, 2)
             head = nn.Dense(1, use_bias=False, name=f"lin{block}")

@@ -1,4 +1,4 @@
-"""A residual network for points, [B, D], with the U-Net's call."""
+"""A residual network for points, [B, D], which is called as the U-Net is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from jax.nn.initializers import normal, zeros
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
+from diffusion.models.fields import check_at_least_one, check_dropout, check_even
 from diffusion.models.layers import EmbeddingMLP, sinusoidal
 
 
@@ -38,14 +39,9 @@ class MLP(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"width={self.width}; expected an even number >= 2")
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth}; expected at least 1 block")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes={self.num_classes}; expected None or at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}; expected a rate in [0, 1)")
+        check_even(self, "width")
+        check_at_least_one(self, "depth", "num_classes")
+        check_dropout(self)
         super().__post_init__()
 
     @nn.compact
@@ -60,15 +56,11 @@ class MLP(nn.Module):
         if self.num_classes is not None:
             if cond.label is None:
                 raise ValueError("cond.label is None, but the network needs it (see num_classes)")
-            rows = self.num_classes + self.null_class
-            embed = nn.Embed(
-                rows,
-                self.width,
-                embedding_init=normal(1.0),
-                dtype=self.dtype,
-                name="class_embedding",
+            rows, init = self.num_classes + self.null_class, normal(1.0)
+            table = nn.Embed(
+                rows, self.width, self.dtype, embedding_init=init, name="class_embedding"
             )
-            emb = emb + embed(cond.label)
+            emb = emb + table(cond.label)
         emb = nn.silu(emb)
 
         def dense(features: int, name: str, init=nn.linear.default_kernel_init) -> nn.Dense:

@@ -15,7 +15,7 @@ class NoisyClassifier(Encoder):
     section 4, whose pooling is by attention).
 
     Attributes:
-      classes: K, how many are told apart. The label itself is no input: num_classes stays None.
+      classes: K, the number of classes. The label is no input: num_classes stays None.
     """
 
     classes: int = 10

@@ -1,4 +1,4 @@
-"""Positions of tokens on a grid: fixed sinusoids added to tokens, rotations of queries and keys."""
+"""Positions of tokens on a grid: fixed sinusoids for tokens, rotations for queries and keys."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def _angles(positions: np.ndarray, count: int, max_period: float) -> np.ndarray:
     return positions[:, None] * max_period ** (-np.arange(count) / count)
 
 
+def _check_features(features: int, need: str) -> None:
+    if features % 4:
+        low = features - features % 4
+        raise ValueError(
+            f"{need} that is a multiple of 4, got {features}; nearest: {low} or {low + 4}"
+        )
+
+
 def sincos_2d(
     height: int,
     width: int,
@@ -31,14 +39,12 @@ def sincos_2d(
 
     The four quarters of the channels are sin(column), cos(column), sin(row), cos(row), each over
     features/4 frequencies, as in MAE and DiT. With ``base`` rows and columns run from 0 to base,
-    whatever height and width are (diffusers' way with images of other sizes). Raises ValueError
-    unless 4 divides features.
+    whatever height and width are, as in diffusers for images of other sizes.
+
+    Raises:
+      ValueError: unless 4 divides features.
     """
-    if features % 4:
-        raise ValueError(
-            f"2-D sine-cosine positions need a width that is a multiple of 4, got {features}; "
-            f"nearest: {features - features % 4} or {features - features % 4 + 4}"
-        )
+    _check_features(features, "2-D sine-cosine positions need a width")
     rows, columns = _grid(height, width)
     if base is not None:
         rows, columns = rows * base / height, columns * base / width
@@ -50,17 +56,16 @@ def sincos_2d(
 def rotary_2d(
     height: int, width: int, features: int, *, max_period: float = 10_000.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, each [height * width, features / 2] (float32), for `rotate`.
+    """Cosines and sines, each [height * width, features / 2] (float32), for ``rotate``.
 
     Axial rotary positions (Su et al., 2021; Heo et al., 2024): of the features/2 planes of a head
     the first half turns with the token's row, the second with its column. ``features`` is the
-    width of one head. Raises ValueError unless 4 divides it.
+    width of one head.
+
+    Raises:
+      ValueError: unless 4 divides features.
     """
-    if features % 4:
-        raise ValueError(
-            f"2-D rotary positions need a head width that is a multiple of 4, got {features}; "
-            f"nearest: {features - features % 4} or {features - features % 4 + 4}"
-        )
+    _check_features(features, "2-D rotary positions need a head width")
     angles = [_angles(p, features // 4, max_period) for p in _grid(height, width)]
     angles = np.concatenate(angles, axis=1)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -69,8 +74,8 @@ def rotary_2d(
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Turns channel pairs (i, i + D/2) of x [B, L, heads, D] by the angles of cos, sin [L, D/2].
 
-    Queries and keys so turned have inner products that depend on relative positions only.
-    Computed in float32, returned in x's dtype.
+    Inner products of turned queries and keys depend on relative positions only. The result is
+    computed in float32 and has x's dtype.
     """
     cos, sin = cos[:, None, :], sin[:, None, :]  # [L, 1, D/2]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

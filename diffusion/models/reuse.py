@@ -1,16 +1,17 @@
-"""Networks whose deep part is not evaluated anew: what it gave at an earlier call is put in place.
+"""Networks whose deep part is not evaluated again: its features at an earlier call replace it.
 
-``record`` runs a function that calls networks and keeps what enters each one's kept part from the
-rest; ``reuse`` runs it with that put in place, and does not evaluate the rest. Both take hold of
-the networks from outside: these know nothing of it, and parameters are the same. ``keep`` says what
-is evaluated every time:
+A network has a shallow part, which is evaluated in every call, and a deep part. ``record`` runs a
+function that calls networks and also returns the features that go from each deep part to the
+shallow one; ``reuse`` runs it with these features, without the deep parts. Both intercept the calls
+of modules: networks have no code for it, and parameters are the same. ``keep`` is the size of the
+shallow part:
 
-- 0: nothing. The whole output is reused; any network will do.
+- 0: nothing. The whole output is reused, of any network.
 - of a ``UNet``, the first ``keep`` skip connections (the first convolution's output, then one per
-  ResNet block and downsampling), with the blocks that give and take them. What is kept is what
-  the last of these blocks gets from below (DeepCache, Ma et al., 2023, section 3.3, whose skip
-  branch m is keep = m).
-- of a ``DiT``, the first ``keep`` blocks. What is kept is what all the others together add to the
+  ResNet block and downsampling), with the blocks that write and read them. The features are the
+  last of these blocks' input from below (DeepCache, Ma et al., 2023, section 3.3, whose skip branch
+  m is keep = m).
+- of a ``DiT``, the first ``keep`` blocks. The feature is the sum that all other blocks add to the
   tokens (the residual of first-block caching and TeaCache, Liu et al., 2024; Delta-DiT, Chen et
   al., 2024).
 """
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 
 from diffusion.levels import Array
 from diffusion.models.dit import Block, DiT
+from diffusion.models.fields import per_level
 from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
 from diffusion.models.unet_blocks import (
@@ -34,18 +36,17 @@ from diffusion.models.unet_blocks import (
     average_pool,
     nearest_upsample,
 )
-from diffusion.models.unet_fields import per_level
 
 Features = tuple[Any, ...]
-"""What was kept of each network call, in their order."""
+"""The features of each network call, in the calls' order."""
 
 
 def record(function: Callable[..., Any], keep: int) -> Callable[..., tuple[Any, Features]]:
-    """``function``, which also returns what ``reuse`` needs.
+    """``function``, which also returns the features for ``reuse``.
 
     Args:
-      function: calls networks when it is called (a denoiser does); not jitted by itself.
-      keep: see above.
+      function: calls networks when it is called, as a denoiser does; not jitted by itself.
+      keep: size of the shallow part, as described above.
     """
 
     def recorded(*args: Any, **kwargs: Any) -> tuple[Any, Features]:
@@ -58,7 +59,7 @@ def record(function: Callable[..., Any], keep: int) -> Callable[..., tuple[Any, 
 
 
 def reuse(function: Callable[..., Any], keep: int, features: Features) -> Callable[..., Any]:
-    """``function`` with its networks' deep parts replaced by what ``record`` returned."""
+    """``function`` with its networks' deep parts replaced by the features from ``record``."""
 
     def reused(*args: Any, **kwargs: Any) -> Any:
         kept = iter(features)
@@ -69,29 +70,32 @@ def reuse(function: Callable[..., Any], keep: int, features: Features) -> Callab
 
 
 def inputs(function: Callable[..., Any], keep: int, features: Features) -> Callable[..., Features]:
-    """What the kept parts make of ``function``'s arguments, before anything is reused.
+    """What the shallow parts compute from ``function``'s arguments, before anything is reused.
 
-    Of a U-Net the last kept skip connection, of a DiT what its first ``keep`` blocks add to the
-    tokens, with keep = 0 the network's input: what tells cheaply whether the rest would give
-    something new. ``features`` are only needed for their shapes.
+    For a U-Net this is the last skip connection of the shallow part, for a DiT the sum that its
+    first ``keep`` blocks add to the tokens, with keep = 0 the network's input. A change of it shows
+    cheaply that the deep part's features would change. Only the shapes of ``features`` matter.
     """
 
-    def looked(*args: Any, **kwargs: Any) -> Features:
+    def shallow(*args: Any, **kwargs: Any) -> Features:
         kept, seen = iter(features), []
         with nn.intercept_methods(_Interceptor(keep, lambda plan: plan.reuse(kept, seen))):
             function(*args, **kwargs)
         return tuple(seen)
 
-    return looked
+    return shallow
 
 
 def check(network: nn.Module, keep: int) -> None:
-    """Raises ValueError if the network has no such part to keep."""
+    """Raises ValueError if the network has no shallow part of this size."""
     if keep == 0:
         return
     network = network.image if isinstance(network, TextToImage) else network
     if isinstance(network, DiT) and network.scan:
-        raise ValueError("a DiT with scan=True loops over its blocks, which cannot be told apart")
+        raise ValueError(
+            f"keep={keep} needs single blocks, but a DiT with scan=True loops over them; "
+            "0 reuses the whole output"
+        )
     most = len(_skips(network)) if isinstance(network, UNet) else 0
     most = network.depth - 1 if isinstance(network, DiT) else most
     if not 0 < keep <= most:
@@ -106,7 +110,7 @@ Visit = Callable[[nn.Module, str, Call, tuple, dict], Any]  # (module, its path,
 
 
 class _Interceptor:
-    """Finds the calls of networks, and hands the modules within one to a visitor made for it."""
+    """Finds the calls of networks, and passes each module within one to that network's visitor."""
 
     def __init__(self, keep: int, make: Callable[[Any], Visit]):
         self.keep, self.make = keep, make
@@ -122,7 +126,7 @@ class _Interceptor:
             return self.visit(module, path, call, args, kwargs)
         if not (isinstance(module, (UNet, DiT)) if self.keep else module.path == ()):
             return call(*args, **kwargs)
-        if self.keep and module.remat:  # what recomputed blocks see cannot be handed out of them
+        if self.keep and module.remat:  # features cannot leave blocks that are recomputed
             plain = module.clone(remat=False, parent=None, name=None)
             return plain.apply(module.variables, *args, **kwargs)
         self.prefix, self.visit = module.path, self.make(_plan(module, self.keep))
@@ -144,7 +148,7 @@ def _plan(network: nn.Module, keep: int) -> Any:
 
 
 class _Whole:
-    """A network of which nothing is kept."""
+    """A network whose whole output is reused."""
 
     def record(self, features: list) -> Visit:
         def visit(module: nn.Module, path: str, call: Call, args: tuple, kwargs: dict) -> Any:
@@ -165,7 +169,7 @@ class _Whole:
 
 
 class _Blocks(NamedTuple):
-    """A DiT's blocks, of which those from number ``first`` on are replaced by their residual."""
+    """A DiT's blocks; the sum of their additions replaces those from number ``first`` on."""
 
     first: int
     depth: int
@@ -204,11 +208,11 @@ class _Blocks(NamedTuple):
 
 
 class _Levels(NamedTuple):
-    """A U-Net's modules below the kept ones.
+    """The deep modules of a U-Net, and where their output enters the shallow part.
 
     Attributes:
-      deep: their paths.
-      seam: path of the kept ResNet block that reads what they give, beside a skip connection.
+      deep: paths of the deep modules.
+      seam: path of the shallow ResNet block that reads their output and a skip connection.
       own: channels of that skip connection.
     """
 
@@ -240,7 +244,7 @@ class _Levels(NamedTuple):
 
 
 def _shape_after(module: nn.Module, x: Array) -> tuple[int, ...]:
-    """Of what a U-Net's module makes of x."""
+    """The shape of a U-Net module's output for x."""
     b, h, w, c = x.shape
     resample = getattr(module, "resample", None)
     if isinstance(module, Downsample) or resample is average_pool:
@@ -251,7 +255,7 @@ def _shape_after(module: nn.Module, x: Array) -> tuple[int, ...]:
 
 
 def _skips(net: UNet) -> list[tuple[str, int]]:
-    """(path of the module that gives it, level) of each skip connection, finest first."""
+    """(path of the module that writes it, level) of each skip connection, finest first."""
     found = [("conv_in", 0)]
     for level in range(len(net.widths)):
         at = f"down_blocks_{level}"

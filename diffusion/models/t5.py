@@ -7,6 +7,7 @@ start as transformers' do.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -16,13 +17,15 @@ from jax.nn.initializers import normal
 
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
+from diffusion.models.unet_blocks import Constructor
 
 
 def buckets(length: int, count: int, furthest: int) -> np.ndarray:
     """[L, L] bucket in [0, count) of the distance from each query (row) to each key.
 
-    Of the half for either direction, half the buckets are for exact distances, the others grow
-    exponentially up to ``furthest``; the last one has all that is further.
+    Half of the buckets are for keys before the query, half for keys after it. Of each half, the
+    first half are exact distances, and the others grow exponentially up to ``furthest``; the last
+    one holds all larger distances.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = count // 2
@@ -37,8 +40,8 @@ def buckets(length: int, count: int, furthest: int) -> np.ndarray:
 class T5Attention(nn.Module):
     """Self-attention of x [B, L, D] without scaling; ``bias`` is added to the logits.
 
-    With ``positions`` (the first layer) it has the embeddings [buckets, heads] that the bias of all
-    layers is made of, and no bias need be given.
+    With ``positions`` = (buckets, furthest), in the first layer, it has the embeddings
+    [buckets, heads] of relative positions and makes the bias of all layers from them.
     """
 
     heads: int
@@ -51,12 +54,8 @@ class T5Attention(nn.Module):
     def __call__(self, x: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
         inner, width = self.heads * self.head_width, x.shape[-1]
 
-        def dense(features: int, deviation: float, name: str) -> nn.Dense:
-            init = normal(deviation)
-            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
-
         def project(name: str, deviation: float) -> Array:
-            y = dense(inner, deviation, name)(x)
+            y = _dense(inner, deviation, self.dtype, name)(x)
             return y.reshape(*x.shape[:-1], self.heads, self.head_width)
 
         q = project("q", (width * self.head_width) ** -0.5)
@@ -72,7 +71,7 @@ class T5Attention(nn.Module):
             bias = table(buckets(x.shape[1], *self.positions)).transpose(2, 0, 1)[None]
         attend = Attend(True, self.implementation, name="attend")
         out = attend(q, k, v, mask, bias=bias, scale=1.0).reshape(*x.shape[:-1], inner)
-        return dense(width, inner**-0.5, "o")(out), bias
+        return _dense(width, inner**-0.5, self.dtype, "o")(out), bias
 
 
 class T5MLP(nn.Module):
@@ -84,95 +83,55 @@ class T5MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        def dense(features: int, fan_in: int, name: str) -> nn.Dense:
-            init = normal(fan_in**-0.5)
-            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
-
         width = x.shape[-1]
+
+        def hidden(name: str) -> Array:
+            return _dense(self.hidden, width**-0.5, self.dtype, name)(x)
+
         if self.gated:
-            gate = jax.nn.gelu(dense(self.hidden, width, "wi_0")(x), approximate=True)
-            h = gate * dense(self.hidden, width, "wi_1")(x)
+            h = jax.nn.gelu(hidden("wi_0"), approximate=True) * hidden("wi_1")
         else:
-            h = jax.nn.relu(dense(self.hidden, width, "wi")(x))
-        return dense(width, self.hidden, "wo")(h)
+            h = jax.nn.relu(hidden("wi"))
+        return _dense(width, self.hidden**-0.5, self.dtype, "wo")(h)
 
 
-class T5AttentionLayer(nn.Module):
-    """x + attention of its norm."""
+class T5Sublayer(nn.Module):
+    """A layer, given by its constructor, of the RMS norm of x."""
 
-    heads: int
-    head_width: int
-    positions: tuple[int, int] | None
-    eps: float
-    implementation: str | None
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
-        h = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="layer_norm")(x)
-        h, bias = T5Attention(
-            self.heads,
-            self.head_width,
-            self.positions,
-            self.implementation,
-            self.dtype,
-            name="SelfAttention",
-        )(h, mask, bias)
-        return x + h, bias
-
-
-class T5MLPLayer(nn.Module):
-    """x + MLP of its norm."""
-
-    hidden: int
-    gated: bool
+    layer: Constructor
     eps: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *inputs: Array | None) -> Array | tuple[Array, Array]:
         h = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="layer_norm")(x)
-        return x + T5MLP(self.hidden, self.gated, self.dtype, name="DenseReluDense")(h)
+        return self.layer()(h, *inputs)
 
 
 class T5Block(nn.Module):
-    """Attention and MLP; also gives the attention's bias, for the next block."""
+    """Residual attention and MLP; also returns the attention's bias, for the next block."""
 
-    heads: int
-    head_width: int
-    hidden: int
-    gated: bool
-    positions: tuple[int, int] | None
+    attention: Constructor
+    mlp: Constructor
     eps: float
-    implementation: str | None
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
-        x, bias = T5AttentionLayer(
-            self.heads,
-            self.head_width,
-            self.positions,
-            self.eps,
-            self.implementation,
-            self.dtype,
-            name="layer_0",
-        )(x, mask, bias)
-        return T5MLPLayer(self.hidden, self.gated, self.eps, self.dtype, name="layer_1")(x), bias
+        h, bias = T5Sublayer(self.attention, self.eps, self.dtype, name="layer_0")(x, mask, bias)
+        x = x + h
+        return x + T5Sublayer(self.mlp, self.eps, self.dtype, name="layer_1")(x), bias
 
 
 class T5Stack(nn.Module):
-    """The blocks and the final norm."""
+    """The blocks, of which only the first has ``positions``, and the final norm."""
 
     depth: int
-    heads: int
-    head_width: int
-    hidden: int
-    gated: bool
+    attention: Constructor
+    mlp: Constructor
     positions: tuple[int, int]
     eps: float
     remat: bool
-    implementation: str | None
     dtype: jnp.dtype
 
     @nn.compact
@@ -180,17 +139,9 @@ class T5Stack(nn.Module):
         block = nn.remat(T5Block) if self.remat else T5Block
         bias = None
         for i in range(self.depth):
-            x, bias = block(
-                self.heads,
-                self.head_width,
-                self.hidden,
-                self.gated,
-                self.positions if i == 0 else None,
-                self.eps,
-                self.implementation,
-                self.dtype,
-                name=f"block_{i}",
-            )(x, mask, bias)
+            attention = partial(self.attention, positions=self.positions if i == 0 else None)
+            layer = block(attention, self.mlp, self.eps, self.dtype, name=f"block_{i}")
+            x, bias = layer(x, mask, bias)
         return nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="final_layer_norm")(x)
 
 
@@ -198,16 +149,16 @@ class T5Encoder(nn.Module):
     """T5's encoder.
 
     Attributes:
-      vocab_size: number of tokens, padded to what the table has.
-      width: of the tokens.
-      depth, heads, head_width: layers, attention heads, width of each.
+      vocab_size: rows of the table of tokens, padding included.
+      width: channels of a token.
+      depth, heads, head_width: layers, attention heads, channels per head.
       hidden: width inside the MLPs.
-      gated: v1.1's gated MLPs with the tanh gelu, instead of relu.
+      gated: whether MLPs are v1.1's gated ones with the tanh gelu, instead of relu.
       buckets: of relative positions, for both directions together; a multiple of 4.
       furthest: distance from which on all are one bucket.
       eps: of the RMS norms.
-      remat: recompute the blocks in the backward pass, to save memory.
-      implementation: of the attention, as in ``attend``.
+      remat: whether the backward pass recomputes the blocks, to save memory.
+      implementation: of the attention, as in ``kernels.attention.attend``.
       dtype: of the computation; norms and softmax are in float32. T5's activations overflow
         float16; bfloat16 has room for them.
     """
@@ -232,26 +183,26 @@ class T5Encoder(nn.Module):
         if self.buckets < 4 or self.buckets % 4 or self.furthest <= self.buckets // 4:
             raise ValueError(
                 f"buckets={self.buckets}, furthest={self.furthest}: expected a multiple of 4, and "
-                "more than a quarter of it"
+                "furthest above a quarter of it"
             )
-        x = nn.Embed(
-            self.vocab_size,
-            self.width,
-            embedding_init=normal(1.0),
-            dtype=self.dtype,
-            name="shared",
-        )(ids)
-        stack = T5Stack(
-            self.depth,
-            self.heads,
-            self.head_width,
-            self.hidden,
-            self.gated,
-            (self.buckets, self.furthest),
-            self.eps,
-            self.remat,
-            self.implementation,
-            self.dtype,
-            name="encoder",
+        init, dtype = normal(1.0), self.dtype
+        table = nn.Embed(self.vocab_size, self.width, dtype, embedding_init=init, name="shared")
+        attention = partial(
+            T5Attention,
+            heads=self.heads,
+            head_width=self.head_width,
+            implementation=self.implementation,
+            dtype=dtype,
+            name="SelfAttention",
         )
-        return stack(x, mask)
+        mlp = partial(T5MLP, self.hidden, self.gated, dtype, name="DenseReluDense")
+        positions = (self.buckets, self.furthest)
+        stack = T5Stack(
+            self.depth, attention, mlp, positions, self.eps, self.remat, dtype, name="encoder"
+        )
+        return stack(table(ids), mask)
+
+
+def _dense(features: int, deviation: float, dtype: jnp.dtype, name: str) -> nn.Dense:
+    init = normal(deviation)
+    return nn.Dense(features, use_bias=False, kernel_init=init, dtype=dtype, name=name)

@@ -1,4 +1,4 @@
-"""A denoiser with a text encoder of its own, trained together."""
+"""A denoiser's network together with a text encoder, both trained at once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from diffusion.levels import Array
 
 
 class TextToImage(nn.Module):
-    """``image``, conditioned on what ``text`` makes of ``cond.tokens``.
+    """``image``, conditioned on the embeddings that ``text`` computes from ``cond.tokens``.
 
     Attributes:
-      text: (tokens [B, L], mask [B, L]) -> ``Encoded``, as CLIP's text encoder.
+      text: (tokens [B, L], mask [B, L]) -> ``Encoded``, like CLIP's text encoder.
       image: a denoiser's network, with cross-attention to ``cond.context``, with ``cond.pooled`` or
         with both.
 
-    Raises ValueError, when called, if there are no tokens.
+    Raises:
+      ValueError: when called without tokens.
     """
 
     text: nn.Module
@@ -37,6 +38,6 @@ class TextToImage(nn.Module):
         if cond.tokens is None:
             raise ValueError("this network reads captions: cond.tokens [B, L] is missing")
         text = self.text(cond.tokens, cond.context_mask)
-        seen = cond.replace(tokens=None, context=text.last, pooled=text.pooled)
-        inner = {"features": features} if features else {}
-        return self.image(x, time, seen, train=train, **inner)
+        cond = cond.replace(tokens=None, context=text.last, pooled=text.pooled)
+        options = {"features": features} if features else {}
+        return self.image(x, time, cond, train=train, **options)

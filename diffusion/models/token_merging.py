@@ -1,13 +1,14 @@
 """Token merging: self-attention over fewer tokens, without training (ToMe for Stable Diffusion).
 
 Bolya & Hoffman, 2023. In each attention over an image's tokens, a quarter of them, one in each
-2 x 2 square, are destinations; of the others those most like a destination are averaged with it,
-and afterwards each gets what its destination got. Queries, keys and values are merged after their
-projections: these are linear, so that it is the same as merging before and unmerging after the
-whole attention layer, residual left alone. Likeness is the cosine of the keys' mean over the heads
-(Bolya et al., 2023, "Token merging", section 3), where the paper compares the block's input.
+2 x 2 square, are destinations. Those of the other tokens that are most similar to a destination are
+averaged with it, and afterwards each receives its destination's result. Queries, keys and values
+are merged after their projections. Since these are linear, this equals merging before and unmerging
+after the whole attention layer, without its residual. Similarity is the cosine of the keys' mean
+over the heads (Bolya et al., 2023, "Token merging", section 3); the paper compares the block's
+input.
 
-As in the paper, a merged token counts once in the softmax, not as often as what it consists of.
+As in the paper, a merged token counts once in the softmax, whatever the number of its tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from diffusion.levels import Array
 from diffusion.models.attention import Attend, SpatialAttention, SpatialTransformer
 from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
-from diffusion.models.unet_fields import all_kinds
 
 MOST = 0.75
-"""Share of the tokens that can be merged at most: all but the destinations."""
+"""Largest share of the tokens that can be merged: all but the destinations."""
 
 
 def check(network: nn.Module) -> None:
@@ -42,7 +42,7 @@ def check(network: nn.Module) -> None:
 def most_tokens(network: nn.Module, shape: tuple[int, ...]) -> int:
     """Tokens of the largest map that a U-Net attends over, for examples of ``shape`` [H, W, C]."""
     image = network.image if isinstance(network, TextToImage) else network
-    levels = [level for kind, level in all_kinds(image) if kind != 0]
+    levels = [level for kind, level in image.all_kinds() if kind != 0]
     return max(((shape[0] >> level) * (shape[1] >> level) for level in levels), default=0)
 
 
@@ -52,12 +52,12 @@ def with_merged_tokens(
     """``function`` with tokens merged in its networks' self-attention over images.
 
     Args:
-      function: calls networks when it is called (a denoiser does); not jitted by itself.
+      function: calls networks when it is called, as a denoiser does; not jitted by itself.
       ratio: share of the tokens that is merged away, in [0, 0.75]; 0 changes nothing.
       least: maps of fewer tokens stay as they are. Merging pays on the largest maps alone: the
         paper merges on a U-Net's finest level.
-      key: chooses the destinations, for all images alike, which the paper found better than the
-        squares' first corners, taken without a key.
+      key: chooses the destinations, for all images alike; without a key they are the squares'
+        first corners, which the paper found worse.
 
     Raises:
       ValueError: for a ratio out of range.
@@ -98,8 +98,8 @@ def with_merged_tokens(
 def destinations(height: int, width: int, key: jax.Array | None = None) -> Array:
     """Numbers [(height // 2) (width // 2)] of tokens, one of each 2 x 2 square.
 
-    Chosen at random by ``key``; without one, the square's first. What is left at odd borders
-    belongs to no square.
+    ``key`` chooses them at random; without a key, they are the squares' first tokens. Tokens at odd
+    borders belong to no square.
     """
     rows, columns = np.meshgrid(np.arange(height // 2), np.arange(width // 2), indexing="ij")
     first = (2 * rows * width + 2 * columns).reshape(-1)
@@ -110,10 +110,10 @@ def destinations(height: int, width: int, key: jax.Array | None = None) -> Array
 
 
 def match(metric: Array, chosen: Array, ratio: float) -> tuple[Array, int]:
-    """Which merged token each of the tokens becomes part of (bipartite soft matching).
+    """The merged token that each token becomes a part of (bipartite soft matching).
 
     Args:
-      metric: [B, L, D] whose cosines tell how alike tokens are.
+      metric: [B, L, D] whose cosines are the tokens' similarities.
       chosen: [N] the destinations, the same for all images.
       ratio: share of the L tokens that are merged into them; at most all others.
 
@@ -147,5 +147,5 @@ def merge(x: Array, slots: Array, count: int) -> Array:
 
 
 def unmerge(x: Array, slots: Array) -> Array:
-    """[B, M, ...] -> [B, L, ...]: each token gets its slot's."""
+    """[B, M, ...] -> [B, L, ...]: each token receives the value of its slot."""
     return jax.vmap(lambda a, s: a[s])(x, slots)

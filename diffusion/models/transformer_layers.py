@@ -38,7 +38,7 @@ def patchify(x: Array, patch: int) -> Array:
 
 
 def unpatchify(tokens: Array, patch: int, height: int, width: int) -> Array:
-    """Inverse of `patchify` for an image of height x width pixels."""
+    """Inverse of ``patchify`` for an image of height x width pixels."""
     b = tokens.shape[0]
     x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1).swapaxes(2, 3)
     return x.reshape(b, height, width, -1)
@@ -116,8 +116,8 @@ class GeluMLP(nn.Module):
 class SwiGLU(nn.Module):
     """Gated MLP silu(a) * b (Shazeer, 2020); fc1 gives a and b side by side.
 
-    ``hidden`` is the hidden width of the plain MLP it replaces: two thirds of it, rounded to a
-    multiple of 64, keep the parameter count.
+    ``hidden`` is the hidden width of the plain MLP that it replaces. Two thirds of it, rounded to a
+    multiple of 64, keep the number of parameters.
     """
 
     hidden: int

@@ -1,5 +1,5 @@
 """The U-Net of DDPM, ADM and Stable Diffusion (Ho et al., 2020; Dhariwal & Nichol, 2021;
-Rombach et al., 2022): one module, told apart by its fields, and the published ones as presets.
+Rombach et al., 2022): one module, whose fields make the difference, and the published presets.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from jax.nn.initializers import zeros
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
+from diffusion.models.fields import per_level
 from diffusion.models.layers import GroupNorm
 from diffusion.models.unet_blocks import UpBlock
 from diffusion.models.unet_encoder import Encoder
-from diffusion.models.unet_fields import AttentionKind, level_kinds, per_level
+from diffusion.models.unet_fields import AttentionKind
 
 
 class UNet(Encoder):
     """``Encoder``, up blocks and output layers; the output convolution starts at zero.
 
     Attributes:
-      out_channels: of the output; by default as many as x has (twice that for learned variances).
-      up_attention: as ``attention``, for the up blocks, which have one more ResNet block each; by
-        default they have at each level what the down block has after its last one.
+      out_channels: of the output; by default those of x. Learned variances need twice as many.
+      up_attention: like ``attention``, for the up blocks, which have one more ResNet block each; by
+        default each has at all places the attention after the down block's last ResNet block.
     """
 
     out_channels: int | None = None
@@ -41,10 +42,9 @@ class UNet(Encoder):
         *,
         features: Sequence[int] = (),
     ) -> Array | tuple[Array, tuple[Array, ...]]:
-        """F [B, H, W, out_channels], in x's dtype; with ``features``, F and what these blocks give.
+        """F [B, H, W, out_channels], in x's dtype; with ``features``, F and these blocks' outputs.
 
-        Signals in ``cond`` that the network has no input for are ignored, those that it needs are
-        required.
+        The network ignores signals in ``cond`` that it has no input for and requires the others.
 
         Args:
           x: [B, H, W, C], H and W divisible by 2^(levels - 1).
@@ -53,9 +53,9 @@ class UNet(Encoder):
           train: whether dropout is active (it then needs an rng named 'dropout').
           control: residuals to add to the features of the skip connections, in the encoder's
             order, and, last, to the mid block's output.
-          features: numbers of blocks whose outputs [B, h, w, C] are wanted too, for representation
-            alignment: 1 to L are the levels' down blocks (before their downsampling), L + 1 is the
-            mid block.
+          features: numbers of blocks whose outputs [B, h, w, C] are returned as well, for
+            representation alignment: 1 to L are the levels' down blocks (before their
+            downsampling), L + 1 is the mid block.
         """
         if time.shape != x.shape[:1]:
             raise ValueError(
@@ -65,7 +65,7 @@ class UNet(Encoder):
         dtype = x.dtype
         emb = self.embed(time, cond)
         skips, x = self.encode(x, emb, cond, train)
-        wanted = self._wanted(features, skips, x)
+        outputs = self._outputs(features, skips, x)
         if control is not None:
             if len(control) != len(skips) + 1:
                 raise ValueError(
@@ -92,9 +92,9 @@ class UNet(Encoder):
             out_channels, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_out"
         )
         out = conv_out(nn.silu(x)).astype(dtype)
-        return (out, wanted) if features else out
+        return (out, outputs) if features else out
 
-    def _wanted(
+    def _outputs(
         self, numbers: Sequence[int], skips: Sequence[Array], mid: Array
     ) -> tuple[Array, ...]:
         """The outputs of the blocks with these numbers (see ``features``)."""
@@ -108,14 +108,14 @@ class UNet(Encoder):
         return tuple([*outputs, mid][i - 1] for i in numbers)
 
     def up_kinds(self, level: int) -> tuple[AttentionKind, ...]:
-        """What follows each ResNet block of the level's up block."""
+        """The kind of attention after each ResNet block of the level's up block."""
         if self.up_attention is not None:
-            return level_kinds(self, "up_attention", level)
-        return (level_kinds(self, "attention", level)[-1],) * (per_level(self.blocks, level) + 1)
+            return self.level_kinds("up_attention", level)
+        return (self.level_kinds("attention", level)[-1],) * (per_level(self.blocks, level) + 1)
 
 
-# Published networks; ``overrides`` are fields of UNet. The number of input channels is that of x
-# and cond.image together and no field.
+# Published networks; ``overrides`` are fields of UNet. The number of input channels is no field: it
+# is that of x and cond.image together.
 
 
 def ddpm_cifar10(**overrides: Any) -> UNet:
@@ -133,42 +133,43 @@ def ddpm_cifar10(**overrides: Any) -> UNet:
     return net.clone(**overrides)
 
 
-def _adm(widths: tuple[int, ...], blocks: int, attention: tuple[int | str, ...]) -> UNet:
-    return UNet(
-        widths=widths,
-        blocks=blocks,
-        attention=attention,
-        head_width=64,
-        scale_shift=True,
-        resnet_resampling=True,
-        time_width=4 * widths[0],
-        num_classes=1000,
-        null_class=False,
-        out_channels=6,
-    )
-
-
 def adm64(**overrides: Any) -> UNet:
     """ADM, class-conditional ImageNet at 64 x 64 (Dhariwal & Nichol, 2021): 296 M parameters.
 
     The published networks learn their variances and have no null class: for classifier-free
     guidance, override ``null_class=True``.
     """
-    net = _adm((192, 384, 576, 768), 3, (0, "self", "self", "self"))
-    return net.clone(dropout=0.1).clone(**overrides)
+    net = UNet(
+        widths=(192, 384, 576, 768),
+        blocks=3,
+        attention=(0, "self", "self", "self"),
+        head_width=64,
+        scale_shift=True,
+        resnet_resampling=True,
+        num_classes=1000,
+        null_class=False,
+        dropout=0.1,
+        out_channels=6,
+    )
+    return net.clone(**overrides)
 
 
 def adm256(**overrides: Any) -> UNet:
     """ADM, class-conditional ImageNet at 256 x 256: 554 M parameters (1 M less without classes)."""
-    attention = (0, 0, 0, "self", "self", "self")
-    return _adm((256, 256, 512, 512, 1024, 1024), 2, attention).clone(**overrides)
+    net = adm64(
+        widths=(256, 256, 512, 512, 1024, 1024),
+        blocks=2,
+        attention=(0, 0, 0, "self", "self", "self"),
+        dropout=0.0,
+    )
+    return net.clone(**overrides)
 
 
 def sd15(**overrides: Any) -> UNet:
     """Stable Diffusion 1.x: context [B, 77, 768].
 
-    Its inpainting network takes 5 further channels in ``cond.image``; latent consistency models
-    have ``guidance_width=256``.
+    Its inpainting network has 5 further channels in ``cond.image``; latent consistency models have
+    ``guidance_width=256``.
     """
     net = UNet(
         widths=(320, 640, 1280, 1280),
@@ -182,57 +183,32 @@ def sd15(**overrides: Any) -> UNet:
 
 def sd21(**overrides: Any) -> UNet:
     """Stable Diffusion 2.x: context [B, 77, 1024]."""
-    net = UNet(
-        widths=(320, 640, 1280, 1280),
-        attention=(1, 1, 1, 0),
-        mid_attention=1,
-        head_width=64,
-        linear_projection=True,
-        out_channels=4,
-    )
-    return net.clone(**overrides)
+    return sd15(num_heads=None, head_width=64, linear_projection=True).clone(**overrides)
 
 
 def sdxl(**overrides: Any) -> UNet:
     """SDXL's base model: context [B, 77, 2048], pooled [B, 1280], time_ids [B, 6]."""
-    net = UNet(
-        widths=(320, 640, 1280),
-        attention=(0, 2, 10),
-        mid_attention=10,
-        head_width=64,
-        linear_projection=True,
-        added_embedding=True,
-        out_channels=4,
+    net = sd21(
+        widths=(320, 640, 1280), attention=(0, 2, 10), mid_attention=10, added_embedding=True
     )
     return net.clone(**overrides)
 
 
 def sdxl_refiner(**overrides: Any) -> UNet:
     """SDXL's refiner: context [B, 77, 1280], pooled [B, 1280], time_ids [B, 5]."""
-    net = UNet(
-        widths=(384, 768, 1536, 1536),
-        attention=(0, 4, 4, 0),
-        mid_attention=4,
-        head_width=64,
-        linear_projection=True,
-        added_embedding=True,
-        out_channels=4,
-    )
+    net = sdxl(widths=(384, 768, 1536, 1536), attention=(0, 4, 4, 0), mid_attention=4)
     return net.clone(**overrides)
 
 
 def x4_upscaler(**overrides: Any) -> UNet:
     """Stable Diffusion's x4 upscaler: context [B, 77, 1024], the small image [B, H, W, 3] in
     ``cond.image`` and its noise level, 0..999, in ``cond.label``."""
-    net = UNet(
+    net = sd15(
         widths=(256, 512, 512, 1024),
         attention=(0, 1, 1, 1),
-        mid_attention=1,
-        num_heads=8,
         only_cross_attention=(True, True, True, False),
         linear_projection=True,
         num_classes=1000,
         null_class=False,
-        out_channels=4,
     )
     return net.clone(**overrides)

@@ -1,7 +1,7 @@
 """The parts of a U-Net: ResNet blocks, resampling, and the blocks of one resolution level.
 
-``DownBlock``, ``MidBlock`` and ``UpBlock`` are given constructors (``functools.partial``) for
-their ResNet, attention and resampling layers and only say how these are wired.
+``DownBlock``, ``MidBlock`` and ``UpBlock`` connect ResNet, attention and resampling layers, which
+they make with the constructors (``functools.partial``) in their fields.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class ResnetBlock(nn.Module):
     """Norm, SiLU, 3 x 3 convolution, twice, plus a shortcut; the embedding enters in between.
 
     The embedding [B, E] is added before the second norm or, with ``scale_shift``, modulates its
-    output as ``(1 + scale) * norm(h) + shift`` (ADM); without an embedding (autoencoders) it is
-    left out. ``resample`` is applied to both paths (ADM's resampling blocks). The second
-    convolution starts at zero, so a new block is its shortcut.
+    output as ``(1 + scale) * norm(h) + shift`` (ADM). Autoencoders have no embedding. ``resample``
+    is applied to both paths (ADM's resampling blocks). The second convolution starts at zero, so
+    that a new block computes its shortcut alone.
     """
 
     width: int
@@ -89,10 +89,10 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3 x 3 convolution of stride 2, padded on both sides or, asymmetrically, only after.
+    """3 x 3 convolution of stride 2, padded by (1, 1) on each axis, or asymmetrically by (0, 1).
 
-    Asymmetric padding, (0, 1) on each axis, is that of DDPM and of the autoencoders. Embedding and
-    ``train`` are not used: the signature is ``ResnetBlock``'s.
+    DDPM and the autoencoders pad asymmetrically. Embedding and ``train`` are not used: the
+    signature is ``ResnetBlock``'s.
     """
 
     asymmetric: bool = False
@@ -108,9 +108,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a 3 x 3 convolution; called as ``Downsample``.
+    """Nearest-neighbour doubling and a 3 x 3 convolution, with the signature of ``Downsample``.
 
-    On a CPU the two are one (``convolution.of_doubled``), which halves their time.
+    On a CPU both are one operation (``convolution.of_doubled``), which halves their time.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -124,7 +124,7 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder; returns its output and what it leaves for the skip connections."""
+    """One level of the encoder; returns its output and the features of its skip connections."""
 
     resnet: Constructor
     attentions: Sequence[Constructor | None]  # one after each ResNet block
@@ -147,7 +147,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResNet blocks, with attention in between where wanted, at the lowest resolution."""
+    """ResNet blocks at the lowest resolution, with attention between them where it is not None."""
 
     resnet: Constructor
     attention: Constructor | None
@@ -165,7 +165,10 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder; every ResNet block also reads one skip connection, last first."""
+    """One level of the decoder; every ResNet block also reads one skip connection, last first.
+
+    Autoencoders have None in place of each skip connection.
+    """
 
     resnet: Constructor
     attentions: Sequence[Constructor | None]  # one after each ResNet block
@@ -175,14 +178,14 @@ class UpBlock(nn.Module):
     def __call__(
         self,
         x: Array,
-        skips: list[Array],
-        emb: Array,
+        skips: Sequence[Array | None],
+        emb: Array | None,
         context: Array | None,
         mask: Array | None,
         train: bool,
     ) -> Array:
         for j, (skip, attention) in enumerate(zip(reversed(skips), self.attentions)):
-            x = jnp.concatenate([x, skip], axis=-1)
+            x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
             x = self.resnet(name=f"resnets_{j}")(x, emb, train)
             if attention is not None:
                 x = attention(name=f"attentions_{j}")(x, context, mask)

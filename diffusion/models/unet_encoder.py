@@ -1,7 +1,7 @@
-"""The half of the U-Net that ControlNet copies, and the fields that describe both halves.
+"""The half of the U-Net that ControlNet copies.
 
-``Encoder``'s parameters have the same names, at the same depth, in every module built on it.
-Names are diffusers' keys, with ``_`` for the dots before numbers.
+``Encoder``'s parameters have the same names, at the same depth, in every subclass. Names are
+diffusers' keys, with ``_`` for the dots before numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.attention import SpatialAttention, SpatialTransformer
+from diffusion.models.fields import per_level
 from diffusion.models.layers import EmbeddingMLP, sinusoidal
 from diffusion.models.unet_blocks import (
     Constructor,
@@ -26,121 +27,19 @@ from diffusion.models.unet_blocks import (
     average_pool,
     nearest_upsample,
 )
-from diffusion.models.unet_fields import AttentionKind, all_kinds, level_kinds, per_level, validate
+from diffusion.models.unet_fields import AttentionKind, UNetFields
 
 
-class Encoder(nn.Module):
-    """Time embedding, first convolution, down blocks and mid block of a U-Net.
-
-    Levels go from the finest resolution to the coarsest, each half the size of the one before.
-    Fields that are "per level" take one value for all levels or a tuple with one for each.
-
-    Attributes:
-      widths: channels of each level; their number is the number of levels.
-      blocks: ResNet blocks per level.
-      attention: what follows each ResNet block, per level: 0 (nothing), 'self' (one self-attention
-        over the pixels), or n >= 1 (n transformer blocks with cross-attention to ``cond.context``);
-        a tuple in place of a level's entry has one for each ResNet block.
-      mid_attention: the same between the ResNet blocks in the middle.
-      mid_blocks: how many ResNet blocks are there; 0 leaves the middle out.
-      num_heads: attention heads, per level. At most one of num_heads and head_width is given;
-        with neither there is one head.
-      head_width: channels per attention head, per level.
-      only_cross_attention: per level (but not in the middle), whether transformer blocks attend to
-        the context only.
-      linear_projection: transformers' in and out projections are matrices, not 1 x 1 convolutions.
-      upcast_attention: transformers' queries, keys and values are float32 whatever dtype is.
-      scale_shift: the embedding scales and shifts the second norm (ADM) instead of being added.
-      resnet_resampling: ResNet blocks resample (ADM) instead of single convolutions.
-      asymmetric_downsampling: pad strided convolutions (0, 1) instead of (1, 1) (DDPM).
-      time_width: channels of the embedding; four times the first width by default.
-      time_scale: factor on c_noise before the sinusoids (whose shortest period is 2 pi).
-      time_cos_first, time_freq_shift: see ``layers.sinusoidal``.
-      num_classes: size of the label embedding, without the null class; None: labels are not used.
-      null_class: whether the embedding has a row ``num_classes`` that stands for "no class".
-      added_embedding: embed ``cond.time_ids`` (``time_id_width`` channels each) and
-        ``cond.pooled``, concatenated, and add that to the time embedding (SDXL).
-      time_id_width: sinusoids per time id.
-      guidance_width: sinusoids for ``cond.guidance`` = s, embedded as 1000 (s - 1), so that
-        s = 1, no guidance, is the origin (latent consistency models); None: not used.
-      dropout: rate within ResNet blocks, when training.
-      norm_groups, norm_eps: of the group norms (the eps of transformers' norms is always 1e-6).
-      remat: recompute each ResNet, attention and transformer block in the backward pass.
-      attention_implementation: see ``attention.attend``.
-      dtype: of the computation; parameters, norm statistics and softmax are float32.
-      in_channels, context_width, added_width, image_size: what the network is made for, where that
-        is known: channels of x and ``cond.image`` together, of ``cond.context``, of what is added
-        (pooled and sinusoids together), and the image size that suits it best. Other channels are
-        refused; else these fields change nothing.
-
-    Raises:
-      ValueError: at construction, naming the field that does not fit.
-    """
-
-    widths: Sequence[int] = (128, 256, 256, 256)
-    blocks: int | Sequence[int] = 2
-    attention: AttentionKind | Sequence[AttentionKind | Sequence[AttentionKind]] = 0
-    mid_attention: AttentionKind = "self"
-    mid_blocks: int = 2
-    num_heads: int | Sequence[int] | None = None
-    head_width: int | Sequence[int] | None = None
-    only_cross_attention: bool | Sequence[bool] = False
-    linear_projection: bool = False
-    upcast_attention: bool = False
-    scale_shift: bool = False
-    resnet_resampling: bool = False
-    asymmetric_downsampling: bool = False
-    time_width: int | None = None
-    time_scale: float = 1.0
-    time_cos_first: bool = True
-    time_freq_shift: float = 0.0
-    num_classes: int | None = None
-    null_class: bool = True
-    added_embedding: bool = False
-    time_id_width: int = 256
-    guidance_width: int | None = None
-    dropout: float = 0.0
-    norm_groups: int = 32
-    norm_eps: float = 1e-5
-    remat: bool = False
-    attention_implementation: str | None = None
-    dtype: jnp.dtype = jnp.float32
-    in_channels: int | None = None
-    context_width: int | None = None
-    added_width: int | None = None
-    image_size: int | tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        validate(self)
-        super().__post_init__()
-
-    def check(self, image_size: int | tuple[int, int]) -> None:
-        """Raises ValueError unless ``image_size`` can be halved once per level but the last."""
-        factor = 2 ** (len(self.widths) - 1)
-        sizes = (image_size,) if isinstance(image_size, int) else image_size
-        for size in sizes:
-            if size < factor or size % factor:
-                nearest = max(round(size / factor), 1) * factor
-                raise ValueError(
-                    f"image size {size} is not divisible by {factor} = 2^(levels - 1) with "
-                    f"{len(self.widths)} levels (widths={tuple(self.widths)}); nearest: {nearest}"
-                )
+class Encoder(UNetFields):
+    """Time embedding, first convolution, down blocks and mid block of a U-Net."""
 
     @property
     def attends_to_context(self) -> bool:
         """Whether any layer needs ``cond.context``."""
-        return any(kind not in (0, "self") for kind, _ in all_kinds(self))
-
-    def heads(self, level: int) -> int:
-        """Attention heads at a level."""
-        if self.num_heads is not None:
-            return per_level(self.num_heads, level)
-        if self.head_width is not None:
-            return self.widths[level] // per_level(self.head_width, level)
-        return 1
+        return any(kind not in (0, "self") for kind, _ in self.all_kinds())
 
     def make_resnet(self, level: int) -> Constructor:
-        """The ResNet blocks of a level, which still want a name."""
+        """Constructor of a level's ResNet blocks; its caller gives the name."""
         return partial(
             nn.remat(ResnetBlock, static_argnums=(3,)) if self.remat else ResnetBlock,
             width=self.widths[level],
@@ -154,7 +53,7 @@ class Encoder(nn.Module):
     def make_attention(
         self, kind: AttentionKind, level: int, only_cross_attention: bool = False
     ) -> Constructor | None:
-        """Attention layers of that kind and of that level's heads, which still want a name."""
+        """Constructor of attention layers of this kind at this level; its caller gives the name."""
         if kind == 0:
             return None
         if kind == "self":
@@ -182,18 +81,18 @@ class Encoder(nn.Module):
     def make_attentions(
         self, kinds: Sequence[AttentionKind], level: int
     ) -> tuple[Constructor | None, ...]:
-        """What follows each of a level's ResNet blocks."""
+        """Constructors of the attention after each of a level's ResNet blocks; None for none."""
         only_cross = per_level(self.only_cross_attention, level)
         return tuple(self.make_attention(kind, level, only_cross) for kind in kinds)
 
     def make_downsample(self, level: int) -> Constructor:
-        """What halves a level's resolution."""
+        """Constructor of the layer that halves a level's resolution."""
         if self.resnet_resampling:
             return partial(self.make_resnet(level), resample=average_pool)
         return partial(Downsample, asymmetric=self.asymmetric_downsampling, dtype=self.dtype)
 
     def make_upsample(self, level: int) -> Constructor:
-        """What doubles a level's resolution."""
+        """Constructor of the layer that doubles a level's resolution."""
         if self.resnet_resampling:
             return partial(self.make_resnet(level), resample=nearest_upsample)
         return partial(Upsample, dtype=self.dtype)
@@ -216,7 +115,7 @@ class Encoder(nn.Module):
         self.down_blocks = [
             DownBlock(
                 self.make_resnet(level),
-                self.make_attentions(level_kinds(self, "attention", level), level),
+                self.make_attentions(self.level_kinds("attention", level), level),
                 self.make_downsample(level) if level < last else None,
             )
             for level in range(last + 1)
@@ -252,7 +151,7 @@ class Encoder(nn.Module):
         """The features for the skip connections, finest first, and the mid block's output.
 
         Args:
-          x: [B, H, W, C]; ``cond.image``, where there is one, is concatenated to it.
+          x: [B, H, W, C]; ``cond.image``, if there is one, is concatenated to it.
           emb: from ``embed``.
           hint: [B, H, W, widths[0]], added after the first convolution (ControlNet).
         """

@@ -15,17 +15,18 @@ from diffusion.config.drawing import Drawing
 from diffusion.evaluation import convergence
 from diffusion.evaluation.figures import BLUE, GRAY, ORANGE, new_figure
 from diffusion.pipelines import draw, samplers
-from diffusion.sampling import learned_tables
-from diffusion.sampling.table_training import Learned, Lessons, Student
+from diffusion.sampling.coefficients import coefficients
+from diffusion.sampling.solvers.table_file import save
+from diffusion.sampling.student import Learned, Lessons, Student
 from diffusion.sampling.tables import Solver
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Learns a table for each number of evaluations in ``config.learn``.
 
-    Leaves in ``workdir``: learned_N.npz, for ``--config.sampler.solver="given(path='...')"``, and
-    learned.json, learned.md and learned.png: the distance to the teacher's samples, from noise that
-    was not learned from, beside that of every fixed solver and grid named.
+    Leaves in ``workdir`` learned_N.npz, for ``--config.sampler.solver="from_file(path='...')"``,
+    and learned.json, learned.md and learned.png: the distance to the teacher's samples, on held-out
+    noise, beside that of every fixed solver and grid in the config.
     """
     _check(config)
     c, folder, bar = config.learn, Path(workdir), sys.stderr.isatty()
@@ -64,7 +65,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     rows = []
     for n, tables in fixed.items():
         row, result = _learn_one(model, student, n, tables, (lessons, held_out, test), bar)
-        learned_tables.save(str(folder / f"learned_{n}.npz"), result.solver)
+        save(str(folder / f"learned_{n}.npz"), result.solver)
         rows.append(row)
         print(_line(row))
         report = {"teacher": c.teacher, "teacher_steps": c.teacher_steps, "rows": rows}
@@ -143,7 +144,7 @@ def _fixed(model: Drawing, n: int) -> dict[tuple[str, str], Solver]:
 
 def _can_start(table: Solver, n: int) -> bool:
     try:
-        learned_tables.coefficients(table)
+        coefficients(table)
     except ValueError:
         return False
     return table.evaluations == n

@@ -1,10 +1,10 @@
 """Editing pictures with any model: image to image, inpainting, interpolation.
 
 Inpainting transforms a denoiser, so that every solver, guidance and schedule can be used with it.
-Where D is the known picture, x_t is drawn from the forward process of that picture: solvers
-reproduce points exactly, stochastic ones with new noise at each step, deterministic ones with the
-noise they began with. See also ``solvers.repaint`` for resampling, ``measurements`` for
-super-resolution and deblurring, and ``inversion``.
+Where D is the known picture, x_t follows the forward process of that picture: solvers reproduce
+points exactly, stochastic ones with new noise at each step, deterministic ones with the initial
+noise. ``solvers.repaint`` resamples, ``measurements`` serve super-resolution and deblurring, and
+``inversion`` finds a picture's noise.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from diffusion.sampling.tables import Solver
 
 
 def noised(x0: Array, solver: Solver, keys: jax.Array) -> Array:
-    """alpha x_0 + sigma eps at ``solver.level[0]``: where to start from a picture, ``x_init``.
+    """alpha x_0 + sigma eps at ``solver.level[0]``: ``x_init`` for a start from a picture.
 
-    The noise is that which ``sample`` begins with for these keys, so that with a solver that starts
-    at alpha = 0, sigma = 1 it is the same as to start from noise. Where pixels are to be
-    made from nothing, let x0 be 0 there.
+    The noise is ``sample``'s initial noise for these keys: with a solver that starts at alpha = 0,
+    sigma = 1 the result is that of a start from noise. x0 should be 0 at unknown pixels.
 
     Args:
       x0: [B, ...] pictures.
-      solver: of a grid that begins where wanted: ``grids.partial(grid, strength)``.
+      solver: of a grid that begins at the start: ``grids.partial(grid, strength)``.
       keys: [B] typed keys.
     """
     first = NoiseLevel(*(jnp.asarray(leaf[0], x0.dtype) for leaf in solver.level))
@@ -42,11 +41,11 @@ def noised(x0: Array, solver: Solver, keys: jax.Array) -> Array:
 def image_to_image(
     denoise: Denoise | Stateful, solver: Solver, keys: jax.Array, x0: Array
 ) -> Array:
-    """Noises pictures x0 [B, ...] to where the solver begins and samples from there.
+    """Adds noise to pictures x0 [B, ...] up to the solver's first level and samples from there.
 
-    SDEdit (Meng et al., 2021): ``solver(grids.partial(grid, strength))``; at a low strength the
-    picture's layout stays, at strength 1 next to nothing does. For ``sample``'s other options, give
-    it ``x_init=noised(x0, solver, keys)``.
+    SDEdit (Meng et al., 2021): ``solver(grids.partial(grid, strength))``. A low strength keeps the
+    picture's layout, strength 1 almost nothing. ``sample`` itself, with its other options, does the
+    same for ``x_init=noised(x0, solver, keys)``.
     """
     return sample(denoise, solver, keys, x0.shape[1:], x_init=noised(x0, solver, keys))
 
@@ -59,19 +58,20 @@ def inpaint(
     noise: Array | None = None,
     start: Array | float = jnp.inf,
 ) -> Denoise | Stateful:
-    """D := mask known + (1 - mask) D, which keeps what is known and paints the rest.
+    """D := mask known + (1 - mask) D, which keeps the known pixels and paints the others.
 
     For one step of DDPM this is RePaint's (Lugmayr et al., 2022, eq. 8), with the known part of x_s
-    drawn given x_t. Start from ``noised(mask * known, solver, keys)``. Of learned variances, those
-    of known pixels are set to the posterior's.
+    drawn given x_t. Sampling starts from ``noised(mask * known, solver, keys)``. Learned variances
+    of known pixels become the posterior's.
 
     Args:
-      denoise: the model's.
-      known: [B, ...] or broadcastable; whatever it holds where mask = 0 has no effect.
-      mask: broadcastable to x, 1 where known, 0 where to paint; between them, the two are mixed.
-      noise: [B, ...] then x itself is mixed, before each evaluation, with what is known noised by
-        this: diffusers' way for networks that were not trained to inpaint, where the known part
-        keeps its noise with stochastic solvers too. D stays, and what comes out is to be pasted.
+      denoise: the model's denoiser.
+      known: [B, ...] or broadcastable; its values where mask = 0 have no effect.
+      mask: broadcastable to x, 1 at known pixels, 0 at others; values between mix the two.
+      noise: [B, ...] noise of the known pixels. With it x itself is mixed before each evaluation,
+        and D stays as it is: this is diffusers' way for networks that were not trained to inpaint,
+        in which the known part keeps its noise under stochastic solvers too. The result is then
+        to be pasted into the picture.
       start: with ``noise``, the time of the first evaluation, which sees x as it is.
     """
     if noise is not None:
@@ -101,13 +101,13 @@ def inpaint(
 def consistent(
     denoise: Denoise | Stateful, y: Array, measure: Measure, inverse: Measure
 ) -> Denoise | Stateful:
-    """D := D + A^+ (y - A D): what a noiseless measurement y = A x_0 says of x_0 is put in.
+    """D := D + A^+ (y - A D), which agrees with a noiseless measurement y = A x_0.
 
-    DDNM (Wang et al., 2022, eq. 13), the linear measurement's null space left to the model. No
-    gradient is taken. ``inpaint`` is the case of a mask.
+    DDNM (Wang et al., 2022, eq. 13): the model decides only in the null space of the linear
+    measurement. No gradient is taken. ``inpaint`` is the case of a mask.
 
     Args:
-      denoise: the model's.
+      denoise: the model's denoiser.
       y: [B, ...] the measurement.
       measure: A, linear, such as ``measurements.average_pool``.
       inverse: A^+ with A A^+ y = y, such as ``measurements.repeat_pixels``.
@@ -141,8 +141,8 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
 
     sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, with theta the angle between a
     and b (Shoemake, 1985; for x_T, DDIM, Song et al., 2020, section 5.3). Unlike a straight line it
-    keeps the norm of noise. Where a and b are parallel it is a straight line, and also where they
-    are opposite, when there is no one great circle.
+    keeps the norm of noise. It is a straight line where a and b are parallel, and where they are
+    opposite, since the great circle is then not unique.
 
     Args:
       a, b: [B, ...] of one shape, not 0.

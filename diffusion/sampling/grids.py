@@ -1,11 +1,11 @@
 """Where a sampler evaluates its denoiser: N + 1 noise levels, noisiest first.
 
 A grid is data, a stacked ``NoiseLevel`` of float64 NumPy arrays [N + 1]; solvers turn it into a
-table. All but given times and sigmas end at clean data, (1, 0), so that N steps are N evaluations
-of a one-stage solver; with ``clean=False``, where there is that option, N steps end at the smallest
-noise level instead.
+table. All but ``from_times`` and ``from_sigmas`` end at clean data, (1, 0), so that N steps are N
+evaluations of a one-stage solver. With ``clean=False``, where a grid has that option, N steps end
+at the smallest noise level instead.
 
-Evenly spaced time means what the schedule's own time means: a table's steps on a ``Table``, sigma
+Evenly spaced times are even in the schedule's own time: in the steps of a ``Table``, in sigma
 itself on ``EDM``, where ``karras`` is the usual choice.
 """
 
@@ -24,8 +24,8 @@ from diffusion.schedules import Schedule, Table
 def uniform(schedule: Schedule, steps: int) -> NoiseLevel:
     """Times evenly spaced from t_max to 0: "trailing" spacing (Lin et al., 2023).
 
-    It starts at the noisiest level there is, which zero terminal SNR, flows and few-step models
-    need.
+    The grid starts at the schedule's noisiest level, which zero terminal SNR, flows and few-step
+    models need.
 
     Raises:
       ValueError: if steps is not a whole number >= 1.
@@ -36,15 +36,15 @@ def uniform(schedule: Schedule, steps: int) -> NoiseLevel:
 def leading(schedule: Table, steps: int, offset: int = 0) -> NoiseLevel:
     """Table steps ``offset + i (T // N)``, i = N-1..0, then clean: the first of each stride.
 
-    DDIM's and, with offset = 1, Stable Diffusion's spacing. The grid starts up to a stride below
-    the noisiest level. Step k sits at t = (k + 1) / T.
+    This is DDIM's and, with offset = 1, Stable Diffusion's spacing. The grid starts up to a stride
+    below the noisiest level. Step k lies at t = (k + 1) / T.
 
     Raises:
-      ValueError: for a schedule without steps, more steps than it has, an offset beyond its end.
+      ValueError: for a schedule without steps, more steps than it has, or an offset beyond its end.
     """
     if not isinstance(schedule, Table):
         raise ValueError(
-            f"leading needs a schedule with steps (a Table), got {schedule}; use uniform"
+            f"leading needs a schedule with steps (a Table), got {schedule}; uniform needs none"
         )
     total, stride = schedule.steps, schedule.steps // _check_table(schedule, steps)
     last = (steps - 1) * stride
@@ -79,7 +79,7 @@ def linspace(
 def beta(schedule: Schedule, steps: int, a: float = 0.6, b: float = 0.6) -> NoiseLevel:
     """Times t_max F^-1(1 - i/N), F the Beta(a, b) distribution's (Lee et al., 2024).
 
-    With a, b < 1 they crowd at both ends; a = b = 1 is ``uniform``.
+    With a, b < 1 the times are dense at both ends; a = b = 1 is ``uniform``.
 
     Raises:
       ValueError: for a or b <= 0.
@@ -94,8 +94,8 @@ def beta(schedule: Schedule, steps: int, a: float = 0.6, b: float = 0.6) -> Nois
 def flow_shift(schedule: Schedule, steps: int, shift: float = 3.0) -> NoiseLevel:
     """Uniform times, moved to where sigma/alpha is ``shift`` times as large.
 
-    SD3 (Esser et al., 2024, eq. 23): t' = shift t / (1 + (shift - 1) t) on the rectified flow. For
-    schedules without signal at t_max: on others, use the schedule ``shifted``.
+    SD3 (Esser et al., 2024, eq. 23): t' = shift t / (1 + (shift - 1) t) on the rectified flow. This
+    is for schedules without signal at t_max; for others there is ``Schedule.shifted``.
 
     Raises:
       ValueError: for shift <= 0, or a schedule with signal at t_max.
@@ -125,7 +125,7 @@ def flow_shift_for(
     mu is linear in the tokens: base_shift at 256 (a 256 px image), max_shift at 4096 (1024 px).
 
     Raises:
-      ValueError: for tokens < 1, or as ``flow_shift``.
+      ValueError: for tokens < 1, or as in ``flow_shift``.
     """
     if not tokens >= 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
@@ -146,12 +146,12 @@ def karras(
     Karras et al., 2022, eq. 5. Here sigma is the ratio sigma / alpha, on any schedule.
 
     Args:
-      schedule: gives t, and alpha and sigma with exactly these ratios.
+      schedule: defines t, and alpha and sigma with exactly these ratios.
       steps: N >= 1; a single step starts at sigma_max.
-      rho: > 0; larger crowds the steps at low noise.
-      sigma_min: by default a table's first step, and 0.002 on other schedules.
-      sigma_max: by default the schedule's noisiest, or 80 where that holds practically no signal
-        (alpha < 0.001: cosine, zero terminal SNR, flows), so that the ratio is huge or infinite.
+      rho: > 0; with a larger one, more steps lie at low noise.
+      sigma_min: by default ``lowest_noise``.
+      sigma_max: by default the schedule's largest ratio, or 80 where that level has practically no
+        signal (alpha < 0.001: cosine, zero terminal SNR, flows) and a huge or infinite ratio.
       clean: whether the last step goes to clean data; if not, N steps end at sigma_min.
 
     Raises:
@@ -173,7 +173,8 @@ def exponential(
 ) -> NoiseLevel:
     """N levels evenly spaced in log(sigma / alpha), then clean: uniform in log SNR.
 
-    DPM-Solver's (Lu et al., 2022) and k-diffusion's spacing. Arguments and errors as ``karras``.
+    This is DPM-Solver's (Lu et al., 2022) and k-diffusion's spacing. Arguments and errors are those
+    of ``karras``.
     """
     low, high = _range(schedule, sigma_min, sigma_max)
     ramp = np.geomspace(high, low, _levels(steps, clean))
@@ -194,13 +195,14 @@ def from_times(schedule: Schedule, times: Sequence[float] | np.ndarray) -> Noise
 
 
 def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> NoiseLevel:
-    """The levels where sigma / alpha is as given [N + 1], decreasing, finite, >= 0.
+    """The levels with the given sigma / alpha [N + 1], decreasing, finite, >= 0.
 
     The ratios are kept exactly; t, and the common scale of alpha and sigma, come from inverting
     the schedule.
 
     Raises:
-      ValueError: for fewer than two, not strictly decreasing, or larger than the schedule's.
+      ValueError: for fewer than two ratios, or ratios that do not decrease strictly from at most
+        the schedule's largest.
     """
     ratio = np.asarray(sigmas, np.float64)
     _check_nodes("sigmas", ratio, np.inf)
@@ -215,7 +217,7 @@ def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> Noi
 def partial(grid: NoiseLevel, strength: float) -> NoiseLevel:
     """The last int(strength N) steps of a grid of N: image to image (SDEdit, Meng et al., 2021).
 
-    Counted as diffusers counts them. strength = 1 is the whole grid, from its noisiest node.
+    diffusers counts them so. strength = 1 is the whole grid, from its noisiest node.
 
     Raises:
       ValueError: for a strength outside (0, 1], or so small that no step is left.
@@ -229,12 +231,16 @@ def partial(grid: NoiseLevel, strength: float) -> NoiseLevel:
     return NoiseLevel(*(leaf[count - int(count * strength) :] for leaf in grid))
 
 
+def lowest_noise(schedule: Schedule) -> float:
+    """sigma / alpha of a table's first step; 0.002 on other schedules."""
+    return float(schedule(1 / schedule.steps).ratio) if isinstance(schedule, Table) else 0.002
+
+
 def _range(
     schedule: Schedule, sigma_min: float | None, sigma_max: float | None
 ) -> tuple[float, float]:
     if sigma_min is None:
-        table = isinstance(schedule, Table)
-        sigma_min = float(schedule(1 / schedule.steps).ratio) if table else 0.002
+        sigma_min = lowest_noise(schedule)
     if sigma_max is None:
         noisiest = schedule(schedule.t_max)
         sigma_max = float(noisiest.ratio) if noisiest.alpha >= 1e-3 else 80.0
@@ -244,12 +250,12 @@ def _range(
 
 
 def _levels(steps: int, clean: bool) -> int:
-    """How many levels with noise N steps have."""
+    """The number of levels with noise in N steps."""
     return _check(steps) + (not clean)
 
 
 def _pin(ramp: np.ndarray, low: float, high: float, clean: bool) -> np.ndarray:
-    """Ends free of the powers' rounding, so that a grid cannot pass the schedule's own; and 0."""
+    """The ramp with exact ends, which rounding could move off the schedule; then 0 if clean."""
     if len(ramp) > 1:
         ramp[-1] = low
     ramp[0] = high

@@ -1,18 +1,18 @@
-"""From pictures to the noise they would be drawn from: the probability-flow ODE, upwards.
+"""From pictures to the noise that a sampler draws them from: the probability-flow ODE, upwards.
 
-Tables as all others (``tables``), made from the sampler's own grid, noisiest first, which they
-follow from its last node to its first. ``solver.init`` is what the picture is multiplied by to
-begin with. The denoiser must not clip, and conditioning should be the picture's own, unguided.
+Inversions are tables (``tables``) made from the sampler's own grid, which they follow from its last
+node to its first. ``solver.init`` is the factor on the picture at the beginning. The denoiser must
+not clip, and conditioning should be the picture's own, unguided.
 
-Measured: mean PSNR in dB of 100 held-out 8 x 8 digits, inverted and drawn again by DDIM (after
-``heun``: flow_heun) on uniform cosine grids, with the exact denoiser of the training digits, each
-with a standard deviation of 0.2:
+The table shows the mean PSNR in dB of 100 held-out 8 x 8 digits, inverted and drawn again by DDIM
+(after ``heun`` by flow_heun) on uniform cosine grids, with the exact denoiser of the training
+digits, each with a standard deviation of 0.2:
 
     steps    euler    ddim    heun    fixed_point    2 iterations    4 iterations
        50     20.6    19.9    30.9           27.2            22.4            24.0
       200     23.2    21.3    39.5           32.3            41.1            50.8
 
-A small network's denoiser is smoother. With the one of colabs/editing.ipynb, 20 held-out digits:
+A small network's denoiser is smoother. With that of colabs/editing.ipynb and 20 held-out digits:
 
     steps    euler    ddim    fixed_point    4 iterations
        50     37.3    33.3           52.8            65.5
@@ -29,13 +29,13 @@ import jax.numpy as jnp
 from diffusion.denoiser import Denoise
 from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling.sample import sample
-from diffusion.sampling.tables import D, Row, Solver, X, Y, nodes, step, table
+from diffusion.sampling.tables import D, Row, Solver, X, Y, eps, eps_step, nodes, step, table
 
 
 def invert(denoise: Denoise, solver: Solver, x: Array) -> Array:
     """x [B, ...] at the grid's last node (a picture, if it is clean) -> x at its first, noise.
 
-    ``sample(..., x_init=invert(...))`` returns the picture, but for what the solvers' errors leave.
+    ``sample(..., x_init=invert(...))`` returns the picture up to both solvers' errors.
     """
     keys = jax.random.split(jax.random.key(0), len(x))  # no row has noise
     start = jnp.asarray(solver.init, x.dtype) * x
@@ -45,9 +45,8 @@ def invert(denoise: Denoise, solver: Solver, x: Array) -> Array:
 def euler(grid: NoiseLevel) -> Solver:
     """x' = alpha' D + sigma' eps, D and eps from the less noisy end of each step (DDIM, upwards).
 
-    Song et al., 2020, sections 4.3 and 5.4. Nothing is evaluated at
-    clean data: on a grid that ends there, alpha x_0 is taken for x at the node before, and N - 1
-    evaluations are made. Order 1.
+    Song et al., 2020, sections 4.3 and 5.4. Nothing is evaluated at clean data: on a grid that ends
+    there, alpha x_0 is taken for x at the node before, with N - 1 evaluations. Order 1.
 
     Raises:
       ValueError: for a grid of one step to clean data.
@@ -73,17 +72,14 @@ def heun(grid: NoiseLevel) -> Solver:
 
 
 def ddim(grid: NoiseLevel) -> Solver:
-    """DDIM inversion as Stable Diffusion's editors and diffusers' DDIMInverseScheduler do it.
+    """DDIM inversion as in Stable Diffusion's editors and diffusers' DDIMInverseScheduler.
 
-    The network sees the less noisy x, but is told the noisier level: it works from clean data on,
-    with N evaluations. eps = (x - alpha D) / sigma of that level, the network's own if it
+    The network evaluates the less noisy x at the noisier level, so that it can start from clean
+    data; N evaluations. eps = (x - alpha D) / sigma at that level is the network's output if it
     predicts eps. Order 1.
     """
-    rows = []
-    for after, before in _pairs(grid):
-        scale = after.alpha / before.alpha
-        eps = (X - after.alpha * D) / after.sigma
-        rows.append(Row(after, [scale * X + (after.sigma - scale * before.sigma) * eps]))
+    pairs = _pairs(grid)
+    rows = [Row(after, [eps_step(X, eps(after), before, after)]) for after, before in pairs]
     return table(rows)._replace(init=1.0)
 
 
@@ -91,11 +87,11 @@ def fixed_point(grid: NoiseLevel, iterations: int = 1) -> Solver:
     """Undoes ``solvers.ddim``: solves x_s = DDIM(x_t, t) for x_t, in each step (Pan et al., 2023).
 
     With y = x / (alpha + sigma), tau = sigma / (alpha + sigma) and v = eps - D, DDIM's step is
-    y_s = y_t + (tau_s - tau_t) v(x_t, t). Iterated is y_t = y_s + (tau_t - tau_s) v(x_t, t), from
-    the velocity of the step before. One iteration returns to the picture with order 2 (``ddim`` and
-    ``euler`` have order 1), each further one with one order more, given steps short enough that
-    they converge: in the table above 50 were too few for that.
-    Clean ends and starts at alpha = 0 are steps as all others.
+    y_s = y_t + (tau_s - tau_t) v(x_t, t). The iteration y_t = y_s + (tau_t - tau_s) v(x_t, t)
+    starts with the velocity of the step before. One iteration returns to the picture with order 2
+    (``ddim`` and ``euler`` have order 1), and each further one adds an order if the steps are short
+    enough for convergence; 50 steps were too few in the table above. A clean end and a start at
+    alpha = 0 need no special step.
 
     Args:
       grid: N + 1 levels.
@@ -109,8 +105,11 @@ def fixed_point(grid: NoiseLevel, iterations: int = 1) -> Solver:
     pairs = _pairs(grid)
     first, clean = pairs[0]
     if first.alpha == 0:
-        raise ValueError("the step from alpha = 0 to the grid's end keeps nothing of the picture")
-    # Without a velocity yet, eps is 0: x_t begins as (alpha_t / alpha_s) x_s.
+        raise ValueError(
+            "the step from alpha = 0 to the grid's end keeps nothing of the picture; the grid "
+            "needs a level between them"
+        )
+    # Before the first velocity eps counts as 0: x_t begins as (alpha_t / alpha_s) x_s.
     base = (first.alpha + first.sigma) / (clean.alpha + clean.sigma) * clean.alpha / first.alpha * X
     rows = []
     for i, (level, before) in enumerate(pairs):
@@ -131,12 +130,14 @@ def _pairs(grid: NoiseLevel) -> list[tuple[NoiseLevel, NoiseLevel]]:
 
 
 def _upwards(grid: NoiseLevel) -> tuple[list[NoiseLevel], float]:
-    """The nodes with noise, least first, and what x is multiplied by to be at the first."""
+    """The nodes with noise, least first, and the factor on x to be at the first of them."""
     path = nodes(grid)[::-1]
     if path[0].sigma > 0:
         return path, 1.0
     if len(path) < 3:
-        raise ValueError("a grid of one step to clean data has no step between noisy nodes")
+        raise ValueError(
+            "a grid of one step to clean data has no step between noisy nodes; expected 2 steps"
+        )
     return path[1:], path[1].alpha / path[0].alpha
 
 

@@ -9,7 +9,7 @@ runs one after each step but the last, which ends without noise. With ``solvers.
 variance-exploding schedule that is Song et al.'s algorithm 2, whose predictor is the reverse
 diffusion; any solver with one evaluation per step may predict.
 
-A step of size e leaves a Gaussian of variance v with v / (1 - e / (2 v)): too much by e / 2.
+After many steps of size e a Gaussian of variance v has v / (1 - e / (2 v)), too much by e / 2.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def langevin(
     Each image has its own norms, so that it does not depend on its batch; the original averages
     them over the batch. Where the score vanishes e has no bound: this is for images, whose norms
     hardly vary, and ``annealed_langevin`` for few dimensions. The original's further factor
-    alpha_t (alg. 5, variance-preserving) is that of one of 1000 steps, about 1, and left out.
+    alpha_t (alg. 5, variance-preserving), of one of 1000 steps, is about 1 and omitted.
 
     Args:
       denoise: (x, level) -> x_0_hat or an ``Estimate``.
       x: [B, ...] at this level.
       level: leaves (), sigma > 0.
       keys: [B] typed keys.
-      steps: how many, each with one evaluation.
+      steps: number of steps, each with one evaluation.
       snr: r of the paper, which takes 0.16 (VE) and 0.01 to 0.05 (VP), by size of image.
 
     Raises:
@@ -73,9 +73,9 @@ def annealed_langevin(
 ) -> Array:
     """Steps of size e = 2 (snr sigma)^2, the same for all x (Song & Ermon, 2019, alg. 1).
 
-    What ``langevin`` does where the score is mostly noise, |s| = |z| / sigma; it is safe in any
+    It equals ``langevin`` where the score is mostly noise, |s| = |z| / sigma. It is safe in any
     number of dimensions (snr < 1), but slow where the data are smoother than sigma. Arguments and
-    errors as there.
+    errors are those of ``langevin``.
     """
     return _walk(denoise, x, level, keys, steps, snr, lambda *_: 2 * (snr * level.sigma) ** 2)
 
@@ -104,18 +104,17 @@ def _walk(
 
 
 def check_predictor(solver: Solver, grid: NoiseLevel) -> None:
-    """That each row of the solver goes from one node of the grid to the next.
+    """Checks that each row of the solver goes from one node of the grid to the next.
 
     Raises:
-      ValueError: for a solver with stages between: a corrector would disturb its step.
+      ValueError: for a solver with stages between nodes, whose steps a corrector would disturb.
     """
     count, steps = solver.evaluations, len(grid.alpha) - 1
     pairs = [(solver.level.alpha, grid.alpha), (solver.level.sigma, grid.sigma)]
     if count != steps or not all(np.allclose(level, nodes[:-1]) for level, nodes in pairs):
         raise ValueError(
-            f"a corrector follows each step, so that the solver must have one evaluation per step "
-            f"(ddpm, ddim, euler, dpmpp_2m, ...); this one has {count} for {steps} "
-            f"steps, or evaluates between the grid's levels"
+            "a corrector needs a solver with one evaluation per step, at the grid's levels (ddpm, "
+            f"ddim, euler, dpmpp_2m, ...); this one has {count} evaluations for {steps} steps"
         )
 
 

@@ -4,33 +4,33 @@ Divided by sqrt(alpha^2 + sigma^2), every schedule runs through the same points,
 
     z = cos(theta) x_0 + sin(theta) eps,      tan(theta) = sigma / alpha,
 
-so that one ODE serves them all; a schedule only tells the network its time. With
+so that one ODE serves them all; only the network's time depends on the schedule. With
 s = log tan(theta / 2), cos(theta) = -tanh s, and the ODE dz/dtheta = cos(theta) eps - sin(theta) D
 becomes
 
     dz/ds = cos(theta) z - D(x_t),            x_t = sqrt(alpha^2 + sigma^2) z.
 
-Nothing is divided by: it holds from little noise, where s is the logarithm of sigma / (2 alpha),
-to no signal at all (s = 0), and is smooth at the steps of a table. Along it (Chen et al., 2018)
+It has no division: it holds from little noise, where s is the logarithm of sigma / (2 alpha), to
+no signal at all (s = 0), and is smooth at the steps of a table. Along it (Chen et al., 2018)
 
     log p(z_start) = log N(z_end; 0, I) + integral of div f ds,    f = cos(theta) z - D.
 
 The prior, z_end ~ N(0, I), is the one that samplers start from.
 
-What is measured. The ODE starts at sigma_min > 0, so this is the density of x_0 + sigma_min eps,
-as the model has it, read at the data. It is a normalised density whatever sigma_min is, and for
-smooth data within O(sigma_min^2) of that of x_0. Data with discrete values have no density: with
-sigma_min far below their spacing it is a comb. They are dequantised instead,
+The ODE starts at sigma_min > 0. The result is therefore the model's density of x_0 + sigma_min eps
+at the data. It is a normalised density for every sigma_min and, for smooth data, within
+O(sigma_min^2) of that of x_0. Data with discrete values have no density: with sigma_min far below
+their spacing it is a comb. They are dequantised instead,
 
     log P(x) >= E_q(u) [log p(x + u) - log q(u)],    u in x's bin, of width 2 / (levels - 1),
 
 with u uniform, for networks trained on such data (Theis et al., 2016; in bits per dimension
 -log2(p) / d + log2((levels - 1) / 2), 6.99 more at 256 levels), or with u a normal of deviation
 sigma_min cut off at the bin's ends, for networks that were trained on the discrete values (Zheng
-et al., 2023): x + u is then what such a network sees at sigma_min. All are bounds; the tightest
-tells most. How much noise between the values a network of discrete data has learned to remove
-decides: one that has not learned to pays log(width / sigma_min) for being told where in its bin a
-value lies, and with sigma_min near half the width the two ways come together.
+et al., 2023): x + u is then such a network's input at sigma_min. Both are lower bounds; the larger
+one is the tighter. A network of discrete data that has not learned to remove noise between the
+values loses log(width / sigma_min) with uniform u, for the place of a value in its bin; with
+sigma_min near half the width the two bounds agree.
 """
 
 from __future__ import annotations
@@ -48,18 +48,19 @@ from jax.scipy.stats import norm
 from diffusion.denoiser import ConditionalDenoise, Denoise, as_estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.models.kernels.fused_attention import unfused
-from diffusion.schedules import Schedule, Table
+from diffusion.sampling import grids
+from diffusion.schedules import Schedule
 
 Field = Callable[[Array], Array]
 Divergence = Callable[[Field, Array, jax.Array], tuple[Array, Array]]
 
 
 class Likelihood(NamedTuple):
-    """Of each example.
+    """The log-likelihood of each example, and its cost.
 
     Attributes:
       log_p: [B] in nats; NaN where the ODE was not solved within ``max_steps``.
-      evaluations: [B] of the ODE's right side: the denoiser and its derivative.
+      evaluations: [B] evaluations of the ODE's right side, the denoiser with its derivative.
     """
 
     log_p: Array
@@ -67,7 +68,7 @@ class Likelihood(NamedTuple):
 
 
 def exact(f: Field, z: Array, key: jax.Array) -> tuple[Array, Array]:
-    """f(z) and the trace of its Jacobian, by as many derivatives as z has entries."""
+    """f(z) and the trace of its Jacobian, from one derivative per entry of z."""
     del key
     value, derivative = jax.linearize(f, z)
     basis = jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
@@ -84,7 +85,7 @@ def hutchinson(f: Field, z: Array, key: jax.Array, probes: int = 1) -> tuple[Arr
 
 
 def hutchinson_gaussian(f: Field, z: Array, key: jax.Array, probes: int = 1) -> tuple[Array, Array]:
-    """As ``hutchinson`` with standard normal v, of larger variance."""
+    """``hutchinson`` with standard normal v, whose variance is larger."""
     return _mean_of_probes(f, z, jax.random.normal(key, (probes, *z.shape), z.dtype))
 
 
@@ -112,26 +113,26 @@ def log_likelihood(
 ) -> Likelihood:
     """log p(x) of continuous data, in nats; traceable.
 
-    Tsitouras' 5(4) pair with steps of its own for each image: an image's result and its number of
+    Tsitouras' 5(4) pair chooses the steps of each image: an image's result and its number of
     evaluations do not depend on the batch, which runs until the last image is done.
 
     Args:
-      denoise: (x [1, ...], level with leaves ()) -> x_0_hat or an ``Estimate``, not clipped. Each
-        image is given apart (under ``vmap``), so that what belongs to one must come by ``cond``.
-      schedule: the one it was trained on.
+      denoise: (x [1, ...], level with leaves ()) -> x_0_hat or an ``Estimate``, not clipped. It is
+        called for one image at a time (under ``vmap``); what differs between images is in ``cond``.
+      schedule: the one that the denoiser was trained on.
       x: [B, ...].
-      keys: [B] typed keys, of the probes; ``exact`` needs none.
+      keys: [B] typed keys of the probes; ``exact`` needs none.
       cond: leaves [B, ...], such as a ``Conditioning``; then ``denoise(x, level, cond)``.
-      divergence: ``exact``, for few dimensions, or an estimate without bias.
-      sigma_min: sigma / alpha to start at, by default ``lowest_noise``.
-      sigma_max: sigma / alpha to end at, by default the schedule's, which may be infinite.
-      rtol, atol: of z and of the log-determinant per dimension, each.
-      max_steps: accepted and rejected, per image.
+      divergence: ``exact``, for few dimensions, or an unbiased estimate.
+      sigma_min: first sigma / alpha, by default ``grids.lowest_noise``.
+      sigma_max: last sigma / alpha, by default the schedule's, which may be infinite.
+      rtol, atol: tolerances of z and of the log-determinant per dimension, each.
+      max_steps: most steps per image, accepted and rejected.
 
     Raises:
       ValueError: for keys of another shape, or not 0 < sigma_min < sigma_max <= the schedule's.
     """
-    import diffrax  # half a second, which those who only train need not wait
+    import diffrax  # takes half a second, so it is imported only where it is used
 
     if keys is None:
         keys = jax.random.split(jax.random.key(0), len(x))
@@ -178,22 +179,17 @@ def log_likelihood(
     return jax.vmap(one)(jnp.asarray(x, dtype), keys, cond)
 
 
-def lowest_noise(schedule: Schedule) -> float:
-    """sigma / alpha of a table's first step; 0.002 on other schedules. As ``grids.karras``."""
-    return float(schedule(1 / schedule.steps).ratio) if isinstance(schedule, Table) else 0.002
-
-
 def noise_range(
     schedule: Schedule, sigma_min: float | None, sigma_max: float | None
 ) -> tuple[float, float]:
-    """Both ends as sigma / alpha; what is None, by default; the second may be infinite.
+    """Both ends as sigma / alpha, with the defaults of ``log_likelihood`` in place of None.
 
     Raises:
       ValueError: unless 0 < sigma_min < sigma_max <= the schedule's.
     """
     with np.errstate(divide="ignore"):
         largest = float(schedule(schedule.t_max).ratio)
-    low = lowest_noise(schedule) if sigma_min is None else float(sigma_min)
+    low = grids.lowest_noise(schedule) if sigma_min is None else float(sigma_min)
     high = largest if sigma_max is None else float(sigma_max)
     if not 0 < low < high <= largest * (1 + 1e-6):
         raise ValueError(
@@ -212,7 +208,7 @@ def _level(schedule: Schedule, s: Array) -> tuple[NoiseLevel, Array]:
 
 
 def _norm(state: tuple[Array, Array]) -> Array:
-    """Both within their tolerance: a mean over all entries would drown the log-determinant."""
+    """The larger of the two errors; a mean over all entries would hide the log-determinant's."""
     z, log_det = state
     return jnp.maximum(jnp.sqrt(jnp.mean(z**2)), jnp.abs(log_det))
 
@@ -223,7 +219,7 @@ Dequantization = Callable[[jax.Array, tuple[int, ...], float, float], tuple[Arra
 def uniform(
     key: jax.Array, shape: tuple[int, ...], width: float, sigma: float
 ) -> tuple[Array, Array]:
-    """u uniform within bins of this width, of an image's shape, and log q(u)."""
+    """u of an image's shape, uniform in bins of this width, and log q(u)."""
     del sigma
     u = width * (jax.random.uniform(key, shape, jnp.result_type(float)) - 0.5)
     return u, jnp.asarray(-math.prod(shape) * math.log(width), u.dtype)
@@ -259,7 +255,7 @@ def discrete_log_likelihood(
       x: [B, ...] on the steps k 2 / (levels - 1) - 1, k = 0..levels - 1.
       keys: [B] typed keys.
       levels: 256 for 8-bit images.
-      sigma: of ``truncated_normal``: the sigma_min that log_p starts at.
+      sigma: deviation of ``truncated_normal``: the sigma_min of ``log_p``.
       dequantization: ``uniform`` or ``truncated_normal``.
       samples: K.
 

@@ -1,6 +1,6 @@
-"""What a measurement keeps of a picture: y = A(x_0), for guidance by it.
+"""Measurements y = A(x_0) of a picture, for guidance by them.
 
-Each is a function of x [B, H, W, C] and differentiable; ``functools.partial`` fills in its options:
+Each is a differentiable function of x [B, H, W, C]; ``functools.partial`` fills in its options:
 
     measure = partial(average_pool, factor=4)
     guided = moment_matched(denoise, measure, measure(picture), noise_std=0.01)
@@ -35,7 +35,7 @@ def average_pool(x: Array, factor: int) -> Array:
 
 
 def repeat_pixels(y: Array, factor: int) -> Array:
-    """Each pixel as factor x factor equal ones: ``average_pool``'s pseudo-inverse."""
+    """Repeats each pixel factor x factor times: ``average_pool``'s pseudo-inverse."""
     return jnp.repeat(jnp.repeat(y, factor, axis=1), factor, axis=2)
 
 

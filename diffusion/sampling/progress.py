@@ -1,4 +1,4 @@
-"""What can be seen of a sampler while it runs: a bar by evaluations, and estimates of x_0."""
+"""Progress of a running sampler: a bar by evaluations, and previews of x_0."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Preview = Callable[[int, int, np.ndarray], None]  # (batch, evaluation from 1, x
 class Monitor:
     """A callback for ``make_sampler``, to be used within ``watch``.
 
-    A sampler with a callback compiles anew in every process, since JAX does not keep such programs
-    in its cache: worth it for long runs.
+    A sampler with a callback compiles in every process, since JAX does not keep such programs in
+    its cache. That is worth its time for long runs.
 
     Args:
-      devices: how many the sampler uses, each of which reports its share of the batch.
+      devices: number of devices that the sampler uses; each reports its share of the batch.
       preview: called with the batch's number, the evaluation's (from 1) and x_0_hat of the batch.
       every: evaluations between previews; 0 for none.
     """
@@ -35,7 +35,7 @@ class Monitor:
 
     @contextmanager
     def watch(self, batches: int, evaluations: int, bar: bool = True) -> Iterator[None]:
-        """Follows a run of so many batches and evaluations each."""
+        """Follows a run of ``batches`` with ``evaluations`` each."""
         self._reports, self._evaluations = 0, evaluations
         self._shares.clear()
         total = batches * evaluations
@@ -43,7 +43,7 @@ class Monitor:
             yield
 
     def __call__(self, evaluation: np.ndarray, x0: np.ndarray, share: np.ndarray) -> None:
-        """After an evaluation (counted from 0): x_0_hat of one device's share of the batch."""
+        """Reports x_0_hat of one device's share of the batch, after an evaluation from 0 on."""
         batch, r = self._reports // (self._evaluations * self._devices), int(evaluation) + 1
         self._reports += 1
         if self._reports % self._devices == 0:

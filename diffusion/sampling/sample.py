@@ -22,14 +22,14 @@ from diffusion.sharding import examples_stay, is_cut
 
 Guide = Callable[..., Denoise | Stateful]  # (ConditionalDenoise, Conditioning, *arguments)
 Draw = Callable[..., jax.Array]  # (params, solver, keys, cond, *arguments, x_init) -> images
-Callback = Callable[..., None]  # (evaluation (), x_0_hat [B, ...], *about)
+Callback = Callable[..., None]  # (evaluation (), x_0_hat [B, ...], *callback_arguments)
 
 
 class Trajectory(NamedTuple):
-    """What each evaluation saw and said.
+    """The denoiser's inputs and results.
 
     Attributes:
-      x: [R, B, ...] the denoiser's input, at the solver's ``level``.
+      x: [R, B, ...] its input in each evaluation, at the solver's ``level``.
       x0: [R, B, ...] its estimate of x_0.
     """
 
@@ -38,7 +38,7 @@ class Trajectory(NamedTuple):
 
 
 def image_keys(seed: int, indices: Sequence[int] | Array) -> jax.Array:
-    """Keys [B], one per image: image i of a seed is the same in whichever batch it is drawn."""
+    """Keys [B], one per image: image i of a seed is the same in every batch."""
     return _image_keys(seed, jnp.asarray(indices))
 
 
@@ -48,9 +48,9 @@ def _image_keys(seed: Array, indices: Array) -> jax.Array:
 
 
 def image_noise(keys: jax.Array, shape: tuple[int, ...], fold: Array | int = 0) -> jax.Array:
-    """Standard normal numbers [B, *shape], image i's from ``keys[i]``; fold 0 is initial noise."""
+    """Standard normal [B, *shape], image i's from ``keys[i]``; fold 0 is the initial noise."""
     folded = jax.vmap(lambda key: jax.random.fold_in(key, fold))(keys)
-    # Flat: the same numbers as in the image's shape, but XLA's CPU compiler is much faster.
+    # The same numbers as in the image's shape, but drawn flat they compile much faster on a CPU.
     size, dtype = math.prod(shape), jnp.result_type(float)
     flat = jax.vmap(lambda key: jax.random.normal(key, (size,), dtype))(folded)
     return flat.reshape(len(keys), *shape)
@@ -64,36 +64,33 @@ def sample(
     *,
     x_init: Array | None = None,
     noises: Array | None = None,
-    carry: Any = None,
     corrector: Corrector | None = None,
     callback: Callback | None = None,
-    about: tuple[Array, ...] = (),
+    callback_arguments: tuple[Array, ...] = (),
     trajectory: bool = False,
 ) -> Array | tuple[Array, Trajectory]:
     """Draws images; traceable, differentiable in everything, and ``vmap`` over tables works.
 
     Image i's noise comes from ``keys[i]`` alone: fold 0 is the initial noise, fold r + 1 that of
     row r. It does not depend on the batch or the devices. Memory does not grow with the number of
-    evaluations, unless the trajectory is asked for or gradients are taken.
+    evaluations, unless the trajectory is returned or gradients are taken.
 
     Args:
       denoise: (x [B, *shape], level with leaves ()) -> x_0_hat or an ``Estimate``; or a
-        ``Stateful`` one, whose memory goes from evaluation to evaluation.
+        ``Stateful`` denoiser, whose memory (momentum, cached features) the scan carries.
       solver: the table.
       keys: [B] typed keys (``image_keys``).
-      shape: one image's.
-      x_init: [B, *shape] where to start instead of noise: it must be at ``solver.level[0]``.
+      shape: of one image.
+      x_init: [B, *shape] where to start instead of noise; it must be at ``solver.level[0]``.
       noises: [R + 1, B, *shape] standard normal numbers to use instead of drawing: the initial
         noise and each row's.
-      carry: what a denoiser with a memory (momentum, cached features) starts with, a pytree. Then
-        ``denoise(x, level, carry) -> (estimate, carry)``. A ``Stateful`` denoiser brings its own.
       corrector: applied to x after each row but the last, at the next row's level: predictor-
         corrector sampling, with a solver of one evaluation per step (``langevin``). Row r's keys
         are fold r of each image's fold 2^31.
       callback: called on the host after each evaluation with its number and x_0_hat, for progress
-        bars and previews. Without it, nothing is sent.
-      about: more that the callback is told.
-      trajectory: whether to return every evaluation too.
+        bars and previews.
+      callback_arguments: further arguments of the callback.
+      trajectory: whether to return every evaluation as well.
 
     Returns:
       x [B, *shape] at the grid's last level, in float32 (float64 if JAX has it enabled); with
@@ -101,10 +98,12 @@ def sample(
 
     Raises:
       ValueError: for keys that are not typed keys [B], x_init of another shape, or a corrector
-        together with a carry.
+        together with a ``Stateful`` denoiser.
     """
-    if corrector is not None and (carry is not None or isinstance(denoise, Stateful)):
-        raise ValueError("a corrector does not know what to do with a denoiser that has a memory")
+    if corrector is not None and isinstance(denoise, Stateful):
+        raise ValueError(
+            "a corrector cannot evaluate a denoiser that has a memory; expected a plain denoiser"
+        )
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
         raise ValueError(
             f"keys must be typed keys [B] (jax.random.key), got {keys.dtype} of shape {keys.shape}"
@@ -130,14 +129,15 @@ def sample(
         registers, memory = state
         r, level, A, b, b_raw, noise, noise_upper = row
         x = registers[0]
-        result = denoise(x, level) if carry is None else denoise(x, level, memory)
-        if carry is not None:
-            result, memory = result
+        if isinstance(denoise, Stateful):
+            result, memory = denoise.step(x, level, memory)
+        else:
+            result = denoise(x, level)
         x0, nu, unclipped = as_estimate(result)
         x0 = x0.astype(dtype)
         if callback is not None:
-            jax.debug.callback(callback, r, x0, *about)
-        if unclipped is None:  # one product: b and b_raw are of the same thing
+            jax.debug.callback(callback, r, x0, *callback_arguments)
+        if unclipped is None:  # b and b_raw apply to the same array
             new = _combine(A, registers) + _outer(b + b_raw, x0)
         else:
             new = _combine(A, registers) + _outer(b, x0) + _outer(b_raw, unclipped.astype(dtype))
@@ -152,12 +152,11 @@ def sample(
         return (new, memory), Trajectory(x, x0) if trajectory else None
 
     x = solver.init * draw_noise(0) if x_init is None else jnp.asarray(x_init, dtype)
-    if isinstance(denoise, Stateful):
-        denoise, carry = denoise.step, denoise.init(x)
+    memory = denoise.init(x) if isinstance(denoise, Stateful) else None
     m = solver.b.shape[-1]
     registers = jnp.zeros((m, *size), dtype).at[0].set(x)
     rows = (jnp.arange(solver.evaluations), *solver[:-1])
-    (registers, _), path = jax.lax.scan(evaluate, (registers, carry), rows)
+    (registers, _), path = jax.lax.scan(evaluate, (registers, memory), rows)
     return (registers[0], path) if trajectory else registers[0]
 
 
@@ -167,14 +166,14 @@ def _outer(coefficients: Array, x: Array) -> Array:
 
 
 def _combine(A: Array, registers: Array) -> Array:
-    """A Y for A [m, m], Y [m, B, ...]; written out, so that it stays in float32 and fuses."""
+    """A Y for A [m, m], Y [m, B, ...]; as a sum it stays in float32 and fuses."""
     return sum(_outer(A[:, j], registers[j]) for j in range(len(registers)))
 
 
 def _deviation(noise: Array, noise_upper: Array, nu: Array | None, ndim: int) -> Array:
     """[m, B, ...]: lower^(1 - nu) upper^nu, without log 0 in value or gradient.
 
-    A negative deviation (noise that a method takes back) has no logarithm: it stays as it is.
+    A negative deviation, of noise that a method subtracts again, has no logarithm and stays.
     """
     lower, upper = (a.reshape((-1,) + (1,) * ndim) for a in (noise, noise_upper))
     if nu is None:
@@ -192,24 +191,25 @@ def make_sampler(
     corrector: Corrector | None = None,
     callback: Callback | None = None,
 ) -> Draw:
-    """Compiles ``sample`` with everything an argument: weights, solver, keys, conditioning.
+    """Compiles ``sample`` with weights, solver, keys and conditioning as arguments.
 
-    Each device draws its share of the batch by itself; a batch that does not divide by their
-    number is filled up and cut again. It compiles once per batch size and number of evaluations.
-    Parameters that are cut over the devices (fsdp) stay so, and each layer's are gathered where
-    they are used; with a callback, all of them at once.
+    Each device draws its share of the batch by itself. A batch whose size is no multiple of the
+    number of devices is filled up, and the additional images are removed. One program is compiled
+    per batch size and number of evaluations. Parameters that are sharded over the devices (fsdp)
+    stay sharded, and each layer's are gathered where they are used; with a callback, all are
+    gathered at once.
 
     Args:
       denoiser: params -> conditional denoiser: an objective's ``denoiser``. ``params`` is any
-        pytree; to give frozen parameters too, ``lambda both: objective.denoiser(*both)``. What it
-        returns is for ``guide`` alone, so it may be several denoisers (autoguidance).
-      shape: one image's.
+        pytree, as in ``lambda both: objective.denoiser(*both)`` with frozen parameters. Only
+        ``guide`` uses the result, so that it may be several denoisers (autoguidance).
+      shape: of one image.
       guide: (denoise, cond, *arguments) -> Denoise. For classifier-free guidance:
         ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
       devices: by default all local ones.
       corrector: as ``sample``'s.
-      callback: as ``sample``'s. It sees each device's share of the batch apart, in any order; its
-        third argument is the share's number ().
+      callback: as ``sample``'s. It is called for each device's share of the batch, in any order;
+        its third argument is the share's number ().
 
     Returns:
       (params, solver, keys [B], cond, *arguments, x_init=None) -> images [B, *shape], jitted.
@@ -222,9 +222,16 @@ def make_sampler(
 
     def local(params, solver, keys, cond, arguments, x_init):
         denoise = guide(denoiser(params), cond, *arguments)
-        about = () if callback is None else (jax.lax.axis_index("batch"),)
-        options = dict(x_init=x_init, corrector=corrector, callback=callback, about=about)
-        return sample(denoise, solver, keys, shape, **options)
+        return sample(
+            denoise,
+            solver,
+            keys,
+            shape,
+            x_init=x_init,
+            corrector=corrector,
+            callback=callback,
+            callback_arguments=() if callback is None else (jax.lax.axis_index("batch"),),
+        )
 
     @jax.jit
     def draw(params, solver, keys, cond, arguments, x_init):
@@ -292,9 +299,9 @@ def sample_many(
       params: its weights.
       solver: the table.
       cond: conditioning for all images, leaves [count, ...]; ``Conditioning()`` for none.
-      count: how many.
+      count: number of images.
       *arguments: those of the guidance, each a scalar or [count, ...].
-      batch_size: per call; the last batch is filled up, so that nothing compiles twice.
+      batch_size: images per call; the last batch is filled up, so that nothing compiles twice.
       seed: image i's key is ``image_keys(seed, i)``.
       progress: whether to show a bar.
 

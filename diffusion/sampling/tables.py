@@ -7,12 +7,12 @@ evaluation of the denoiser:
     D = denoise(y_0, level)                          E[x_0 | x]
     Y <- A Y + b D + c z                             z ~ N(0, I), only where the row has noise
 
-What a method remembers (earlier D, eps or velocities, the step's base point, the noise of a stage)
-it keeps in registers, in whatever combination it likes; startup and final steps are just rows.
-Noise that a method wants *before* an evaluation (EDM's churn) is the previous row's c, and the
-initial noise for the first. So a solver is one function ``grid -> Solver`` in float64 NumPy, and
-``sample`` runs any of them: as an argument of the jitted function, so that another sampler, grid or
-eta with as many evaluations does not compile again.
+A method keeps what it needs later (earlier D, eps or velocities, the step's base point, a stage's
+noise) in registers, in any linear combination; startup and final steps are ordinary rows. A method
+that adds noise *before* an evaluation (EDM's churn) has it in the previous row's c; before the
+first evaluation it is the initial noise. So a solver is one function ``grid -> Solver`` in float64
+NumPy, and ``sample`` runs any of them. Its table is an argument of the jitted function: another
+sampler, grid or eta with as many evaluations does not compile again.
 
 A solver is written as its paper's algorithm, on symbols: ``X`` is the register y_0, ``Y[k]`` is
 y_k, ``D`` the denoiser's estimate, ``Z`` the row's noise. A symbol is a vector of coefficients over
@@ -22,8 +22,8 @@ the list of what the registers become:
     rows = [Row(now, [step(X, D, now, after)]) for now, after in pairwise(nodes(grid))]
 
 Coefficients are written so that they are finite at a first node without signal (alpha = 0: flows,
-zero terminal SNR) and a last node without noise (sigma = 0), where nothing is evaluated; ``step``
-is the step that holds D and eps = (x - alpha D) / sigma fixed, in such a form.
+zero terminal SNR) and at a last node without noise (sigma = 0), where nothing is evaluated.
+``step``, which holds D and eps = (x - alpha D) / sigma fixed, has such a form.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ import numpy as np
 from diffusion.levels import Array, NoiseLevel
 
 REGISTERS = 6
-"""Registers of every table here. The unused ones are zeros; with them, all tables of as many
-evaluations have the same shape, and one compiled sampler serves them all."""
+"""Registers of every table; unused ones are zeros. Tables of as many evaluations thus have the same
+shape, and one compiled sampler serves them all."""
 
 Y = np.eye(REGISTERS + 3)[:REGISTERS]
-"""The registers, [m, m + 3]: rows of the identity, as are the following."""
+"""The registers, [m, m + 3]: rows of the identity, as are the symbols that follow."""
 X = Y[0]
-"""The current x, which the denoiser is evaluated at."""
+"""The current x, at which the denoiser is evaluated."""
 D = np.eye(REGISTERS + 3)[REGISTERS]
 """The denoiser's estimate of x_0."""
 RAW = np.eye(REGISTERS + 3)[REGISTERS + 1]
@@ -50,19 +50,19 @@ RAW = np.eye(REGISTERS + 3)[REGISTERS + 1]
 Z = np.eye(REGISTERS + 3)[REGISTERS + 2]
 """Standard normal noise, new in each row."""
 
-Combination = np.ndarray  # [m + 3], a linear combination of the above
+Combination = np.ndarray  # [m + 3], a linear combination of these symbols
 
 
 class Solver(NamedTuple):
     """A sampler's table of R evaluations and m registers; a pytree of float64 NumPy arrays.
 
     Attributes:
-      level: [R] where the denoiser is evaluated; x must be at ``level[0]`` to begin with.
+      level: [R] where the denoiser is evaluated; the first x must be at ``level[0]``.
       A: [R, m, m] registers to registers.
       b: [R, m] the denoiser's estimate to registers.
       b_raw: [R, m] the estimate before clipping to registers; zeros for most.
-      noise: [R, m] standard deviation of the (one) noise in each register; with learned variances
-        the lower bound, at nu = 0.
+      noise: [R, m] standard deviation, in each register, of the row's one noise; with learned
+        variances the lower bound, at nu = 0.
       noise_upper: [R, m] the upper bound, at nu = 1; equal to ``noise`` for other solvers.
       init: () standard deviation of the initial x. By default sqrt(alpha^2 + sigma^2), the marginal
         of unit-variance data, 1 if variance is preserved; ``solver._replace(init=...)`` changes it.
@@ -83,7 +83,7 @@ class Solver(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One evaluation: where, and what the registers (the first few; others: 0) become."""
+    """One evaluation: its level, and what the first few registers become; the others become 0."""
 
     level: NoiseLevel
     registers: Sequence[Combination]
@@ -109,12 +109,36 @@ def step(x: Combination, d: Combination, now: NoiseLevel, after: NoiseLevel) -> 
     return keep * x + (after.alpha - now.alpha * keep) * d
 
 
+def eps(level: NoiseLevel) -> Combination:
+    """(x - alpha D) / sigma, the noise in the current x."""
+    return (X - level.alpha * D) / level.sigma
+
+
+def estimate(level: NoiseLevel, prediction: str) -> Combination:
+    """The quantity that a method keeps: D for prediction "x0", eps for "eps"."""
+    return D if prediction == "x0" else eps(level)
+
+
+def eps_step(x: Combination, e: Combination, now: NoiseLevel, after: NoiseLevel) -> Combination:
+    """The step along eps held fixed: x'/alpha' = x/alpha + (rho' - rho) eps, rho = sigma/alpha."""
+    grow = after.alpha / now.alpha
+    return grow * x + (after.sigma - grow * now.sigma) * e
+
+
+def check_choice(name: str, value: object, choices: Sequence) -> None:
+    """Raises ValueError for a value that is none of the choices."""
+    if value not in choices:
+        *most, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+
+
 def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
-    """The grid's N + 1 levels, one by one; ``rising``: from less to more noise, for inversion.
+    """The grid's N + 1 levels, one by one, from more to less noise.
+
+    With ``rising``, for inversion, they go from less to more noise.
 
     Raises:
-      ValueError: for a grid that does not go, node by node, from more to less noise (rising: from
-        less to more).
+      ValueError: for a grid that does not go in this direction at every node.
     """
     grid = NoiseLevel(*(np.asarray(a, np.float64) for a in grid))
     _, alpha, sigma = grid
@@ -126,13 +150,9 @@ def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
     rises = here >= there if rising else here <= there
     if rises.any():
         i = int(np.argmax(rises))
-        order = (
-            "increase strictly along a rising grid"
-            if rising
-            else "decrease strictly along a grid, noisiest first"
-        )
+        order = "increase strictly" if rising else "decrease strictly, noisiest first"
         raise ValueError(
-            f"sigma / alpha must {order}; node {i} has "
+            f"along a grid sigma / alpha must {order}; node {i} has "
             f"{sigma[i]:.6g} / {alpha[i]:.6g}, the next {sigma[i + 1]:.6g} / {alpha[i + 1]:.6g}"
         )
     return [NoiseLevel(*leaves) for leaves in zip(*grid)]
@@ -145,9 +165,9 @@ def log_ratio(level: NoiseLevel) -> float:
 
 
 def far(level: NoiseLevel) -> bool:
-    """Whether sigma/alpha > 1000, or infinite: too far for steps in x/alpha over sigma/alpha.
+    """Whether sigma/alpha exceeds 1000: too far for steps in x/alpha over sigma/alpha.
 
-    That space stretches without end there. What a method takes back of a long step's first guess
-    would be as much larger than x, and float32 would lose x in it.
+    A long step's first guess and its correction are both much larger than x in that space, so that
+    x would be lost in their difference in float32.
     """
     return bool(level.sigma > 1e3 * level.alpha)

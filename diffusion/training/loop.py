@@ -186,7 +186,7 @@ def fit(
         )
         pending = deque()
         ahead = RUN_AHEAD_TOGETHER if several else RUN_AHEAD
-        agree, agreed = processes.Agreement(layout) if several else None, 0
+        agree, agreed = processes.Agreement(layout.mesh) if several else None, 0
 
         def drain(keep_pending: int = 0):
             nonlocal agreed

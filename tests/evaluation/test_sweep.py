@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion import schedules
 from diffusion.evaluation import convergence
 from diffusion.sampling import grids, solvers
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
 
 SCHEDULE = schedules.RectifiedFlow()

@@ -12,10 +12,8 @@ from diffusion.models.attention import (
     SpatialAttention,
     SpatialTransformer,
     TransformerBlock,
-    attend,
-    attend_by_products,
-    attend_in_blocks,
 )
+from diffusion.models.kernels.attention import attend, attend_by_products, attend_in_blocks
 
 
 def normal(*shape, seed=0):

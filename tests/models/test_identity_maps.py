@@ -5,13 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.conditioning import Conditioning
-from diffusion.models.attention import (
-    Attention,
-    TransformerBlock,
-    self_attention_paths,
-    with_identity_maps,
-)
+from diffusion.models.attention import Attention, TransformerBlock
 from diffusion.models.dit import DiT, stack_blocks
+from diffusion.models.identity_maps import self_attention_paths, with_identity_maps
 from diffusion.models.unet import UNet
 
 rng = np.random.default_rng(0)

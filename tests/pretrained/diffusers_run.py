@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from diffusion.denoiser import Estimate
+from diffusion.denoiser import Estimate, Stateful
 from diffusion.levels import NoiseLevel
 from diffusion.predictions import precondition
 from diffusion.pretrained.schedulers import from_diffusers
@@ -114,7 +114,8 @@ def _run(solver, coefficients, x_init, freq, transform, channels):
         return transform(bare)(x, level), r + 1
 
     keys = image_keys(0, range(BATCH))
-    return sample(denoise, solver, keys, (SIZE,), x_init=x_init, noises=NOISES, carry=0)
+    counted = Stateful(lambda x: 0, denoise)
+    return sample(counted, solver, keys, (SIZE,), x_init=x_init, noises=NOISES)
 
 
 TRANSFORMS = {}

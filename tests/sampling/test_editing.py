@@ -11,9 +11,9 @@ from diffusion import schedules
 from diffusion.denoiser import Estimate, Stateful, as_estimate
 from diffusion.levels import NoiseLevel
 from diffusion.sampling import grids, solvers
-from diffusion.sampling.analytic import gaussian_mixture
 from diffusion.sampling.editing import between, consistent, image_to_image, inpaint, noised, slerp
 from diffusion.sampling.measurements import average_pool, repeat_pixels
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, image_noise, sample
 
 FLOW, COSINE = schedules.RectifiedFlow(), schedules.cosine()

@@ -126,7 +126,7 @@ TABLE, FLOW = schedules.linear(steps=10), schedules.RectifiedFlow()
         (lambda: grids.leading(TABLE, 11), "11 is more than the 10"),
         (lambda: grids.linspace(TABLE, 11), "11 is more than the 10"),
         (lambda: grids.leading(TABLE, 3, offset=4), r"0\.\.3 for 3 of 10 steps, got 4"),
-        (lambda: grids.leading(FLOW, 3), "use uniform"),
+        (lambda: grids.leading(FLOW, 3), "uniform needs none"),
         (lambda: grids.linspace(FLOW, 3, t_min=0.0), "t_min must lie in"),
         (lambda: grids.karras(FLOW, 3, rho=0), "rho must be positive"),
         (lambda: grids.karras(FLOW, 3, sigma_min=2, sigma_max=1), "sigma_min < sigma_max"),

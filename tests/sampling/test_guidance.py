@@ -12,7 +12,7 @@ from diffusion.conditioning import Conditioning, null_like
 from diffusion.denoiser import Estimate, as_estimate
 from diffusion.levels import NoiseLevel
 from diffusion.sampling import grids, guidance, solvers
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
 
 X = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))

@@ -160,8 +160,8 @@ GRID = grids.uniform(FLOW, 5)
         (lambda: solvers.restart(GRID, FLOW, low=1, high=0.1), "nearest to low=1"),
         (lambda: solvers.restart(GRID, FLOW, repeats=0), "repeats and steps must be at least 1"),
         (lambda: solvers.restart(grids.uniform(FLOW, 1), FLOW), "at least 2 steps"),
-        (lambda: jumps(FLOW(np.array([0.9, 0.1, 0.5])), solvers.ddim), "down first and last"),
-        (lambda: jumps(FLOW(np.array([0.1, 0.5, 0.2])), solvers.ddim), "down first and last"),
+        (lambda: jumps(FLOW(np.array([0.9, 0.1, 0.5])), solvers.ddim), "end with a step down"),
+        (lambda: jumps(FLOW(np.array([0.1, 0.5, 0.2])), solvers.ddim), "end with a step down"),
         (lambda: jumps(FLOW(np.array([0.9, 0.5, 0.5, 0])), solvers.ddim), "decrease strictly"),
         (
             lambda: solvers.restart(grids.karras(EDM, 5), EDM, high=100.0),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from diffusion import schedules
+from diffusion.denoiser import Stateful
 from diffusion.levels import NoiseLevel
 from diffusion.sampling import grids, solvers
-from diffusion.sampling.analytic import gaussian_mixture
 from diffusion.sampling.langevin import annealed_langevin, check_predictor, langevin
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
 
 MEAN, STD = 0.4, 0.5
@@ -128,5 +129,6 @@ def test_errors():
         langevin(GAUSSIAN, x, LEVEL, keys, steps=0)
     with pytest.raises(ValueError, match="snr > 0"):
         annealed_langevin(GAUSSIAN, x, LEVEL, keys, snr=0.0)
+    remembers = Stateful(lambda x: 0, lambda x, level, memory: (MIXTURE(x, level), memory))
     with pytest.raises(ValueError, match="has a memory"):
-        sample(MIXTURE, SOLVER, keys, (1,), carry=0, corrector=CORRECTOR)
+        sample(remembers, SOLVER, keys, (1,), corrector=CORRECTOR)

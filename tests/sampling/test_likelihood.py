@@ -11,7 +11,6 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from diffusion import schedules
-from diffusion.sampling.analytic import gaussian_mixture
 from diffusion.sampling.likelihood import (
     Likelihood,
     bits_per_dim,
@@ -23,6 +22,7 @@ from diffusion.sampling.likelihood import (
     truncated_normal,
     uniform,
 )
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys
 
 FLOW = schedules.RectifiedFlow()

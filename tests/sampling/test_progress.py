@@ -9,7 +9,7 @@ import pytest
 from diffusion import schedules
 from diffusion.conditioning import Conditioning
 from diffusion.sampling import grids, solvers
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.progress import Monitor
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
 

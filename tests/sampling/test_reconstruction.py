@@ -9,8 +9,8 @@ from diffusion import schedules
 from diffusion.denoiser import Estimate, as_estimate
 from diffusion.levels import NoiseLevel, posterior
 from diffusion.sampling import grids, solvers
-from diffusion.sampling.analytic import gaussian_mixture
 from diffusion.sampling.guidance import dps, moment_matched, pigdm, reconstruction, video
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
 
 rng = np.random.default_rng(0)

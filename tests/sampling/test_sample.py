@@ -13,8 +13,8 @@ from diffusion import schedules
 from diffusion.conditioning import Conditioning, null_like
 from diffusion.denoiser import Estimate
 from diffusion.sampling import grids, solvers
-from diffusion.sampling.analytic import gaussian_mixture
 from diffusion.sampling.guidance import classifier_free
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
 from diffusion.sampling.tables import REGISTERS
 from diffusion.sharding import is_cut

@@ -12,7 +12,7 @@ from solver_cases import ALL, DETERMINISTIC, SPECIAL, STOCHASTIC
 from diffusion import schedules
 from diffusion.levels import NoiseLevel
 from diffusion.sampling import grids, solvers
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from diffusion.conditioning import Conditioning
 from diffusion.models import dit, unet
-from diffusion.models.attention import attend, attend_in_blocks
+from diffusion.models.kernels.attention import attend, attend_in_blocks
 from diffusion.models.kernels.convolution import direct
 from diffusion.training import flops
 

@@ -122,7 +122,7 @@ def test_one_process_uses_its_arrays_as_they_are(alone):
 def test_nobody_to_be_found():
     code = """
 import os
-from diffusion.training import processes
+from diffusion import processes
 os.environ["OMPI_COMM_WORLD_SIZE"] = "2"  # without the address that mpirun 4 gives
 try:
     processes.join()
@@ -132,8 +132,8 @@ processes.join("127.0.0.1:9", 2, 1, timeout=1)
 """
     said, _ = (process := start("-c", code)).communicate(timeout=60)
     assert process.returncode == 1, said
-    assert "ompi started several processes, and JAX cannot tell how they find each other" in said
-    assert "say it with --coordinator, --num_processes, --process_id" in said
+    assert "ompi started several processes, and JAX cannot find out how to connect them" in said
+    assert "give --coordinator, --num_processes, --process_id" in said
     assert "error: process 1 waited 1 s for all 2 processes at 127.0.0.1:9" in said
 
 

@@ -1,7 +1,6 @@
 """Convolutions in forms that take less work on a CPU.
 
-They take the place of ``lax.conv_general_dilated`` in ``nn.Conv``, which calls them as it calls
-that.
+They replace ``lax.conv_general_dilated`` in ``nn.Conv`` and have its signature.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from diffusion.levels import Array
 from diffusion.models.kernels import winograd
 
 VARIABLE, FORMS = "DIFFUSION_CONVOLUTIONS", ("fastest", "direct")
-MAX_BYTES = 2**30  # that Winograd's form may take for a transformed image
-# A product of patches is the fastest up to so many pixels in a batch, from so many channels on.
+MAX_BYTES = 2**30  # most memory for a transformed image in Winograd's form
+# A product of patches is the fastest up to this number of pixels in a batch, from this number of
+# channels on.
 MAX_PIXELS, MIN_CHANNELS = 64, 64
 
 _direct: ContextVar[bool] = ContextVar("direct", default=False)
@@ -30,7 +30,7 @@ _direct: ContextVar[bool] = ContextVar("direct", default=False)
 
 @contextmanager
 def direct() -> Iterator[None]:
-    """Within, networks are traced with plain convolutions: published counts of FLOPs are theirs."""
+    """A context that traces networks with plain convolutions, as published FLOPs count them."""
     token = _direct.set(True)
     try:
         yield
@@ -39,9 +39,9 @@ def direct() -> Iterator[None]:
 
 
 def fewer_products() -> bool:
-    """Whether these forms pay: on a CPU. A GPU's libraries choose between such forms themselves.
+    """Whether these forms are used: on a CPU, since a GPU's libraries choose between such forms.
 
-    With ``DIFFUSION_CONVOLUTIONS=direct`` in the environment they are not used.
+    ``DIFFUSION_CONVOLUTIONS=direct`` in the environment turns them off.
     """
     form = os.environ.get(VARIABLE) or FORMS[0]
     if form not in FORMS:
@@ -54,9 +54,9 @@ def fewer_products() -> bool:
 def three_by_three(
     x: Array, kernel: Array, strides: Sequence[int], padding: Any, *args: Any, **kwargs: Any
 ) -> Array:
-    """3 x 3 convolution of x [B, H, W, C], stride 1, padded by zeros, as it is the fastest.
+    """3 x 3 convolution of x [B, H, W, C], stride 1, padded by zeros, in the fastest form.
 
-    Whatever else is asked for, ``lax.conv_general_dilated`` does.
+    All other convolutions are those of ``lax.conv_general_dilated``.
     """
     plain = {
         *(tuple(strides), tuple(kwargs.get("lhs_dilation") or (1, 1))),
@@ -76,12 +76,12 @@ def three_by_three(
 def tiles_pay(shape: Sequence[int], o: int) -> bool:
     """Whether Winograd's form is faster, from [B, H, W, C] to o channels (benchmarks/README.md).
 
-    With fewer tiles transforming the kernel, with fewer channels transforming the image takes more
-    time than fewer products save.
+    With few tiles the kernel's transformation takes more time than fewer products save, with few
+    channels the image's transformation does.
     """
     b, h, w, c = shape
     tiles = b * (-(-h // 2)) * (-(-w // 2))
-    products = c * o / (c + o)  # for each number that is transformed
+    products = c * o / (c + o)  # per transformed number
     enough = products >= (20 if tiles >= 512 else 38) and tiles >= max(64, max(c, o) / 10)
     return enough and 16 * tiles * max(c, o) * 4 <= MAX_BYTES
 
@@ -89,8 +89,8 @@ def tiles_pay(shape: Sequence[int], o: int) -> bool:
 def by_patches(x: Array, kernel: Array) -> Array:
     """3 x 3 convolution, padded by zeros, as one matrix product of each pixel's 3 x 3 neighbours.
 
-    For images so small that reading the kernel takes the time; XLA's CPU compiler, besides, turns
-    convolutions of images smaller than their kernel into slow ones.
+    It serves images so small that reading the kernel takes most of the time. Besides, XLA's CPU
+    compiler makes slow programs of convolutions of images that are smaller than the kernel.
     """
     _, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -99,7 +99,7 @@ def by_patches(x: Array, kernel: Array) -> Array:
 
 
 def doubling_pays(x: Array) -> bool:
-    """Whether ``of_doubled`` is faster: not where summing the kernel takes the time."""
+    """Whether ``of_doubled`` is faster; on small images summing the kernel takes too much time."""
     return fewer_products() and math.prod(x.shape[:-1]) > MAX_PIXELS
 
 
@@ -107,9 +107,9 @@ def of_doubled(x: Array, kernel: Array, *_: Any, dimension_numbers: Any, **__: A
     """3 x 3 convolution, padded by zeros, of x [B, H, W, C] doubled by nearest neighbours.
 
     Rows 2i and 2i + 1 of the doubled image are both row i of x. So the three rows of the kernel
-    [3, 3, C, O] fall on only two of x: on i - 1, i, i around row 2i, on i, i, i + 1 around row
+    [3, 3, C, O] meet only two rows of x: i - 1, i, i around row 2i, and i, i, i + 1 around row
     2i + 1; columns likewise. Each of the four kinds of output pixels is thus a convolution of x
-    with 2 x 2 sums of the kernel: 16 products per pixel of x and not 36.
+    with 2 x 2 sums of the kernel: 16 products per pixel of x instead of 36.
 
     Returns [B, 2H, 2W, O].
     """

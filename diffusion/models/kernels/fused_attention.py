@@ -1,8 +1,8 @@
-"""cuDNN's fused attention: which maps it can compute here, and how it is called.
+"""cuDNN's fused attention: the maps that it can compute on this machine, and its call.
 
-It never writes the map [L, Lk] to memory, which at thousands of tokens is most of what attention
-costs (Dao et al., 2022). It has derivatives backwards only: ``unfused`` turns it off for functions
-that are to be differentiated forwards.
+It never writes the map [L, Lk] to memory, which at thousands of tokens is most of the cost of
+attention (Dao et al., 2022). It has no forward-mode derivative: ``unfused`` turns it off for
+functions that need one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _allowed: ContextVar[bool] = ContextVar("allowed", default=True)
 def suits(q: Array, k: Array, v: Array) -> bool:
     """Whether cuDNN computes attention without a mask of these [B, L, H, D] on this machine.
 
-    That is: on an NVIDIA GPU from Ampere on, in float16 or bfloat16, with heads whose width is a
+    It can on an NVIDIA GPU from Ampere on, in float16 or bfloat16, with heads whose width is a
     multiple of 8 and at most 256 (from Hopper on; 128 before), outside of ``unfused``.
     """
     widest = widest_head()
@@ -35,7 +35,7 @@ def suits(q: Array, k: Array, v: Array) -> bool:
 
 @cache
 def widest_head() -> int:
-    """Of the default device; 0 where there is no such kernel."""
+    """The largest head width on the default device; 0 if there is no such kernel."""
     device = jax.devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return 0
@@ -46,8 +46,8 @@ def widest_head() -> int:
 def attend_cudnn(q: Array, k: Array, v: Array) -> Array:
     """softmax(q k^T / sqrt(D)) v; for 77 tokens of text, 80 keys of which 77 count.
 
-    Kernels are made for even numbers of keys; the ones that fill up are told by their count, not
-    by a mask, which would be added to all logits.
+    The kernels need an even number of keys. The number of real keys excludes those that fill up; a
+    mask would be added to all logits.
     """
     lengths, missing = None, -k.shape[1] % MULTIPLE
     if missing:
@@ -59,10 +59,10 @@ def attend_cudnn(q: Array, k: Array, v: Array) -> Array:
 
 
 def unfused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with attention that can be differentiated forwards (``jax.jvp``), too.
+    """``function`` with attention that also has a forward-mode derivative (``jax.jvp``).
 
-    Where an implementation is not asked for by name. Not for a function jitted by itself, of which
-    what was traced before would be used again.
+    It applies to attention without an ``implementation``. ``function`` must not be jitted by
+    itself, since jit would use again what it traced before.
     """
 
     @wraps(function)

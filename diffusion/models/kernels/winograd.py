@@ -1,15 +1,15 @@
 """3 x 3 convolutions by Winograd's F(2 x 2, 3 x 3) (Lavin & Gray, 2015), and their gradients.
 
-An image is cut into 4 x 4 tiles, each overlapping the next by 2. Of each tile sums of pixels are
+An image is divided into 4 x 4 tiles, each overlapping the next by 2. Sums of each tile's pixels are
 multiplied with sums of the kernel's numbers; sums of those products are 2 x 2 pixels of the result:
-16 products for each pair of channels, and not 36.
+16 products for each pair of channels instead of 36.
 
-A convolution y of x with a kernel is linear in both. What it is to <x>, <kernel> and <y>, each
-given the other two, is one primitive of JAX, ``three_by_three_p``: so its derivatives of any order,
-forward and backward, are convolutions by tiles again. By differentiating sums of tiles, XLA's CPU
-compiler would make slow programs.
+A convolution y of x with a kernel is linear in both. It and its transposes, which map y to x and to
+the kernel, are one primitive of JAX, ``three_by_three_p``. Its derivatives of any order, forward
+and backward, are therefore convolutions by tiles again. From derivatives of sums of tiles, XLA's
+CPU compiler would make slow programs.
 
-Where derivatives are taken, more has to be kept and read again, and tiles pay later.
+Derivatives keep and read more arrays, so that tiles pay only from more channels on.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from diffusion.levels import Array
 
 Table = Sequence[Sequence[Array]]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-# Channels in times channels out over their sum from which on tiles pay where derivatives are taken:
-# measured (benchmarks/README.md).
+# With derivatives, tiles pay from this ratio on: input channels times output channels, divided by
+# their sum, as measured (benchmarks/README.md).
 DERIVATIVES_PAY = 60
 
 
@@ -50,12 +50,12 @@ def compute(a: Array, b: Array, of: str, differentiated: bool) -> Array:
 
 
 def derivatives_pay(c: int, o: int) -> bool:
-    """Whether convolutions of c to o channels are by tiles where derivatives are taken."""
+    """Whether differentiated convolutions from c to o channels are computed by tiles."""
     return c * o >= DERIVATIVES_PAY * (c + o)
 
 
 def directly(a: Array, b: Array, of: str) -> Array:
-    """``compute`` as XLA does it."""
+    """``compute`` by XLA's own convolutions."""
 
     def plain(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
@@ -75,10 +75,10 @@ def _shape_of(a: Array, b: Array, of: str) -> tuple[int, ...]:
 
 
 def _pixels(x: Array, kernel: Array, transposed: bool) -> Array:
-    """The convolution; ``transposed``: with the kernel turned by 180 degrees and transposed."""
+    """The convolution, or with ``transposed`` that by the turned and transposed kernel."""
     b, h, w, _ = x.shape
     weights = _both_ways(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
-    if transposed:  # turning exchanges the first and the last of ``_of_kernel``'s sums
+    if transposed:  # a turn by 180 degrees exchanges the first and last of ``_of_kernel``'s sums
         order = (3, 1, 2, 0)
         weights = [[weights[i][j].T for j in order] for i in order]
     image = _of_tiles(x)
@@ -92,7 +92,7 @@ def _pixels(x: Array, kernel: Array, transposed: bool) -> Array:
 
 
 def _kernel(x: Array, y: Array) -> Array:
-    """From y backwards: the transposes of ``_of_products``, of products, of ``_of_kernel``."""
+    """The kernel's cotangent: transposes of ``_of_products``, the products, ``_of_kernel``."""
     _, h, w, o = y.shape
     y = jnp.pad(y, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
     pixels = [[y[:, i::2, j::2].reshape(-1, o) for j in range(2)] for i in range(2)]

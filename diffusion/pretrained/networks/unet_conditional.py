@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from diffusion.models.unet import UNet
-from diffusion.models.unet_fields import AttentionKind, level_kinds
+from diffusion.models.unet_fields import AttentionKind
 from diffusion.pretrained import fields as configs
 
 FIELDS = {
@@ -124,7 +124,7 @@ def config(net: UNet) -> dict[str, Any]:
       ValueError: for a network that is no ``UNet2DConditionModel``.
     """
     levels = range(len(net.widths))
-    down = [_depth(net, level_kinds(net, "attention", level)) for level in levels]
+    down = [_depth(net, net.level_kinds("attention", level)) for level in levels]
     up = [_depth(net, net.up_kinds(level)) for level in levels]
     if net.mid_blocks not in MID or (net.mid_blocks == 2 and net.mid_attention in (0, "self")):
         raise ValueError(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from diffusion.models.unet import UNet
-from diffusion.models.unet_fields import AttentionKind, level_kinds
+from diffusion.models.unet_fields import AttentionKind
 
 DEFAULTS = {
     "in_channels": 3,
@@ -83,7 +83,7 @@ def config(net: UNet) -> dict[str, Any]:
     if net.mid_blocks not in (0, 2):
         raise ValueError(f"mid_blocks={net.mid_blocks}: UNet2DModel has 2 or none")
     levels, conv = range(len(net.widths)), "resnet" if net.resnet_resampling else "conv"
-    down = [_one_kind(net, level_kinds(net, "attention", level)) for level in levels]
+    down = [_one_kind(net, net.level_kinds("attention", level)) for level in levels]
     up = [_one_kind(net, net.up_kinds(level)) for level in levels]
     attends = [level for level in levels if "self" in (down[level], up[level])]
     if net.mid_attention == "self":

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.clip import ClipText
+from diffusion.models.fields import per_level
 from diffusion.models.unet import UNet
-from diffusion.models.unet_encoder import per_level
 from diffusion.pretrained.names import PLAIN, POINTWISE, Names, Row, dotted, substituted, unfused
 
 RESNET = (

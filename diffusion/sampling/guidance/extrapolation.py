@@ -122,7 +122,7 @@ def perturbed_attention(perturbed: Denoise, scale: Scale, rule: Rule | None = No
     """``rule``, plus scale (good - perturbed) (Ahn et al., 2024).
 
     ``perturbed`` is the good denoiser with the self-attention maps of some blocks replaced by the
-    identity: ``models.attention.with_identity_maps``. Alone, without classifier-free guidance:
+    identity: ``models.identity_maps.with_identity_maps``. Alone, without classifier-free guidance:
     ``classifier_free(denoise, cond, cond, 1, rule=perturbed_attention(perturbed, 3.0))``, two
     evaluations.
     """

@@ -17,7 +17,7 @@ import numpy as np
 from diffusion import predictions, specs
 from diffusion.denoiser import Denoise, Stateful
 from diffusion.levels import Array, NoiseLevel
-from diffusion.models.attention import middle_block, with_identity_maps
+from diffusion.models.identity_maps import middle_block, with_identity_maps
 from diffusion.predictions import Prediction
 from diffusion.sampling import guidance
 from diffusion.sampling.guidance.chain import ADDITION, PAIR, RULE, Branches, Chain, Link

@@ -1,7 +1,8 @@
-"""Every solver: functions ``grid -> Solver``, by the names they have on the command line.
+"""All solvers: functions ``grid -> Solver``, with the names that a config calls them by.
 
-Those that evaluate between the grid's nodes take the schedule too.
+Solvers that evaluate between the grid's nodes also take the schedule.
 """
+# ruff: noqa: F401
 
 from diffusion.sampling.solvers.adams import deis, gradient_estimation, ipndm, lms, plms, pndm
 from diffusion.sampling.solvers.dpm_solver import (
@@ -36,44 +37,6 @@ from diffusion.sampling.solvers.runge_kutta import (
     heun,
     midpoint,
 )
-from diffusion.sampling.solvers.table_file import given
+from diffusion.sampling.solvers.table_file import from_file
 
-__all__ = [
-    "consistency",
-    "ddim",
-    "ddpm",
-    "ddpm_large",
-    "deis",
-    "dpm2",
-    "dpm2_ancestral",
-    "dpm_solver",
-    "dpm_solver_singlestep",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_2s",
-    "dpmpp_2s_ancestral",
-    "dpmpp_3m",
-    "dpmpp_3m_sde",
-    "dpmpp_3s",
-    "dpmpp_sde",
-    "edm",
-    "euler",
-    "euler_ancestral",
-    "flow_heun",
-    "given",
-    "gradient_estimation",
-    "heun",
-    "ipndm",
-    "lcm",
-    "lms",
-    "midpoint",
-    "plms",
-    "pndm",
-    "repaint",
-    "restart",
-    "sa_solver",
-    "tcd",
-    "unipc",
-]
-
-CHOICES = {name: globals()[name] for name in __all__}
+CHOICES = {name: value for name, value in globals().items() if callable(value)}

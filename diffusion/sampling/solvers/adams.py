@@ -4,11 +4,10 @@ In the ratio rho = sigma/alpha the probability-flow ODE is d(x/alpha)/d rho = ep
 
     x'/alpha' = x/alpha + int_rho^rho' eps(r) dr.
 
-The methods differ in the variable in which eps is taken for a polynomial, and in how they start. N
-steps are N evaluations unless a function says otherwise. A step from alpha = 0, which has no ratio,
-is Euler's, and the method starts after it. The first steps have lower orders, and with them the
-whole has order 2 where all steps are alike; it has the order of the method where the first few are
-short.
+The methods differ in the variable in which eps is a polynomial, and in how they start. N steps are
+N evaluations unless a docstring states another number. A step from alpha = 0, which has no ratio,
+is Euler's, and the method starts after it. The first steps have lower orders: the whole has order 2
+where all steps are alike, and the order of the method where the first few are short.
 """
 
 from __future__ import annotations
@@ -19,7 +18,21 @@ from itertools import pairwise
 import numpy as np
 
 from diffusion.levels import NoiseLevel
-from diffusion.sampling.tables import Combination, D, Row, Solver, X, Y, far, nodes, step, table
+from diffusion.sampling.tables import (
+    Combination,
+    D,
+    Row,
+    Solver,
+    X,
+    Y,
+    check_choice,
+    eps,
+    eps_step,
+    far,
+    nodes,
+    step,
+    table,
+)
 from diffusion.schedules import Schedule
 
 BASHFORTH = [
@@ -34,7 +47,7 @@ BASHFORTH = [
 def lms(grid: NoiseLevel, order: int = 4) -> Solver:
     """k-diffusion's LMS: Adams-Bashforth with uneven steps, eps a polynomial in sigma/alpha.
 
-    The same as DEIS's rho-AB (Zhang & Chen, 2022). Orders 1 to 4.
+    It is the same as DEIS's rho-AB (Zhang & Chen, 2022). Orders 1 to 4.
 
     Raises:
       ValueError: for an order outside 1..4.
@@ -50,8 +63,8 @@ def lms(grid: NoiseLevel, order: int = 4) -> Solver:
 def deis(grid: NoiseLevel, order: int = 3, orders: Sequence[int] | None = None) -> Solver:
     """DEIS with eps a polynomial in log(sigma/alpha) (Zhang & Chen, 2022; diffusers' "logrho").
 
-    Orders 1 to 4; the last step has order 1 if it goes to clean data. ``orders`` [N]: the order of
-    each step, if not as high as ``order`` and the history allow.
+    Orders 1 to 4; the last step has order 1 if it goes to clean data. ``orders`` [N]
+    lowers the order of single steps.
 
     Raises:
       ValueError: for an order outside 1..4.
@@ -85,17 +98,17 @@ def ipndm(grid: NoiseLevel, order: int = 4) -> Solver:
 def gradient_estimation(grid: NoiseLevel, gamma: float = 2.0) -> Solver:
     """Euler's step along gamma eps + (1 - gamma) eps_previous (Permenter & Yuan, 2024, alg. 2).
 
-    With gamma = 2, what the last evaluation got wrong is taken back; 1 is Euler's method, 3/2
-    Adams-Bashforth's of order 2 on even steps. Order 1.
+    With gamma = 2 a step takes the last evaluation's error back; gamma = 1 is Euler's method, 3/2
+    is Adams-Bashforth's of order 2 on even steps. Order 1.
     """
     rows, known = [], False
     for now, after in pairwise(nodes(grid)):
         if now.alpha == 0:
             rows.append(Row(now, [step(X, D, now, after)]))
             continue
-        eps = _eps(now)
-        mix = gamma * eps + (1 - gamma) * Y[1] if known else eps
-        rows.append(Row(now, [_transfer(X, mix, now, after), eps]))
+        e = eps(now)
+        mix = gamma * e + (1 - gamma) * Y[1] if known else e
+        rows.append(Row(now, [eps_step(X, mix, now, after), e]))
         known = True
     return table(rows)
 
@@ -103,9 +116,9 @@ def gradient_estimation(grid: NoiseLevel, gamma: float = 2.0) -> Solver:
 def plms(grid: NoiseLevel) -> Solver:
     """PNDM without Runge-Kutta start, Stable Diffusion's PLMS (Liu et al., 2022).
 
-    As ``ipndm`` with order 4, but the first step is taken twice, the second time with the mean of
-    the derivatives at both of its ends: N + 1 evaluations, or N if the grid has only one step.
-    Steps from sigma/alpha > 1000 are Euler's, and the method starts after them. Order 2.
+    It is ``ipndm`` of order 4, but takes the first step twice, the second time with the mean of the
+    derivatives at both of its ends: N + 1 evaluations, or N if the grid has only one step. Steps
+    from sigma/alpha > 1000 are Euler's, and the method starts after them. Order 2.
     """
     path = nodes(grid)
     rows, k = [], 0
@@ -113,22 +126,22 @@ def plms(grid: NoiseLevel) -> Solver:
         if far(now):
             rows.append(Row(now, [step(X, D, now, after)]))
             continue
-        eps, k = _eps(now), min(k + 1, 4)
+        e, k = eps(now), min(k + 1, 4)
         if k == 1 and i + 2 < len(path):  # Y: base point, then the derivatives
-            rows.append(Row(now, [step(X, D, now, after), X, eps]))
-            again = _transfer(Y[1], (Y[2] + _eps(after)) / 2, now, after)
+            rows.append(Row(now, [step(X, D, now, after), X, e]))
+            again = eps_step(Y[1], (Y[2] + eps(after)) / 2, now, after)
             rows.append(Row(after, [again, Y[2]]))
             continue
-        rows.append(Row(now, [_transfer(X, _mix(eps, k), now, after), eps, Y[1], Y[2]]))
+        rows.append(Row(now, [eps_step(X, _mix(e, k), now, after), e, Y[1], Y[2]]))
     return table(rows)
 
 
 def pndm(grid: NoiseLevel, schedule: Schedule) -> Solver:
     """PNDM with its Runge-Kutta start (Liu et al., 2022, alg. 2): the F-PNDM of the paper.
 
-    The first three steps are the classical Runge-Kutta method's, whose stages lie halfway in time;
-    then as ``ipndm``. N + 9 evaluations for N >= 3 (with its last step
-    going to clean data, N >= 4). Order 4 where sigma/alpha is evenly spaced, else 2.
+    The first three steps are those of the classical Runge-Kutta method, whose stages lie halfway in
+    time; the others are those of ``ipndm``. N + 9 evaluations for N >= 3, or for N >= 4 if the last
+    step goes to clean data. Order 4 where sigma/alpha is evenly spaced, else 2.
     """
     path = nodes(grid)
     rows, k = [], 0
@@ -137,19 +150,19 @@ def pndm(grid: NoiseLevel, schedule: Schedule) -> Solver:
             rows.append(Row(now, [step(X, D, now, after)]))
             continue
         if k == 3:
-            mix = _mix(_eps(now), 4)
-            rows.append(Row(now, [_transfer(X, mix, now, after), _eps(now), Y[1], Y[2]]))
+            e = eps(now)
+            rows.append(Row(now, [eps_step(X, _mix(e, 4), now, after), e, Y[1], Y[2]]))
             continue
         middle, k = schedule((now.t + after.t) / 2), k + 1
         # Y[1:4] hold the derivatives at the nodes, newest first; Y[4] the base, Y[5] the sum.
-        e = _eps(now)
-        kept = [e, Y[1], Y[2]]
-        rows.append(Row(now, [_transfer(X, e, now, middle), *kept, X, e / 6]))
-        e, kept = _eps(middle), [Y[1], Y[2], Y[3], Y[4], Y[5] + _eps(middle) / 3]
-        rows.append(Row(middle, [_transfer(Y[4], e, now, middle), *kept]))
-        rows.append(Row(middle, [_transfer(Y[4], e, now, after), *kept]))
-        mix = Y[5] + _eps(after) / 6
-        rows.append(Row(after, [_transfer(Y[4], mix, now, after), Y[1], Y[2], Y[3]]))
+        e = eps(now)
+        rows.append(Row(now, [eps_step(X, e, now, middle), e, Y[1], Y[2], X, e / 6]))
+        e = eps(middle)
+        kept = [Y[1], Y[2], Y[3], Y[4], Y[5] + e / 3]
+        rows.append(Row(middle, [eps_step(Y[4], e, now, middle), *kept]))
+        rows.append(Row(middle, [eps_step(Y[4], e, now, after), *kept]))
+        mix = Y[5] + eps(after) / 6
+        rows.append(Row(after, [eps_step(Y[4], mix, now, after), Y[1], Y[2], Y[3]]))
     return table(rows)
 
 
@@ -178,8 +191,7 @@ def _adams(
     grid: NoiseLevel, order: int, weights: Weights, orders: Sequence[int] | None = None
 ) -> Solver:
     """x'/alpha' = x/alpha + sum_j weights_j eps_j, newest first; weights(path, i, k) -> [k]."""
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"order must be 1, 2, 3 or 4, got {order!r}")
+    check_choice("order", order, (1, 2, 3, 4))
     path = nodes(grid)
     rows, known = [], 0
     for i, (now, after) in enumerate(pairwise(path)):
@@ -187,25 +199,15 @@ def _adams(
             rows.append(Row(now, [step(X, D, now, after)]))
             continue
         known = min(known + 1, order)
-        past = [_eps(now), *Y[1:4]]
+        past = [eps(now), *Y[1:4]]
         new = after.alpha / now.alpha * X
         k = known if orders is None else min(known, orders[i])
-        for weight, eps in zip(weights(path, i, k), past):
-            new = new + after.alpha * weight * eps
+        for weight, e in zip(weights(path, i, k), past):
+            new = new + after.alpha * weight * e
         rows.append(Row(now, [new, *past[:3]]))
     return table(rows)
 
 
-def _eps(now: NoiseLevel) -> Combination:
-    return (X - now.alpha * D) / now.sigma
-
-
-def _mix(eps: Combination, k: int) -> Combination:
+def _mix(newest: Combination, k: int) -> Combination:
     """The newest derivative and those in Y[1:], weighted for even steps of order k."""
-    return sum(w * e for w, e in zip(BASHFORTH[k - 1], [eps, *Y[1:4]]))
-
-
-def _transfer(x: Combination, eps: Combination, now: NoiseLevel, after: NoiseLevel) -> Combination:
-    """The step with eps held fixed: x'/alpha' = x/alpha + (rho' - rho) eps (PNDM, eq. 11)."""
-    grow = after.alpha / now.alpha
-    return grow * x + (after.sigma - grow * now.sigma) * eps
+    return sum(w * e for w, e in zip(BASHFORTH[k - 1], [newest, *Y[1:4]]))

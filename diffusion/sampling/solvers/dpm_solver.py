@@ -12,11 +12,11 @@ or in noise prediction
     x' = (alpha'/alpha) x - c sigma' int_0^h e^{h - v} eps(lambda + v) dv
          + sigma' sqrt(eta (e^{2h} - 1)) z                                      (eta = 0 or 1).
 
-In it D (or eps) is replaced by a polynomial, d0 + (v/h) d1 + (v/h)^2 d2 / 2, through what was
-evaluated earlier ("multistep") or within a block of steps ("singlestep"). Order 2 comes in two
-types: "heun" integrates d1 exactly, "midpoint" takes it at v = h/2.
+A polynomial, d0 + (v/h) d1 + (v/h)^2 d2 / 2, replaces D (or eps) in the integral. It goes through
+earlier evaluations ("multistep") or through those of a block of steps ("singlestep"). There are two
+kinds of order 2: "heun" integrates d1 exactly, "midpoint" takes it at v = h/2.
 
-A step that starts at alpha = 0 or ends at sigma = 0 has h = inf and is taken with order 1.
+A step that starts at alpha = 0 or ends at sigma = 0 has h = inf and order 1.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from diffusion.sampling.tables import (
     X,
     Y,
     Z,
+    check_choice,
+    estimate,
     far,
     log_ratio,
     nodes,
@@ -58,7 +60,7 @@ def dpmpp_2m(grid: NoiseLevel, kind: str = "midpoint") -> Solver:
 def dpmpp_3m(grid: NoiseLevel) -> Solver:
     """DPM-Solver++ 3M: order 3, multistep, data prediction; N evaluations.
 
-    With the second difference's factor 2, which the published code lacks (``multistep``).
+    The second difference has the factor 2, which the published code lacks (see ``multistep``).
     """
     return multistep(grid, 3)
 
@@ -81,7 +83,7 @@ def dpm_solver(
 ) -> Solver:
     """DPM-Solver in its multistep form: noise prediction, orders 1 to 3; N evaluations.
 
-    eta = 1 is the SDE's, which exists in orders 1 and 2 and cannot start at alpha = 0.
+    eta = 1 is the SDE's form, which exists in orders 1 and 2 and cannot start at alpha = 0.
     """
     return multistep(grid, order, prediction="eps", kind=kind, eta=eta)
 
@@ -89,7 +91,7 @@ def dpm_solver(
 def dpm_solver_singlestep(grid: NoiseLevel, order: int = 3, kind: str = "midpoint") -> Solver:
     """DPM-Solver-2 and -3 (Lu et al., 2022, alg. 1 and 2): singlestep, noise prediction.
 
-    Blocks of ``order`` steps; evaluations as ``singlestep``.
+    Blocks of ``order`` steps, with N evaluations in all (see ``singlestep``).
     """
     return singlestep(grid, order, prediction="eps", kind=kind)
 
@@ -97,7 +99,7 @@ def dpm_solver_singlestep(grid: NoiseLevel, order: int = 3, kind: str = "midpoin
 def dpmpp_2s(grid: NoiseLevel, kind: str = "midpoint", eta: float = 0.0) -> Solver:
     """DPM-Solver++ 2S: singlestep, order 2, data prediction (Lu et al., 2022b, alg. 1).
 
-    Blocks of two steps, the first of which is the stage; N evaluations. eta = 1: its SDE form.
+    Blocks of two steps, the first of which is the stage; N evaluations. eta = 1 is the SDE's form.
     """
     return singlestep(grid, 2, kind=kind, eta=eta)
 
@@ -118,18 +120,18 @@ def multistep(
     curvature: float = 2.0,
     rising: bool = False,
 ) -> Solver:
-    """The multistep family: N evaluations, each step from what the last ``order`` evaluations gave.
+    """The multistep family: N evaluations; each step uses the results of the last ``order`` ones.
 
     Args:
       grid: N + 1 levels.
       order: 1 to 3.
       prediction: "x0" (DPM-Solver++) or "eps" (DPM-Solver).
       kind: of second-order steps, "midpoint" or "heun". Third-order steps have one kind.
-      eta: the noise's share.
-      orders: [N] the order of each step, if not as high as ``order`` and the history allow.
+      eta: share of the reverse SDE's noise, 0 for the ODE.
+      orders: [N] the order of each step instead of ``order``, as far as the history allows.
       curvature: factor of the second difference in third-order steps. 2 makes it the second
-        derivative; the published code, as diffusers and k-diffusion, has 1, and so order 2.
-      rising: the grid goes from less to more noise (inversion); then eta must be 0.
+        derivative; the published code, diffusers and k-diffusion have 1, and so order 2.
+      rising: whether the grid goes from less to more noise (inversion); eta must then be 0.
 
     Raises:
       ValueError: for an unknown order, kind or prediction, or noise prediction with eta and order 3
@@ -137,7 +139,7 @@ def multistep(
     """
     _check(order, prediction, kind, eta)
     if rising and eta:
-        raise ValueError(f"a rising grid is stepped along without noise, got eta={eta}")
+        raise ValueError(f"eta must be 0 on a rising grid, got {eta}")
     path = nodes(grid, rising)
     lam = [log_ratio(level) for level in path]
     orders = [order] * (len(path) - 1) if orders is None else orders
@@ -145,7 +147,7 @@ def multistep(
     for i, (now, after) in enumerate(pairwise(path)):
         known = sum(np.isfinite(lam[max(i - 2, 0) : i + 1]))  # evaluations at finite lambda
         k = min(orders[i], i + 1, known) if np.isfinite(lam[i + 1] - lam[i]) else 1
-        m0 = _output(now, prediction)
+        m0 = estimate(now, prediction)
         d = [m0]
         h = lam[i + 1] - lam[i]
         if k > 1:
@@ -172,18 +174,18 @@ def singlestep(
     """The singlestep family: blocks of ``order`` steps, whose inner nodes are the stages.
 
     N evaluations for N steps: the j-th step of a block starts again from the block's first node,
-    with order j. What remains at the end, and a step at alpha = 0 or to sigma = 0, has a lower
-    order; in noise prediction also one from sigma/alpha > 1000. As in DPM-Solver's "fast" variant
-    and in diffusers.
+    with order j. An incomplete block at the end has a lower order, as has a step from alpha = 0 or
+    to sigma = 0 and, in noise prediction, from sigma/alpha > 1000. DPM-Solver's "fast" variant and
+    diffusers do the same.
 
     Args:
       grid: N + 1 levels. Where lambda is evenly spaced, stages lie at 1/2, or 1/3 and 2/3.
       order: 1 to 3.
-      prediction, kind, eta: as ``multistep``; third-order steps have both kinds.
-      orders: [N], 1, 2, 3, 1, 2, 3, ... if not these blocks.
+      prediction, kind, eta: as in ``multistep``; third-order steps have both kinds.
+      orders: [N] other blocks than these, as in 1, 2, 3, 1, 2, 1.
 
     Raises:
-      ValueError: as ``multistep``; or for orders that are no blocks.
+      ValueError: as in ``multistep``, or for orders that do not count up from 1 in each block.
     """
     _check(order, prediction, kind, eta)
     path = nodes(grid)
@@ -201,7 +203,7 @@ def singlestep(
         k = orders[i]
         if k > 1 and k != orders[i - 1] + 1:
             raise ValueError(f"orders must count up from 1 in each block, got {list(orders)}")
-        m0 = _output(now, prediction)
+        m0 = estimate(now, prediction)
         if k == 1:
             rows.append(Row(now, [_advance(X, now, after, [m0], prediction, kind, eta), X, m0]))
             continue
@@ -222,9 +224,9 @@ def singlestep(
 def dpmpp_2s_ancestral(
     grid: NoiseLevel, schedule: Schedule, eta: float = 1.0, s_noise: float = 1.0
 ) -> Solver:
-    """k-diffusion's DPM-Solver++(2S) ancestral: a 2S step to less noise than wanted, and noise.
+    """k-diffusion's DPM-Solver++(2S) ancestral: a 2S step below the next level, and noise up to it.
 
-    Order 2 for eta = 0; two evaluations a step, the last to clean data one: 2N - 1.
+    Order 2 for eta = 0. 2N - 1 evaluations: two a step, one for the step to clean data.
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
@@ -241,20 +243,19 @@ def dpmpp_2s_ancestral(
 def dpmpp_sde(
     grid: NoiseLevel, schedule: Schedule, eta: float = 1.0, s_noise: float = 1.0
 ) -> Solver:
-    """k-diffusion's DPM-Solver++ SDE: singlestep with noise in its stage too; 2N - 1 evaluations.
+    """k-diffusion's DPM-Solver++ SDE: singlestep with noise in its stage; 2N - 1 evaluations.
 
-    The stage's noise is part of the step's, as increments of one Brownian path whose time is
-    sigma / alpha, as in k-diffusion.
+    The stage's noise is a part of the step's: both are increments of one Brownian path whose time
+    is sigma / alpha.
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
+        down, up = ancestral(now, after, eta)
         if after.sigma == 0 or now.alpha == 0:
-            down, up = ancestral(now, after, eta)
             rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
             continue
         middle = log_middle(now, after, schedule)
         stage, up_stage = ancestral(now, middle, eta)
-        down, up = ancestral(now, after, eta)
         share = np.sqrt((now.ratio - middle.ratio) / (now.ratio - after.ratio))
         rows.append(
             Row(now, [step(X, D, now, stage) + s_noise * up_stage * Z, X, s_noise * up * share * Z])
@@ -262,10 +263,6 @@ def dpmpp_sde(
         rest = s_noise * up * np.sqrt(1 - share**2)
         rows.append(Row(middle, [step(Y[1], D, now, down) + Y[2] + rest * Z]))
     return table(rows)
-
-
-def _output(now: NoiseLevel, prediction: str) -> Combination:
-    return D if prediction == "x0" else (X - now.alpha * D) / now.sigma
 
 
 def _advance(
@@ -309,12 +306,9 @@ def _advance(
 
 
 def _check(order: int, prediction: str, kind: str, eta: float) -> None:
-    if order not in (1, 2, 3):
-        raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
-    if prediction not in ("x0", "eps"):
-        raise ValueError(f"prediction must be 'x0' or 'eps', got {prediction!r}")
-    if kind not in ("midpoint", "heun"):
-        raise ValueError(f"kind must be 'midpoint' or 'heun', got {kind!r}")
+    check_choice("order", order, (1, 2, 3))
+    check_choice("prediction", prediction, ("x0", "eps"))
+    check_choice("kind", kind, ("midpoint", "heun"))
     if prediction == "x0" and not eta >= 0:
         raise ValueError(f"eta must be >= 0, got {eta}")
     if prediction == "eps" and eta not in (0, 1):

@@ -17,15 +17,14 @@ def ddim(grid: NoiseLevel, eta: float = 0.0, keep_eps: bool = False) -> Solver:
     Song et al., 2020, eq. 12 and 16, on any schedule; N evaluations. eta = 0 is deterministic,
     eta = 1 is ``ddpm``.
 
-    Where D is clipped, eps = (x - alpha D) / sigma follows it, as in ADM's code. With ``keep_eps``
-    it stays the network's own, as by default in diffusers: then x' is off the line through x by
-    alpha (clipped - unclipped D) in every step, so that many steps do not converge.
+    eps = (x - alpha D) / sigma is computed from the clipped D, if D is clipped, as in ADM's code.
+    With ``keep_eps`` it is computed from the unclipped D, which is diffusers' default: then x' is
+    off the line through x by alpha (clipped - unclipped D) in every step, and many steps do not
+    converge.
 
     Raises:
       ValueError: for eta outside [0, 1], or a grid that does not go from more to less noise.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
     estimate = RAW if keep_eps else D
     return table([ddim_row(*pair, eta, estimate) for pair in pairwise(nodes(grid))])
 
@@ -33,9 +32,9 @@ def ddim(grid: NoiseLevel, eta: float = 0.0, keep_eps: bool = False) -> Solver:
 def ddim_row(
     now: NoiseLevel, after: NoiseLevel, eta: float = 0.0, estimate: Combination = D
 ) -> Row:
-    """The step of ``ddim`` between two levels; eps is that of ``estimate``, D or RAW."""
-    std = eta * np.sqrt(posterior(now, after)[1])
-    keep = np.sqrt(after.sigma**2 - std**2) / now.sigma
+    """The step of ``ddim`` between two levels; eps is computed from ``estimate``, D or RAW."""
+    down, std = ancestral(now, after, eta)
+    keep = down.sigma / now.sigma
     return Row(now, [keep * X + after.alpha * D - now.alpha * keep * estimate + std * Z])
 
 
@@ -51,16 +50,14 @@ def euler(grid: NoiseLevel) -> Solver:
 
 
 def euler_ancestral(grid: NoiseLevel, eta: float = 1.0, s_noise: float = 1.0) -> Solver:
-    """k-diffusion's Euler ancestral: an Euler step to less noise than wanted, and noise.
+    """k-diffusion's Euler ancestral: an Euler step below the next level, and noise up to it.
 
     sigma_down^2 + sigma_up^2 = sigma'^2, with sigma_up = eta times the posterior's deviation; the
-    noise added is s_noise sigma_up. With s_noise = 1 the same as ``ddim`` with this eta.
+    noise added is s_noise sigma_up. With s_noise = 1 it is the same as ``ddim`` with this eta.
 
     Raises:
       ValueError: for eta outside [0, 1].
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
     rows = []
     for now, after in pairwise(nodes(grid)):
         down, up = ancestral(now, after, eta)
@@ -69,7 +66,13 @@ def euler_ancestral(grid: NoiseLevel, eta: float = 1.0, s_noise: float = 1.0) ->
 
 
 def ancestral(now: NoiseLevel, after: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
-    """The level below ``after`` to step down to, and the deviation of the noise up to it."""
+    """The level below ``after`` to step down to, and the deviation of the noise up to ``after``.
+
+    Raises:
+      ValueError: for eta outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
     up = eta * np.sqrt(posterior(now, after)[1])
     return after._replace(sigma=np.sqrt(after.sigma**2 - up**2)), up
 
@@ -92,9 +95,9 @@ def ddpm(grid: NoiseLevel) -> Solver:
 
 
 def ddpm_large(grid: NoiseLevel) -> Solver:
-    """As ``ddpm``, with the forward step's variance beta instead ("fixed large"), never learned.
+    """``ddpm`` with the forward step's variance beta ("fixed large"), which is never learned.
 
-    Right for data of unit variance and many steps; meant for variance-preserving schedules.
+    It is right for data of unit variance and many steps, on variance-preserving schedules.
     """
     solver = ddpm(grid)
     return solver._replace(noise=solver.noise_upper)
@@ -105,7 +108,7 @@ def lcm(grid: NoiseLevel, sigma_data: float = 0.5, timestep_scaling: float = 10.
 
     x' = alpha' f + sigma' z with f = c_skip x + c_out D, where with s = timestep_scaling k at the
     schedule's step k = 1000 t - 1: c_skip = sigma_data^2 / (s^2 + sigma_data^2), c_out = s /
-    sqrt(s^2 + sigma_data^2). As their networks are trained; diffusers' constants.
+    sqrt(s^2 + sigma_data^2). Their networks are trained so; the constants are diffusers'.
     """
     rows = []
     for now, after in pairwise(nodes(grid)):

@@ -1,8 +1,8 @@
 """Multistep predictors whose evaluation also corrects the step that led to it.
 
-A row evaluates at the predicted x, corrects x with what it finds, and predicts the next from there:
-one evaluation a step. All of the correction but its last term is known before that evaluation, and
-waits in the register Y[1]; Y[2:] are the earlier estimates, newest first.
+A row evaluates at the predicted x, corrects x by the result, and predicts the next x from there:
+one evaluation a step. All terms of the correction but the last are known before that evaluation;
+their sum is in the register Y[1]. Y[2:] are the earlier estimates, newest first.
 
 A step that starts at alpha = 0 or ends at sigma = 0 has order 1 and is not corrected; in noise
 prediction, neither is one from sigma/alpha > 1000.
@@ -26,6 +26,9 @@ from diffusion.sampling.tables import (
     X,
     Y,
     Z,
+    check_choice,
+    eps_step,
+    estimate,
     far,
     log_ratio,
     nodes,
@@ -33,7 +36,7 @@ from diffusion.sampling.tables import (
     table,
 )
 
-HISTORY = REGISTERS - 2  # earlier estimates that there is room for
+HISTORY = REGISTERS - 2  # the earlier estimates that fit into the registers
 
 
 def unipc(
@@ -47,8 +50,11 @@ def unipc(
 ) -> Solver:
     """UniPC (Zhao et al., 2023, alg. 5 to 8): N evaluations; the corrector adds one to the order.
 
-    With h the step in log(alpha/sigma), r_k the places of the earlier estimates in units of h, and
-    D_k their differences to the newest: x' = (first order) - alpha' B(h) sum_k rho_k D_k / r_k,
+    Let h be the step in log(alpha/sigma), r_k the places of the earlier estimates in units of h,
+    and D_k their differences to the newest. Then
+
+        x' = (first order) - alpha' B(h) sum_k rho_k D_k / r_k,
+
     where the rho solve sum_k rho_k r_k^{n-1} = n! h phi_{n+1}(h) / B(h).
 
     Args:
@@ -56,33 +62,32 @@ def unipc(
       order: of the predictor, 1 to 4.
       kind: B(h) = h ("bh1") or e^h - 1 ("bh2").
       prediction: "x0" or "eps".
-      orders: [N] the order of each step, if not as high as ``order`` and the history allow.
-      corrected: [N] which steps are corrected; by default all that can be.
+      orders: [N] the order of each step instead of ``order``, as far as the history allows.
+      corrected: [N] whether each step is corrected; by default every step that can be.
 
     Raises:
       ValueError: for an unknown order, kind or prediction.
     """
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"order must be 1, 2, 3 or 4, got {order!r}")
-    if kind not in ("bh1", "bh2"):
-        raise ValueError(f"kind must be 'bh1' or 'bh2', got {kind!r}")
+    check_choice("order", order, (1, 2, 3, 4))
+    check_choice("kind", kind, ("bh1", "bh2"))
+    check_choice("prediction", prediction, ("x0", "eps"))
     path = nodes(grid)
     lam = np.array([log_ratio(level) for level in path])
     count = len(path) - 1
     orders = [order] * count if orders is None else orders
     corrected = [True] * count if corrected is None else corrected
-    sign = -1 if _checked(prediction) == "x0" else 1
+    sign = -1 if prediction == "x0" else 1
 
     def advance(i: int, x: Combination, past: list[Combination]):
         now, after = path[i], path[i + 1]
         h = lam[i + 1] - lam[i]
         k = min(orders[i], i + 1 - int(not np.isfinite(lam[0])))
+        first = (step if prediction == "x0" else eps_step)(x, past[0], now, after)
         if not np.isfinite(h):
-            return _first_order(x, past[0], now, after, prediction), None
+            return first, None
         hh = sign * h
         scale = np.expm1(hh) if kind == "bh2" else hh
         size = after.alpha if prediction == "x0" else after.sigma
-        first = _first_order(x, past[0], now, after, prediction)
         r = np.array([*((lam[i - j] - lam[i]) / h for j in range(1, k)), 1.0])
         b = np.array([factorial(n) * _phi(n + 1, hh) * hh / scale for n in range(1, k + 1)])
         R = np.vander(r, increasing=True).T  # R[n, k] = r_k^n
@@ -106,8 +111,8 @@ def sa_solver(
 ) -> Solver:
     """SA-Solver (Xue et al., 2023, alg. 1): stochastic Adams methods; N evaluations.
 
-    Solves dx with tau times the reverse SDE's noise where low <= sigma/alpha <= high, and the
-    ODE (tau = 0) elsewhere. Defaults as in the paper's appendix E for pixels.
+    It solves the SDE with tau times the reverse SDE's noise where low <= sigma/alpha <= high, and
+    the ODE (tau = 0) elsewhere. The defaults are those of the paper's appendix E for pixels.
 
     Raises:
       ValueError: for tau < 0, or orders outside 1..4 (predictor) and 1..5 (corrector).
@@ -139,9 +144,9 @@ def stochastic_adams(
         x' = (sigma'/sigma) e^{-tau^2 h} x + (1 + tau^2) sigma' e^{-tau^2 lambda'}
              int e^{(1 + tau^2) l} D(l) dl + sigma' sqrt(1 - e^{-2 tau^2 h}) z.
 
-    Orders are lowered to what the history allows. ``simplified``: where the order is 2,
-    the integral over the difference, int e^{...} (l - lambda) dl, is h^2 / 2, as in the published
-    code; its order is the same.
+    Orders are lowered to what the history allows. With ``simplified``, second-order steps take
+    h^2 / 2 for the integral over the difference, int e^{...} (l - lambda) dl, as the published code
+    does; the order is the same.
 
     Raises:
       ValueError: for orders outside 1..4 (predictor) and 1..5 (corrector).
@@ -152,7 +157,7 @@ def stochastic_adams(
         raise ValueError(
             f"corrector orders must lie in 1..{HISTORY + 1}, got {list(corrector_orders)}"
         )
-    _checked(prediction)
+    check_choice("prediction", prediction, ("x0", "eps"))
     path = nodes(grid)
     lam = np.array([log_ratio(level) for level in path])
     skipped = int(not np.isfinite(lam[0]))
@@ -160,7 +165,7 @@ def stochastic_adams(
         raise ValueError("noise prediction with tau > 0 cannot start at alpha = 0")
 
     def weights(points: np.ndarray, i: int) -> np.ndarray:
-        """Of the estimates at these lambdas, in the step from node i."""
+        """The weights of the estimates at these lambdas, in the step from node i."""
         after, tau2, h = path[i + 1], taus[i] ** 2, lam[i + 1] - lam[i]
         if prediction == "eps":
             c = lagrange_integrals(points, lam[i], lam[i + 1], rate=-1.0)
@@ -186,7 +191,7 @@ def stochastic_adams(
             std = after.sigma * np.sqrt(-np.expm1(-2 * tau2 * h)) if tau2 else 0.0
         if not np.isfinite(h):
             if prediction == "eps":
-                return _first_order(x, past[0], now, after, prediction) + std * Z, None
+                return eps_step(x, past[0], now, after) + std * Z, None
             return keep * x + after.alpha * past[0] + (std * Z - keep * now.alpha * past[0]), None
         known = i + 1 - skipped
         k = min(predictor_orders[i], known)
@@ -203,16 +208,16 @@ Advance = Callable[
     [int, Combination, list[Combination]],
     tuple[Combination, tuple[Combination, float] | None],
 ]
-"""(i, x, estimates newest first) -> (predicted x', (the correction but for its last term, that
-term's factor), or None for no correction)."""
+"""(i, x, estimates newest first) -> (predicted x', correction), where the correction is the pair
+(sum of all terms but the last, factor of the last), or None for no correction."""
 
 
 def _predict_correct(path: list[NoiseLevel], advance: Advance, prediction: str) -> Solver:
     rows, weight = [], None
     for i, now in enumerate(path[:-1]):
-        estimate = D if prediction == "x0" else (X - now.alpha * D) / now.sigma
-        x = X if weight is None else Y[1] + weight * estimate
-        past = [estimate, *Y[2:]]
+        newest = estimate(now, prediction)
+        x = X if weight is None else Y[1] + weight * newest
+        past = [newest, *Y[2:]]
         if now.alpha == 0 and prediction == "eps":
             new, correction = step(X, D, now, path[i + 1]), None
         else:
@@ -224,15 +229,6 @@ def _predict_correct(path: list[NoiseLevel], advance: Advance, prediction: str) 
     return table(rows)
 
 
-def _first_order(
-    x: Combination, estimate: Combination, now: NoiseLevel, after: NoiseLevel, prediction: str
-) -> Combination:
-    if prediction == "x0":
-        return step(x, estimate, now, after)
-    grow = after.alpha / now.alpha
-    return grow * x + (after.sigma - grow * now.sigma) * estimate
-
-
 def _phi(n: int, z: float) -> float:
     """phi_n(z) = (e^z - sum_{k<n} z^k / k!) / z^n, by its series where that cancels."""
     if abs(z) < 1:
@@ -242,9 +238,3 @@ def _phi(n: int, z: float) -> float:
 
 def _dot(weights: np.ndarray, combinations: Sequence[Combination]) -> Combination:
     return sum((w * c for w, c in zip(weights, combinations)), np.zeros_like(X))
-
-
-def _checked(prediction: str) -> str:
-    if prediction not in ("x0", "eps"):
-        raise ValueError(f"prediction must be 'x0' or 'eps', got {prediction!r}")
-    return prediction

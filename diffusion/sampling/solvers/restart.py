@@ -1,8 +1,8 @@
 """Solvers that go back up: RePaint's resampling, Restart, and any path of noise levels.
 
-Going up is the forward process, x' = (a'/a) x + sqrt(s'^2 - (a' s / a)^2) z, which needs no
-evaluation: it is composed with the row before it. Noise drawn anew lets the sampler mend what
-earlier steps got wrong, at the price of the steps that follow.
+A step up is the forward process, x' = (a'/a) x + sqrt(s'^2 - (a' s / a)^2) z. It needs no
+evaluation and is composed with the row before it. After new noise the sampler can correct errors of
+earlier steps, at the price of the additional steps down.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from diffusion.schedules import Schedule
 def jumps(path: NoiseLevel, base: Callable[[NoiseLevel], Solver]) -> Solver:
     """Follows a path of levels: down by ``base``, up by the forward process.
 
-    Each descent is a grid of its own to ``base``: multistep methods forget what was before a jump.
-    Where variances are learned, their bounds are those of step and jump together.
+    ``base`` takes each descent as a grid of its own: multistep methods start anew after a jump.
+    Bounds of learned variances are those of step and jump together.
 
     Args:
-      path: leaves [M]: a grid, but sigma / alpha may also rise. Rises in a row are one jump.
+      path: leaves [M], a grid whose sigma / alpha may also rise. Consecutive rises are one jump.
       base: grid -> Solver.
 
     Returns:
-      The table, with as many evaluations as the descents' tables have.
+      The table, with the evaluations of all descents.
 
     Raises:
       ValueError: if the path begins or ends with a rise, or stays where it is.
@@ -39,7 +39,7 @@ def jumps(path: NoiseLevel, base: Callable[[NoiseLevel], Solver]) -> Solver:
     rises = path.sigma[1:] * path.alpha[:-1] > path.sigma[:-1] * path.alpha[1:]
     parts = np.split(np.arange(len(path.sigma)), np.flatnonzero(rises) + 1)
     if len(parts[0]) < 2 or len(parts[-1]) < 2:
-        raise ValueError("a path of noise levels must go down first and last")
+        raise ValueError("a path of noise levels must begin and end with a step down")
     descents = [NoiseLevel(*(leaf[part] for leaf in path)) for part in parts if len(part) > 1]
     tables = [base(descent) for descent in descents]
     joined = [np.concatenate(leaves) for leaves in zip(*(table[1:-1] for table in tables))]
@@ -70,19 +70,20 @@ def repaint(
     """RePaint's resampling (Lugmayr et al., 2022, section 4.2), for ``editing.inpaint``.
 
     Every ``jump_length`` steps, counted from the grid's last node with noise, the sampler goes back
-    up as many steps and comes down again, ``resamples`` passes in all, so that what is painted can
-    come to fit what is known. With a base of one evaluation a step, N + (resamples - 1) jump_length
-    for each of the ceil(N / jump_length) - 1 jumps: for the paper's N = 250, 2,410.
+    up as many steps and comes down again, ``resamples`` passes in all, so that the painted part
+    comes to fit the known one. A base of one evaluation a step makes N evaluations and, for each of
+    the ceil(N / jump_length) - 1 places, (resamples - 1) jump_length more: 2,410 for the paper's
+    N = 250.
 
     Args:
       grid: N + 1 levels, N > jump_length.
       schedule: for bases that take one.
-      base: a solver's name, with options if need be: "ddim(eta=0.5)".
-      jump_length: steps back, >= 1.
-      resamples: times that each stretch is done, >= 1; 1 is the base alone.
+      base: a solver's name, with options if there are any: "ddim(eta=0.5)".
+      jump_length: steps of a jump, >= 1.
+      resamples: passes over each stretch, >= 1; 1 is the base alone.
 
     Raises:
-      ValueError: for numbers out of their range, or an unknown base.
+      ValueError: for numbers out of range, or an unknown base.
     """
     count = len(nodes(grid)) - 1
     if not 1 <= jump_length < count:
@@ -110,29 +111,29 @@ def restart(
     repeats: int | Sequence[int] = (2,),
     steps: int | Sequence[int] = (2,),
 ) -> Solver:
-    """Restart sampling (Xu et al., 2023, alg. 1): noise from t_min up to t_max, and down, K times.
+    """Restart sampling (Xu et al., 2023, alg. 1): K times, noise from t_min up to t_max, then down.
 
     It adds much noise at once and then follows the ODE: the noise contracts earlier errors, the ODE
-    makes few new ones. Each argument after ``base`` is a number, or one for each interval. The
+    makes few new ones. Each argument after ``base`` is one number, or one for each interval. The
     defaults are the paper's smallest setting for CIFAR-10, (3 nodes, K = 2, 0.06, 0.30), with which
     Heun's 18 steps take 43 evaluations.
 
     Args:
       grid: N + 1 levels.
-      schedule: gives the levels within an interval.
-      base: the ODE's solver by name, with options if need be.
-      low: sigma / alpha where an interval ends; the grid's nearest inner node is taken.
-      high: sigma / alpha where it starts, above that node's.
+      schedule: defines the levels within an interval.
+      base: name of the ODE's solver, with options if there are any.
+      low: sigma / alpha at an interval's lower end, moved to the grid's nearest inner node.
+      high: sigma / alpha at the interval's upper end, above that node's.
       repeats: K >= 1.
-      steps: from high to low, spaced as ``grids.karras``; the paper's N_Restart - 1.
+      steps: steps from high to low, spaced as ``grids.karras``; the paper's N_Restart - 1.
 
     Raises:
-      ValueError: for numbers out of their range, or an unknown base.
+      ValueError: for numbers out of range, or an unknown base.
     """
     path = nodes(grid)
     inner = path[1:-1]
     if not inner:
-        raise ValueError("restart needs a grid of at least 2 steps, got 1")
+        raise ValueError("restart needs a grid of at least 2 steps, got one of 1")
     detours: dict[int, list[NoiseLevel]] = {}
     intervals = np.broadcast_arrays(*map(np.atleast_1d, (low, high, repeats, steps)))
     for bottom, top, count, number in zip(*intervals):

@@ -6,7 +6,7 @@ s = alpha + kappa sigma it reads
     dy/dtau = eps - kappa D = (x - s D) / sigma.
 
 kappa = 0 is k-diffusion's and EDM's space, x/alpha over sigma/alpha, kappa = 1 a flow's, where the
-derivative is the velocity; that one is also finite at alpha = 0. Euler's step is the same in all.
+derivative is the velocity, which is also finite at alpha = 0. Euler's step is the same in all.
 """
 
 from __future__ import annotations
@@ -27,22 +27,18 @@ def heun(grid: NoiseLevel) -> Solver:
     Order 2, two evaluations a step; the last step is Euler's if it goes to clean data: 2N - 1.
     Steps from sigma/alpha > 1000 are taken in ``flow_heun``'s space.
     """
-    rows = []
-    for now, after in pairwise(nodes(grid)):
-        rows += heun_rows(now, after, kappa=1.0 if far(now) else 0.0)
-    return table(rows)
+    steps = pairwise(nodes(grid))
+    return table([row for now, after in steps for row in heun_rows(now, after, _kappa(now))])
 
 
 def flow_heun(grid: NoiseLevel) -> Solver:
     """Heun's method on d(x/s) / d(sigma/s) = eps - D, s = alpha + sigma, the flow's velocity.
 
     On rectified flow, where s = 1, this is x' = x + (t' - t) (v + v') / 2. Order 2; finite at
-    alpha = 0, so the choice for schedules that start there. Evaluations as ``heun``.
+    alpha = 0, so that it is the choice for schedules that start there. 2N - 1 evaluations.
     """
-    rows = []
-    for now, after in pairwise(nodes(grid)):
-        rows += heun_rows(now, after, kappa=1.0)
-    return table(rows)
+    steps = pairwise(nodes(grid))
+    return table([row for now, after in steps for row in heun_rows(now, after, kappa=1.0)])
 
 
 def heun_rows(now: NoiseLevel, after: NoiseLevel, kappa: float) -> list[Row]:
@@ -57,6 +53,10 @@ def heun_rows(now: NoiseLevel, after: NoiseLevel, kappa: float) -> list[Row]:
         Row(now, [euler, base]),
         Row(after, [Y[1] + half * (X - s_after * D) / after.sigma]),
     ]
+
+
+def _kappa(now: NoiseLevel) -> float:
+    return 1.0 if far(now) else 0.0
 
 
 def midpoint(grid: NoiseLevel, schedule: Schedule) -> Solver:
@@ -74,33 +74,29 @@ def midpoint(grid: NoiseLevel, schedule: Schedule) -> Solver:
 def dpm2(grid: NoiseLevel, schedule: Schedule) -> Solver:
     """k-diffusion's DPM2: a midpoint method whose middle is that of log(sigma / alpha).
 
-    Like DPM-Solver-2 (Lu et al., 2022, alg. 1), with the slope there followed from the beginning.
-    Order 2; the last step is Euler's if it goes to clean data, as is one from alpha = 0: 2N - 1.
+    As in DPM-Solver-2 (Lu et al., 2022, alg. 1), but the step follows the middle's slope from its
+    beginning. Order 2; 2N - 1 evaluations. The step to clean data is Euler's, as is one from
+    alpha = 0.
     """
-    rows = []
-    for now, after in pairwise(nodes(grid)):
-        rows += _dpm2(now, after, schedule)
-    return table(rows)
+    return dpm2_ancestral(grid, schedule, eta=0.0)
 
 
 def dpm2_ancestral(
     grid: NoiseLevel, schedule: Schedule, eta: float = 1.0, s_noise: float = 1.0
 ) -> Solver:
-    """k-diffusion's DPM2 ancestral: ``dpm2`` to less noise than wanted, and noise.
+    """k-diffusion's DPM2 ancestral: ``dpm2`` below the next level, and noise up to it.
 
-    As in ``euler_ancestral``; evaluations as ``dpm2``.
+    The levels and the noise are those of ``euler_ancestral``, the evaluations those of ``dpm2``.
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
         down, up = ancestral(now, after, eta)
-        rows += _dpm2(now, down, schedule, s_noise * up)
+        if down.sigma == 0 or now.alpha == 0:
+            rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
+        else:
+            middle = log_middle(now, down, schedule)
+            rows += _midpoint(now, middle, down, kappa=0.0, std=s_noise * up)
     return table(rows)
-
-
-def _dpm2(now: NoiseLevel, after: NoiseLevel, schedule: Schedule, std: float = 0.0) -> list[Row]:
-    if after.sigma == 0 or now.alpha == 0:
-        return [Row(now, [step(X, D, now, after) + std * Z])]
-    return _midpoint(now, log_middle(now, after, schedule), after, kappa=0.0, std=std)
 
 
 def log_middle(now: NoiseLevel, after: NoiseLevel, schedule: Schedule) -> NoiseLevel:
@@ -129,10 +125,10 @@ def edm(
 ) -> Solver:
     """EDM's stochastic sampler (Karras et al., 2022, alg. 2): noise is added before each step.
 
-    Where low <= sigma/alpha <= high, the noise level is raised by the factor 1 + gamma with
-    gamma = min(churn / N, sqrt(2) - 1), by noise of standard deviation s_noise; then Heun's step
-    is taken from there. 2N - 1 evaluations to clean data. The defaults are those of their table 5
-    for ImageNet-64; churn = 0 is ``heun``. On any schedule, sigma being the ratio.
+    Where low <= sigma/alpha <= high, noise of standard deviation s_noise raises sigma/alpha by the
+    factor 1 + gamma with gamma = min(churn / N, sqrt(2) - 1), and Heun's step starts from there.
+    2N - 1 evaluations to clean data. The defaults are those of their table 5 for ImageNet-64;
+    churn = 0 is ``heun``.
 
     Raises:
       ValueError: for churn < 0.
@@ -151,9 +147,9 @@ def edm(
         return schedule.at_ratio(ratio), s_noise * np.sqrt(ratio**2 - level.ratio**2)
 
     rows = []
-    start, _ = raised(path[0])  # the initial noise brings x there
+    start, _ = raised(path[0])  # the initial noise is of the raised level
     for after in path[1:]:
-        rows += heun_rows(start, after, kappa=1.0 if far(start) else 0.0)
+        rows += heun_rows(start, after, _kappa(start))
         if after is path[-1]:
             break
         start, std = raised(after)

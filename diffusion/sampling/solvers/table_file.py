@@ -1,26 +1,61 @@
-"""A table that was written to a file, such as a learned one."""
+"""Tables in files, such as learned ones."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from diffusion.levels import NoiseLevel
-from diffusion.sampling import learned_tables
-from diffusion.sampling.tables import Solver, nodes
+from diffusion.sampling.tables import REGISTERS, Solver, nodes
 
 
-def given(grid: NoiseLevel, path: str = "") -> Solver:
-    """The table in the ``.npz`` file ``path``, which brings its own levels.
+def from_file(grid: NoiseLevel, path: str = "") -> Solver:
+    """The table in the ``.npz`` file ``path``, with its own levels.
 
-    The grid says only how many evaluations are wanted.
+    Of the grid, only the number of steps matters: it must be the table's number of evaluations.
 
     Raises:
       ValueError: if the table has another number of evaluations, or path names no table.
     """
     if not path:
-        raise ValueError("given needs the file of a table, as in given(path='learned.npz')")
-    solver = learned_tables.load(path)
-    if solver.evaluations != len(nodes(grid)) - 1:
+        raise ValueError("from_file needs the path of a table, as in from_file(path='learned.npz')")
+    solver, steps = load(path), len(nodes(grid)) - 1
+    if solver.evaluations != steps:
         raise ValueError(
-            f"{path} has {solver.evaluations} evaluations, but the sampler's steps are "
-            f"{len(nodes(grid)) - 1}; set steps={solver.evaluations}"
+            f"{path} has {solver.evaluations} evaluations, but the sampler's steps are {steps}; "
+            f"set steps={solver.evaluations}"
+        )
+    return solver
+
+
+def save(path: str, solver: Solver) -> None:
+    """Writes a table as ``.npz``."""
+    level = {f"level_{name}": leaf for name, leaf in solver.level._asdict().items()}
+    rest = {name: leaf for name, leaf in solver._asdict().items() if name != "level"}
+    np.savez(path, **level, **rest)
+
+
+def load(path: str) -> Solver:
+    """Reads a table that ``save`` wrote.
+
+    Raises:
+      ValueError: for a file that is not a table.
+      FileNotFoundError: if there is no such file.
+    """
+    try:
+        with np.load(path) as file:
+            data = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile's, pickle's, NumPy's, zlib's
+        raise ValueError(f"{path} is not a solver's table, or damaged") from error
+    names = [*(f"level_{n}" for n in NoiseLevel._fields), *Solver._fields[1:]]
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"{path} is not a solver's table: it has no {', '.join(missing)}")
+    leaves = [data[name] for name in names]
+    solver = Solver(NoiseLevel(*leaves[:3]), *leaves[3:])
+    if solver.A.shape != (len(solver.level.t), REGISTERS, REGISTERS):
+        raise ValueError(
+            f"{path} has registers {solver.A.shape}; expected [R, {REGISTERS}, {REGISTERS}]"
         )
     return solver

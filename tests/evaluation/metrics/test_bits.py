@@ -12,7 +12,7 @@ from diffusion import schedules
 from diffusion.data import sources
 from diffusion.evaluation.metrics import bits
 from diffusion.evaluation.metrics.bits import evaluate_bits
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.mixture import gaussian_mixture
 
 FLOW = schedules.RectifiedFlow()
 

@@ -14,7 +14,7 @@ from diffusion.evaluation.metrics.bound import variational_bound
 from diffusion.levels import NoiseLevel
 from diffusion.objectives.terms.variance import VariationalBound
 from diffusion.sampling import grids
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys
 
 MEAN, STD, COUNT = np.array([0.2, -0.3]), 0.5, 4096

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models.attention import attend
 from diffusion.models.kernels import fused_attention
+from diffusion.models.kernels.attention import attend
 from diffusion.models.kernels.fused_attention import unfused
 
 

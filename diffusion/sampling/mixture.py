@@ -1,6 +1,6 @@
-"""Exact denoisers: E[x_0 | x_t] of densities known in closed form.
+"""The exact denoiser E[x_0 | x_t] of a mixture of normal distributions.
 
-What a perfect network would give, at any noise level; samplers are tested and shown on them.
+It is what a perfect network computes, at any noise level; samplers are tested and shown on it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def gaussian_mixture(
 
     Args:
       means: [K, ...] with x's shape after the first axis.
-      stds: [K], or one for all; 0 makes points.
+      stds: [K], or one for all components; 0 for points.
       weights: [K], positive; they need not sum to 1. By default equal.
 
     Returns:
       A ``Denoise`` for x [B, ...], in x's dtype; levels with alpha >= 0, sigma > 0.
 
     Raises:
-      ValueError: for stds < 0, weights <= 0, or numbers of components that differ.
+      ValueError: for stds < 0, weights <= 0, or another number of weights than of means.
     """
     means = np.asarray(means)
     count = len(means)

@@ -8,10 +8,11 @@ from mixture import MIXTURE
 
 from diffusion import schedules
 from diffusion.conditioning import Conditioning
-from diffusion.sampling import grids, learned_tables, solvers
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling import coefficients, grids, solvers
+from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import sample
-from diffusion.sampling.table_training import Student
+from diffusion.sampling.solvers import table_file
+from diffusion.sampling.student import Student
 
 START = [solvers.ddim, solvers.dpmpp_2m, solvers.dpmpp_3m]
 
@@ -22,7 +23,7 @@ def test_starts_where_the_solver_is(start, name):
     schedule = SCHEDULES[name]
     solver = start(grids.uniform(schedule, 6))
     with jax.enable_x64(True):
-        same = learned_tables.build(learned_tables.coefficients(solver), schedule, schedule.t_max)
+        same = coefficients.build(coefficients.coefficients(solver), schedule, schedule.t_max)
     np.testing.assert_allclose(same.level.t, solver.level.t, rtol=1e-12)
     np.testing.assert_allclose(same.A[:, 0], solver.A[:, 0], atol=1e-9)
     np.testing.assert_allclose(same.b[:, 0], (solver.b + solver.b_raw)[:, 0], atol=1e-9)
@@ -31,10 +32,10 @@ def test_starts_where_the_solver_is(start, name):
 def test_points_are_exact_whatever_was_learned():
     schedule = schedules.RectifiedFlow()
     rng = np.random.default_rng(0)
-    random = learned_tables.Coefficients(rng.normal(size=5), rng.normal(size=(5, 3)))
+    random = coefficients.Coefficients(rng.normal(size=5), rng.normal(size=(5, 3)))
     point = gaussian_mixture([[0.7]])
     with jax.enable_x64(True):
-        solver = learned_tables.build(random, schedule, 1.0)
+        solver = coefficients.build(random, schedule, 1.0)
         keys = jax.random.split(jax.random.key(0), 4)
         end = sample(point, solver, keys, (1,))
     np.testing.assert_allclose(end, 0.7, rtol=1e-12)
@@ -62,14 +63,14 @@ def test_learning_helps_on_noise_not_seen():
 def test_a_table_can_be_kept(tmp_path):
     grid = grids.uniform(schedules.cosine(), 4)
     table = solvers.dpmpp_3m(grid)
-    learned_tables.save(tmp_path / "table.npz", table)
-    again = solvers.given(grid, path=str(tmp_path / "table.npz"))
+    table_file.save(tmp_path / "table.npz", table)
+    again = solvers.from_file(grid, path=str(tmp_path / "table.npz"))
     jax.tree.map(np.testing.assert_array_equal, again, table)
     with pytest.raises(ValueError, match=r"has 4 evaluations.*set steps=4"):
-        solvers.given(grids.uniform(schedules.cosine(), 5), path=str(tmp_path / "table.npz"))
+        solvers.from_file(grids.uniform(schedules.cosine(), 5), path=str(tmp_path / "table.npz"))
     np.savez(tmp_path / "other.npz", x=1)
     with pytest.raises(ValueError, match="not a solver's table: it has no level_t"):
-        learned_tables.load(tmp_path / "other.npz")
+        table_file.load(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize(
@@ -82,4 +83,4 @@ def test_a_table_can_be_kept(tmp_path):
 )
 def test_what_cannot_be_learned_from(solver, message):
     with pytest.raises(ValueError, match=message):
-        learned_tables.coefficients(solver(grids.uniform(schedules.cosine(), 5)))
+        coefficients.coefficients(solver(grids.uniform(schedules.cosine(), 5)))

@@ -1,14 +1,15 @@
-"""Learned few-step solvers: tables of which times and weights are free (``teaching`` finds them).
+"""Learned few-step solvers: tables whose times and weights are free (``student`` learns them).
 
 A sampler's table is an argument of ``sample``, so the distance of its samples to a teacher's, from
-the same initial noise, can be differentiated in every number of it. What is learned here are the
-times t_i and, in each step, the weights of this and the K - 1 earlier estimates:
+the same initial noise, can be differentiated in every number of it. Free here are the times t_i
+and, in each step, the weights of the current and the K - 1 earlier estimates:
 
     x' = (sigma'/sigma) x + (alpha' - alpha sigma'/sigma) sum_j w_j D_{i-j},     sum_j w_j = 1.
 
-DDIM (w = 1), DPM-Solver++ 2M and 3M are members, and so is every method that is exact where D does
-not change: a point mass is still reproduced exactly. Close to non-stationary bespoke solvers (Shaul
-et al., 2024), to S4S (Frankel et al., 2025) and, for the times alone, LD3 (Tong et al., 2024).
+DDIM (w = 1), DPM-Solver++ 2M and 3M are members of this family. Every member is exact where D does
+not change, so that it reproduces a point mass exactly. Close relatives are non-stationary bespoke
+solvers (Shaul et al., 2024), S4S (Frankel et al., 2025) and, for the times alone, LD3 (Tong et al.,
+2024).
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from diffusion.schedules import Schedule
 
 
 class Coefficients(NamedTuple):
-    """What is learned.
+    """The free numbers of a table.
 
     Attributes:
       log_steps: [N] logarithms of the steps in time, up to a common factor.
-      earlier: [N, K - 1] weights of the earlier estimates, newest first; that of the current one
-        is 1 minus their sum.
+      earlier: [N, K - 1] weights of the earlier estimates, newest first; the current estimate has
+        1 minus their sum.
     """
 
     log_steps: Array
@@ -38,19 +39,22 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(solver: Solver, t_end: float = 0.0, memory: int = 4) -> Coefficients:
-    """Those of a multistep solver in data prediction (DDIM, DPM-Solver++ 2M or 3M).
+    """The coefficients of a multistep solver in data prediction (DDIM, DPM-Solver++ 2M or 3M).
 
     Args:
       solver: its table.
       t_end: the grid's last time.
-      memory: K, how many estimates the learned solver combines, 1 to 6.
+      memory: K, the number of estimates that a step combines, 1 to 6.
 
     Raises:
       ValueError: for a solver of another form, or one that draws noise.
     """
     times = np.append(solver.level.t, t_end)
     if np.any(solver.noise) or np.any(np.diff(times) >= 0) or not 1 <= memory <= REGISTERS:
-        raise ValueError("learning starts from a deterministic solver with one evaluation a step")
+        raise ValueError(
+            "learning starts from a deterministic solver with one evaluation a step, and memory in "
+            f"1..{REGISTERS}; got a solver with noise or stages, or memory={memory}"
+        )
     b = solver.b[:, 0] + solver.b_raw[:, 0]
     gain = b + solver.A[:, 0, 1:].sum(axis=1)
     remembers = np.all(solver.b[:-1, 1] == 1) or not np.any(solver.A[:, 0, 1:])
@@ -85,35 +89,3 @@ def build(learned: Coefficients, schedule: Schedule, t_start: float, t_end: floa
     nothing = jnp.zeros_like(b)
     init = jnp.hypot(now.alpha[0], now.sigma[0])
     return Solver(now, A, b, nothing, nothing, nothing, init)
-
-
-def save(path: str, solver: Solver) -> None:
-    """Writes a table as ``.npz``."""
-    level = {f"level_{name}": leaf for name, leaf in solver.level._asdict().items()}
-    rest = {name: leaf for name, leaf in solver._asdict().items() if name != "level"}
-    np.savez(path, **level, **rest)
-
-
-def load(path: str) -> Solver:
-    """Reads what ``save`` wrote.
-
-    Raises:
-      ValueError: for a file that is not a table.
-      FileNotFoundError: if there is none.
-    """
-    try:
-        with np.load(path) as file:
-            data = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile's, pickle's, NumPy's, zlib's
-        raise ValueError(f"{path} is not a solver's table, or damaged") from error
-    names = [*(f"level_{n}" for n in NoiseLevel._fields), *Solver._fields[1:]]
-    missing = [name for name in names if name not in data]
-    if missing:
-        raise ValueError(f"{path} is not a solver's table: it has no {', '.join(missing)}")
-    leaves = [data[name] for name in names]
-    solver = Solver(NoiseLevel(*leaves[:3]), *leaves[3:])
-    if solver.A.shape != (len(solver.level.t), REGISTERS, REGISTERS):
-        raise ValueError(f"{path} has registers of shape {solver.A.shape}, expected {REGISTERS}")
-    return solver

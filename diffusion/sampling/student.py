@@ -1,4 +1,4 @@
-"""Teaching few-step solvers: by gradient, against a many-step solver of the same network."""
+"""Few-step solvers learned by gradient from a many-step solver of the same network, the teacher."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tqdm import tqdm
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import Denoise
 from diffusion.levels import Array
-from diffusion.sampling.learned_tables import Coefficients, build, coefficients
+from diffusion.sampling.coefficients import Coefficients, build, coefficients
 from diffusion.sampling.sample import image_keys, sample
 from diffusion.sampling.tables import Solver
 from diffusion.schedules import Schedule
 
 
 class Lessons(NamedTuple):
-    """What a teacher made of given noise; leaves batch-first.
+    """A teacher's samples and the noise that they come from; leaves batch-first.
 
     Attributes:
       noise: [P, ...] standard normal.
@@ -35,24 +35,23 @@ class Lessons(NamedTuple):
     target: Array
 
     def batches(self, size: int) -> Iterator[Lessons]:
-        """Of ``size`` each; the last may be smaller."""
+        """Batches of ``size``; the last may be smaller."""
         for start in range(0, len(self.noise), size):
             yield jax.tree.map(lambda a, start=start: a[start : start + size], self)
 
     def split(self, count: int) -> tuple[Lessons, Lessons]:
-        """The first ``count``, and the rest."""
+        """The first ``count`` lessons, and the others."""
         return jax.tree.map(lambda a: a[:count], self), jax.tree.map(lambda a: a[count:], self)
 
 
 class Learned(NamedTuple):
-    """A learned solver and how far it is from its teacher.
+    """A learned solver and its root mean square distance to the teacher, on held-out lessons.
 
     Attributes:
       solver: the table, float64 NumPy.
-      start: root mean square distance to the teacher of the solver that learning began with, on
-        lessons not learned from.
-      error: the same of the learned one.
-      history: [(iteration, that distance), ...].
+      start: the distance of the solver that learning started from.
+      error: the distance of the learned solver.
+      history: [(iteration, distance), ...].
     """
 
     solver: Solver
@@ -62,10 +61,12 @@ class Learned(NamedTuple):
 
 
 class Student:
-    """A network whose samplers are taught and measured; compiled once per number of evaluations."""
+    """A network whose samplers learn and are measured; compiled once per number of evaluations.
+
+    ``denoise(weights, cond)`` returns the denoiser, guidance included.
+    """
 
     def __init__(self, denoise: Callable[[Any, Conditioning], Denoise], weights: Any):
-        """``denoise(weights, cond)`` gives the denoiser, guidance included."""
         self._denoise, self._weights = denoise, weights
         self._draw = jax.jit(self.draw)
 
@@ -90,14 +91,14 @@ class Student:
         keys = image_keys(seed, np.arange(count))
         draw = jax.jit(jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape)))
         noise = np.asarray(draw(keys))
-        given = Lessons(noise, cond, noise)
+        lessons = Lessons(noise, cond, noise)
         targets = []
         with tqdm(total=count, desc="teacher", unit="image", disable=not progress) as bar:
-            for batch in given.batches(batch_size):
+            for batch in lessons.batches(batch_size):
                 drawn = self._draw(self._weights, teacher, batch.noise, batch.cond)
                 targets.append(np.asarray(drawn))
                 bar.update(len(drawn))
-        return given._replace(target=np.concatenate(targets))
+        return lessons._replace(target=np.concatenate(targets))
 
     def error(self, solver: Solver, lessons: Lessons, batch_size: int = 64) -> float:
         """Root mean square distance of the solver's samples to the teacher's."""
@@ -126,16 +127,16 @@ class Student:
         Args:
           schedule: gives the levels at the learned times.
           start: the solver to begin with, deterministic and of one evaluation a step.
-          lessons: to learn from.
-          held_out: to choose the result by.
-          t_end: where the grid ends.
-          batch_size: of each iteration, at most the lessons' number.
+          lessons: what the loss is computed on.
+          held_out: the lessons that choose the result.
+          t_end: the grid's last time.
+          batch_size: lessons per iteration, at most all.
           iterations, learning_rate: of Adam; the rate falls along a cosine.
-          memory: K, how many estimates each step combines.
+          memory: K, the number of estimates that each step combines.
           progress: whether to show a bar.
 
         Returns:
-          The coefficients that were best on the held-out lessons, as a table.
+          The table that is best on the held-out lessons.
 
         Raises:
           ValueError: for a start that cannot be learned from, or too few lessons.
@@ -153,8 +154,7 @@ class Student:
         @jax.jit
         def update(learned, state, weights, batch):
             gradient = jax.grad(loss)(learned, weights, batch)
-            # One bad batch must not throw the coefficients away: its gradient's size is not
-            # trusted.
+            # Gradients are normalised, so that one bad batch cannot ruin the coefficients.
             norm = optax.global_norm(gradient)
             scale = jnp.where(jnp.isfinite(norm), 1 / (norm + 1e-12), 0.0)
             gradient = jax.tree.map(lambda g: jnp.nan_to_num(g) * scale, gradient)
@@ -168,7 +168,7 @@ class Student:
         learned = jax.tree.map(jnp.float32, coefficients(start, t_end, memory))
         state, best = optimizer.init(learned), learned
         history = [(0, self.error(table(learned), held_out, batch_size))]
-        whole = len(lessons.noise) // batch_size * batch_size  # no batch of another size
+        whole = len(lessons.noise) // batch_size * batch_size  # all batches have one size
         batches = itertools.cycle(list(lessons.split(whole)[0].batches(batch_size)))
         with tqdm(total=iterations, desc="learning", disable=not progress) as bar:
             for i in range(1, iterations + 1):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion.levels import NoiseLevel
-from diffusion.sampling.analytic import gaussian_mixture
+from diffusion.sampling.mixture import gaussian_mixture
 
 MEANS, STDS, WEIGHTS = [[-0.5], [0.4], [1.0]], [0.2, 0.0, 0.4], [1.0, 2.0, 0.5]
 
