@@ -13,7 +13,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.errors import field, wrong_types
 from diffusion.levels import Array
 from diffusion.models import reuse, token_merging
-from diffusion.models.attention import self_attention_paths
+from diffusion.models.identity_maps import self_attention_paths
 from diffusion.pipelines import companions
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.draw import Companion

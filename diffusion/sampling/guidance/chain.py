@@ -177,7 +177,7 @@ def resolve(chain: Chain, paths: Sequence[str]) -> Chain:
 
     Args:
       chain: the links.
-      paths: of the network's self-attentions (``attention.self_attention_paths``).
+      paths: of the network's self-attentions (``identity_maps.self_attention_paths``).
 
     Raises:
       ValueError: the pattern matches none of them.
