@@ -7,7 +7,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
 from diffusion import specs
 from diffusion.errors import field
 from diffusion.objectives import consistency
@@ -17,7 +16,7 @@ from diffusion.pipelines import companions
 from diffusion.pipelines.pipeline import Pipeline
 
 TARGETS = ("ema", "params")
-UNUSED = ("weighting", "coupling", "terms")
+UNUSED = {"weighting": "simple", "coupling": "independent", "terms": ()}
 
 
 def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
@@ -29,12 +28,11 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
     c, at = config.consistency, "config.consistency"
     if c.target not in TARGETS:
         raise specs.unknown(f"{at}.target", c.target, TARGETS)
-    default = base.get_config().objective
-    for name in UNUSED:
-        if config.objective[name] not in (default[name], ""):
+    for name, none in UNUSED.items():
+        if config.objective[name] not in (none, ""):
             raise ValueError(
                 f"config.objective.{name}={config.objective[name]!r} has no part in "
-                f"config.objective.name='consistency'; leave it at {default[name]!r}"
+                f"config.objective.name='consistency'; leave it at {none!r}"
             )
     if config.objective.prediction == "x0":
         raise ValueError(

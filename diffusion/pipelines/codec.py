@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffusion.levels import Array
-from diffusion.models.autoencoder import AutoencoderKL, Gaussian
+from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.pipelines import tiles
 from diffusion.sampling.sample import image_noise
 
@@ -23,46 +23,30 @@ POSTERIOR = 2**30  # fold of the keys
 BATCH = 64  # examples decoded at once
 
 
-class Codec(Protocol):
-    """What is asked of a codec.
+class Codec:
+    """The network sees the examples themselves; others derive.
 
     Attributes:
       factor: pixels per number of the network's grid, along each side.
     """
 
-    factor: int
-
-    def encode(self, params: Mapping[str, Any], x: Array, keys: jax.Array | None = None) -> Array:
-        """What the network sees of examples x [B, ...]; keys [B] where there is chance in it."""
-
-    def decode(self, params: Mapping[str, Any], z: Array) -> Array:
-        """Examples [B, ...] of what the network sees."""
-
-    def decode_all(self, params: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
-        """``decode`` of however many examples [..., h, w, C], a few at a time."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The network sees the examples themselves."""
-
     factor: int = 1
 
     def encode(self, params: Mapping[str, Any], x: Array, keys: jax.Array | None = None) -> Array:
-        """x."""
+        """What the network sees of examples x [B, ...]; keys [B] where there is chance in it."""
         return jnp.asarray(x)
 
     def decode(self, params: Mapping[str, Any], z: Array) -> Array:
-        """z."""
+        """Examples [B, ...] of what the network sees."""
         return jnp.asarray(z)
 
     def decode_all(self, params: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
-        """z."""
+        """``decode`` of however many examples [..., h, w, C], a few at a time."""
         return z
 
 
 @dataclass(frozen=True)
-class KL:
+class KL(Codec):
     """The scaled latents of a KL autoencoder, whose parameters are ``params["autoencoder"]``.
 
     Attributes:
@@ -83,6 +67,10 @@ class KL:
         """Channels of images."""
         return self.network.in_channels
 
+    @property
+    def _tiling(self) -> tiles.Tiling | None:
+        return tiles.Tiling(self.tile) if self.tile else None
+
     def encode(
         self,
         params: Mapping[str, Any],
@@ -97,10 +85,7 @@ class KL:
         the network sees them; else as they are.
         """
         net, weights = self.network, params["autoencoder"]
-        if self.tile:
-            z = tiles.encode(net, weights, x, tiles.Tiling(self.tile))
-        else:
-            z = _encode(net, weights, jnp.asarray(x))
+        z = tiles.encode(net, weights, x, self._tiling)
         latents = jnp.asarray(z.mean)
         if keys is not None:
             noise = image_noise(folded(keys, POSTERIOR), latents.shape[1:])
@@ -109,12 +94,8 @@ class KL:
 
     def decode(self, params: Mapping[str, Any], z: Array) -> Array:
         """Images [B, H, W, 3], clipped to [-1, 1], float32, of scaled latents."""
-        net, weights = self.network, params["autoencoder"]
-        z = net.from_latents(z)
-        if self.tile:
-            images = tiles.decode(net, weights, z, tiles.Tiling(self.tile))
-        else:
-            images = _decode(net, weights, z)
+        net = self.network
+        images = tiles.decode(net, params["autoencoder"], net.from_latents(z), self._tiling)
         return jnp.clip(jnp.asarray(images, jnp.float32), -1, 1)
 
     def decode_all(self, params: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
@@ -134,16 +115,6 @@ class KL:
 def folded(keys: jax.Array, fold: int) -> jax.Array:
     """Other keys [B] for another purpose."""
     return jax.vmap(lambda key: jax.random.fold_in(key, fold))(keys)
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(net: AutoencoderKL, params: Any, images: Array) -> Gaussian:
-    return net.apply({"params": params}, images, method="encode")
-
-
-@partial(jax.jit, static_argnums=0)
-def _decode(net: AutoencoderKL, params: Any, z: Array) -> jax.Array:
-    return net.apply({"params": params}, z, method="decode")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,18 @@ Subject = int | str
 Pair = tuple[Conditioning, Conditioning | None]
 
 
-class Conditioner(Protocol):
-    """What is asked of a conditioner.
+class Conditioner:
+    """A model that is conditioned on nothing, whose subjects are only numbers; others derive.
 
     Attributes:
-      subject: "label", "text" or "", what it takes.
+      subject: "label", "text" or "", what the model is asked for.
       suggestions: subjects to draw where none are given, such as all classes.
+      null: whether something stands for none.
     """
 
-    subject: str
-    suggestions: Sequence[Subject]
+    subject: str = ""
+    suggestions: Sequence[Subject] = ()
+    null: bool = False
 
     def __call__(
         self,
@@ -50,43 +52,21 @@ class Conditioner(Protocol):
         Raises:
           ValueError: for a subject that the model does not know.
         """
-
-    def name(self, subject: Subject) -> str:
-        """What pictures call a subject."""
-
-    def check(self, subject: Subject) -> None:
-        """Raises ValueError for a subject that the model does not know."""
-
-
-@dataclass(frozen=True)
-class Unconditional:
-    """A model that is conditioned on nothing; a subject is only a number."""
-
-    subject: str = ""
-    suggestions: Sequence[Subject] = ()
-
-    def __call__(
-        self,
-        params: Mapping[str, Any],
-        subjects: Sequence[Subject],
-        negative: Subject | Sequence[Subject] | None = None,
-    ) -> Pair:
-        """No conditioning."""
         if negative is not None:
             self.check(negative)
         return Conditioning(), None
 
     def name(self, subject: Subject) -> str:
-        """Nothing."""
-        return ""
+        """What pictures call a subject."""
+        return str(subject) if self.subject else ""
 
     def check(self, subject: Subject) -> None:
-        """Raises ValueError."""
+        """Raises ValueError for a subject that the model does not know."""
         raise ValueError(f"this model knows neither labels nor texts, got {subject!r}")
 
 
 @dataclass(frozen=True)
-class Labels:
+class Labels(Conditioner):
     """Class labels 0 .. count - 1; the null label is ``count``.
 
     Attributes:
@@ -144,7 +124,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Captions:
+class Captions(Conditioner):
     """Captions for a network with a text encoder of its own, or embedded by a frozen one.
 
     Attributes:
@@ -172,10 +152,6 @@ class Captions:
             return cond, self._encoded([""] * len(subjects)) if self.null else None
         texts = [negative] * len(subjects) if isinstance(negative, str) else list(negative)
         return cond, self._encoded(texts)
-
-    def name(self, subject: Subject) -> str:
-        """The caption."""
-        return str(subject)
 
     def check(self, subject: Subject) -> None:
         """Raises ValueError unless it is a text."""

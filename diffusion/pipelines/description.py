@@ -30,13 +30,12 @@ from diffusion.models.noisy_classifier import NoisyClassifier
 from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
 from diffusion.objectives.classification import Classification
-from diffusion.pipelines.codec import KL, Codec, Identity
+from diffusion.pipelines.codec import KL, Codec
 from diffusion.pipelines.conditioners import (
     Captions,
     Conditioner,
     FrozenEncoder,
     Labels,
-    Unconditional,
 )
 from diffusion.pipelines.pipeline import DEFAULTS, Defaults, Pipeline
 from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
@@ -201,7 +200,7 @@ def conditioner(d: Description) -> Conditioner:
     if d.num_classes:
         return Labels(d.num_classes, d.class_names, d.null)
     if not d.tokenizer:
-        return Unconditional()
+        return Conditioner()
     tokenize = tokens.tokenizer(tokenizer(d.tokenizer), d.tokens)
     encode = partial(tokens.compacted, tokenize, np.array(d.vocabulary, np.int32))
     if d.text_encoder:
@@ -212,7 +211,7 @@ def conditioner(d: Description) -> Conditioner:
 def codec(d: Description) -> Codec:
     """Of latents, or none."""
     if not d.autoencoder:
-        return Identity()
+        return Codec()
     model = pretrained.open_model(
         located(d.autoencoder), expected="AutoencoderKL", with_weights=False
     )

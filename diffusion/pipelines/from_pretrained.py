@@ -23,8 +23,8 @@ from diffusion import pretrained
 from diffusion.conditioning import Conditioning
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.pipelines import memory
-from diffusion.pipelines.codec import KL, Identity
-from diffusion.pipelines.conditioners import Labels, Unconditional
+from diffusion.pipelines.codec import KL, Codec
+from diffusion.pipelines.conditioners import Conditioner, Labels
 from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
 from diffusion.pipelines.prompts import Prompts
 from diffusion.pipelines.tiles import Tiling
@@ -214,7 +214,7 @@ def assemble(
       ValueError: the network does not say what size it was trained on.
     """
     trained = from_diffusers(scheduler, STEPS)
-    codec = Identity() if autoencoder is None else KL(autoencoder, tile)
+    codec = Codec() if autoencoder is None else KL(autoencoder, tile)
     channels = network.in_channels if autoencoder is None else autoencoder.latent_channels
     side = network.image_size
     if side is None:
@@ -225,7 +225,7 @@ def assemble(
     elif network.num_classes:
         conditioner = _labels(network.num_classes, options)
     else:
-        conditioner = Unconditional()
+        conditioner = Conditioner()
     return Pipeline(
         kind,
         network,

@@ -106,7 +106,7 @@ def make(
         if edits and not any(link.name == "instruct" for link in chain):
             raise ValueError("this network follows text and picture: expected instruct(7.5, 1.5)")
     pair = chains.pair(chain)
-    subject, null = pipeline.conditioner.subject, getattr(pipeline.conditioner, "null", True)
+    subject, null = pipeline.conditioner.subject, pipeline.conditioner.null
     guided = pair is not None and not pair.alone
     if negative is not None and pair is not None and pair.network:
         raise ValueError(

@@ -16,8 +16,8 @@ from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.evaluation.views import VIEWS, View
 from diffusion.levels import Array, NoiseLevel
-from diffusion.pipelines.codec import Codec, Identity
-from diffusion.pipelines.conditioners import Conditioner, Unconditional
+from diffusion.pipelines.codec import Codec
+from diffusion.pipelines.conditioners import Conditioner
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
 
@@ -68,8 +68,8 @@ class Pipeline:
     prediction: Prediction
     c_noise: Callable[[NoiseLevel], Array]
     shape: tuple[int, ...]
-    codec: Codec = field(default_factory=Identity)
-    conditioner: Conditioner = field(default_factory=Unconditional)
+    codec: Codec = field(default_factory=Codec)
+    conditioner: Conditioner = field(default_factory=Conditioner)
     view: View = VIEWS["images"]
     defaults: Defaults = DEFAULTS
     scheduler: Mapping[str, Any] | None = None

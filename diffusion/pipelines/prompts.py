@@ -20,13 +20,14 @@ import numpy as np
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.clip import ClipText
+from diffusion.pipelines.conditioners import Conditioner
 from diffusion.pipelines.emphasis import parse, weigh
 
 Texts = str | Sequence[str]
 
 
 @dataclass(frozen=True)
-class Prompts:
+class Prompts(Conditioner):
     """The conditioner of Stable Diffusion and SDXL: ``context``, and for SDXL ``pooled``.
 
     Attributes:
@@ -39,17 +40,13 @@ class Prompts:
     encoders: tuple[ClipText, ...]
     tokenizers: tuple[Any, ...]
     zeros: bool = True
-    suggestions: Sequence[str] = ()
     subject: str = "text"
+    null: bool = True
 
     @property
     def sdxl(self) -> bool:
         """Whether contexts are SDXL's."""
         return self.encoders[-1].projection is not None
-
-    def name(self, subject: str | int) -> str:
-        """The prompt."""
-        return str(subject)
 
     def check(self, subject: str | int) -> None:
         """Raises ValueError unless it is a text that says something."""

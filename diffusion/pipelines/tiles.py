@@ -46,11 +46,13 @@ class Tiling:
             )
 
 
-def encode(net: AutoencoderKL, params: Any, x: Array, tiling: Tiling) -> Gaussian:
+def encode(net: AutoencoderKL, params: Any, x: Array, tiling: Tiling | None) -> Gaussian:
     """The unscaled latents' distribution of pictures [B, H, W, C] of any size.
 
-    Pictures that are no larger than a tile are encoded whole.
+    Without tiling, and where they are no larger than a tile, pictures are encoded whole.
     """
+    if tiling is None:
+        return _encode(net, params, x)
     tiling.check(net)
     net.check(x.shape[1:3])
     x = np.asarray(x)
@@ -58,17 +60,13 @@ def encode(net: AutoencoderKL, params: Any, x: Array, tiling: Tiling) -> Gaussia
     return _tiled(partial(_encode, net, params), x, tiling.size, small, tiling.overlap)
 
 
-def decode(net: AutoencoderKL, params: Any, z: Array, tiling: Tiling) -> np.ndarray:
+def decode(net: AutoencoderKL, params: Any, z: Array, tiling: Tiling | None) -> Array:
     """Pictures [B, H, W, C] of unscaled latents [B, h, w, c]; see ``encode``."""
+    if tiling is None:
+        return _decode(net, params, z)
     tiling.check(net)
     small, z = tiling.size // net.factor, np.asarray(z)
     return _tiled(partial(_decode, net, params), z, small, tiling.size, tiling.overlap)
-
-
-def one_by_one(function: Callable[[Array], Any], x: Array) -> Any:
-    """``function`` of each example of x [B, ...] by itself, put together again (VAE slicing)."""
-    parts = [function(x[i : i + 1]) for i in range(len(x))]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -67,20 +67,6 @@ def test_blending_of_equal_tiles_changes_nothing():
         np.testing.assert_allclose(out, 2 * x, atol=1e-6)
 
 
-def test_one_by_one():
-    sizes = []
-
-    def function(x):
-        sizes.append(len(x))
-        return x, x.sum((1, 2))
-
-    x = np.arange(24.0).reshape(3, 2, 4)
-    same, sums = tiling.one_by_one(function, x)
-    assert sizes == [1, 1, 1]
-    np.testing.assert_array_equal(same, x)
-    np.testing.assert_array_equal(sums, x.sum((1, 2)))
-
-
 @pytest.mark.parametrize(
     "tiles, message",
     [
