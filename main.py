@@ -32,8 +32,6 @@ from ml_collections import ConfigDict, config_flags
 
 ROOT = Path(__file__).parent
 DEBUG = "(with TRACEBACK=1 in the environment: where in the code)"
-DRAWING = ("sample", "evaluate", "sweep", "learn", "generate")
-"""Modes that draw from a model, which knows its own configuration."""
 
 
 class Command(NamedTuple):
@@ -151,11 +149,6 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
     """The config of a file, or without one that of the run, or the default."""
     if "config" in given:
         return _load(given["config"])
-    if mode not in DRAWING:
-        sys.exit(
-            f"error: --mode={mode} needs --config, such as --config=configs/digits.py "
-            "(--help lists all)"
-        )
     from configs import base
 
     config = base.get_config()
@@ -173,8 +166,9 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
             return config
     if not model:
         sys.exit(
-            f"error: --mode={mode} draws from a model: give --workdir, of a run, or "
-            "--config.model.path, a run, a diffusers folder, a .safetensors file or a hub id"
+            f"error: --mode={mode} needs --config, such as --config=configs/digits.py (--help lists "
+            "all), or a model: --workdir=RUN, or --config.model.path=MODEL, a run, a diffusers "
+            "folder, a .safetensors file or a hub id"
             + (f" (there is no run in {workdir})" if workdir else "")
         )
     return config

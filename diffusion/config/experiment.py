@@ -91,6 +91,11 @@ def build(config: ConfigDict) -> Experiment:
       ValueError: a field has an impossible value, or two do not fit; the message names them.
     """
     ranges.check(config)
+    if config.model.path and not pretrained_network.wanted(config):
+        raise ValueError(
+            f"config.model.path={config.model.path!r} is drawn from, or trained further with "
+            "config.model.name='pretrained'; a run's parameters are taken by config.train.init_from"
+        )
     _check_layout(config)
     initialization.check(config)
     with field("config.sampler"):
