@@ -166,8 +166,8 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
             return config
     if not model:
         sys.exit(
-            f"error: --mode={mode} needs --config, such as --config=configs/digits.py (--help lists "
-            "all), or a model: --workdir=RUN, or --config.model.path=MODEL, a run, a diffusers "
+            f"error: --mode={mode} needs --config, such as --config=configs/digits.py (--help "
+            "lists all), or a model: --workdir=RUN, or --config.model.path=MODEL, a run, a diffusers "
             "folder, a .safetensors file or a hub id"
             + (f" (there is no run in {workdir})" if workdir else "")
         )
