@@ -167,8 +167,8 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
     if not model:
         sys.exit(
             f"error: --mode={mode} needs --config, such as --config=configs/digits.py (--help "
-            "lists all), or a model: --workdir=RUN, or --config.model.path=MODEL, a run, a diffusers "
-            "folder, a .safetensors file or a hub id"
+            "lists all), or a model: --workdir=RUN, or --config.model.path=MODEL, a run, a "
+            "diffusers folder, a .safetensors file or a hub id"
             + (f" (there is no run in {workdir})" if workdir else "")
         )
     return config

@@ -130,9 +130,6 @@ def check(c: ConfigDict) -> None:
             if isinstance(c[name], str):
                 raise specs.unknown(f"config.data.{name}", c[name], valid)
             raise ValueError(f"config.data.{name}={c[name]}; choose one of {valid}")
-    for name, least in {"size": 0, "threads": 0, "workers": 0, "prefetch": 1, "padding": 0}.items():
-        if c[name] < least:
-            raise ValueError(f"config.data.{name} must be at least {least}, got {c[name]}")
     if c.name not in WHOLE and not 0 < c.held_out < 1:
         raise ValueError(f"config.data.held_out must lie in (0, 1), got {c.held_out}")
     if c.buckets:

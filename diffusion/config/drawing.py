@@ -78,14 +78,8 @@ class Drawing:
         return negative(self.config)
 
     def subjects(self, count: int, captions: Sequence[str] = ()) -> list[Subject]:
-        """What ``count`` samples are of: those of config.samples, or the model's own, in turn.
-
-        ``captions`` stand for the model's own, if it takes texts.
-        """
-        given = subjects(self.config)
-        if not given and self.pipeline.conditioner.subject == "text":
-            given = captions
-        return self.drawer.subjects(count, given)
+        """What ``count`` samples are of; see ``chosen``."""
+        return chosen(self.config, self.drawer, count, captions)
 
     def draw(self, count: int, captions: Sequence[str] = (), solver: Solver | None = None) -> Drawn:
         """Samples as the data are.
@@ -95,9 +89,7 @@ class Drawing:
           captions: see ``subjects``.
           solver: another table than that of config.sampler.
         """
-        chosen = self.subjects(count, captions)
-        x = self.drawer.draw(self.params, chosen, self.negative, solver=solver)
-        return Drawn(self.pipeline.codec.decode_all(self.params, x), chosen)
+        return drawn(self.config, self.drawer, self.params, count, captions, solver)
 
 
 def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> Drawing:
@@ -126,6 +118,12 @@ def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
         path, name = workdir, f"--workdir={workdir}"
     else:
         path = c.path
+    return open_model(config, path, name)
+
+
+def open_model(config: ConfigDict, path: str, name: str) -> Opened | Run:
+    """A model that draws, as config.model says, not read yet; ``name`` is what errors call it."""
+    c = config.model
     with field(name):
         source = pipelines.open_any(
             path,
@@ -208,6 +206,33 @@ def drawer(
     )
     grid = pipeline.defaults.grid if c.grid == "auto" else c.grid
     return result, [*made.notes, *samplers.notes(sampler, grid, AT)]
+
+
+def chosen(
+    config: ConfigDict, drawer: Drawer, count: int, captions: Sequence[str] = ()
+) -> list[Subject]:
+    """What ``count`` samples are of: those of config.samples, or the model's own, in turn.
+
+    ``captions`` stand for the model's own, if it takes texts.
+    """
+    given = subjects(config)
+    if not given and drawer.pipeline.conditioner.subject == "text":
+        given = captions
+    return drawer.subjects(count, given)
+
+
+def drawn(
+    config: ConfigDict,
+    drawer: Drawer,
+    params: Params,
+    count: int,
+    captions: Sequence[str] = (),
+    solver: Solver | None = None,
+) -> Drawn:
+    """Samples as the data are; see ``Drawing.draw``."""
+    subjects = chosen(config, drawer, count, captions)
+    x = drawer.draw(params, subjects, negative(config), solver=solver)
+    return Drawn(drawer.pipeline.codec.decode_all(params, x), subjects)
 
 
 def batch_size(config: ConfigDict, pipeline: Pipeline) -> int:

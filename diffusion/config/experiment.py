@@ -146,14 +146,6 @@ def build(config: ConfigDict) -> Experiment:
     )
 
 
-def announced(config: ConfigDict) -> Experiment:
-    """``build``, with its notes printed."""
-    experiment = build(config)
-    for note in experiment.notes:
-        print(f"note: {note}")
-    return experiment
-
-
 def _nulls(description: Description, train: Source) -> dict[str, Any]:
     """Fields of the conditioning that stands for none."""
     if description.num_classes:

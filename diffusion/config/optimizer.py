@@ -14,18 +14,6 @@ def make(config: ConfigDict, steps: int) -> optimizers.Optimizer:
     Raises:
       ValueError: a field of config.optimizer has an impossible value.
     """
-    c = config.optimizer
+    options = config.optimizer.to_dict() | {"clip_norm": config.optimizer.clip_norm or None}
     with field("config.optimizer"):
-        return optimizers.make(
-            c.name,
-            c.learning_rate,
-            warmup=c.warmup,
-            decay=c.decay,
-            decay_start=c.decay_start,
-            steps=steps,
-            b1=c.b1,
-            b2=c.b2,
-            eps=c.eps,
-            weight_decay=c.weight_decay,
-            clip_norm=c.clip_norm or None,
-        )
+        return optimizers.make(steps=steps, **options)

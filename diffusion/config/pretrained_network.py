@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 from diffusion import pretrained
 from diffusion.errors import field
 from diffusion.objectives.denoising import Denoising
+from diffusion.pipelines.to_diffusers import PREDICTIONS
 from diffusion.pretrained import hub
 from diffusion.pretrained.schedulers import from_diffusers
 
 NAME = "pretrained"
 UNET, SCHEDULER = "unet", "scheduler"
 CONFIG = "scheduler_config.json"
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 CLASS = "UNet2DConditionModel"
 
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffusion import pretrained
-from diffusion.config import pretrained_network
-from diffusion.config.drawing import negative, subjects
+from diffusion.config import drawing, pretrained_network
 from diffusion.config.experiment import Experiment
 from diffusion.evaluation import figures, harness, reconstruction
 from diffusion.evaluation.metrics.metric import Data, Drawn
@@ -37,14 +36,15 @@ class Samples:
 
     def __init__(self, experiment: Experiment):
         self._experiment, self._drawer = experiment, experiment.drawer
-        self._given, self._negative = subjects(experiment.config), negative(experiment.config)
+        self._given = drawing.subjects(experiment.config)
         self._columns = experiment.config.samples.columns
 
     def grid(self, trained: Any, path: Path) -> None:
         """Samples of each class or caption."""
         pipeline = self._drawer.pipeline
         count = gallery.grid_size(pipeline, self._columns, self._given)
-        drawn = self._draw(self._experiment.params(trained), count)
+        params, config = self._experiment.params(trained), self._experiment.config
+        drawn = drawing.drawn(config, self._drawer, params, count)
         real = self._experiment.held_out
         gallery.save_grid(path, pipeline, *drawn, self._columns, real)
 
@@ -59,26 +59,18 @@ class Samples:
         few = self._given or drawer.pipeline.conditioner.suggestions
         count = min(10, len(few) or 10) if experiment.train.view == "images" else LINES
         chosen = drawer.subjects(count, self._given)
-        gallery.save_trajectory(folder, drawer, params, chosen, self._negative)
+        gallery.save_trajectory(folder, drawer, params, chosen, drawing.negative(config))
         chosen = config.evaluation.metrics
         metrics = harness.make(chosen, drawer.pipeline, "config.evaluation.metrics")
         if metrics:
             data = Data(experiment.train, experiment.held_out)
+            captions = tuple(dict.fromkeys(experiment.held_out.captions))
 
             def draw() -> Drawn:
-                return self._draw(params, config.evaluation.count, judged=True)
+                return drawing.drawn(config, drawer, params, config.evaluation.count, captions)
 
-            figures = harness.evaluate(metrics, drawer.pipeline, params, data, draw)
-            write_evaluation(folder, figures)
-
-    def _draw(self, params: Any, count: int, judged: bool = False) -> Drawn:
-        given, pipeline = self._given, self._drawer.pipeline
-        if judged and not given:
-            given = tuple(dict.fromkeys(self._experiment.held_out.captions))
-            given = given if pipeline.conditioner.subject == "text" else ()
-        chosen = self._drawer.subjects(count, given)
-        x = self._drawer.draw(params, chosen, self._negative)
-        return Drawn(pipeline.codec.decode_all(params, x), chosen)
+            result = harness.evaluate(metrics, drawer.pipeline, params, data, draw)
+            write_evaluation(folder, result)
 
 
 class Reconstructions:

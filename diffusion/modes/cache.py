@@ -6,7 +6,7 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from diffusion.config import latents
+from diffusion.config import latents, ranges
 from diffusion.config.data import make_images
 
 
@@ -16,6 +16,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     What was interrupted goes on; what is there already stays. ``workdir`` is not touched.
     """
     del workdir
+    ranges.check(config)
     if not latents.wanted(config.data):
         raise ValueError(
             "nothing to cache: config.data.autoencoder and config.data.text_encoder are empty"

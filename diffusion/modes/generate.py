@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from diffusion.config import drawing, ranges
 from diffusion.errors import field
 from diffusion.evaluation import figures
-from diffusion.pipelines import memory, open_any
+from diffusion.pipelines import memory
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.from_run import Run
@@ -81,15 +82,7 @@ def _refiner(config: ConfigDict) -> Opened | Run | None:
     c = config.model
     if not c.refiner:
         return None
-    with field(f"config.model.refiner={c.refiner!r}"):
-        return open_any(
-            c.refiner,
-            revision=c.revision or None,
-            variant=c.variant or None,
-            tokenizer=c.tokenizer,
-            dtype=drawing.dtype(config),
-            tile=c.tile,
-        )
+    return drawing.open_model(config, c.refiner, "config.model.refiner")
 
 
 def _subjects(config: ConfigDict, source: Opened | Run) -> list[Subject]:
@@ -103,27 +96,18 @@ def _subjects(config: ConfigDict, source: Opened | Run) -> list[Subject]:
 
 
 def _wish(config: ConfigDict, source: Opened | Run) -> Wish:
-    s, c = config.samples, config.sampler
+    s = config.samples
+    given = s.to_dict() | config.sampler.to_dict()
+    given = {f.name: given[f.name] for f in dataclasses.fields(Wish) if f.name in given}
     return Wish(
-        negative=drawing.negative(config),
-        image=s.image or None,
-        mask=s.mask or None,
-        strength=s.strength,
-        noise_level=s.noise_level,
-        size=(s.height, s.width),
-        solver=c.solver,
-        grid=c.grid,
-        steps=c.steps,
-        guidance=c.guidance,
-        acceleration=c.acceleration,
-        hand_over=c.hand_over,
-        seed=c.seed,
-        batch_size=drawing.batch_size(config, source.pipeline),
-        weighted=s.weighted,
-        clip_skip=s.clip_skip,
-        original=tuple(s.original),
-        crop=tuple(s.crop),
-        aesthetic=tuple(s.aesthetic),
+        **given
+        | {
+            "negative": drawing.negative(config),
+            "image": s.image or None,
+            "mask": s.mask or None,
+            "size": (s.height, s.width),
+            "batch_size": drawing.batch_size(config, source.pipeline),
+        }
     )
 
 

@@ -157,9 +157,6 @@ def _make(model: Drawing, solver: str, grid: str, steps: int, name: str) -> Solv
 
 def _check(config: ConfigDict) -> None:
     c = config.learn
-    for name in ("count", "held_out", "test", "batch_size", "iterations", "teacher_steps"):
-        if not c[name] > 0:
-            raise ValueError(f"config.learn.{name} must be positive, got {c[name]}")
     if c.batch_size > c.count:
         raise ValueError(f"config.learn.batch_size={c.batch_size} is more than count={c.count}")
     wrong = [n for n in c.evaluations if not isinstance(n, int) or isinstance(n, bool) or n < 1]

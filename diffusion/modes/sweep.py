@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = convergence.run(
         folder / "sweep.json",
-        _settings(config, model.step),
+        _settings(config, model.step, count),
         entries,
         lambda table: draw(config.evaluation.count, table).x,
         quality,
@@ -102,7 +102,7 @@ def _check(config: ConfigDict) -> None:
         )
 
 
-def _settings(config: ConfigDict, step: int) -> dict[str, Any]:
+def _settings(config: ConfigDict, step: int, count: int) -> dict[str, Any]:
     """What results depend on, beside solver and steps."""
     sampler = config.sampler.to_dict()
     for name in ("solver", "steps", "preview_every", "batch_size"):
@@ -112,14 +112,14 @@ def _settings(config: ConfigDict, step: int) -> dict[str, Any]:
         "training_step": step,
         "sampler": sampler,
         "evaluation": config.evaluation.to_dict(),
-        "reference": reference | {"count": min(config.evaluation.count, config.sampler.batch_size)},
+        "reference": reference | {"count": count},
     }
 
 
 def _facts(config: ConfigDict, step: int, count: int, twice: bool) -> list[str]:
     s, c = config.sampler, config.sweep
     guided = "; guidance makes it two network calls, in one batch of twice the size"
-    facts = [
+    return [
         f"Averaged parameters after step {step}; {config.evaluation.count} samples a point, the "
         f"same initial noises for all; grid {s.grid}, guidance {s.guidance!r}.",
         f"An evaluation is one call of the denoiser{guided if twice else ''}. Every solver takes "
@@ -128,4 +128,3 @@ def _facts(config: ConfigDict, step: int, count: int, twice: bool) -> list[str]:
         f"{c.reference_steps} steps from the same noise, over the first {count} samples, for "
         "deterministic solvers. The reference's own error is its distance from half as many steps.",
     ]
-    return facts

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from diffusion import processes
 from diffusion.config import drawing, initialization, latents, results, summary
 from diffusion.config.data import batches, make_images
-from diffusion.config.experiment import Experiment, announced
+from diffusion.config.experiment import Experiment, build
 from diffusion.evaluation import figures
 from diffusion.pipelines import description
 from diffusion.runs import provenance, snapshots
@@ -46,7 +46,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     began = time.perf_counter()
     if latents.wanted(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
-    experiment = announced(config)
+    experiment = build(config)
+    for note in experiment.notes:
+        print(f"note: {note}")
     drawing.check(config, workdir, FREE)
     with workdirs.held(workdir):
         _train(experiment, Path(workdir), began)
