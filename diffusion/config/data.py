@@ -32,7 +32,7 @@ CHECKED = Path("~", ".cache", "diffusion-jax", "checked")  # what on_error=skip 
 def make_source(c: ConfigDict, split: str) -> Source:
     """The data of config.data, "train" or "test": images, points, or cached latents of images."""
     images = make_images(c, split)
-    if not latents.wanted(c):
+    if not latents.needed(c):
         return images
     with field(f"config.data.cache={c.cache!r}"):
         return latents.source(c, split, images)

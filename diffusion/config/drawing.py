@@ -122,7 +122,10 @@ def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
 
 
 def open_model(config: ConfigDict, path: str, name: str) -> Opened | Run:
-    """A model that draws, as config.model says, not read yet; ``name`` is what errors call it."""
+    """A model to draw from, opened as config.model describes; weights are not read yet.
+
+    ``name`` is the model's name in error messages.
+    """
     c = config.model
     with field(name):
         source = pipelines.open_any(
@@ -150,7 +153,7 @@ def dtype(config: ConfigDict) -> Any:
 
 
 def check(config: ConfigDict, workdir: str, changeable: tuple[str, ...]) -> None:
-    """Refuses the workdir of a run of another config, or says how it was another."""
+    """Refuses a workdir whose run had another config; prints differences that are accepted."""
     changes = workdirs.check_config(
         workdir, config.to_dict(), changeable=changeable, accept=config.train.accept_changes
     )
@@ -211,9 +214,9 @@ def drawer(
 def chosen(
     config: ConfigDict, drawer: Drawer, count: int, captions: Sequence[str] = ()
 ) -> list[Subject]:
-    """What ``count`` samples are of: those of config.samples, or the model's own, in turn.
+    """The subjects of ``count`` samples, in turn: those of config.samples, or the model's own.
 
-    ``captions`` stand for the model's own, if it takes texts.
+    A model of texts takes ``captions``, if there are any, instead of its own.
     """
     given = subjects(config)
     if not given and drawer.pipeline.conditioner.subject == "text":

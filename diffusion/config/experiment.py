@@ -91,7 +91,7 @@ def build(config: ConfigDict) -> Experiment:
       ValueError: a field has an impossible value, or two do not fit; the message names them.
     """
     ranges.check(config)
-    if config.model.path and not pretrained_network.wanted(config):
+    if config.model.path and not pretrained_network.is_pretrained(config):
         raise ValueError(
             f"config.model.path={config.model.path!r} is drawn from, or trained further with "
             "config.model.name='pretrained'; a run's parameters are taken by config.train.init_from"
@@ -114,7 +114,7 @@ def build(config: ConfigDict) -> Experiment:
         objective = objectives.classification(config, pipeline)
     else:
         objective = objectives.denoising(config, pipeline, _nulls(description, train), train.shape)
-        if pretrained_network.wanted(config):
+        if pretrained_network.is_pretrained(config):
             pretrained_network.check(config, objective)
         drawer, found = drawing.drawer(config, pipeline, config.objective.schedule)
         harness.make(config.evaluation.metrics, pipeline, "config.evaluation.metrics")

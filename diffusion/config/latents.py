@@ -30,8 +30,8 @@ INDIFFERENT = ("cache", "std", "flip", "scale", "dtype", "threads", "workers", "
 BATCH = 64  # images or captions that are encoded at once
 
 
-def wanted(c: ConfigDict) -> bool:
-    """Whether config.data is to be read from a cache."""
+def needed(c: ConfigDict) -> bool:
+    """Whether the data are read from a cache, as encoders of config.data require."""
     return bool(c.autoencoder or c.text_encoder)
 
 
@@ -56,7 +56,7 @@ def encode(folder: str, images: np.ndarray) -> Batch:
 
 def check(c: ConfigDict) -> None:
     """Raises ValueError where the fields of config.data do not fit together."""
-    if wanted(c) and not c.cache:
+    if needed(c) and not c.cache:
         raise ValueError(
             "config.data.cache must name a folder for what config.data.autoencoder or text_encoder "
             "gives, which is computed once"
@@ -154,7 +154,7 @@ def source(c: ConfigDict, split: str, images: Source) -> Source:
         return parts[0]
     factor = images.buckets[0].shape[0] // parts[0].shape[0]
     shape = (*(side // factor for side in images.shape[:2]), parts[0].shape[2])
-    # Whole images in their own shapes are cached; squares of them are computed when asked for.
+    # Images are cached in the shapes of their buckets; square latents are computed on demand.
     whole = cached(images, partial(_rows, images, c.autoencoder), shape)
     return dataclasses.replace(whole, buckets=tuple(parts))
 

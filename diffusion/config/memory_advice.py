@@ -1,4 +1,4 @@
-"""What to say when memory does not suffice: how much was wanted, and which fields need less."""
+"""Advice when memory runs out: how much was missing, and which fields reduce the need."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def explained(config: ConfigDict, mode: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says (XLA has no class of its own for it)."""
-    said = str(error).lower()
-    exhausted = "resource_exhausted" in said or "out of memory" in said
+    """Whether an error means that memory ran out (XLA has no class of its own for it)."""
+    text = str(error).lower()
+    exhausted = "resource_exhausted" in text or "out of memory" in text
     return isinstance(error, MemoryError) or exhausted
 
 
-def wanted(error: BaseException) -> float | None:
-    """Bytes that could not be had, where the error tells."""
+def requested(error: BaseException) -> float | None:
+    """Bytes of the allocation that failed, if the message has them."""
     found = AMOUNT.search(str(error))
     return float(found[1].rstrip(".")) * UNITS[found[2][0].lower()] if found else None
 
@@ -56,9 +56,9 @@ def message(error: BaseException, config: ConfigDict, mode: str) -> str:
     on_host = isinstance(error, MemoryError)
     device = jax.local_devices()[0].device_kind
     where = "this process" if on_host or device == "cpu" else f"the {device}"
-    size = wanted(error)
-    asked = f": {size / 2**30:.3g} GiB more were wanted" if size else ""
-    lines = [f"out of memory: {where} has not enough{asked}. What takes less:"]
+    size = requested(error)
+    missing = f": an allocation of {size / 2**30:.3g} GiB failed" if size else ""
+    lines = [f"out of memory: {where} has not enough{missing}. These fields reduce the need:"]
     helps = _generating(config) if mode == "generate" else _running(config, mode)
     lines += [f"config.{field}={_get(config, field)!r}: {hint}" for field, hint in helps]
     if device != "cpu" and not on_host:

@@ -89,7 +89,7 @@ def pipeline(config: ConfigDict, d: Description, train: Source) -> Pipeline:
 
 
 def _sampler(config: ConfigDict) -> Defaults:
-    """What config.sampler says, with the usual for what it leaves open."""
+    """The defaults of config.sampler; the project's own where a field is left open."""
     c, usual = config.sampler, DEFAULTS
     return Defaults(
         usual.solver if c.solver == "auto" else c.solver,

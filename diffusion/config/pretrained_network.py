@@ -29,7 +29,7 @@ CONFIG = "scheduler_config.json"
 CLASS = "UNet2DConditionModel"
 
 
-def wanted(config: ConfigDict) -> bool:
+def is_pretrained(config: ConfigDict) -> bool:
     """Whether the config's network is a pretrained one."""
     return config.model.name == NAME
 
@@ -45,7 +45,7 @@ def check_path(config: ConfigDict) -> None:
 
 def initial(config: ConfigDict) -> Callable[[Any, Callable], Any] | None:
     """Gives the parameters that training begins with, in float32; None: random ones."""
-    if not wanted(config):
+    if not is_pretrained(config):
         return None
     path = config.model.path
     return lambda shapes, random: {"network": pretrained.load(path, UNET, dtype=jnp.float32).params}
@@ -65,8 +65,8 @@ def scheduler(config: ConfigDict) -> dict[str, Any]:
     fields = json.loads((folder / CONFIG).read_text())
     if c.prediction not in PREDICTIONS:
         raise ValueError(
-            f"config.objective.prediction={c.prediction!r}: this pipeline's network can be told to "
-            f"predict {', '.join(PREDICTIONS)}"
+            f"config.objective.prediction={c.prediction!r}: a pipeline of diffusers "
+            f"predicts one of {', '.join(PREDICTIONS)}"
         )
     fields["prediction_type"] = PREDICTIONS[c.prediction]
     if c.schedule.startswith("zero_terminal_snr"):
@@ -77,7 +77,7 @@ def scheduler(config: ConfigDict) -> dict[str, Any]:
 
 
 def check(config: ConfigDict, objective: Denoising) -> None:
-    """Raises ValueError unless objective and pipeline agree on noise levels and what is told."""
+    """Raises ValueError unless objective and pipeline have the same noise levels and c_noise."""
     sampler = from_diffusers(scheduler(config), steps=10)
     t = np.linspace(1e-3, 1.0, 101)
     ours, theirs = objective.schedule(t), sampler.schedule(t)
@@ -89,8 +89,8 @@ def check(config: ConfigDict, objective: Denoising) -> None:
         )
     if not np.allclose(objective.c_noise(ours), sampler.c_noise(theirs), atol=1e-2):
         raise ValueError(
-            f"config.objective.c_noise={config.objective.c_noise!r} is not what the pipeline's "
-            "network is told; choose 'auto'"
+            f"config.objective.c_noise={config.objective.c_noise!r} is not the pipeline's; "
+            "choose 'auto'"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which numbers a config's fields may have, whatever else it says.
+"""The valid range of each numeric field of a config, independent of all other fields.
 
 What depends on several fields, or on the data, is checked where these meet (``build``).
 """
@@ -27,7 +27,7 @@ class Range(NamedTuple):
         lowest = self.low < value if self.above else self.low <= value
         return lowest and value <= self.high
 
-    def asked(self, value: float) -> str:
+    def requirement(self, value: float) -> str:
         """What is wrong with a value that is not in it: "must ..."."""
         if self.high <= 1:
             high = "1)" if self.high == BELOW_ONE else f"{self.high:g}]"
@@ -140,7 +140,7 @@ def _check_number(name: str, value: Any, number: float) -> None:
         (found for pattern, found in RANGES.items() if fnmatchcase(name, pattern)), Range()
     )
     if not math.isfinite(number) or not allowed.holds(number):
-        raise ValueError(f"config.{name} {allowed.asked(number)}, got {value!r}")
+        raise ValueError(f"config.{name} {allowed.requirement(number)}, got {value!r}")
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ LINES = 200
 
 
 class Results(Protocol):
-    """What is asked of them; ``trained`` are averaged parameters."""
+    """The results of one kind of run; ``trained`` are its averaged parameters."""
 
     def grid(self, trained: Any, path: Path) -> None:
         """A picture of how far training has come, into a PNG."""
@@ -52,7 +52,7 @@ class Samples:
         """loss.png, samples.png, trajectory.png, trajectory.gif, evaluation.json, pipeline/."""
         experiment, drawer = self._experiment, self._drawer
         config, params = experiment.config, experiment.params(trained)
-        if pretrained_network.wanted(config):
+        if pretrained_network.is_pretrained(config):
             pretrained_network.export(config, params, folder / "pipeline")
         _loss_curve(experiment, folder)
         self.grid(trained, folder / "samples.png")

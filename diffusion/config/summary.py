@@ -1,4 +1,4 @@
-"""What a run consists of, told before it starts: parameters, work, memory. Nothing is computed."""
+"""A summary of a run before it starts: parameters, operations, memory. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = 15  # of the table on the terminal
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What can be said of a run beforehand.
+    """What tracing a run reveals, without computing.
 
     Attributes:
       state: of ``jax.ShapeDtypeStruct``.
@@ -72,8 +72,8 @@ def text(
     """In words, for the terminal; every parameter goes into ``workdir/parameters.txt``.
 
     Args:
-      experiment: told of.
-      description: of it.
+      experiment: the run.
+      description: the run's, from ``describe``.
       workdir: of the run.
       shardings: of the layout (``training.parallel``).
     """

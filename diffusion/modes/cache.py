@@ -17,7 +17,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     del workdir
     ranges.check(config)
-    if not latents.wanted(config.data):
+    if not latents.needed(config.data):
         raise ValueError(
             "nothing to cache: config.data.autoencoder and config.data.text_encoder are empty"
         )

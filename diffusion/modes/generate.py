@@ -19,7 +19,7 @@ from diffusion.pipelines import memory
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.from_run import Run
-from diffusion.pipelines.generation import Generation, Wish
+from diffusion.pipelines.generation import Generation, Request
 
 TIGHT = 1.6  # what a network needs may be so many times the estimate
 
@@ -44,11 +44,11 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     refiner = _refiner(config)
     with field("config.samples"):
         subjects = _subjects(config, source)
-        wish = _wish(config, source)
+        request = _wish(config, source)
         made = Generation(
             source.pipeline,
             subjects,
-            wish,
+            request,
             refiner=refiner and refiner.pipeline,
             at=drawing.AT,
         )
@@ -90,16 +90,16 @@ def _subjects(config: ConfigDict, source: Opened | Run) -> list[Subject]:
     given = drawing.subjects(config) or list(source.pipeline.conditioner.suggestions)
     kind = source.pipeline.conditioner.subject
     if not given and kind:
-        wanted = "prompt" if kind == "text" else "labels"
-        raise ValueError(f"{wanted}: say what should be in the picture")
+        name = "prompt" if kind == "text" else "labels"
+        raise ValueError(f"{name}: say what should be in the picture")
     return [subject for subject in given or [0] for _ in range(config.samples.count or 1)]
 
 
-def _wish(config: ConfigDict, source: Opened | Run) -> Wish:
+def _wish(config: ConfigDict, source: Opened | Run) -> Request:
     s = config.samples
     given = s.to_dict() | config.sampler.to_dict()
-    given = {f.name: given[f.name] for f in dataclasses.fields(Wish) if f.name in given}
-    return Wish(
+    given = {f.name: given[f.name] for f in dataclasses.fields(Request) if f.name in given}
+    return Request(
         **given
         | {
             "negative": drawing.negative(config),
@@ -145,7 +145,7 @@ def _check_memory(config: ConfigDict, opened: list[Opened], made: Generation) ->
     factor = made.pipeline.codec.factor if made.task == "upscale" else 1
     size = tuple(factor * side for side in made.size)
     weights = sum(o.nbytes for o in opened)
-    share = -(-min(made.wish.batch_size, len(made.subjects)) // jax.local_device_count())
+    share = -(-min(made.request.batch_size, len(made.subjects)) // jax.local_device_count())
     working = max(o.working_bytes(size, share) for o in opened)
     gib = 2**30
     needs = (

@@ -1,4 +1,4 @@
-"""Looking at data before training on them: a contact sheet, and numbers."""
+"""--mode=inspect: a contact sheet and statistics of the data, before training."""
 
 from __future__ import annotations
 

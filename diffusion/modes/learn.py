@@ -165,7 +165,9 @@ def _check(config: ConfigDict) -> None:
             f"config.learn.evaluations must be whole numbers >= 1, got {c.evaluations}"
         )
     if config.sampler.corrector:
-        raise ValueError("config.sampler.corrector draws noise: what a teacher says is then chance")
+        raise ValueError(
+            "config.sampler.corrector draws noise, and a teacher must be deterministic"
+        )
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Where the time of a training step goes: a trace of a few steps, and what it says in short.
+"""--mode=profile: where the time of a training step goes, from a trace of a few steps.
 
-Operations are XLA's, after fusion; each is told with the place in the model that it came from.
+Operations are XLA's, after fusion; each is listed with the part of the model that it computes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Traces ``config.profile.steps`` training steps, with the run's own data and step.
 
     They start from new parameters; what a run has left in ``workdir`` stays as it is. Each step is
-    waited for, which training does not do, so that input and computing can be told apart.
+    waited for, which training does not do, so that input and computing are measured apart.
 
     Leaves in ``workdir/profile``: plugins/ (the trace) and summary.json.
     """

@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     ``workdir`` is a folder that all of them see.
     """
     began = time.perf_counter()
-    if latents.wanted(config.data) and jax.process_count() == 1:
+    if latents.needed(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment = build(config)
     for note in experiment.notes:

@@ -32,7 +32,7 @@ class Conditioner:
     """A model that is conditioned on nothing, whose subjects are only numbers; others derive.
 
     Attributes:
-      subject: "label", "text" or "", what the model is asked for.
+      subject: "label", "text" or "", the kind of subject that the model takes.
       suggestions: subjects to draw where none are given, such as all classes.
       null: whether something stands for none.
     """

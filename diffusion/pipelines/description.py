@@ -73,7 +73,7 @@ class Description:
       text: fields of that encoder; empty: there is none.
       text_encoder: folder of a frozen encoder of captions.
       autoencoder: folder of the autoencoder whose latents the network sees; empty: none.
-      captions: some that were held out, to draw where none are asked for.
+      captions: some held-out ones, which are drawn by default.
       sampler: solver, grid, steps and guidance.
     """
 

@@ -48,7 +48,7 @@ class Kept:
 
 
 class Inputs(NamedTuple):
-    """What a batch of samples is made of; ``tasks`` says which parts a task has.
+    """The inputs of a batch of samples; each task of ``tasks`` fills in its own.
 
     Attributes:
       cond: what to steer towards, leaves [B, ...].

@@ -1,4 +1,4 @@
-"""Drawing as many samples as are wanted from a pipeline, batch by batch, compiled once."""
+"""Draws any number of samples from a pipeline, batch by batch, compiled once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONG = 100
 """Evaluations from which a bar shows each; a sampler with a callback is compiled in every run."""
 
 Prepare = Callable[[np.ndarray, jax.Array, Conditioning, Conditioning | None], Inputs]
-"""(numbers of the samples [B], keys [B], cond, null) -> what they are made of."""
+"""(numbers of the samples [B], keys [B], cond, null) -> their ``Inputs``."""
 
 
 class Drawer:

@@ -60,7 +60,7 @@ DEFAULTS = {
     "DDPMPipeline": Defaults("", "uniform", 1000, ("cfg(1)",)),
     "DDIMPipeline": Defaults("", "uniform", 50, ("cfg(1)",)),
 }
-"""Steps and guidance where nothing else is asked for: those of diffusers' pipelines."""
+"""Default steps and guidance, those of diffusers' pipelines."""
 NETWORKS = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DModel"}
 ENCODERS = ("text_encoder", "text_encoder_2")
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
@@ -154,7 +154,7 @@ def open_pipeline(
     strange = [name for name in present if name not in known]
     if strange:
         raise ValueError(f"{folder}: components that are not supported: {', '.join(strange)}")
-    wanted = [name for name in (*NETWORKS, "vae", *ENCODERS) if name in present]
+    names = [name for name in (*NETWORKS, "vae", *ENCODERS) if name in present]
     models = {
         name: pretrained.open_model(
             folder,
@@ -162,7 +162,7 @@ def open_pipeline(
             variant=_variant(folder / name, variant),
             expected=index.components[name][1],
         )
-        for name in wanted
+        for name in names
     }
     modules = {name: model.module.clone(dtype=dtype) for name, model in models.items()}
     if tile and "vae" in modules:
@@ -268,7 +268,7 @@ def save_pretrained(
         parts["vae"] = (codec.network, params["autoencoder"])
     components: dict[str, tuple[str, str] | None] = {}
     if isinstance(conditioner, Prompts):
-        components |= {"safety_checker": None, "feature_extractor": None}  # said explicitly
+        components |= {"safety_checker": None, "feature_extractor": None}  # absent, explicitly
         encoders = zip(ENCODERS, conditioner.encoders, params["encoders"], conditioner.tokenizers)
         for encoder, module, weights, tokenizer in encoders:
             parts[encoder] = (module, weights)

@@ -21,7 +21,7 @@ OPTIONS = {
     "xl_inpaint": {"force_zeros_for_empty_prompt": True},
     "xl_refiner": {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
 }
-"""What the published pipelines' model_index.json says besides."""
+"""Other fields of the published pipelines' model_index.json."""
 
 
 def open_checkpoint(

@@ -37,8 +37,8 @@ Picture = str | Path | Image.Image
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is wanted of a pipeline, besides the subjects.
+class Request:
+    """How pictures are to be made, besides their subjects.
 
     Attributes:
       negative: what to steer away from; None: what stands for none.
@@ -94,7 +94,7 @@ class Generation:
     Args:
       pipeline: the model.
       subjects: the prompt or class of every picture.
-      wish: how they are to be.
+      request: how they are to be.
       refiner: a pipeline that takes SDXL's last steps.
       at: what errors say before the names of the sampler's fields: "config.sampler.".
 
@@ -106,38 +106,40 @@ class Generation:
         self,
         pipeline: Pipeline,
         subjects: Sequence[Subject],
-        wish: Wish = Wish(),
+        request: Request = Request(),
         *,
         refiner: Pipeline | None = None,
         at: str = "",
     ):
         if not subjects:
-            raise ValueError("nothing is wanted: expected at least one prompt, class or count")
-        self.subjects, self.wish, self._refiner = list(subjects), wish, refiner
-        self.task = _task(pipeline, wish)
+            raise ValueError("no subjects: expected at least one prompt or class")
+        self.subjects, self.request, self._refiner = list(subjects), request, refiner
+        self.task = _task(pipeline, request)
         _check_subjects(pipeline, self.subjects)
-        self.size = _size(pipeline, wish, self.task)
-        self._given = _pictures(pipeline, wish, self.size)
-        strength = wish.strength if self.task in ("from picture", "repaint") else None
+        self.size = _size(pipeline, request, self.task)
+        self._given = _pictures(pipeline, request, self.size)
+        strength = request.strength if self.task in ("from picture", "repaint") else None
         if refiner is None:
             options = {"strength": strength, "at": at}
-            sampler = samplers.make(pipeline, wish.solver, wish.grid, wish.steps, **options)
+            sampler = samplers.make(
+                pipeline, request.solver, request.grid, request.steps, **options
+            )
         else:
             sampler, last = self._shared(pipeline, refiner, at)
         guided = guidances.make(
             pipeline,
             sampler,
-            wish.guidance,
-            negative=wish.negative,
-            accelerations=wish.acceleration,
+            request.guidance,
+            negative=request.negative,
+            accelerations=request.acceleration,
             edits=self.task == "edit",
             at=at,
         )
         self.pipeline, self.notes = guided.pipeline, guided.notes
-        options = {"batch_size": wish.batch_size, "seed": wish.seed, "unit": "picture"}
+        options = {"batch_size": request.batch_size, "seed": request.seed, "unit": "picture"}
         if hasattr(pipeline.conditioner, "encoders"):
-            options["condition"] = {"clip_skip": wish.clip_skip, "weighted": wish.weighted}
-        elif wish.clip_skip or wish.weighted:
+            options["condition"] = {"clip_skip": request.clip_skip, "weighted": request.weighted}
+        elif request.clip_skip or request.weighted:
             raise ValueError("clip_skip and weighted are for prompts of pretrained text encoders")
         self.drawer = Drawer(
             self.pipeline,
@@ -148,7 +150,7 @@ class Generation:
             **options,
         )
         if refiner is not None:
-            last_chain = guidances.make(refiner, last, wish.guidance, at=at).chain
+            last_chain = guidances.make(refiner, last, request.guidance, at=at).chain
             self._last = Drawer(refiner, last, last_chain, **options)
 
     @property
@@ -172,8 +174,8 @@ class Generation:
         ) -> Inputs:
             return self._inputs(params, keys, cond, null)
 
-        wish = self.wish
-        parts = self.drawer.batches(params, self.subjects, wish.negative, prepare=prepare)
+        request = self.request
+        parts = self.drawer.batches(params, self.subjects, request.negative, prepare=prepare)
         for index, latents in parts:
             if self._refiner is not None:
                 latents = self._refine(weights, index, latents)
@@ -192,21 +194,21 @@ class Generation:
         if self.task == "from picture":
             return tasks.from_picture(pipeline, params, keys, cond, null, image)
         if self.task == "repaint":
-            strength = {"strength": self.wish.strength}
+            strength = {"strength": self.request.strength}
             return tasks.repainted(
                 pipeline, params, keys, cond, null, image, given["mask"], **strength
             )
         if self.task == "upscale":
-            level = {"noise_level": self.wish.noise_level}
+            level = {"noise_level": self.request.noise_level}
             return tasks.upscaled(pipeline, keys, cond, null, image, **level)
         return tasks.edited(pipeline, params, cond, null, image)
 
     def _refine(self, weights: Params, index: np.ndarray, latents: np.ndarray) -> np.ndarray:
         """What the refiner makes of a batch."""
-        drawer, wish = self._last, self.wish
-        keys = folded(image_keys(wish.seed, index), tasks.REFINER)
+        drawer, request = self._last, self.request
+        keys = folded(image_keys(request.seed, index), tasks.REFINER)
         subjects = [self.subjects[i] for i in index]
-        cond, null = drawer.conditioning(weights, subjects, wish.negative)
+        cond, null = drawer.conditioning(weights, subjects, request.negative)
         cond, null = self._micro(drawer.pipeline, cond, null)
         return drawer.batch(weights, keys, tasks.continued(cond, null, latents))
 
@@ -216,9 +218,9 @@ class Generation:
         """With SDXL's sizes, where the network wants them."""
         if not getattr(pipeline.network, "added_embedding", False):
             return cond, null
-        scored, wish = pipeline.options.get("requires_aesthetics_score"), self.wish
-        sizes = {"original": wish.original or None, "crop": wish.crop}
-        scores = wish.aesthetic if scored else (None, None)
+        scored, request = pipeline.options.get("requires_aesthetics_score"), self.request
+        sizes = {"original": request.original or None, "crop": request.crop}
+        scores = request.aesthetic if scored else (None, None)
         return tuple(
             tasks.micro_conditioning(c, self.size, aesthetic=score, **sizes)
             for c, score in zip((cond, null), scores)
@@ -226,16 +228,18 @@ class Generation:
 
     def _shared(self, pipeline: Pipeline, refiner: Pipeline, at: str) -> tuple[Any, Any]:
         """The samplers of base model and refiner."""
-        wish = self.wish
+        request = self.request
         if self.task != "new" or pipeline.scheduler is None:
             raise ValueError("a refiner takes the last steps of text to image with SDXL")
-        if wish.solver != "auto" and not wish.solver[0].isupper():
+        if request.solver != "auto" and not request.solver[0].isupper():
             raise ValueError(
-                f"{at}solver={wish.solver!r}: with a refiner, choose a class of diffusers"
+                f"{at}solver={request.solver!r}: with a refiner, choose a class of diffusers"
             )
-        named = "" if wish.solver == "auto" else wish.solver
+        named = "" if request.solver == "auto" else request.solver
         both = (samplers.scheduler(p, named, f"{at}solver") for p in (pipeline, refiner))
-        return samplers.hand_over(*both, wish.steps or pipeline.defaults.steps, wish.hand_over)
+        return samplers.hand_over(
+            *both, request.steps or pipeline.defaults.steps, request.hand_over
+        )
 
 
 def generate(
@@ -250,7 +254,7 @@ def generate(
     size: tuple[int, int] = (0, 0),
     seed: int = 0,
     refiner: tuple[Pipeline, Params] | None = None,
-    **wishes: Any,
+    **options: Any,
 ) -> list[Image.Image]:
     """Pictures as PIL knows them.
 
@@ -264,7 +268,7 @@ def generate(
       size: (height, width) in pixels.
       seed: of all noise.
       refiner: SDXL's, for the last steps.
-      wishes: other fields of ``Wish``: image, mask, strength, solver, grid, batch_size, ...
+      options: other fields of ``Request``: image, mask, strength, solver, grid, batch_size, ...
 
     Raises:
       ValueError, FileNotFoundError: something does not fit; the message names it.
@@ -277,12 +281,12 @@ def generate(
         subjects = [prompt] if isinstance(prompt, (str, int)) else list(prompt)
     if isinstance(guidance, (int, float)):
         guidance = (f"cfg({guidance})",)
-    wish = Wish(
-        negative=negative, steps=steps, guidance=guidance, size=tuple(size), seed=seed, **wishes
+    request = Request(
+        negative=negative, steps=steps, guidance=guidance, size=tuple(size), seed=seed, **options
     )
     other, refined = refiner if refiner is not None else (None, None)
     repeated = [subject for subject in subjects for _ in range(count)]
-    generation = Generation(pipeline, repeated, wish, refiner=other)
+    generation = Generation(pipeline, repeated, request, refiner=other)
     for note in generation.notes:
         warnings.warn(note, stacklevel=2)
     return [as_pil(picture) for _, picture in generation.pictures(params, refined)]
@@ -294,16 +298,16 @@ def as_pil(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def _task(pipeline: Pipeline, wish: Wish) -> str:
+def _task(pipeline: Pipeline, request: Request) -> str:
     """What is to be done, checked against what is given."""
     task = EDITORS.get(pipeline.kind)
     if task is None:
-        task = "new" if wish.image is None else "from picture"
-        if wish.mask is not None or pipeline.extra_channels == pipeline.shape[-1] + 1:
+        task = "new" if request.image is None else "from picture"
+        if request.mask is not None or pipeline.extra_channels == pipeline.shape[-1] + 1:
             task = "repaint"
     takes = {"image": task != "new", "mask": task == "repaint"}
     for name, taken in takes.items():
-        given = getattr(wish, name) is not None
+        given = getattr(request, name) is not None
         if taken and not given:
             raise ValueError(f"{name}: {pipeline.kind} ({task}) needs it")
         if given and not taken:
@@ -316,26 +320,26 @@ def _task(pipeline: Pipeline, wish: Wish) -> str:
 def _check_subjects(pipeline: Pipeline, subjects: Sequence[Subject]) -> None:
     conditioner = pipeline.conditioner
     if conditioner.subject == "text" and not any(subjects):
-        raise ValueError("the prompt is empty: say what should be in the picture")
+        raise ValueError("the prompt is empty: expected what the picture should show")
     for subject in dict.fromkeys(subjects):
         if conditioner.subject or subject != 0:
             conditioner.check(subject)
 
 
-def _size(pipeline: Pipeline, wish: Wish, task: str) -> tuple[int, int]:
+def _size(pipeline: Pipeline, request: Request, task: str) -> tuple[int, int]:
     """(height, width) of the pictures that are made, or of the one that is upscaled."""
     if len(pipeline.shape) != 3:
         return ()
     size, unit = pipeline.size, pipeline.unit
     if hasattr(pipeline.network, "patch"):
-        if wish.size not in ((0, 0), size):
-            raise ValueError(f"size={wish.size}: this network makes {size} only")
+        if request.size not in ((0, 0), size):
+            raise ValueError(f"size={request.size}: this network makes {size} only")
         return size
     if task == "upscale":
         unit //= pipeline.codec.factor
-    if wish.image is not None and pipeline.scheduler is not None:
-        size = picture_files.fitting_size(wish.image, unit)
-    size = (wish.size[0] or size[0], wish.size[1] or size[1])
+    if request.image is not None and pipeline.scheduler is not None:
+        size = picture_files.fitting_size(request.image, unit)
+    size = (request.size[0] or size[0], request.size[1] or size[1])
     for name, side in zip(("height", "width"), size):
         if side < unit or side % unit:
             nearest = max(round(side / unit), 1) * unit
@@ -343,12 +347,12 @@ def _size(pipeline: Pipeline, wish: Wish, task: str) -> tuple[int, int]:
     return size
 
 
-def _pictures(pipeline: Pipeline, wish: Wish, size: tuple[int, int]) -> dict[str, np.ndarray]:
+def _pictures(pipeline: Pipeline, request: Request, size: tuple[int, int]) -> dict[str, np.ndarray]:
     given = {}
-    if wish.image is not None:
-        with field(f"image={wish.image!r}"):
-            given["image"] = picture_files.read_image(wish.image, size, pipeline.channels)
-    if wish.mask is not None:
-        with field(f"mask={wish.mask!r}"):
-            given["mask"] = picture_files.read_mask(wish.mask, size)
+    if request.image is not None:
+        with field(f"image={request.image!r}"):
+            given["image"] = picture_files.read_image(request.image, size, pipeline.channels)
+    if request.mask is not None:
+        with field(f"mask={request.mask!r}"):
+            given["mask"] = picture_files.read_mask(request.mask, size)
     return given

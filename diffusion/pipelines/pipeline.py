@@ -27,7 +27,7 @@ a list like the conditioner's."""
 
 
 class Defaults(NamedTuple):
-    """How a pipeline is sampled where nothing else is asked for.
+    """How a pipeline is sampled by default.
 
     Attributes:
       solver, grid: specs; an empty solver is the class of the pipeline's scheduler.

@@ -112,7 +112,7 @@ def make_table(
 
 
 def check_levels(pipeline: Pipeline, levels: NoiseLevel, where: str) -> None:
-    """Raises ValueError unless the network's output says something about x_0 at these levels."""
+    """Raises ValueError unless the network's output determines x_0 at these levels."""
     levels = NoiseLevel(*(np.asarray(leaf, np.float32) for leaf in levels))
     with np.errstate(all="ignore"):
         coefficients = predictions.precondition(pipeline.prediction, levels)

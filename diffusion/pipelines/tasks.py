@@ -1,4 +1,4 @@
-"""What a pipeline is asked for: each task says what samples are made of, as ``draw`` takes it.
+"""The tasks of a pipeline: each gives the ``Inputs`` that ``draw`` takes.
 
     pipeline, params = load("stable-diffusion-v1-5/stable-diffusion-v1-5")
     cond, null = pipeline.conditioner(params, ["a lighthouse at dusk"])
@@ -51,7 +51,7 @@ def from_picture(
 ) -> Inputs:
     """Pictures made from pictures: SDEdit (Meng et al., 2021).
 
-    The sampler's ``strength`` says how much is left of them. ``encoded``: they are latents already,
+    The sampler's ``strength`` is the share of the schedule that remains. ``encoded``: they are latents already,
     such as those that SDXL's refiner takes from the base model.
     """
     picture = jnp.asarray(images) if encoded else pipeline.codec.encode(params, images, keys)
@@ -144,7 +144,7 @@ def upscaled(
 def edited(
     pipeline: Pipeline, params: Params, cond: Conditioning, null: Conditioning, images: Array
 ) -> Inputs:
-    """Pictures edited as the prompt says: InstructPix2Pix (Brooks et al., 2023).
+    """Pictures edited by an instruction, the prompt: InstructPix2Pix (Brooks et al., 2023).
 
     The chain has the link ``instruct(scale, image_scale)``.
     """
@@ -169,11 +169,11 @@ def micro_conditioning(
 
     Args:
       cond: of prompts; None stays None.
-      size: (height, width) that is asked for.
+      size: (height, width) of the picture.
       original: that the training picture would have had before it was scaled; by default ``size``.
       crop: (top, left) of what was cut out of it.
-      aesthetic: score, about 2 to 7, which the refiner takes instead of ``size`` (6 is asked for,
-        2.5 steered away from).
+      aesthetic: score, about 2 to 7, which the refiner takes instead of ``size`` (6 to steer
+        towards, 2.5 away from).
     """
     if cond is None:
         return None

@@ -1,4 +1,4 @@
-"""Tokenizers: those of published pipelines, and CLIP's made of its merges file.
+"""Tokenizers: those of published pipelines, and CLIP's, from its merges file.
 
 They are ``transformers``' tokenizers, which need no PyTorch.
 """
