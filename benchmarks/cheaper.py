@@ -37,24 +37,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
-from diffusion.config.reference_runs import tuples
-from diffusion.evaluation.samples import evaluate_samples
-from diffusion.modes.drawer import Drawer
-from ml_collections import ConfigDict
 
 from configs import base
 from diffusion import compiler, specs
 from diffusion.conditioning import Conditioning
-from diffusion.config import guidance
-from diffusion.config.experiment import Experiment, build
-from diffusion.evaluation import figures
+from diffusion.config import drawing
+from diffusion.config.drawing import Drawing
+from diffusion.evaluation import figures, harness
 from diffusion.evaluation.convergence import rmse
+from diffusion.evaluation.metrics.metric import Drawn
 from diffusion.levels import NoiseLevel
 from diffusion.models import reuse
 from diffusion.models.token_merging import with_merged_tokens
 from diffusion.models.unet import sd15
-from diffusion.modes import judge as judging
-from diffusion.runs import restore
+from diffusion.pipelines import draw as programs
+from diffusion.pipelines.drawer import Drawer
+from diffusion.pipelines.pipeline import Params
 from diffusion.runs import workdir as workdirs
 from diffusion.sampling.guidance.chain import AFTER
 from diffusion.sampling.sample import image_keys, sample
@@ -123,47 +121,62 @@ def main() -> None:
 
 def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per setting."""
-    config = ConfigDict(tuples(workdirs.read_config(workdir, base.get_config().to_dict())))
+    config = base.get_config()
+    config.update(workdirs.read_config(workdir))
     config.sampler.batch_size = arguments.batch
-    params, step = restore.restore_ema(workdir, "ema")
-    print(f"{workdir}: {config.data.name}, {config.model.name}, step {step}")
+    model = drawing.opened(config, str(workdir))
+    full, params = model.drawer, model.params
+    print(f"{workdir}: {config.data.name}, {config.model.name}, step {model.step}")
+    target, cost = drawn(model, full, arguments.count), operations(full, params)
+    metrics = harness.make(config.evaluation.metrics, model.pipeline)
 
-    def make(setting: Setting) -> Drawer:
-        changed = config.copy_and_resolve_references()
-        with changed.ignore_type():
-            for name, value in setting.items():
-                if name == "interval":
-                    pairs = sum(link.place < AFTER for link in guidance.read(config))
-                    links = specs.texts(config.sampler.guidance)
-                    changed.sampler.guidance = (*links[:pairs], value, *links[pairs:])
-                else:
-                    value = value if name == "steps" else value.format(at_least=arguments.at_least)
-                    changed.sampler[name] = value
-        return Drawer(build(changed))
+    def quality(setting: Setting, samples: Drawn) -> dict[str, Any]:
+        row = {"what": describe(setting), "setting": setting, "rms": rmse(samples.x, target.x)}
+        found = harness.evaluate(metrics, model.pipeline, params, model.data, lambda: samples)
+        names = {"recognised": "recognised", "frechet_half": "frechet"}
+        names["frechet_half_real"] = "frechet_real"
+        return row | {names[name]: value for name, value in found.items() if name in names}
 
-    full = make({})
-    judge = judging.judge(full.experiment)
-    target, labels = full.draw(params, arguments.count)
-    cost = operations(full.experiment, params)
-    rows = [
-        quality({}, target, target, labels, judge, full.experiment) | {"time": 1.0, "flops": 1.0}
-    ]
-    show(arguments.images, {}, target)
+    rows = [quality({}, target) | {"time": 1.0, "flops": 1.0}]
+    show(arguments.images, {}, target.x)
     print(json.dumps(rows[0]), flush=True)
     chosen = [s for s in SETTINGS if re.search(arguments.only, describe(s))]
     for setting in chosen:
-        drawer = make(setting)
-        if unusable(drawer.experiment):
+        drawer, notes = changed(model, setting, arguments.at_least)
+        if unusable(drawer, notes):
             print(f"{setting}: not for this model")
             continue
-        x, _ = drawer.draw(params, arguments.count)
-        row = quality(setting, x, target, labels, judge, drawer.experiment)
+        samples = drawn(model, drawer, arguments.count)
+        row = quality(setting, samples)
         row["time"], row["all"] = ratio(full, drawer, params, arguments)
-        row["flops"] = operations(drawer.experiment, params) / cost
-        show(arguments.images, setting, x)
+        row["flops"] = operations(drawer, params) / cost
+        show(arguments.images, setting, samples.x)
         rows.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "all"}), flush=True)
     return rows
+
+
+def changed(model: Drawing, setting: Setting, at_least: int) -> tuple[Drawer, list[str]]:
+    """How a setting draws, and what a user should know about it."""
+    config = model.config.copy_and_resolve_references()
+    with config.ignore_type():
+        for name, value in setting.items():
+            if name == "interval":
+                given, own = config.sampler.guidance, model.pipeline.defaults.guidance
+                links = specs.texts(own if given == "auto" else given)
+                pairs = sum(link.place < AFTER for link in model.drawer.chain)
+                config.sampler.guidance = (*links[:pairs], value, *links[pairs:])
+            else:
+                value = value if name == "steps" else value.format(at_least=at_least)
+                config.sampler[name] = value
+    return drawing.drawer(config, model.pipeline)
+
+
+def drawn(model: Drawing, drawer: Drawer, count: int) -> Drawn:
+    """Samples as the data are."""
+    subjects = model.subjects(count)
+    x = drawer.draw(model.params, subjects, model.negative)
+    return Drawn(model.pipeline.codec.decode_all(model.params, x), subjects)
 
 
 def show(folder: str, setting: Setting, x: np.ndarray) -> None:
@@ -180,26 +193,14 @@ def describe(setting: Setting) -> str:
     return ", ".join(words).replace(", at_least={at_least}", "") or "full"
 
 
-def quality(
-    setting: Setting, x: np.ndarray, target: np.ndarray, labels: Any, judge: Any, e: Experiment
-) -> dict[str, Any]:
-    """The setting and the quality of its images."""
-    row = {"what": describe(setting), "setting": setting, "rms": rmse(x, target)}
-    if judge is not None and labels is not None:
-        found = evaluate_samples(x, labels, judge, e.train, e.held_out)
-        row |= {"recognised": found["recognised"], "frechet": found["frechet_half"]}
-        row["frechet_real"] = found["frechet_real_halves"]
-    return row
-
-
 def ratio(
-    full: Drawer, drawer: Drawer, params: Any, arguments: argparse.Namespace
+    full: Drawer, drawer: Drawer, params: Params, arguments: argparse.Namespace
 ) -> tuple[float, list[float]]:
     """Ratios of a batch's time to full cost, by repetition; both are compiled already."""
 
     def seconds(d: Drawer) -> float:
         began = time.perf_counter()
-        d.draw(params, arguments.batch)
+        d.draw(params, d.subjects(arguments.batch))
         return time.perf_counter() - began
 
     both = [(seconds(drawer), seconds(full)) for _ in range(arguments.repetitions)]
@@ -207,26 +208,25 @@ def ratio(
     return statistics.median(ratios), ratios
 
 
-def unusable(experiment: Experiment) -> bool:
+def unusable(drawer: Drawer, notes: list[str]) -> bool:
     """Whether the setting changes nothing for this model."""
-    made = experiment.guidance
-    guides = made.acceleration.guidance is not None or interval_of(experiment) is not None
-    return (guides and not made.paired) or any("merge_tokens" in note for note in experiment.notes)
+    guides = drawer.acceleration.guidance is not None or interval_of(drawer) is not None
+    return (guides and not drawer.paired) or any("merge_tokens" in note for note in notes)
 
 
-def interval_of(experiment: Experiment) -> Any:
+def interval_of(drawer: Drawer) -> Any:
     """The link that limits guidance to some levels, or None."""
-    return next((link for link in experiment.guidance.chain if link.name == "interval"), None)
+    return next((link for link in drawer.chain if link.name == "interval"), None)
 
 
-def operations(experiment: Experiment, params: Any) -> int:
+def operations(drawer: Drawer, params: Params) -> int:
     """Operations of all evaluations, per image, under this sampler's settings and branches."""
-    made, level = experiment.guidance, experiment.solver.level
-    evaluations = experiment.solver.evaluations
-    acceleration = made.acceleration.at(evaluations)
-    model = acceleration.merged(made.networks({"model": params})["model"])
-    x = jnp.zeros((1, *experiment.train.shape))
-    cond = Conditioning(label=jnp.zeros(1, jnp.int32)) if experiment.num_classes else Conditioning()
+    solver = drawer.sampler.solver
+    level, evaluations = solver.level, solver.evaluations
+    acceleration = drawer.acceleration.at(evaluations)
+    model = acceleration.merged(drawer.pipeline.denoiser(params))
+    x = jnp.zeros((1, *drawer.pipeline.shape))
+    cond, _ = drawer.conditioning(params, drawer.subjects(1))
     half = NoiseLevel(*map(jnp.float32, (0.5, 0.7, 0.7)))
     evaluate = partial(model, x, half, cond)
     whole = part = flops.count(evaluate)
@@ -234,39 +234,38 @@ def operations(experiment: Experiment, params: Any) -> int:
         keep = acceleration.keep
         features = jax.eval_shape(lambda: reuse.record(evaluate, keep)()[1])
         part = flops.count(lambda f: reuse.reuse(evaluate, keep, f)(), features)
-    inside, link = np.ones(evaluations, bool), interval_of(experiment)
+    inside, link = np.ones(evaluations, bool), interval_of(drawer)
     if link is not None:
         below = np.isinf(link.high) | (level.sigma <= np.nan_to_num(link.high) * level.alpha)
         inside = (link.low * level.alpha <= level.sigma) & below
     both = True if acceleration.guidance is None else acceleration.guidance
-    calls = np.where(inside & made.paired & both, 2, 1)
+    calls = np.where(inside & drawer.paired & both, 2, 1)
     refresh = np.ones(evaluations, bool) if acceleration.cache is None else acceleration.cache
     if np.ndim(refresh) == 0:
-        refresh = decided(experiment, params, evaluations)
+        refresh = decided(drawer, params)
     return int(np.sum(calls * np.where(refresh, whole, part)))
 
 
-def decided(experiment: Experiment, params: Any, evaluations: int) -> np.ndarray:
+def decided(drawer: Drawer, params: Params) -> np.ndarray:
     """The evaluations at which a threshold refreshes, for the first batch of images."""
-    c, made, seen = experiment.config.sampler, experiment.guidance, []
-    drawer = Drawer(experiment)
-    keys = image_keys(c.seed, np.arange(c.batch_size))
-    cond = drawer.conditioning(c.batch_size)
-    weights = {"model": params, "acceleration": made.acceleration.at(evaluations)}
+    solver, seen = drawer.sampler.solver, []
+    keys = image_keys(drawer.seed, np.arange(drawer.batch_size))
+    cond, null = drawer.conditioning(params, drawer.subjects(drawer.batch_size))
+    program = programs.program(drawer.pipeline, drawer.sampler, drawer.companions)
+    given = solver.evaluations, drawer.companions, drawer.acceleration
 
     @jax.jit
     def run(weights: Any) -> jax.Array:
-        denoise = made.guide(made.networks(weights), cond, made.chain)
+        denoise = program.guided(weights, cond, null, drawer.chain)
 
         def step(x: jax.Array, level: NoiseLevel, memory: Any) -> tuple:
             estimate, after = denoise.step(x, level, memory)
             jax.debug.callback(lambda n: seen.append(int(n)), after.refreshed, ordered=True)
             return estimate, after
 
-        watched = denoise._replace(step=step)
-        return sample(watched, experiment.solver, keys, experiment.train.shape)
+        return sample(denoise._replace(step=step), solver, keys, drawer.pipeline.shape)
 
-    jax.block_until_ready(run(weights))
+    jax.block_until_ready(run(programs.weights(params, *given)))
     jax.effects_barrier()
     return np.diff([0, *seen]) > 0
 

@@ -30,16 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import numpy as np
 import report
-from diffusion.evaluation.samples import evaluate_samples
-from diffusion.modes.drawer import Drawer
 
 from configs import digits, digits_classifier
 from diffusion import compiler
-from diffusion.config import sampler, terms
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
-from diffusion.modes import judge as judging
-from diffusion.modes.train import train
+from diffusion.evaluation import harness
+from diffusion.evaluation.metrics.metric import Data, Drawn
+from diffusion.modes import train
+from diffusion.pipelines import samplers
 from diffusion.training import parallel, validation
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
@@ -72,6 +71,7 @@ VARIANTS: dict[str, dict[str, Overrides]] = {
     "flow": {"plain": {}, "logit-normal times": LOGIT_NORMAL, **COUPLED},
     "dit": {"plain": {}, **ALIGNED},
 }
+METRICS = ("recognition('digits_svc')", "frechet('digits_svc')")
 SAMPLERS = {"": None, "euler_4": ("ddim", 4), "euler_2": ("ddim", 2)}
 
 
@@ -135,7 +135,7 @@ def train_encoder(workdir: str) -> None:
     """A classifier of noised digits."""
     config = digits_classifier.get_config()
     config.train.steps, config.train.batch_size = 400, 64
-    train(config, workdir)
+    train.run(config, workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +179,17 @@ def prepared(experiment: Experiment, count: int) -> Training:
     example = next(training.batches(0))
     frozen = parallel.place(layout, experiment.frozen)
     step = make_train_step(*parts, parallel=experiment.config.parallel)
-    classify, drawer, held_out = judging.judge(experiment), Drawer(experiment), loss(experiment)
+    model, drawer, held_out = experiment.pipeline, experiment.drawer, loss(experiment)
+    metrics = harness.make(METRICS, model)
+    data = Data(experiment.train, experiment.held_out)
+    subjects = drawer.subjects(count)
 
     def judge(state: Any, at: int) -> dict[str, float]:
-        row = {"loss": held_out(state, at)}
+        row, params = {"loss": held_out(state, at)}, experiment.params(state.ema["ema"])
         for name, few in SAMPLERS.items():
-            solver = few and few_steps(experiment, *few)
-            x, label = drawer.draw(state.ema["ema"], count, solver)
-            judged = evaluate_samples(x, label, classify, experiment.train, experiment.held_out)
+            solver = few and samplers.make(model, few[0], steps=few[1]).solver
+            samples = Drawn(drawer.draw(params, subjects, solver=solver), subjects)
+            judged = harness.evaluate(metrics, model, params, data, lambda found=samples: found)
             prefix = name and name + "_"
             row[f"{prefix}recognised"] = 100 * judged["recognised"]
             row[f"{prefix}frechet"] = judged["frechet_half"]
@@ -225,20 +228,13 @@ def step_times(made: Mapping[str, Training], windows: int, length: int = 5) -> d
     }
 
 
-def few_steps(experiment: Experiment, solver: str, steps: int) -> Any:
-    """A solver's table with that number of steps."""
-    config = experiment.config.copy_and_resolve_references()
-    config.sampler.solver, config.sampler.steps = solver, steps
-    return sampler.make_solver(config, experiment.objective)
-
-
 def loss(experiment: Experiment) -> Callable[[Any, int], float]:
     """The averaged parameters' loss under plain training's times, weighting and noise."""
     config = experiment.config.copy_and_resolve_references()
     plain = digits.get_config()
     for field in ("times", "weighting", "coupling"):
         config.objective[field] = plain.objective[field]
-    config = terms.for_drawing(config)
+    config.objective.terms = ()
     validate = validation.make(
         build(config).objective,
         experiment.held_out,

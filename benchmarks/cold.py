@@ -91,10 +91,10 @@ def commands(kind: str, what: str, folder: Path) -> tuple[list[str], str | None]
             fresh = tempfile.mkdtemp(dir=folder)
             return [*MAIN, f"--workdir={fresh}"], "first step"
         if what == "weights":
-            short += ["--config.evaluation.count=50", "--config.evaluation.classifier="]
+            short += ["--config.evaluation.count=50", "--config.evaluation.metrics=()"]
             return [*MAIN, f"--workdir={workdir}", *short], None
         options = ["--mode=sample", "--config.samples.count=16"]
-        return [*MAIN, f"--workdir={workdir}", *short, *options], None
+        return [*MAIN[:2], f"--workdir={workdir}", *options], None
     weights, image = str(folder / "plain.pt"), str(folder / "plain.png")
     options = ["--compile"] if kind == "compile" else []
     if what == "first step":

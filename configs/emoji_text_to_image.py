@@ -4,8 +4,8 @@
         --config.data.dir=DATA
     python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji \
         --config.data.dir=DATA
-    python main.py --config=configs/emoji_text_to_image.py --workdir=runs/emoji --mode=sample \
-        --config.data.dir=DATA --config.samples.captions="('a red heart', 'green book')"
+    python main.py --mode=sample --workdir=runs/emoji \
+        --config.samples.prompt="('a red heart', 'green book')"
 
 DATA holds ``emoji/*.npz`` and ``dcss_tiles/*.npz`` (images and captions) and
 ``tokenizer/bpe_simple_vocab_16e6.txt.gz`` of OpenAI's CLIP. One caption in twenty is held out, made
