@@ -320,7 +320,7 @@ def _task(pipeline: Pipeline, request: Request) -> str:
 def _check_subjects(pipeline: Pipeline, subjects: Sequence[Subject]) -> None:
     conditioner = pipeline.conditioner
     if conditioner.subject == "text" and not any(subjects):
-        raise ValueError("the prompt is empty: expected what the picture should show")
+        raise ValueError("the prompt is empty: say what should be in the picture")
     for subject in dict.fromkeys(subjects):
         if conditioner.subject or subject != 0:
             conditioner.check(subject)

@@ -51,8 +51,8 @@ def from_picture(
 ) -> Inputs:
     """Pictures made from pictures: SDEdit (Meng et al., 2021).
 
-    The sampler's ``strength`` is the share of the schedule that remains. ``encoded``: they are latents already,
-    such as those that SDXL's refiner takes from the base model.
+    The sampler's ``strength`` is the share of the schedule that remains. With ``encoded``, images
+    are latents already, such as those that SDXL's refiner takes from the base model.
     """
     picture = jnp.asarray(images) if encoded else pipeline.codec.encode(params, images, keys)
     return Inputs(cond, null, picture.shape[1:], picture=picture)
