@@ -19,7 +19,8 @@ from diffusion.pipelines import memory
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.from_run import Run
-from diffusion.pipelines.generation import Generation, Request
+from diffusion.pipelines.generation import Generation
+from diffusion.pipelines.request import Request
 
 TIGHT = 1.6  # what a network needs may be so many times the estimate
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,68 +15,18 @@ import numpy as np
 from PIL import Image
 
 from diffusion.conditioning import Conditioning
-from diffusion.errors import field
 from diffusion.evaluation.figures import to_uint8
 from diffusion.pipelines import guidance as guidances
-from diffusion.pipelines import picture_files, samplers, tasks
+from diffusion.pipelines import request as requests
+from diffusion.pipelines import samplers, tasks
 from diffusion.pipelines.codec import folded
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.draw import Inputs
 from diffusion.pipelines.drawer import Drawer
 from diffusion.pipelines.guidance import Specs
 from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.pipelines.request import Request
 from diffusion.sampling.sample import image_keys
-
-EDITORS = {
-    "StableDiffusionUpscalePipeline": "upscale",
-    "StableDiffusionInstructPix2PixPipeline": "edit",
-}
-Picture = str | Path | Image.Image
-
-
-@dataclass(frozen=True)
-class Request:
-    """How pictures are to be made, besides their subjects.
-
-    Attributes:
-      negative: what to steer away from; None: what stands for none.
-      image: a picture to start from, to repaint, to enlarge or to edit.
-      mask: white is painted anew.
-      strength: of image to image: how much of the picture is made anew, 0 to 1 (of a mask: 1 starts
-        from noise).
-      noise_level: of the noise that is added to an upscaler's picture.
-      size: (height, width) in pixels; 0: the trained size, or of a pretrained model the picture's.
-      solver, grid, steps: see ``samplers.make``.
-      guidance, acceleration: see ``guidance.make``.
-      hand_over: share of the schedule before a refiner.
-      seed: of all noise; picture i of a seed is the same in any batch.
-      batch_size: pictures at a time.
-      weighted: read (word:1.3), ((word)) and [word] as weights.
-      clip_skip: last layers of the text encoder to leave out.
-      original, crop, aesthetic: SDXL's micro-conditioning: (height, width) of the training picture
-        (empty: the picture's), (top, left) of where it was cropped, and the refiner's scores, to
-        steer to and away from.
-    """
-
-    negative: Subject | None = None
-    image: Picture | None = None
-    mask: Picture | None = None
-    strength: float = 0.8
-    noise_level: int = 20
-    size: tuple[int, int] = (0, 0)
-    solver: str = "auto"
-    grid: str = "auto"
-    steps: int = 0
-    guidance: Specs = "auto"
-    acceleration: Specs = ()
-    hand_over: float = 0.8
-    seed: int = 0
-    batch_size: int = 1
-    weighted: bool = False
-    clip_skip: int = 0
-    original: tuple[int, int] | tuple[()] = ()
-    crop: tuple[int, int] = (0, 0)
-    aesthetic: tuple[float, float] = (6.0, 2.5)
 
 
 class Generation:
@@ -106,7 +54,7 @@ class Generation:
         self,
         pipeline: Pipeline,
         subjects: Sequence[Subject],
-        request: Request = Request(),
+        request: Request,
         *,
         refiner: Pipeline | None = None,
         at: str = "",
@@ -114,10 +62,10 @@ class Generation:
         if not subjects:
             raise ValueError("no subjects: expected at least one prompt or class")
         self.subjects, self.request, self._refiner = list(subjects), request, refiner
-        self.task = _task(pipeline, request)
-        _check_subjects(pipeline, self.subjects)
-        self.size = _size(pipeline, request, self.task)
-        self._given = _pictures(pipeline, request, self.size)
+        self.task = requests.task(pipeline, request)
+        requests.check_subjects(pipeline, self.subjects)
+        self.size = requests.size(pipeline, request, self.task)
+        self._given = requests.pictures(pipeline, request, self.size)
         strength = request.strength if self.task in ("from picture", "repaint") else None
         if refiner is None:
             options = {"strength": strength, "at": at}
@@ -296,63 +244,3 @@ def as_pil(picture: np.ndarray) -> Image.Image:
     """[H, W, 1 or 3] in [-1, 1] as PIL's."""
     pixels = to_uint8(picture)
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def _task(pipeline: Pipeline, request: Request) -> str:
-    """What is to be done, checked against what is given."""
-    task = EDITORS.get(pipeline.kind)
-    if task is None:
-        task = "new" if request.image is None else "from picture"
-        if request.mask is not None or pipeline.extra_channels == pipeline.shape[-1] + 1:
-            task = "repaint"
-    takes = {"image": task != "new", "mask": task == "repaint"}
-    for name, taken in takes.items():
-        given = getattr(request, name) is not None
-        if taken and not given:
-            raise ValueError(f"{name}: {pipeline.kind} ({task}) needs it")
-        if given and not taken:
-            raise ValueError(f"{name}: {pipeline.kind} ({task}) does not take it")
-    if len(pipeline.shape) != 3 and task != "new":
-        raise ValueError("image: this model does not make pictures")
-    return task
-
-
-def _check_subjects(pipeline: Pipeline, subjects: Sequence[Subject]) -> None:
-    conditioner = pipeline.conditioner
-    if conditioner.subject == "text" and not any(subjects):
-        raise ValueError("the prompt is empty: say what should be in the picture")
-    for subject in dict.fromkeys(subjects):
-        if conditioner.subject or subject != 0:
-            conditioner.check(subject)
-
-
-def _size(pipeline: Pipeline, request: Request, task: str) -> tuple[int, int]:
-    """(height, width) of the pictures that are made, or of the one that is upscaled."""
-    if len(pipeline.shape) != 3:
-        return ()
-    size, unit = pipeline.size, pipeline.unit
-    if hasattr(pipeline.network, "patch"):
-        if request.size not in ((0, 0), size):
-            raise ValueError(f"size={request.size}: this network makes {size} only")
-        return size
-    if task == "upscale":
-        unit //= pipeline.codec.factor
-    if request.image is not None and pipeline.scheduler is not None:
-        size = picture_files.fitting_size(request.image, unit)
-    size = (request.size[0] or size[0], request.size[1] or size[1])
-    for name, side in zip(("height", "width"), size):
-        if side < unit or side % unit:
-            nearest = max(round(side / unit), 1) * unit
-            raise ValueError(f"{name}={side} must be a multiple of {unit}; nearest: {nearest}")
-    return size
-
-
-def _pictures(pipeline: Pipeline, request: Request, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    given = {}
-    if request.image is not None:
-        with field(f"image={request.image!r}"):
-            given["image"] = picture_files.read_image(request.image, size, pipeline.channels)
-    if request.mask is not None:
-        with field(f"mask={request.mask!r}"):
-            given["mask"] = picture_files.read_mask(request.mask, size)
-    return given

@@ -1,0 +1,125 @@
+"""Requests: how pictures are to be made, and their checks before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusion.errors import field
+from diffusion.pipelines import picture_files
+from diffusion.pipelines.conditioners import Subject
+from diffusion.pipelines.guidance import Specs
+from diffusion.pipelines.picture_files import Picture
+from diffusion.pipelines.pipeline import Pipeline
+
+EDITORS = {
+    "StableDiffusionUpscalePipeline": "upscale",
+    "StableDiffusionInstructPix2PixPipeline": "edit",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """How pictures are to be made, besides their subjects.
+
+    Attributes:
+      negative: what to steer away from; None: what stands for none.
+      image: a picture to start from, to repaint, to enlarge or to edit.
+      mask: white is painted anew.
+      strength: of image to image: how much of the picture is made anew, 0 to 1 (of a mask: 1 starts
+        from noise).
+      noise_level: of the noise that is added to an upscaler's picture.
+      size: (height, width) in pixels; 0: the trained size, or of a pretrained model the picture's.
+      solver, grid, steps: see ``samplers.make``.
+      guidance, acceleration: see ``guidance.make``.
+      hand_over: share of the schedule before a refiner.
+      seed: of all noise; picture i of a seed is the same in any batch.
+      batch_size: pictures at a time.
+      weighted: read (word:1.3), ((word)) and [word] as weights.
+      clip_skip: last layers of the text encoder to leave out.
+      original, crop, aesthetic: SDXL's micro-conditioning: (height, width) of the training picture
+        (empty: the picture's), (top, left) of where it was cropped, and the refiner's scores, to
+        steer to and away from.
+    """
+
+    negative: Subject | None = None
+    image: Picture | None = None
+    mask: Picture | None = None
+    strength: float = 0.8
+    noise_level: int = 20
+    size: tuple[int, int] = (0, 0)
+    solver: str = "auto"
+    grid: str = "auto"
+    steps: int = 0
+    guidance: Specs = "auto"
+    acceleration: Specs = ()
+    hand_over: float = 0.8
+    seed: int = 0
+    batch_size: int = 1
+    weighted: bool = False
+    clip_skip: int = 0
+    original: tuple[int, int] | tuple[()] = ()
+    crop: tuple[int, int] = (0, 0)
+    aesthetic: tuple[float, float] = (6.0, 2.5)
+
+
+def task(pipeline: Pipeline, request: Request) -> str:
+    """What is to be done, checked against what is given."""
+    task = EDITORS.get(pipeline.kind)
+    if task is None:
+        task = "new" if request.image is None else "from picture"
+        if request.mask is not None or pipeline.extra_channels == pipeline.shape[-1] + 1:
+            task = "repaint"
+    takes = {"image": task != "new", "mask": task == "repaint"}
+    for name, taken in takes.items():
+        given = getattr(request, name) is not None
+        if taken and not given:
+            raise ValueError(f"{name}: {pipeline.kind} ({task}) needs it")
+        if given and not taken:
+            raise ValueError(f"{name}: {pipeline.kind} ({task}) does not take it")
+    if len(pipeline.shape) != 3 and task != "new":
+        raise ValueError("image: this model does not make pictures")
+    return task
+
+
+def check_subjects(pipeline: Pipeline, subjects: Sequence[Subject]) -> None:
+    conditioner = pipeline.conditioner
+    if conditioner.subject == "text" and not any(subjects):
+        raise ValueError("the prompt is empty: say what should be in the picture")
+    for subject in dict.fromkeys(subjects):
+        if conditioner.subject or subject != 0:
+            conditioner.check(subject)
+
+
+def size(pipeline: Pipeline, request: Request, task: str) -> tuple[int, int]:
+    """(height, width) of the pictures that are made, or of the one that is upscaled."""
+    if len(pipeline.shape) != 3:
+        return ()
+    size, unit = pipeline.size, pipeline.unit
+    if hasattr(pipeline.network, "patch"):
+        if request.size not in ((0, 0), size):
+            raise ValueError(f"size={request.size}: this network makes {size} only")
+        return size
+    if task == "upscale":
+        unit //= pipeline.codec.factor
+    if request.image is not None and pipeline.scheduler is not None:
+        size = picture_files.fitting_size(request.image, unit)
+    size = (request.size[0] or size[0], request.size[1] or size[1])
+    for name, side in zip(("height", "width"), size):
+        if side < unit or side % unit:
+            nearest = max(round(side / unit), 1) * unit
+            raise ValueError(f"{name}={side} must be a multiple of {unit}; nearest: {nearest}")
+    return size
+
+
+def pictures(pipeline: Pipeline, request: Request, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    given = {}
+    if request.image is not None:
+        with field(f"image={request.image!r}"):
+            given["image"] = picture_files.read_image(request.image, size, pipeline.channels)
+    if request.mask is not None:
+        with field(f"mask={request.mask!r}"):
+            given["mask"] = picture_files.read_mask(request.mask, size)
+    return given
