@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -32,10 +34,11 @@ Prepare = Callable[[np.ndarray, jax.Array, Conditioning, Conditioning | None], I
 """(numbers of the samples [B], keys [B], cond, null) -> their ``Inputs``."""
 
 
+@dataclass(frozen=True, eq=False)
 class Drawer:
     """Draws from one pipeline in one way; sample i is the same however many are drawn.
 
-    Args:
+    Attributes:
       pipeline: the model.
       sampler: steps and table.
       chain: of guidance.
@@ -50,32 +53,26 @@ class Drawer:
       paired: whether guidance makes two estimates at each evaluation.
     """
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        sampler: Sampler,
-        chain: Chain = (),
-        *,
-        companions: Mapping[str, Companion] = {},
-        acceleration: Acceleration = NONE,
-        corrector: Corrector | None = None,
-        batch_size: int = 1,
-        seed: int = 0,
-        condition: Mapping[str, Any] = {},
-        preview: Preview | None = None,
-        preview_every: int = 0,
-        unit: str = "image",
-        paired: bool = False,
-    ):
-        self.pipeline, self.sampler, self.chain = pipeline, sampler, chain
-        self.companions, self.acceleration = dict(companions), acceleration
-        self.corrector, self.batch_size, self.seed = corrector, batch_size, seed
-        self.condition, self._unit, self.paired = dict(condition), unit, paired
-        self._bar = sys.stderr.isatty()
-        long = self._bar and sampler.solver.evaluations >= LONG
-        every = preview_every if preview else 0
-        watched = every or long
-        self._monitor = Monitor(jax.local_device_count(), preview, every) if watched else None
+    pipeline: Pipeline
+    sampler: Sampler
+    chain: Chain = ()
+    _: KW_ONLY
+    companions: Mapping[str, Companion] = field(default_factory=dict)
+    acceleration: Acceleration = NONE
+    corrector: Corrector | None = None
+    batch_size: int = 1
+    seed: int = 0
+    condition: Mapping[str, Any] = field(default_factory=dict)
+    preview: Preview | None = None
+    preview_every: int = 0
+    unit: str = "image"
+    paired: bool = False
+
+    @cached_property
+    def _monitor(self) -> Monitor | None:
+        every = self.preview_every if self.preview else 0
+        long = sys.stderr.isatty() and self.sampler.solver.evaluations >= LONG
+        return Monitor(jax.local_device_count(), self.preview, every) if every or long else None
 
     def batches(
         self,
@@ -98,11 +95,11 @@ class Drawer:
         pipeline, count = self.pipeline, len(subjects)
         size = min(self.batch_size, count)
         evaluations = (self.sampler.solver if solver is None else solver).evaluations
-        watch = nullcontext()
+        watch, bar_shown = nullcontext(), sys.stderr.isatty()
         if self._monitor is not None:
-            watch = self._monitor.watch(-(-count // size), evaluations, self._bar)
-        silent = not self._bar or self._monitor is not None
-        with watch, tqdm(total=count, unit=self._unit, desc="sampling", disable=silent) as bar:
+            watch = self._monitor.watch(-(-count // size), evaluations, bar_shown)
+        silent = not bar_shown or self._monitor is not None
+        with watch, tqdm(total=count, unit=self.unit, desc="sampling", disable=silent) as bar:
             for start in range(0, count, size):
                 # The last batch is filled up, so that nothing compiles twice.
                 index = np.minimum(np.arange(start, start + size), count - 1)

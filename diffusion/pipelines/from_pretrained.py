@@ -130,12 +130,8 @@ def open_pipeline(
 ) -> Opened:
     """Finds a pipeline and checks all of its files, without reading weights.
 
-    Args:
-      path_or_id: a folder as diffusers saves it, or an id on the Hugging Face hub.
-      revision: a branch, tag or commit on the hub.
-      variant: of the weights, e.g. 'fp16'.
-      dtype: of parameters and computation.
-      tile: pixels of the tiles in which large pictures are decoded; 0: whole.
+    ``path_or_id`` is a folder as diffusers saves it or an id on the Hugging Face hub; the other
+    arguments are those of ``pipelines.open_any``.
 
     Raises:
       FileNotFoundError: nothing there, or a file is missing.

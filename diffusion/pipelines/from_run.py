@@ -89,12 +89,7 @@ def is_run(path: str | Path) -> bool:
 
 
 def open_run(path: str | Path, *, average: str = "ema", checkpoint: str = "newest") -> Run:
-    """The run in a workdir.
-
-    Args:
-      path: the workdir.
-      average: "ema", "params" (as trained) or another spec of ``runs.averages``.
-      checkpoint: "newest", "best" or a step.
+    """The run in a workdir; ``average`` and ``checkpoint`` as ``Run``'s.
 
     Raises:
       FileNotFoundError: there is no run, or no (such) checkpoint.
