@@ -138,7 +138,7 @@ def test_latents_have_their_images_beside_them(encoders):
         (dict(objective__terms="alignment(weight=1.0)"), r"alignment needs encoder"),
         (dict(objective__terms=("uncertain()",)), r"terms: unknown 'uncertain'.*'uncertainty'"),
         (dict(objective__terms=("uncertainty()",) * 2), r"two terms uncertainty"),
-        (dict(objective__terms=3), r"config\.objective\.terms=3: expected a term or several"),
+        (dict(objective__terms=3), r"config\.objective\.terms=3: expected texts such as"),
         (
             dict(objective__noise="gaussian(offset=-0.1)"),
             r"config\.objective\.noise=.*offset=-0\.1 must be a finite number >= 0",
