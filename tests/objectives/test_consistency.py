@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusion.evaluation.metrics.wasserstein import sliced_wasserstein
 from test_denoising import time_itself
 
 from diffusion import ema, predictions, schedules
 from diffusion.conditioning import Conditioning
 from diffusion.data import densities
 from diffusion.denoiser import thousand_t
+from diffusion.evaluation.metrics.wasserstein import sliced_wasserstein
 from diffusion.models.mlp import MLP
 from diffusion.objectives import consistency
 from diffusion.objectives.consistency import Consistency
