@@ -16,7 +16,7 @@ from diffusion.pipelines import companions
 from diffusion.pipelines.pipeline import Pipeline
 
 TARGETS = ("ema", "params")
-UNUSED = {"weighting": "simple", "coupling": "independent", "terms": ()}
+UNUSED = {"weighting": "simple", "coupling": "independent"}
 
 
 def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
@@ -29,7 +29,7 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Consistency:
     if c.target not in TARGETS:
         raise specs.unknown(f"{at}.target", c.target, TARGETS)
     for name, none in UNUSED.items():
-        if config.objective[name] not in (none, ""):
+        if config.objective[name] != none:
             raise ValueError(
                 f"config.objective.{name}={config.objective[name]!r} has no part in "
                 f"config.objective.name='consistency'; leave it at {none!r}"
@@ -54,11 +54,6 @@ def attach(
     path = config.consistency.teacher
     if not path:
         return objective, {}
-    if config.objective.name != "consistency":
-        raise ValueError(
-            f"config.consistency.teacher={path!r} teaches config.objective.name='consistency', not "
-            f"{config.objective.name!r}"
-        )
     with field(f"config.consistency.teacher={path!r}"):
         teacher = companions.weak(path, pipeline, config.objective.schedule)
     return dataclasses.replace(objective, teacher=teacher.network), {"teacher": teacher.params}

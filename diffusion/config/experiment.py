@@ -98,6 +98,7 @@ def build(config: ConfigDict) -> Experiment:
         )
     _check_layout(config)
     initialization.check(config)
+    objectives.check(config)
     with field("config.sampler"):
         averages.check(config.sampler.average, config.sampler.checkpoint)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))

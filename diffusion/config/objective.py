@@ -37,13 +37,23 @@ def _shared(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def classification(config: ConfigDict, pipeline: Pipeline) -> Classification:
-    """The objective of a classifier of noised examples."""
-    if term_specs(config):
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for terms or a teacher of an objective that has none."""
+    name, teacher = config.objective.name, config.consistency.teacher
+    if term_specs(config) and name != "denoising":
         raise ValueError(
             f"config.objective.terms={config.objective.terms!r} change the loss of "
-            f"config.objective.name='denoising', not of {config.objective.name!r}"
+            f"config.objective.name='denoising', not of {name!r}"
         )
+    if teacher and name != "consistency":
+        raise ValueError(
+            f"config.consistency.teacher={teacher!r} teaches config.objective.name='consistency', "
+            f"not {name!r}"
+        )
+
+
+def classification(config: ConfigDict, pipeline: Pipeline) -> Classification:
+    """The objective of a classifier of noised examples."""
     return Classification(**_shared(config, pipeline))
 
 
@@ -76,16 +86,15 @@ def denoising(
     return consistency.make(config, fields) if c.name == "consistency" else Denoising(**fields)
 
 
-def term_specs(config: ConfigDict) -> tuple[str, ...]:
-    """The specs of config.objective.terms, which is one text or several."""
-    given = config.objective.terms
-    given = (given,) if isinstance(given, str) else given
-    if not isinstance(given, (tuple, list)) or not all(isinstance(text, str) for text in given):
+def term_specs(config: ConfigDict) -> list[str]:
+    """The texts of config.objective.terms, which is one text or several."""
+    given = specs.texts(config.objective.terms)
+    if not all(isinstance(text, str) for text in given):
         raise ValueError(
-            f"config.objective.terms={given!r}: expected a term or several, such as "
-            "('uncertainty()', 'variational_bound(weight=1e-3)')"
+            f"config.objective.terms={config.objective.terms!r}: expected texts such as "
+            "'uncertainty()' or ('variational_bound(weight=1e-3)', 'uncertainty()')"
         )
-    return tuple(text for text in given if text.strip())
+    return given
 
 
 def learns_variance(config: ConfigDict) -> bool:

@@ -12,10 +12,9 @@ from configs import digits, digits_classifier, toy2d
 from diffusion.config import alignment as aligning
 from diffusion.config import terms
 from diffusion.config.experiment import build
-from diffusion.config.model import make_model, other_run
 from diffusion.objectives.couplings import optimal_transport
-from diffusion.runs import restore
-from diffusion.runs import workdir as workdirs
+from diffusion.pipelines import description
+from diffusion.runs import averages
 
 NORMAL = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3]}
 
@@ -41,21 +40,21 @@ def encoders(tmp_path_factory):
     tiny_encoders.clip_vision(num_hidden_layers=1).save_pretrained(root / "clip")
     tiny_encoders.clip_text(num_hidden_layers=1).save_pretrained(root / "text")
     (root / "dinov2" / "preprocessor_config.json").write_text(json.dumps(NORMAL))
-    workdirs.save_config(root / "classifier", small(digits_classifier).to_dict())
     (root / "classifier" / "checkpoints" / "1").mkdir(parents=True)
+    description.write(root / "classifier", build(small(digits_classifier)).description)
     return root
 
 
 @pytest.fixture
 def classifiers_params(monkeypatch):
-    objective, _, _ = other_run(small(digits_classifier))
+    objective = build(small(digits_classifier)).objective
     params = jax.tree.map(
         lambda s: 0.3 * np.random.default_rng(0).standard_normal(s.shape, np.float32),
         jax.eval_shape(
             objective.init, jax.random.key(0), {"x": np.zeros((1, 8, 8, 1), np.float32)}
         ),
     )
-    monkeypatch.setattr(restore, "restore_ema", lambda *_, **__: (params, 1))
+    monkeypatch.setattr(averages, "parameters", lambda *_: (params, 1, "averaged parameters"))
     return params
 
 
@@ -105,17 +104,14 @@ def test_a_classifier_gives_the_features_in_its_middle(encoders, classifiers_par
         | {"label": np.zeros(1, np.int32)},
     )  # fmt: skip
     assert shapes["alignment"]["Dense_2"]["kernel"].shape == (5, 6)
-    # Nothing but training reads the encoder.
-    plain = build(terms.for_drawing(config))
-    assert plain.objective.terms == () and plain.frozen is None
 
 
 def test_latents_have_their_images_beside_them(encoders):
     config = small(**aligned(encoders / "dinov2"))
-    source = build(small()).train
-    objective, _ = make_model(config, source)
+    plain = build(small())
+    source = plain.train
     config.data.autoencoder = "somewhere"
-    _, train, _ = terms.attach(config, objective, source, other_run)
+    _, train, _ = terms.attach(config, plain.objective, source)
     batch = train.read(np.array([3, 5]))
     np.testing.assert_array_equal(batch["clean"], source.read(np.array([3, 5]))["x"])
     assert set(batch) == {"x", "label", "clean"}
@@ -124,7 +120,10 @@ def test_latents_have_their_images_beside_them(encoders):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (aligned("nowhere"), r"config\.objective\.terms=.*encoder='nowhere': there is no"),
+        (
+            aligned("nowhere"),
+            r"config\.objective\.terms=.*encoder='nowhere'.*there is no folder 'nowhere'",
+        ),
         (aligned("@text"), r"config\.objective\.terms=.*a ClipText is no encoder"),
         (
             aligned("@dinov2", ", block=4"),
@@ -135,10 +134,14 @@ def test_latents_have_their_images_beside_them(encoders):
             r"config\.objective\.terms=.*change the loss of config\.objective\.name='denoising'",
         ),
         (aligned("@dinov2", ", weight=-1.0"), r"weight=-1\.0 must be a finite number >= 0"),
+        (
+            dict(objective__terms="uncertainty()", objective__name="autoencoding"),
+            r"change the loss of .*'denoising', not of 'autoencoding'",
+        ),
         (dict(objective__terms="alignment(weight=1.0)"), r"alignment needs encoder"),
         (dict(objective__terms=("uncertain()",)), r"terms: unknown 'uncertain'.*'uncertainty'"),
         (dict(objective__terms=("uncertainty()",) * 2), r"two terms uncertainty"),
-        (dict(objective__terms=3), r"config\.objective\.terms=3: expected a term or several"),
+        (dict(objective__terms=3), r"config\.objective\.terms=3: expected texts such as"),
         (
             dict(objective__noise="gaussian(offset=-0.1)"),
             r"config\.objective\.noise=.*offset=-0\.1 must be a finite number >= 0",

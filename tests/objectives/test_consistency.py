@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusion.evaluation.metrics.samples import evaluate_points
 from test_denoising import time_itself
 
 from diffusion import ema, predictions, schedules
 from diffusion.conditioning import Conditioning
 from diffusion.data import densities
 from diffusion.denoiser import thousand_t
+from diffusion.evaluation.metrics.wasserstein import sliced_wasserstein
 from diffusion.models.mlp import MLP
 from diffusion.objectives import consistency
 from diffusion.objectives.consistency import Consistency
@@ -163,7 +163,8 @@ def distance(denoise, solver):
     keys = image_keys(0, np.arange(2000))
     cond = Conditioning()
     draw = jax.jit(lambda: sample(lambda x, level: denoise(x, level, cond), solver, keys, (2,)))
-    return evaluate_points(draw(), "two_moons")["sliced_wasserstein"]
+    fresh = densities.sample("two_moons", 2000, np.random.default_rng(1))
+    return sliced_wasserstein(np.asarray(draw()), fresh)
 
 
 def test_one_step_of_a_student_is_far_better_than_one_of_its_teacher():
