@@ -48,7 +48,7 @@ class Wish:
         from noise).
       noise_level: of the noise that is added to an upscaler's picture.
       size: (height, width) in pixels; 0: the trained size, or of a pretrained model the picture's.
-      solver, grid, steps: see ``samplers.make``.
+      solver, grid, steps, corrector: see ``samplers.make`` and ``make_corrector``.
       guidance, acceleration: see ``guidance.make``.
       hand_over: share of the schedule before a refiner.
       seed: of all noise; picture i of a seed is the same in any batch.
@@ -69,6 +69,7 @@ class Wish:
     solver: str = "auto"
     grid: str = "auto"
     steps: int = 0
+    corrector: str = ""
     guidance: Specs = "auto"
     acceleration: Specs = ()
     hand_over: float = 0.8
@@ -88,6 +89,7 @@ class Generation:
       pipeline: that makes it.
       task: "new", "from picture", "repaint", "upscale" or "edit".
       size: (height, width) of the pictures; for an upscaler, of the small ones.
+      given: the picture and the mask, [H, W, C], by name.
       drawer: makes latents.
       notes: settings that have no effect.
 
@@ -116,20 +118,23 @@ class Generation:
         self.subjects, self.wish, self._refiner = list(subjects), wish, refiner
         self.task = _task(pipeline, wish)
         _check_subjects(pipeline, self.subjects)
+        _check_sizes(pipeline, wish)
         self.size = _size(pipeline, wish, self.task)
-        self._given = _pictures(pipeline, wish, self.size)
+        self.given = _pictures(pipeline, wish, self.size)
         strength = wish.strength if self.task in ("from picture", "repaint") else None
         if refiner is None:
             options = {"strength": strength, "at": at}
             sampler = samplers.make(pipeline, wish.solver, wish.grid, wish.steps, **options)
         else:
             sampler, last = self._shared(pipeline, refiner, at)
+        corrector = samplers.make_corrector(wish.corrector, sampler, at)
         guided = guidances.make(
             pipeline,
             sampler,
             wish.guidance,
             negative=wish.negative,
             accelerations=wish.acceleration,
+            corrected=corrector is not None,
             edits=self.task == "edit",
             at=at,
         )
@@ -145,6 +150,7 @@ class Generation:
             guided.chain,
             companions=guided.companions,
             acceleration=guided.acceleration,
+            corrector=corrector,
             **options,
         )
         if refiner is not None:
@@ -185,7 +191,7 @@ class Generation:
     ) -> Inputs:
         pipeline = self.pipeline
         cond, null = self._micro(pipeline, cond, null)
-        given = {name: np.stack([a] * len(keys)) for name, a in self._given.items()}
+        given = {name: np.stack([a] * len(keys)) for name, a in self.given.items()}
         if self.task == "new":
             return tasks.new(pipeline, cond, null, size=self.size)
         image = given["image"]
@@ -213,8 +219,8 @@ class Generation:
     def _micro(
         self, pipeline: Pipeline, cond: Conditioning, null: Conditioning | None
     ) -> tuple[Conditioning, Conditioning | None]:
-        """With SDXL's sizes, where the network wants them."""
-        if not getattr(pipeline.network, "added_embedding", False):
+        """With SDXL's sizes, where the pipeline is one of SDXL."""
+        if not getattr(pipeline.conditioner, "sdxl", False):
             return cond, null
         scored, wish = pipeline.options.get("requires_aesthetics_score"), self.wish
         sizes = {"original": wish.original or None, "crop": wish.crop}
@@ -296,6 +302,11 @@ def as_pil(picture: np.ndarray) -> Image.Image:
 
 def _task(pipeline: Pipeline, wish: Wish) -> str:
     """What is to be done, checked against what is given."""
+    if len(pipeline.shape) != 3:
+        raise ValueError(
+            f"this model makes no pictures: its examples have shape {pipeline.shape}. "
+            "--mode=sample draws them"
+        )
     task = EDITORS.get(pipeline.kind)
     if task is None:
         task = "new" if wish.image is None else "from picture"
@@ -308,8 +319,6 @@ def _task(pipeline: Pipeline, wish: Wish) -> str:
             raise ValueError(f"{name}: {pipeline.kind} ({task}) needs it")
         if given and not taken:
             raise ValueError(f"{name}: {pipeline.kind} ({task}) does not take it")
-    if len(pipeline.shape) != 3 and task != "new":
-        raise ValueError("image: this model does not make pictures")
     return task
 
 
@@ -322,12 +331,21 @@ def _check_subjects(pipeline: Pipeline, subjects: Sequence[Subject]) -> None:
             conditioner.check(subject)
 
 
+def _check_sizes(pipeline: Pipeline, wish: Wish) -> None:
+    """Raises ValueError where SDXL's micro-conditioning is wrong or has no place."""
+    usual = Wish()
+    for name in ("original", "crop", "aesthetic"):
+        value = getattr(wish, name)
+        if len(value) != 2 and value != getattr(usual, name):
+            raise ValueError(f"{name}={value} must be two numbers")
+        if value != getattr(usual, name) and not getattr(pipeline.conditioner, "sdxl", False):
+            raise ValueError(f"{name}={value} is for SDXL's pipelines; this is {pipeline.kind}")
+
+
 def _size(pipeline: Pipeline, wish: Wish, task: str) -> tuple[int, int]:
     """(height, width) of the pictures that are made, or of the one that is upscaled."""
-    if len(pipeline.shape) != 3:
-        return ()
     size, unit = pipeline.size, pipeline.unit
-    if hasattr(pipeline.network, "patch"):
+    if hasattr(pipeline.image_network, "patch"):
         if wish.size not in ((0, 0), size):
             raise ValueError(f"size={wish.size}: this network makes {size} only")
         return size
