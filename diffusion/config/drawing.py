@@ -20,9 +20,10 @@ from diffusion.evaluation.metrics.metric import Data, Drawn
 from diffusion.pipelines import guidance, samplers
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.description import DTYPES
+from diffusion.pipelines.draw import program
 from diffusion.pipelines.drawer import Drawer
 from diffusion.pipelines.from_pretrained import Opened
-from diffusion.pipelines.from_run import Run
+from diffusion.pipelines.from_run import Run, is_run
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.runs import workdir as workdirs
 from diffusion.sampling.progress import Preview
@@ -81,6 +82,25 @@ class Drawing:
         """What ``count`` samples are of; see ``chosen``."""
         return chosen(self.config, self.drawer, count, captions)
 
+    def table(self, solver: str, grid: str, steps: int, name: str) -> Solver:
+        """The table of another solver than that of config.sampler.
+
+        Args:
+          solver, grid, steps: as in config.sampler.
+          name: what errors call the solver.
+
+        Raises:
+          ValueError: it is impossible, or more than another table: it clips differently, say.
+        """
+        pipeline, own = self.pipeline, self.drawer.sampler
+        made = samplers.make(pipeline, solver, grid, steps, at=AT, solver_name=name)
+        if program(pipeline, made) != program(pipeline, own):
+            raise ValueError(
+                f"{name}={solver!r} clips or predicts otherwise than {AT}solver="
+                f"{self.config.sampler.solver!r}; expected one that differs in its steps alone"
+            )
+        return made.solver
+
     def draw(self, count: int, captions: Sequence[str] = (), solver: Solver | None = None) -> Drawn:
         """Samples as the data are.
 
@@ -111,8 +131,9 @@ def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> 
 def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
     """The model of ``config.model.path``, or else of ``workdir``, not read yet."""
     c, name = config.model, f"config.model.path={config.model.path!r}"
-    fine_tunes = c.name == "pretrained"
-    if workdir and (fine_tunes or not c.path):
+    # A fine-tuned run's path is that of the model that it began with.
+    fine_tuned = c.name == "pretrained" and workdir and is_run(workdir)
+    if workdir and (fine_tuned or not c.path):
         if Path(workdir, workdirs.CONFIG).exists():
             check(config, workdir, (*FREE, "train.*", "log.*", "profile.*"))
         path, name = workdir, f"--workdir={workdir}"

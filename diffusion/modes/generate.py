@@ -40,26 +40,13 @@ def run(config: ConfigDict, workdir: str | None) -> None:
       ValueError, FileNotFoundError: a field that does not fit, before weights are read.
     """
     began = time.perf_counter()
-    ranges.check(config)
-    source = drawing.source_of(config, workdir)
-    refiner = _refiner(config)
-    with field("config.samples"):
-        subjects = _subjects(config, source)
-        request = _wish(config, source)
-        made = Generation(
-            source.pipeline,
-            subjects,
-            request,
-            refiner=refiner and refiner.pipeline,
-            at=drawing.AT,
-        )
+    source, refiner, made = checked(config, workdir)
     for note in made.notes:
         print(f"note: {note}")
-    _check_memory(config, [o for o in (source, refiner) if isinstance(o, Opened)], made)
     folder = Path(workdir or "generated")
     height, width = made.size
     what = f"{source.name}: {made.pipeline.kind}, {made.task}"
-    print(f"{what}, {len(subjects)} of {width} x {height} pixels")
+    print(f"{what}, {len(made.subjects)} of {width} x {height} pixels")
     bar = sys.stderr.isatty()
     params = source.load(progress=bar)
     refined = refiner.load(progress=bar) if refiner else None
@@ -67,7 +54,7 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     first, pictures = _next_number(folder), []
     for i, picture in made.pictures(params, refined):
         path = folder / f"{first + len(pictures):06d}.png"
-        about = _about(config, made, subjects[i], i)
+        about = _about(config, made, made.subjects[i], i)
         figures.save_png(path, figures.to_uint8(picture), about)
         pictures.append(picture)
     if len(pictures) > 1:
@@ -77,6 +64,28 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     last = f" to {first + len(pictures) - 1:06d}.png" if len(pictures) > 1 else ""
     seconds = time.perf_counter() - began
     print(f"{folder}/{first:06d}.png{last}: {seconds:.0f} s in all")
+
+
+def checked(
+    config: ConfigDict, workdir: str | None = None
+) -> tuple[Opened | Run, Opened | Run | None, Generation]:
+    """The model, a refiner or None, and what they are to make; no weight is read.
+
+    Raises:
+      ValueError, FileNotFoundError: a field that does not fit, or too little memory.
+    """
+    ranges.check(config)
+    source, refiner = drawing.source_of(config, workdir), _refiner(config)
+    with field("config.samples"):
+        made = Generation(
+            source.pipeline,
+            _subjects(config, source),
+            _request(config, source),
+            refiner=refiner and refiner.pipeline,
+            at=drawing.AT,
+        )
+    _check_memory(config, [o for o in (source, refiner) if isinstance(o, Opened)], made)
+    return source, refiner, made
 
 
 def _refiner(config: ConfigDict) -> Opened | Run | None:
@@ -96,7 +105,7 @@ def _subjects(config: ConfigDict, source: Opened | Run) -> list[Subject]:
     return [subject for subject in given or [0] for _ in range(config.samples.count or 1)]
 
 
-def _wish(config: ConfigDict, source: Opened | Run) -> Request:
+def _request(config: ConfigDict, source: Opened | Run) -> Request:
     s = config.samples
     given = s.to_dict() | config.sampler.to_dict()
     given = {f.name: given[f.name] for f in dataclasses.fields(Request) if f.name in given}

@@ -14,7 +14,7 @@ from diffusion.config import drawing
 from diffusion.config.drawing import Drawing
 from diffusion.evaluation import convergence
 from diffusion.evaluation.figures import BLUE, GRAY, ORANGE, new_figure
-from diffusion.pipelines import draw, samplers
+from diffusion.pipelines import draw
 from diffusion.sampling.coefficients import coefficients
 from diffusion.sampling.solvers.table_file import save
 from diffusion.sampling.student import Learned, Lessons, Student
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             f"config.sampler.acceleration={config.sampler.acceleration!r}: solvers are learned "
             "from whole evaluations"
         )
-    teacher = _make(model, c.teacher, config.sampler.grid, c.teacher_steps, "config.learn.teacher")
+    teacher = model.table(c.teacher, config.sampler.grid, c.teacher_steps, "config.learn.teacher")
     if not convergence.deterministic(teacher):
         raise ValueError(f"config.learn.teacher={c.teacher!r} must be a deterministic solver")
     fixed = {n: _fixed(model, n) for n in c.evaluations}
@@ -122,9 +122,7 @@ def _fixed(model: Drawing, n: int) -> dict[tuple[str, str], Solver]:
         for grid in c.grids:
             try:
                 _, table = convergence.most_steps(
-                    lambda s, steps, grid=grid: _make(
-                        model, s, grid, steps, "config.learn.against"
-                    ),
+                    lambda s, steps, grid=grid: model.table(s, grid, steps, "config.learn.against"),
                     solver,
                     n,
                 )
@@ -148,11 +146,6 @@ def _can_start(table: Solver, n: int) -> bool:
     except ValueError:
         return False
     return table.evaluations == n
-
-
-def _make(model: Drawing, solver: str, grid: str, steps: int, name: str) -> Solver:
-    options = {"at": drawing.AT, "solver_name": name}
-    return samplers.make(model.pipeline, solver, grid, steps, **options).solver
 
 
 def _check(config: ConfigDict) -> None:

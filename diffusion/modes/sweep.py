@@ -15,8 +15,6 @@ from diffusion.evaluation.metrics.metric import Drawn
 from diffusion.pipelines import samplers
 from diffusion.sampling.tables import Solver
 
-AT = drawing.AT
-
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Judges ``config.sweep.solvers`` at ``config.sweep.evaluations``, all else being the config's.
@@ -30,8 +28,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     drawer, pipeline = model.drawer, model.pipeline
 
     def make(solver: str, steps: int, name: str = "config.sweep.solvers") -> Solver:
-        grid = config.sampler.grid
-        return samplers.make(pipeline, solver, grid, steps, at=AT, solver_name=name).solver
+        return model.table(solver, config.sampler.grid, steps, name)
 
     with field("config.sweep"):
         entries, notes = convergence.plan(make, c.solvers, c.evaluations)

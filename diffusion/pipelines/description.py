@@ -49,6 +49,8 @@ TOKENIZER = "tokenizer"
 DENOISERS = ("unet", "dit", "mlp", "pretrained")
 NETWORKS = {"unet": UNet, "dit": DiT, "mlp": MLP, "classifier": NoisyClassifier}
 NETWORKS |= {"autoencoder": AutoencoderKL}
+DAMAGED = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
+DAMAGED += (KeyError, TypeError, AttributeError)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -132,8 +134,13 @@ def read(folder: str | Path) -> Description:
             content["tokenizer"] = str(path.with_name(content["tokenizer"]))
         if content["autoencoder"] and (own := path.with_name("autoencoder")).is_dir():
             content["autoencoder"] = str(own)
-        return Description(**content)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
+        d = Description(**content)
+        known = {d.network: (*NETWORKS, "pretrained"), d.view: VIEWS, d.dtype: DTYPES}
+        for name, names in known.items():
+            if name not in names:
+                raise KeyError(name)
+        return dataclasses.replace(d, fields=dict(d.fields), text=dict(d.text))
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 

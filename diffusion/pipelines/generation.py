@@ -36,6 +36,7 @@ class Generation:
       pipeline: that makes it.
       task: "new", "from picture", "repaint", "upscale" or "edit".
       size: (height, width) of the pictures; for an upscaler, of the small ones.
+      given: the picture and the mask, [H, W, C], by name.
       drawer: makes latents.
       notes: settings that have no effect.
 
@@ -64,8 +65,9 @@ class Generation:
         self.subjects, self.request, self._refiner = list(subjects), request, refiner
         self.task = requests.task(pipeline, request)
         requests.check_subjects(pipeline, self.subjects)
+        requests.check_sizes(pipeline, request)
         self.size = requests.size(pipeline, request, self.task)
-        self._given = requests.pictures(pipeline, request, self.size)
+        self.given = requests.pictures(pipeline, request, self.size)
         strength = request.strength if self.task in ("from picture", "repaint") else None
         if refiner is None:
             options = {"strength": strength, "at": at}
@@ -74,12 +76,14 @@ class Generation:
             )
         else:
             sampler, last = self._shared(pipeline, refiner, at)
+        corrector = samplers.make_corrector(request.corrector, sampler, at)
         guided = guidances.make(
             pipeline,
             sampler,
             request.guidance,
             negative=request.negative,
             accelerations=request.acceleration,
+            corrected=corrector is not None,
             edits=self.task == "edit",
             at=at,
         )
@@ -95,6 +99,7 @@ class Generation:
             guided.chain,
             companions=guided.companions,
             acceleration=guided.acceleration,
+            corrector=corrector,
             **options,
         )
         if refiner is not None:
@@ -135,7 +140,7 @@ class Generation:
     ) -> Inputs:
         pipeline = self.pipeline
         cond, null = self._micro(pipeline, cond, null)
-        given = {name: np.stack([a] * len(keys)) for name, a in self._given.items()}
+        given = {name: np.stack([a] * len(keys)) for name, a in self.given.items()}
         if self.task == "new":
             return tasks.new(pipeline, cond, null, size=self.size)
         image = given["image"]
@@ -163,8 +168,8 @@ class Generation:
     def _micro(
         self, pipeline: Pipeline, cond: Conditioning, null: Conditioning | None
     ) -> tuple[Conditioning, Conditioning | None]:
-        """With SDXL's sizes, where the network wants them."""
-        if not getattr(pipeline.network, "added_embedding", False):
+        """With SDXL's sizes, where the pipeline is one of SDXL."""
+        if not getattr(pipeline.conditioner, "sdxl", False):
             return cond, null
         scored, request = pipeline.options.get("requires_aesthetics_score"), self.request
         sizes = {"original": request.original or None, "crop": request.crop}

@@ -85,9 +85,14 @@ class Pipeline:
         return denoiser(network, self.prediction, self.c_noise)
 
     @property
+    def image_network(self) -> nn.Module:
+        """The network without the text encoder that was trained with it."""
+        return getattr(self.network, "image", self.network)
+
+    @property
     def extra_channels(self) -> int:
         """Channels that the network takes beside x, as ``cond.image``."""
-        taken = getattr(self.network, "in_channels", None)
+        taken = getattr(self.image_network, "in_channels", None)
         return taken - self.shape[-1] if taken else 0
 
     @property
@@ -98,8 +103,8 @@ class Pipeline:
     @property
     def unit(self) -> int:
         """Pixels that the sides of a picture must be a multiple of."""
-        levels = len(getattr(self.network, "widths", (0,)))
-        return self.codec.factor * getattr(self.network, "patch", 2 ** (levels - 1))
+        levels = len(getattr(self.image_network, "widths", (0,)))
+        return self.codec.factor * getattr(self.image_network, "patch", 2 ** (levels - 1))
 
     @property
     def size(self) -> tuple[int, ...]:

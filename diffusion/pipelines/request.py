@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion.errors import field
+from diffusion.evaluation.views import VIEWS
 from diffusion.pipelines import picture_files
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.guidance import Specs
@@ -32,7 +33,7 @@ class Request:
         from noise).
       noise_level: of the noise that is added to an upscaler's picture.
       size: (height, width) in pixels; 0: the trained size, or of a pretrained model the picture's.
-      solver, grid, steps: see ``samplers.make``.
+      solver, grid, steps, corrector: see ``samplers.make`` and ``make_corrector``.
       guidance, acceleration: see ``guidance.make``.
       hand_over: share of the schedule before a refiner.
       seed: of all noise; picture i of a seed is the same in any batch.
@@ -53,6 +54,7 @@ class Request:
     solver: str = "auto"
     grid: str = "auto"
     steps: int = 0
+    corrector: str = ""
     guidance: Specs = "auto"
     acceleration: Specs = ()
     hand_over: float = 0.8
@@ -67,6 +69,11 @@ class Request:
 
 def task(pipeline: Pipeline, request: Request) -> str:
     """What is to be done, checked against what is given."""
+    if pipeline.view is not VIEWS["images"]:
+        raise ValueError(
+            f"this model makes no pictures: its examples have shape {pipeline.shape}. "
+            "--mode=sample draws them"
+        )
     task = EDITORS.get(pipeline.kind)
     if task is None:
         task = "new" if request.image is None else "from picture"
@@ -79,8 +86,6 @@ def task(pipeline: Pipeline, request: Request) -> str:
             raise ValueError(f"{name}: {pipeline.kind} ({task}) needs it")
         if given and not taken:
             raise ValueError(f"{name}: {pipeline.kind} ({task}) does not take it")
-    if len(pipeline.shape) != 3 and task != "new":
-        raise ValueError("image: this model does not make pictures")
     return task
 
 
@@ -93,12 +98,21 @@ def check_subjects(pipeline: Pipeline, subjects: Sequence[Subject]) -> None:
             conditioner.check(subject)
 
 
+def check_sizes(pipeline: Pipeline, request: Request) -> None:
+    """Raises ValueError where SDXL's micro-conditioning is wrong or has no place."""
+    usual = Request()
+    for name in ("original", "crop", "aesthetic"):
+        value = getattr(request, name)
+        if len(value) != 2 and value != getattr(usual, name):
+            raise ValueError(f"{name}={value} must be two numbers")
+        if value != getattr(usual, name) and not getattr(pipeline.conditioner, "sdxl", False):
+            raise ValueError(f"{name}={value} is for SDXL's pipelines; this is {pipeline.kind}")
+
+
 def size(pipeline: Pipeline, request: Request, task: str) -> tuple[int, int]:
     """(height, width) of the pictures that are made, or of the one that is upscaled."""
-    if len(pipeline.shape) != 3:
-        return ()
     size, unit = pipeline.size, pipeline.unit
-    if hasattr(pipeline.network, "patch"):
+    if hasattr(pipeline.image_network, "patch"):
         if request.size not in ((0, 0), size):
             raise ValueError(f"size={request.size}: this network makes {size} only")
         return size

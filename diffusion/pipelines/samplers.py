@@ -16,6 +16,7 @@ from diffusion.levels import NoiseLevel
 from diffusion.pipelines.pipeline import Pipeline
 from diffusion.pretrained import schedulers
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
+from diffusion.pretrained.schedulers.scheduler import unchanged
 from diffusion.sampling import grids, langevin, solvers
 from diffusion.sampling.tables import Solver
 
@@ -75,7 +76,7 @@ def make(
         levels,
         table,
         np.asarray(pipeline.c_noise(table.level)),
-        _unchanged,
+        unchanged,
     )
 
 
@@ -205,7 +206,3 @@ def _levels(pipeline: Pipeline, grid: str, steps: int, at: str) -> NoiseLevel:
     name = f"{at}grid={grid!r}"
     with field(name if gives_levels(grid) else f"{name}, steps={steps}"), wrong_types():
         return function()
-
-
-def _unchanged(denoise: Any) -> Any:
-    return denoise

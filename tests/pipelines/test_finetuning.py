@@ -16,6 +16,7 @@ from diffusion.config import latents, pretrained_network
 from diffusion.config.data import make_images, make_source
 from diffusion.config.experiment import build
 from diffusion.data.batches import batches as pipeline_batches
+from diffusion.pipelines.conditioners import FrozenEncoder
 from diffusion.training.loop import fit
 
 CAPTIONS = ["a red cat", "a blue cat", "a red house", "a blue house", "a red sea", "a blue sea"]
@@ -69,10 +70,10 @@ def test_cached_latents_and_embeddings_are_diffusers(made):
     # Captions of the cache need no encoder; others give what the encoder does.
     looked_up = train.encode([train.captions[0], ""])
     np.testing.assert_array_equal(looked_up["context"][0], batch["context"][0])
-    encoder = latents.TextEncoder(c.data.text_encoder)
+    encoder = FrozenEncoder(c.data.text_encoder)
     tokens = make_images(c.data, "train").encode(["", "a green cat"])["tokens"]
     new = train.encode(["", "a green cat"])
-    np.testing.assert_allclose(new["context"], encoder.encode(tokens)["context"], atol=1e-5)
+    np.testing.assert_allclose(new["context"], encoder(tokens)["context"], atol=1e-5)
     np.testing.assert_allclose(looked_up["context"][1], new["context"][0], atol=1e-5)
 
 
@@ -123,7 +124,7 @@ def test_training_begins_with_the_pipelines_network(made):
     c = c.copy_and_resolve_references()
     c.model.remat = True
     experiment = build(c)
-    params = pretrained_network.initial(c)(None)
+    params = pretrained_network.initial(c)(None, None)
     assert experiment.objective.network.remat
     batch = experiment.train.read(np.arange(2))
     batch = {name: value for name, value in batch.items() if name != "x_std"}

@@ -10,10 +10,9 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 
-from diffusion.pipelines import tasks
-from diffusion.pipelines.codec import decode
-from diffusion.pipelines.from_pretrained import load_pipeline, open_pipeline, save_pipeline
-from diffusion.pipelines.prompts import encode_prompts
+from diffusion.pipelines import draw as drawing
+from diffusion.pipelines import load, save_pretrained, tasks
+from diffusion.pipelines.from_pretrained import open_pipeline
 from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.sampling.guidance.links import cfg
 from diffusion.sampling.sample import image_keys, image_noise
@@ -24,14 +23,13 @@ KINDS = ["StableDiffusionPipeline", "StableDiffusionXLPipeline"]
 
 
 def draw(pipeline, params, negative):
-    cond, null = encode_prompts(pipeline, params, PROMPTS, negative)
+    cond, null = pipeline.conditioner(params, PROMPTS, negative)
     if pipeline.network.added_embedding:
         cond, null = (tasks.micro_conditioning(c, (16, 16)) for c in (cond, null))
     sampler = from_diffusers(pipeline.scheduler, 4)
-    latents = tasks.text_to_image(
-        pipeline, params, sampler, KEYS, cond, null, size=(16, 16), guidance=(cfg(3.0),)
-    )
-    return np.asarray(decode(pipeline, params, latents))
+    inputs = tasks.new(pipeline, cond, null, size=(16, 16))
+    latents = drawing.draw(pipeline, params, sampler, KEYS, inputs, (cfg(3.0),))
+    return np.asarray(pipeline.codec.decode(params, latents))
 
 
 def their_draw(pipeline, negative):
@@ -57,7 +55,7 @@ def test_prompts_to_pictures_from_and_to_folders(tmp_path, kind):
         assert ours.std() > 0.1
         np.testing.assert_allclose(ours, their_draw(theirs, negative), atol=1e-3)
 
-    save_pipeline(tmp_path / "ours", pipeline, params)
+    save_pretrained(tmp_path / "ours", pipeline, params)
     back = diffusers.DiffusionPipeline.from_pretrained(
         tmp_path / "ours", **({} if "XL" in kind else {"safety_checker": None})
     )
@@ -67,8 +65,8 @@ def test_prompts_to_pictures_from_and_to_folders(tmp_path, kind):
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
     np.testing.assert_array_equal(their_draw(back, None), their_draw(theirs, None))
-    again, params_again = load_pipeline(tmp_path / "ours")
-    assert again.network == pipeline.network and again.autoencoder == pipeline.autoencoder
+    again, params_again = load(tmp_path / "ours")
+    assert again.network == pipeline.network and again.codec == pipeline.codec
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
 
 
@@ -78,7 +76,7 @@ def test_half_precision(tmp_path):
     params = opened.load()
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     half = draw(opened.pipeline, params, None)
-    whole = draw(*load_pipeline(tmp_path), None)
+    whole = draw(*load(tmp_path), None)
     assert np.isfinite(half).all() and 1e-4 < np.abs(half - whole).mean() < 0.1
 
 

@@ -1,5 +1,6 @@
 """Prompts to conditioning, against diffusers' pipelines and by what must hold."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,7 @@ import torch
 import transformers
 from tiny_tokenizer import tiny_tokenizer
 
-from diffusion.pipelines.pipeline import Pipeline
-from diffusion.pipelines.prompts import encode_prompts
+from diffusion.pipelines.prompts import Prompts
 from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
 from diffusion.pretrained.names import from_tensors
 from diffusion.pretrained.networks import clip
@@ -26,12 +26,12 @@ LONG = " ".join(["a red cat and a small blue house on a green mountain at night,
 SHORT = ["a photo of a cat", "painting of a big dog (running) near [water]!"]
 
 
-def made(tokenizers, **options):
-    """(pipeline, params, the torch encoders): SD's for one tokenizer, SDXL's for two."""
+def made(tokenizers, refiner=False, zeros=True):
+    """(conditioner, params, the torch encoders): SD's for one tokenizer, SDXL's for two."""
     depth = len(tokenizers) + 1
     small = {"num_hidden_layers": depth, "vocab_size": len(tokenizers[0])}
     kinds = [{}, {"projection": True, "hidden_act": "gelu", "hidden_size": 24}]
-    if options.pop("refiner", False):
+    if refiner:
         kinds = kinds[1:]
     models = [tiny_encoders.clip_text(i, **small, **k) for i, k in enumerate(kinds)]
     models = models[: len(tokenizers)]
@@ -42,25 +42,19 @@ def made(tokenizers, **options):
         shapes = jax.eval_shape(encoder.init, jax.random.key(0), *clip.example(encoder))
         encoders.append(encoder)
         params.append(from_tensors(clip.names(encoder), shapes["params"], model.state_dict()))
-    return pipeline_of(encoders, tokenizers, options), {"encoders": params}, models
+    return Prompts(tuple(encoders), tuple(tokenizers), zeros), {"encoders": params}, models
 
 
-def pipeline_of(encoders, tokenizers, options=None):
-    return Pipeline(
-        "DiTPipeline", None, None, {}, tuple(encoders), tuple(tokenizers), options=options or {}
-    )
-
-
-def theirs(pipeline, models, *prompts, **options):
+def theirs(conditioner, models, *prompts, **options):
     """diffusers' embeddings: prompts', negatives', and for SDXL these of the pooled ones."""
     cls, names = diffusers.StableDiffusionPipeline, ["", "_2"]
-    config = SimpleNamespace(**{"force_zeros_for_empty_prompt": True, **pipeline.options})
-    if pipeline.encoders[-1].projection is not None:
+    config = SimpleNamespace(force_zeros_for_empty_prompt=conditioner.zeros)
+    if conditioner.sdxl:
         cls, names = diffusers.StableDiffusionXLPipeline, names[-len(models) :]
     else:
         object.__setattr__(models[0], "text_model", models[0])  # as in transformers 4
     own = SimpleNamespace(config=config, unet=None, text_encoder=None, tokenizer=None)
-    for name, tokenizer, model in zip(names, pipeline.tokenizers, models):
+    for name, tokenizer, model in zip(names, conditioner.tokenizers, models):
         setattr(own, f"tokenizer{name}", tokenizer)
         setattr(own, f"text_encoder{name}", model)
     arguments = dict(device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
@@ -96,78 +90,79 @@ def check(ours, wanted):
     "negative, skip", [(None, None), (["ugly", "blurry, on a river"], 1), (["", "a"], 0)]
 )
 def test_stable_diffusion_is_diffusers(sd, negative, skip):
-    pipeline, params, models = sd
-    ours = encode_prompts(
-        pipeline, params, SHORT, negative, images_per_prompt=2, clip_skip=skip or 0
-    )
+    conditioner, params, models = sd
+    twice, both = np.repeat(SHORT, 2).tolist(), negative and np.repeat(negative, 2).tolist()
+    ours = conditioner(params, twice, both, clip_skip=skip or 0)
     wanted = theirs(
-        pipeline, models, SHORT, negative_prompt=negative, num_images_per_prompt=2, clip_skip=skip
+        conditioner,
+        models,
+        SHORT,
+        negative_prompt=negative,
+        num_images_per_prompt=2,
+        clip_skip=skip,
     )
     check(ours, wanted)
 
 
 @pytest.mark.parametrize("negative, skip", [(None, None), ("ugly", 1), ("", None)])
 def test_sdxl_is_diffusers(sdxl, negative, skip):
-    pipeline, params, models = sdxl
-    ours = encode_prompts(pipeline, params, SHORT, negative, clip_skip=skip or 0)
+    conditioner, params, models = sdxl
+    ours = conditioner(params, SHORT, negative, clip_skip=skip or 0)
     listed = None if negative is None else [negative] * 2
-    check(ours, theirs(pipeline, models, SHORT, negative_prompt=listed, clip_skip=skip))
+    check(ours, theirs(conditioner, models, SHORT, negative_prompt=listed, clip_skip=skip))
     assert (np.abs(ours[1].context).max() == 0) == (negative is None)
 
 
 def test_sdxl_with_other_texts_for_the_second_encoder(sdxl):
-    pipeline, params, models = sdxl
-    ours = encode_prompts(
-        pipeline, params, SHORT, "ugly", second="a red dog", second_negative="blurry"
-    )
+    conditioner, params, models = sdxl
+    ours = conditioner(params, SHORT, "ugly", second="a red dog", second_negative="blurry")
     wanted = theirs(
-        pipeline, models, SHORT, ["a red dog"] * 2, negative_prompt=["ugly"] * 2,
+        conditioner, models, SHORT, ["a red dog"] * 2, negative_prompt=["ugly"] * 2,
         negative_prompt_2=["blurry"] * 2,
     )  # fmt: skip
     check(ours, wanted)
 
 
 def test_the_refiner_is_diffusers():
-    options = {"refiner": True, "force_zeros_for_empty_prompt": False}
-    pipeline, params, models = made([tiny_tokenizer(pad="!")], **options)
-    check(encode_prompts(pipeline, params, SHORT), theirs(pipeline, models, SHORT))
+    conditioner, params, models = made([tiny_tokenizer(pad="!")], refiner=True, zeros=False)
+    check(conditioner(params, SHORT), theirs(conditioner, models, SHORT))
 
 
 def test_clips_own_vocabulary():
     if not MERGES.exists():
         pytest.skip(f"needs {MERGES.name}, CLIP's merges")
-    pipeline, params, models = made([clip_tokenizer(MERGES)])
+    conditioner, params, models = made([clip_tokenizer(MERGES)])
     text = ["An astronaut riding a horse, 8k; naïve café 你好 🙂 isn't", "x" * 90 + " y" * 90]
     with pytest.warns(UserWarning, match="cut off after 75; left out: 'y y y"):
-        ours = encode_prompts(pipeline, params, text, "low quality!", max_chunks=1)
-    check(ours, theirs(pipeline, models, text, negative_prompt=["low quality!"] * 2))
+        ours = conditioner(params, text, "low quality!", max_chunks=1)
+    check(ours, theirs(conditioner, models, text, negative_prompt=["low quality!"] * 2))
 
 
 def test_what_is_too_long_is_cut_off_as_diffusers_does(sd):
-    pipeline, params, models = sd
+    conditioner, params, models = sd
     with pytest.warns(UserWarning, match="left out: '.*a green mountain at night ,'"):
-        ours = encode_prompts(pipeline, params, ["a cat", LONG], max_chunks=1)
-    check(ours, theirs(pipeline, models, ["a cat", LONG]))
+        ours = conditioner(params, ["a cat", LONG], max_chunks=1)
+    check(ours, theirs(conditioner, models, ["a cat", LONG]))
 
 
 def test_long_prompts_are_chunks_next_to_each_other(sd, sdxl):
-    pipeline, params, _ = sd
+    conditioner, params, _ = sd
     words = LONG.split()
-    ids = pipeline.tokenizers[0](LONG, add_special_tokens=False).input_ids
+    ids = conditioner.tokenizers[0](LONG, add_special_tokens=False).input_ids
     assert 75 < len(ids) < 150
-    cond, null = encode_prompts(pipeline, params, LONG)
+    cond, null = conditioner(params, LONG)
     assert cond.context.shape == null.context.shape == (1, 154, 32)
     # Cut between the same tokens, the parts give the same.
-    first, second = (pipeline.tokenizers[0].decode(ids[a:b]) for a, b in [(0, 75), (75, 150)])
+    first, second = (conditioner.tokenizers[0].decode(ids[a:b]) for a, b in [(0, 75), (75, 150)])
     assert len((first + " " + second).split()) >= len(words)
-    parts, empty = encode_prompts(pipeline, params, [first, second])
+    parts, empty = conditioner(params, [first, second])
     np.testing.assert_allclose(cond.context[0], parts.context.reshape(154, 32), atol=1e-5)
     np.testing.assert_allclose(null.context[0], empty.context.reshape(154, 32), atol=1e-5)
     assert cond.context_mask is None
 
-    pipeline, params, _ = sdxl
-    cond, null = encode_prompts(pipeline, params, "a cat", LONG)
-    alone, plain = encode_prompts(pipeline, params, ["a cat", ""], first)
+    conditioner, params, _ = sdxl
+    cond, null = conditioner(params, "a cat", LONG)
+    alone, plain = conditioner(params, ["a cat", ""], first)
     both = alone.context.reshape(1, 154, -1)
     np.testing.assert_allclose(cond.context, both, atol=1e-5)
     np.testing.assert_allclose(cond.pooled, alone.pooled[:1], atol=1e-5)
@@ -175,66 +170,66 @@ def test_long_prompts_are_chunks_next_to_each_other(sd, sdxl):
 
 
 def test_what_else_is_in_the_batch_does_not_matter(sd):
-    pipeline, params, _ = sd
-    both = encode_prompts(pipeline, params, ["a (cat:1.3)", LONG], weighted=True)
-    for mixed, alone in zip(both, encode_prompts(pipeline, params, "a (cat:1.3)", weighted=True)):
+    conditioner, params, _ = sd
+    both = conditioner(params, ["a (cat:1.3)", LONG], weighted=True)
+    for mixed, alone in zip(both, conditioner(params, "a (cat:1.3)", weighted=True)):
         np.testing.assert_array_equal(mixed.context_mask.sum(1), [77, 154])
         np.testing.assert_allclose(mixed.context[0, :77], alone.context[0], atol=1e-5)
         assert mixed.context_mask[0, :77].all() and alone.context_mask is None
-    several = encode_prompts(pipeline, params, ["cat", "dog"], [LONG, "ugly"])
+    several = conditioner(params, ["cat", "dog"], [LONG, "ugly"])
     np.testing.assert_array_equal(several[0].context_mask.sum(1), [154, 77])
 
 
 def test_weights(sd):
-    pipeline, params, _ = sd
-    plain, null = encode_prompts(pipeline, params, "a red cat", "ugly")
-    same = encode_prompts(pipeline, params, "a (red:1.0) cat", "[(ugly)]", weighted=True)
+    conditioner, params, _ = sd
+    plain, null = conditioner(params, "a red cat", "ugly")
+    same = conditioner(params, "a (red:1.0) cat", "[(ugly)]", weighted=True)
     jax.tree.map(np.testing.assert_array_equal, (plain, null), same)
-    cond, _ = encode_prompts(pipeline, params, "a (red:1.5) cat", "ugly", weighted=True)
+    cond, _ = conditioner(params, "a (red:1.5) cat", "ugly", weighted=True)
     ratio = np.asarray(cond.context / plain.context)[0]
     np.testing.assert_allclose(ratio / ratio[0, 0], np.where(np.arange(77) == 2, 1.5, 1)[:, None]
                                * np.ones(32), rtol=1e-4)  # fmt: skip
     np.testing.assert_allclose(cond.context.mean(), plain.context.mean(), rtol=1e-4)
-    literal, _ = encode_prompts(pipeline, params, "a (red:1.5) cat")
+    literal, _ = conditioner(params, "a (red:1.5) cat")
     assert np.abs(literal.context - plain.context).max() > 0.1
 
 
 def test_compiled_once(sd):
     from diffusion.pipelines import prompts
 
-    pipeline, params, _ = sd
-    encode_prompts(pipeline, params, SHORT, "ugly")
+    conditioner, params, _ = sd
+    conditioner(params, SHORT, "ugly")
     before = prompts._encode._cache_size()
     changed = jax.tree.map(lambda a: a + 1, params)
-    encode_prompts(pipeline, changed, ["a (dog:1.2)", "cat"], "blurry", weighted=True)
+    conditioner(changed, ["a (dog:1.2)", "cat"], "blurry", weighted=True)
     assert prompts._encode._cache_size() == before
 
 
 def test_half_precision(sdxl):
-    pipeline, params, _ = sdxl
-    low = [encoder.clone(dtype=jnp.bfloat16) for encoder in pipeline.encoders]
+    conditioner, params, _ = sdxl
+    low = [encoder.clone(dtype=jnp.bfloat16) for encoder in conditioner.encoders]
     half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params)
-    changed = pipeline_of(low, pipeline.tokenizers)
-    cond, null = jax.eval_shape(lambda p: encode_prompts(changed, p, SHORT), half)
+    changed = replace(conditioner, encoders=tuple(low))
+    cond, null = jax.eval_shape(lambda p: changed(p, SHORT), half)
     assert {a.dtype for a in jax.tree.leaves((cond, null))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_errors(sd):
-    pipeline, params, _ = sd
+    conditioner, params, _ = sd
 
-    def refused(message, *args, pipeline=pipeline, **options):
+    def refused(message, *args, conditioner=conditioner, **options):
         with pytest.raises(ValueError, match=message):
-            encode_prompts(pipeline, params, *args, **options)
+            conditioner(params, *args, **options)
 
     refused("no prompts", [])
     refused("negative: 1 texts for 2 prompts", SHORT, ["ugly"])
     refused("clip_skip=2; expected 0 to 1 of 2", SHORT, clip_skip=2)
-    refused("images_per_prompt=0; expected at least 1", SHORT, images_per_prompt=0)
     refused("max_chunks=0; expected at least 1", SHORT, max_chunks=0)
-    refused("DiTPipeline has no text encoder", SHORT, pipeline=pipeline_of([], []))
-    small = [encoder.clone(vocab_size=100) for encoder in pipeline.encoders]
-    wrong = pipeline_of(small, pipeline.tokenizers)
-    refused("do not belong together", SHORT, pipeline=wrong)
+    small = [encoder.clone(vocab_size=100) for encoder in conditioner.encoders]
+    wrong = replace(conditioner, encoders=tuple(small))
+    refused("do not belong together", SHORT, conditioner=wrong)
+    with pytest.raises(ValueError, match="takes prompts, which are texts, got 3"):
+        conditioner.check(3)
 
 
 def test_folders_of_older_and_of_other_tokenizers(tmp_path):

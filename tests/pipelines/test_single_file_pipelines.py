@@ -57,10 +57,10 @@ def test_single_files_are_those_of_diffusers(tmp_path, family):
     jax.tree.map(np.testing.assert_array_equal, ours.load(), params)
     assert ours.pipeline.kind == kind
     assert ours.pipeline.network == pipeline.network
-    assert ours.pipeline.encoders == pipeline.encoders
-    assert [t.pad_token for t in ours.pipeline.tokenizers] == [
-        t.pad_token for t in pipeline.tokenizers
-    ]
+    ours_of, theirs_of = ours.pipeline.conditioner, pipeline.conditioner
+    assert ours_of.encoders == theirs_of.encoders and ours_of.zeros == theirs_of.zeros
+    pads, their_pads = ([t.pad_token for t in c.tokenizers] for c in (ours_of, theirs_of))
+    assert pads == their_pads
     schedulers.read(ours.pipeline.scheduler)
 
 

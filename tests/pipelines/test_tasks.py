@@ -12,12 +12,12 @@ import tiny_pipelines as tiny
 import torch
 
 from diffusion.conditioning import Conditioning
-from diffusion.pipelines import tasks
-from diffusion.pipelines.codec import POSTERIOR, decode, folded
-from diffusion.pipelines.pipeline import Pipeline
+from diffusion.pipelines import samplers, tasks
+from diffusion.pipelines.codec import POSTERIOR, folded
+from diffusion.pipelines.draw import draw
+from diffusion.pipelines.from_pretrained import assemble
 from diffusion.pretrained import names
 from diffusion.pretrained.networks import autoencoder_kl, dit, unet
-from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.sampling.guidance.links import cfg, instruct, rescale
 from diffusion.sampling.sample import image_keys, image_noise
 
@@ -79,7 +79,7 @@ def both(cls, scheduler, channels=4, kind="sd", **components):
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     low_res = components.get("low_res_scheduler")
     low_res = low_res and {**low_res.config, "_class_name": type(low_res).__name__}
-    ours = Pipeline(cls.__name__, our_net, our_vae, config, low_res_scheduler=low_res)
+    ours = assemble(cls.__name__, our_net, our_vae, config, low_res=low_res)
     return theirs, ours, {"network": net_params, "autoencoder": vae_params}
 
 
@@ -96,7 +96,7 @@ def prompts(guided=True):
 def run(theirs, ours, scheduler, given, image_noises=(), strength=None):
     """(their pictures, our sampler)."""
     steps = given.pop("steps", tiny.STEPS.get(scheduler, 4 if strength is None else 8))
-    sampler = from_diffusers(ours.scheduler, steps, strength=strength)
+    sampler = samplers.make(ours, steps=steps, strength=strength)
     assert sampler.solver.evaluations == 4
     drawn = list(image_noises)
     if scheduler == "ancestral":  # draws at every step
@@ -110,7 +110,7 @@ def posterior_noise(fold=POSTERIOR):
 
 
 def assert_same(pipeline, params, latents, theirs):
-    ours = np.asarray(decode(pipeline, params, latents))
+    ours = np.asarray(pipeline.codec.decode(params, latents))
     theirs = tiny.numpy_image(theirs)
     assert ours.std() > 0.1 and np.mean(np.abs(ours) < 1) > 0.5, "the picture is saturated or flat"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
@@ -122,7 +122,7 @@ def test_text_to_image(scheduler):
     given, prompt = prompts()
     given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
     expected, sampler = run(theirs, ours, scheduler, given)
-    latents = tasks.text_to_image(ours, params, sampler, KEYS, *prompt, guidance=CFG)
+    latents = draw(ours, params, sampler, KEYS, tasks.new(ours, *prompt), CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -133,9 +133,8 @@ def test_text_to_image_unguided_and_rescaled():
         given, prompt = prompts(guided)
         given |= size | {"guidance_rescale": phi}
         expected, sampler = run(theirs, ours, "ddim", given)
-        latents = tasks.text_to_image(
-            ours, params, sampler, KEYS, *prompt, guidance=(cfg(3.0), rescale(phi))
-        )
+        chain = (cfg(3.0), rescale(phi))
+        latents = draw(ours, params, sampler, KEYS, tasks.new(ours, *prompt), chain)
         assert_same(ours, params, latents, expected)
 
 
@@ -147,7 +146,8 @@ def test_image_to_image(scheduler):
     expected, sampler = run(
         theirs, ours, scheduler, given, [posterior_noise(), NOISE], strength=0.5
     )
-    latents = tasks.image_to_image(ours, params, sampler, KEYS, *prompt, IMAGES, guidance=CFG)
+    inputs = tasks.from_picture(ours, params, KEYS, *prompt, IMAGES)
+    latents = draw(ours, params, sampler, KEYS, inputs, CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -167,17 +167,9 @@ def test_inpaint(channels, scheduler, strength):
     expected, sampler = run(
         theirs, ours, scheduler, given, [*drawn, NOISE, masked], strength=strength
     )
-    latents = tasks.inpaint(
-        ours,
-        params,
-        sampler,
-        KEYS,
-        *prompt,
-        IMAGES,
-        MASK,
-        strength=strength or 1.0,
-        guidance=CFG,
-    )
+    options = {"strength": strength or 1.0}
+    inputs = tasks.repainted(ours, params, KEYS, *prompt, IMAGES, MASK, **options)
+    latents = draw(ours, params, sampler, KEYS, inputs, CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -188,9 +180,8 @@ def test_instruct(scheduler):
     given |= {"image": tiny.torch_image(IMAGES), "image_guidance_scale": 1.5}
     given["latents"] = tiny.torch_image(NOISE)
     expected, sampler = run(theirs, ours, scheduler, given)
-    latents = tasks.instruct(
-        ours, params, sampler, KEYS, cond, null, IMAGES, guidance=(instruct(3.0, 1.5),)
-    )
+    inputs = tasks.edited(ours, params, cond, null, IMAGES)
+    latents = draw(ours, params, sampler, KEYS, inputs, (instruct(3.0, 1.5),))
     assert_same(ours, params, latents, expected)
 
 
@@ -207,9 +198,8 @@ def test_upscale(scheduler):
     given["latents"] = tiny.torch_image(NOISE)
     drawn = [image_noise(folded(KEYS, tasks.LOW_RES), (8, 8, 3))]
     expected, sampler = run(theirs, ours, scheduler, given, drawn)
-    latents = tasks.upscale(
-        ours, params, sampler, KEYS, *prompt, small, noise_level=70, guidance=CFG
-    )
+    inputs = tasks.upscaled(ours, KEYS, *prompt, small, noise_level=70)
+    latents = draw(ours, params, sampler, KEYS, inputs, CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -218,7 +208,8 @@ def test_class_to_image(scheduler):
     theirs, ours, params = both("DiTPipeline", scheduler, kind="dit")
     given = {"class_labels": [3, 999], "guidance_scale": 3.0, "output_type": "np"}
     expected, sampler = run(theirs, ours, scheduler, given, [NOISE])
-    latents = tasks.class_to_image(ours, params, sampler, KEYS, [3, 999], guidance=CFG)
+    inputs = tasks.new(ours, *ours.conditioner(params, [3, 999]))
+    latents = draw(ours, params, sampler, KEYS, inputs, CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -228,7 +219,7 @@ def test_distilled_guidance():
     given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE), "guidance_scale": 1.5}
     noises = [image_noise(KEYS, (8, 8, 4), r + 1) for r in range(3)]
     expected, sampler = run(theirs, ours, "lcm", given, noises)
-    latents = tasks.text_to_image(ours, params, sampler, KEYS, cond, null, guidance=(cfg(1.5),))
+    latents = draw(ours, params, sampler, KEYS, tasks.new(ours, cond, null), (cfg(1.5),))
     assert_same(ours, params, latents, expected)
 
 
@@ -255,7 +246,7 @@ def test_sdxl(scheduler):
     given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
     given |= {"original_size": (40, 24), "crops_coords_top_left": (2, 3)}
     expected, sampler = run(theirs, ours, scheduler, given)
-    latents = tasks.text_to_image(ours, params, sampler, KEYS, *prompt, guidance=CFG)
+    latents = draw(ours, params, sampler, KEYS, tasks.new(ours, *prompt), CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -266,7 +257,8 @@ def test_sdxl_image_to_image(scheduler):
     given |= {"image": tiny.torch_image(IMAGES), "strength": 0.5}
     drawn = [posterior_noise(), NOISE]
     expected, sampler = run(theirs, ours, scheduler, given, drawn, strength=0.5)
-    latents = tasks.image_to_image(ours, params, sampler, KEYS, *prompt, IMAGES, guidance=CFG)
+    inputs = tasks.from_picture(ours, params, KEYS, *prompt, IMAGES)
+    latents = draw(ours, params, sampler, KEYS, inputs, CFG)
     assert_same(ours, params, latents, expected)
 
 
@@ -280,7 +272,7 @@ def test_sdxl_with_refiner(scheduler):
         requires_aesthetics_score=True,
     )
     steps, fraction = 8, 0.5
-    first, last = tasks.hand_over(our_base.scheduler, our_refiner.scheduler, steps, fraction)
+    first, last = samplers.hand_over(our_base.scheduler, our_refiner.scheduler, steps, fraction)
     assert (first.solver.evaluations, last.solver.evaluations) == (4, 4)
     given, prompt = sdxl_prompts((16, 16))
     given |= {"height": 16, "width": 16, "latents": tiny.torch_image(NOISE)}
@@ -294,8 +286,8 @@ def test_sdxl_with_refiner(scheduler):
     given |= {"denoising_start": fraction, "num_inference_steps": steps, "image": between}
     with torch.no_grad(), tiny.noises(*(again if stochastic else [])):
         expected = refiner(**given).images
-    latents = tasks.text_to_image(our_base, base_params, first, KEYS, *prompt, guidance=CFG)
-    refined = tasks.refine(
-        our_refiner, refiner_params, last, KEYS, *refined_prompt, latents, guidance=CFG
-    )
+    latents = draw(our_base, base_params, first, KEYS, tasks.new(our_base, *prompt), CFG)
+    keys = folded(KEYS, tasks.REFINER)
+    inputs = tasks.continued(*refined_prompt, latents)
+    refined = draw(our_refiner, refiner_params, last, keys, inputs, CFG)
     assert_same(our_refiner, refiner_params, refined, expected)

@@ -1,0 +1,68 @@
+"""A pretrained model is swept, judged and given learned solvers like a run."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_pipelines as tiny
+
+from configs import base
+from diffusion.modes import evaluate, learn, sample, sweep
+
+CAPTIONS = ["a red cat", "a blue cat", "a red house", "a blue house", "a dog", "a horse"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Of a tiny Stable Diffusion, with captioned pictures."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    tiny.whole(folder=folder / "sd")
+    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
+    np.savez(folder / "pairs.npz", images=images, caption=np.array(4 * CAPTIONS))
+    c = base.get_config()
+    c.model.path = str(folder / "sd")
+    c.data.update(name="captioned", dir=str(folder / "pairs.npz"), size=16, held_out=0.4)
+    c.sampler.update(steps=4, batch_size=4, guidance="cfg(3)")
+    c.samples.update(count=4, columns=2)
+    c.evaluation.count = 4
+    c.sweep.update(solvers=("ddim", "EulerDiscreteScheduler"), evaluations=(2, 4))
+    c.sweep.update(reference="dpmpp_2m", reference_steps=4)
+    c.learn.update(evaluations=(4,), teacher="ddim", teacher_steps=8, count=4, held_out=4, test=4)
+    c.learn.update(batch_size=4, iterations=2, against=("ddim", "dpmpp_2m"), grids=("uniform",))
+    return c
+
+
+def test_evaluate(config, tmp_path):
+    c = config.copy_and_resolve_references()
+    c.evaluation.metrics = ("caption_gap(draws=1)", "retrieval()", "nearest()")
+    evaluate.run(c, str(tmp_path))
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["retrieval_pictures"] == 4 and 2 <= found["retrieval_captions"] <= 4
+    assert found["captions_count"] == 4 * found["retrieval_captions"]
+    assert all(np.isfinite(v) for v in found.values() if isinstance(v, float))
+    assert found["captions_loss"] > 0 and found["nearest_train"] > 0
+    assert found["captions_loss"] != found["captions_loss_other"]
+
+
+def test_sweep(config, tmp_path):
+    c = config.copy_and_resolve_references()
+    c.evaluation.metrics = ("nearest()",)
+    sweep.run(c, str(tmp_path))
+    text = (tmp_path / "sweep.json").read_text()
+    for name in ("ddim", "EulerDiscreteScheduler"):
+        assert name in text and name in (tmp_path / "sweep.md").read_text()
+    assert "nearest_train" in text
+    assert (tmp_path / "sweep.png").stat().st_size > 0
+
+
+def test_learned_solvers_are_drawn_with(config, tmp_path):
+    learn.run(config, str(tmp_path))
+    row = json.loads((tmp_path / "learned.json").read_text())["rows"][0]
+    assert row["evaluations"] == 4 and row["learned"] > 0 and row["best_fixed"] > 0
+    c = config.copy_and_resolve_references()
+    c.sampler.solver = f"from_file(path='{tmp_path / 'learned_4.npz'}')"
+    c.samples.prompt = "a red cat"
+    sample.run(c, str(tmp_path))
+    drawn = np.load(tmp_path / "samples" / "samples.npz")
+    assert drawn["x"].shape == (4, 8, 8, 4) and drawn["image"].shape == (4, 16, 16, 3)
+    assert drawn["caption"].tolist() == 4 * ["a red cat"]
