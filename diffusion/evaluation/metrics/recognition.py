@@ -29,14 +29,7 @@ def recognition(samples: np.ndarray, labels: np.ndarray, classifier: Classifier)
 
 
 def metric(classifier: str, weights: str = "") -> Metric:
-    """Recognition by ``classifiers.CHOICES``; ``weights`` is the file of one that needs it.
-
-    Figures: recognised, over all samples; recognised_real, the classifier's accuracy on how many
-    held-out real examples; recognised_per_class; classifier, its name.
-
-    Raises:
-      ValueError: there is no such classifier or file.
-    """
+    """``recognition`` by one of ``classifiers.CHOICES``; ``weights`` is its file, if any."""
     judge = classifiers.make(classifier, weights)
 
     def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
