@@ -121,9 +121,9 @@ def _thumb(picture: np.ndarray) -> Image.Image:
     image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).convert("RGB")
     longest = max(image.size)
     if longest <= CELL:
-        factor = CELL // longest
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    size = (max(1, image.width * CELL // longest), max(1, image.height * CELL // longest))
+        size = [side * (CELL // longest) for side in image.size]
+        return image.resize(size, Image.Resampling.NEAREST)
+    size = [max(1, side * CELL // longest) for side in image.size]
     return image.resize(size, Image.Resampling.LANCZOS)
 
 

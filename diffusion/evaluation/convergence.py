@@ -118,6 +118,7 @@ def run(
     draw: Callable[[Solver], np.ndarray],
     judge: Callable[[np.ndarray], Mapping[str, float]],
     reference: Callable[[], tuple[np.ndarray, float]],
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measures every entry that ``path`` has no result of yet, and keeps all results there.
 
@@ -129,6 +130,7 @@ def run(
       judge: samples -> figures of merit, and those of real data under names ending in "_real".
       reference: -> the first M samples of the exact flow from the same noises, and their own error;
         called if it is needed.
+      report: takes a line per point.
 
     Returns:
       settings, reference_error, real (by measure) and rows: per entry solver, budget, steps,
@@ -152,7 +154,7 @@ def run(
             partial.write_text(json.dumps(result, indent=2) + "\n")
             partial.replace(path)
         rows.append(row | {"budget": entry.budget})
-        print(_line(row))
+        report(_line(row))
     return result | {"rows": rows}
 
 

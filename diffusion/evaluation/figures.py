@@ -226,8 +226,7 @@ def trajectory_gif(
 ) -> None:
     """An endless animation with one frame per state: xs [S, N, H, W, C] in [-1, 1] into a GIF.
 
-    Each frame is a grid of the N images; the last one is held for ``hold`` milliseconds. (Equal
-    neighbours are stored as one longer frame.)
+    Each frame is a grid of the N images; the last one is held for ``hold`` milliseconds.
     """
     xs = _check_trajectory(xs, 5)
     frames = [Image.fromarray(image_grid(x, columns, scale=scale)) for x in xs]

@@ -126,8 +126,6 @@ def evaluate_bits(
       denoiser: params -> conditional denoiser, without guidance or clipping, which would change the
         model's distribution.
       schedule: the one it was trained on.
-      params: its weights.
-      sources: by name.
       count: examples of each, chosen at random (all, if there are fewer).
       batch_size: per call, over all devices.
       labels: whether the model gets each example's label; the result is then about p(x | label).

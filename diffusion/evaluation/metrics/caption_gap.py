@@ -39,7 +39,6 @@ def caption_gap(
       source: captioned examples, held out; every one is used.
       times: time distribution of the loss, whose weighting is simple.
       draws: noise levels per example; its loss is the mean over them.
-      batch_size: examples at once.
       seed: of the noise, and of the choice of other captions.
 
     Returns:

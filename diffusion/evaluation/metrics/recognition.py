@@ -14,9 +14,8 @@ from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
 def recognition(samples: np.ndarray, labels: np.ndarray, classifier: Classifier) -> dict[str, Any]:
     """Recognition of samples [N, H, W, C] in [-1, 1], drawn for the classes ``labels`` [N].
 
-    Returns:
-      recognised, over all samples; recognised_per_class; and, for comparison, the classifier's name
-      and recognised_real, its accuracy on how many held-out real examples.
+    recognised is over all samples; recognised_real is the classifier's accuracy on
+    recognised_real_count held-out real examples.
     """
     hit = classifier.predict(samples) == labels
     return {
