@@ -43,12 +43,7 @@ CHOICES = ("digits_svc", "lenet5")
 def make(name: str, weights: str = "") -> Callable[[Source], Classifier]:
     """Held-out examples -> the classifier of that name, with its accuracy on them.
 
-    Args:
-      name: one of ``CHOICES``.
-      weights: LeNet-5's file.
-
-    Raises:
-      ValueError: there is no such classifier, or no file.
+    ``weights`` is LeNet-5's file.
     """
     if name not in CHOICES:
         raise unknown("classifier", name, CHOICES)
@@ -76,12 +71,7 @@ def digits_svc() -> Classifier:
 
     train = sources.digits("train").all()
     svc = SVC(C=10.0).fit(_flat(train["x"]), train["label"])
-    classifier = Classifier(
-        name="SVC",
-        predict=lambda x: svc.predict(_flat(x)),
-        features=_flat,
-        feature_name="64 pixels",
-    )
+    classifier = Classifier("SVC", lambda x: svc.predict(_flat(x)), _flat, "64 pixels")
     return measure(classifier, sources.digits("test"))
 
 
@@ -90,29 +80,21 @@ def lenet5(path: str | Path) -> Classifier:
 
     Layers: convolutions 6, 16, 120 (5 x 5, ReLU, 2 x 2 max-pooling after the first two), dense
     84 and 10, input 32 x 32 in [0, 1], enlarged bilinearly from 28 x 28. Takes [N, 28, 28, 1] in
-    [-1, 1], or [N, 32, 32, 1], whose border of two pixels is cut off.
-
-    Args:
-      path: file with ``convnet.{c1,c3,c5}``, ``fc.{f6,f7}``, each with ``.weight`` and ``.bias``
-        in PyTorch's layouts.
+    [-1, 1], or [N, 32, 32, 1], whose border of two pixels is cut off. The file has
+    ``convnet.{c1,c3,c5}`` and ``fc.{f6,f7}``, each with ``.weight`` and ``.bias`` in PyTorch's
+    layouts.
     """
     with np.load(path) as file:
         weights = {name: jnp.asarray(file[name]) for name in file.files}
 
     def run(x: np.ndarray, output: int) -> np.ndarray:
         if x.shape[1:] not in ((28, 28, 1), (32, 32, 1)):
-            raise ValueError(
-                f"LeNet-5 takes images [N, 28, 28, 1] or [N, 32, 32, 1], got {x.shape}"
-            )
+            raise ValueError(f"LeNet-5 takes [N, 28, 28, 1] or [N, 32, 32, 1], got {x.shape}")
         parts = [_lenet5(weights, x[i : i + 1000])[output] for i in range(0, len(x), 1000)]
         return np.concatenate([np.asarray(part) for part in parts])
 
-    return Classifier(
-        name="LeNet-5",
-        predict=lambda x: run(x, 0).argmax(-1),
-        features=lambda x: run(x, 1),
-        feature_name="84 features of LeNet-5",
-    )
+    predict, features = lambda x: run(x, 0).argmax(-1), lambda x: run(x, 1)
+    return Classifier("LeNet-5", predict, features, "84 features of LeNet-5")
 
 
 @jax.jit

@@ -37,8 +37,7 @@ def contact_sheet(
       pictures: each [H, W, 1 or 3] in [-1, 1], of any sizes; small ones are enlarged by whole
         factors, large ones reduced.
       texts: the descriptions beneath the pictures; cut after a few lines.
-      title: of the page.
-      subtitle: below the title.
+      title, subtitle: of the page.
       columns: pictures in a row.
       plots: each draws one of the diagrams, which stand side by side.
     """
@@ -92,10 +91,9 @@ def bars(title: str, names: Sequence[str], counts: Sequence[int], most: int = 12
         axes.set(title=title, yticks=place, yticklabels=shown, xticks=[])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(max(len(shown), 6) - 0.4, -0.6)
+        style = {"va": "center", "fontsize": 6, "color": MUTED, "clip_on": False}
         for k, count in enumerate(counts[:most]):
-            axes.annotate(
-                f" {count:,}", (count, k), va="center", fontsize=6, color=MUTED, clip_on=False
-            )
+            axes.annotate(f" {count:,}", (count, k), **style)
         axes.margins(x=0.2)
         if len(names) > most:
             axes.set_xlabel(f"and {len(names) - most:,} more", color=MUTED)
@@ -123,17 +121,17 @@ def _thumb(picture: np.ndarray) -> Image.Image:
     image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).convert("RGB")
     longest = max(image.size)
     if longest <= CELL:
-        factor = CELL // longest
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    size = (max(1, image.width * CELL // longest), max(1, image.height * CELL // longest))
+        size = [side * (CELL // longest) for side in image.size]
+        return image.resize(size, Image.Resampling.NEAREST)
+    size = [max(1, side * CELL // longest) for side in image.size]
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
     lines = textwrap.wrap(text, width, break_on_hyphens=False)
-    return (
-        lines if len(lines) <= LINES else [*lines[: LINES - 1], lines[LINES - 1][: width - 1] + "…"]
-    )
+    if len(lines) > LINES:
+        lines[LINES - 1 :] = [lines[LINES - 1][: width - 1] + "…"]
+    return lines
 
 
 def _diagrams(plots: Sequence[Plot], width: int) -> np.ndarray:

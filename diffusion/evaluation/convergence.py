@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from diffusion.evaluation.figures import GRAY, new_figure
+from diffusion.evaluation.figures import GRAY, MUTED, log_axis, new_figure
 from diffusion.sampling.tables import Solver
 
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626")
@@ -29,14 +29,7 @@ Row = dict[str, Any]
 
 
 class Entry(NamedTuple):
-    """One point to measure.
-
-    Attributes:
-      solver: as in a config.
-      steps: of the grid.
-      table: of at most ``budget`` evaluations.
-      budget: the evaluations allowed.
-    """
+    """One point to measure: a solver's table of at most ``budget`` evaluations."""
 
     solver: str
     steps: int
@@ -45,13 +38,13 @@ class Entry(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A figure of merit: its key in a row, its name, its axis, and a real data's value if any."""
+    """A figure of merit: its key in a row, its name, its axis, and what it is compared with."""
 
     key: str
     name: str
     log: bool
-    real: float | None = None
-    real_name: str = "real data"
+    real: float | None
+    beside: str
 
 
 def plan(
@@ -59,13 +52,8 @@ def plan(
 ) -> tuple[list[Entry], list[str]]:
     """Each solver at each budget, with the most steps that it allows.
 
-    Budgets at which a solver comes to the table of a smaller one are left out.
-
-    Returns:
-      The entries, and a line for each budget that is too small for a solver.
-
-    Raises:
-      ValueError: for a solver that cannot be made, or if nothing is left.
+    Budgets at which a solver comes to the table of a smaller one are left out. Returns the entries,
+    and a line for each budget that is too small for a solver.
     """
     entries, notes = [], []
     for solver in dict.fromkeys(solvers):
@@ -86,11 +74,7 @@ def plan(
 
 
 def most_steps(make: Make, solver: str, budget: int) -> tuple[int, Solver]:
-    """The largest number of steps with at most ``budget`` evaluations, and its table.
-
-    Raises:
-      ValueError: if a single step takes more, or the solver refuses so few.
-    """
+    """The largest number of steps with at most ``budget`` evaluations, and its table."""
     steps, table = budget, make(solver, budget)
     while table.evaluations > budget:
         if steps == 1:
@@ -198,7 +182,7 @@ def _measure(entry: Entry, draw: Callable, judge: Callable, target: np.ndarray |
 
 
 def _line(row: Row) -> str:
-    values = [f"{key} {_number(row[key])}" for key in _keys([row])]
+    values = [f"{key} {row[key]:.3g}" for key in _keys([row])]
     text = f"{row['solver']}: {row['evaluations']} evaluations ({row['steps']} steps): "
     return text + (", ".join(values) if row["finite"] else "not finite")
 
@@ -221,13 +205,14 @@ def _keys(rows: Sequence[Row]) -> list[str]:
 
 def measures(result: Mapping[str, Any]) -> list[Measure]:
     """The measures that some row has."""
-    real = {key: result["real"].get(f"{key}_real") for key in LABELS}
-    real["rmse"] = result["reference_error"]
-    names = {"rmse": "the reference's own error"}
-    return [
-        Measure(key, *LABELS[key], real[key], names.get(key, "real data"))
-        for key in _keys(result["rows"])
-    ]
+    found = []
+    for key in _keys(result["rows"]):
+        real, name = result["real"].get(f"{key}_real"), "real data"
+        if key == "rmse":
+            real, name = result["reference_error"], "the reference's own error"
+        beside = "" if real is None else f"{name}: {_shown(key, real)}"
+        found.append(Measure(key, *LABELS[key], real, beside))
+    return found
 
 
 def figure(path: str | Path, result: Mapping[str, Any], title: str, cost: str = "") -> None:
@@ -241,7 +226,10 @@ def figure(path: str | Path, result: Mapping[str, Any], title: str, cost: str = 
                 own = [r for r in rows if r["solver"] == solver and r.get(measure.key) is not None]
                 own.sort(key=lambda row: row["evaluations"])
                 if own:
-                    _draw_line(ax, own, measure.key, i)
+                    x, y = zip(*((row["evaluations"], row[measure.key]) for row in own))
+                    style = {"linestyle": "-" if own[0]["deterministic"] else "--", "label": solver}
+                    style |= {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+                    ax.plot(x, y, markersize=4, linewidth=1.5, alpha=0.9, **style)
             _finish(ax, measure, [row["evaluations"] for row in rows], cost)
         handles = {}
         for ax in axes:
@@ -252,53 +240,25 @@ def figure(path: str | Path, result: Mapping[str, Any], title: str, cost: str = 
         canvas.suptitle(title)
 
 
-def _draw_line(ax: Axes, rows: Sequence[Row], key: str, i: int) -> None:
-    ax.plot(
-        [row["evaluations"] for row in rows],
-        [row[key] for row in rows],
-        color=COLORS[i % len(COLORS)],
-        marker=MARKERS[i % len(MARKERS)],
-        linestyle="-" if rows[0]["deterministic"] else "--",
-        markersize=4,
-        linewidth=1.5,
-        alpha=0.9,
-        label=rows[0]["solver"],
-    )
-
-
 def _finish(ax: Axes, measure: Measure, evaluations: Sequence[int], cost: str) -> None:
     ax.set_xscale("log")
-    ticks = [t for t in sorted(set(evaluations)) if t in _round_numbers(max(evaluations))]
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    digits = (1, 2, 3, 4, 5, 6, 8, 10, 15)
+    whole = {int(d * 10**e) for d in digits for e in range(len(str(max(evaluations))))}
+    ax.xaxis.set_major_locator(FixedLocator(sorted(whole.intersection(evaluations))))
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_locator(NullLocator())
     if measure.log:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        log_axis(ax, (1, 1.5, 2, 3, 5, 7))
     if measure.key == "recognised":
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     if measure.real is not None:
         ax.axhline(measure.real, color=GRAY, linewidth=1, linestyle=":", zorder=1)
-        ax.annotate(
-            f"{measure.real_name}: {_shown(measure.key, measure.real)}",
-            (0, measure.real),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 2),
-            textcoords="offset points",
-            ha="left",
-            va="bottom",
-            fontsize=8,
-            color="#6b7280",
-        )
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        style = {"va": "bottom", "fontsize": 8, "color": MUTED}
+        ax.annotate(measure.beside, (0, measure.real), xytext=(4, 2), **place, **style)
     ax.set(xlabel=f"evaluations{cost}", title=measure.name)
     ax.grid(True)
     ax.set_axisbelow(True)
-
-
-def _round_numbers(largest: int) -> set[int]:
-    return {int(m * 10**e) for m in (1, 2, 3, 4, 5, 6, 8, 10, 15) for e in range(len(str(largest)))}
 
 
 def markdown(result: Mapping[str, Any], title: str, notes: Sequence[str] = ()) -> str:
@@ -309,19 +269,12 @@ def markdown(result: Mapping[str, Any], title: str, notes: Sequence[str] = ()) -
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
     lines = [f"# {title}", "", *(f"- {note}" for note in notes), ""]
     for measure in measures(result):
-        beside = (
-            ""
-            if measure.real is None
-            else f" ({measure.real_name}: {_shown(measure.key, measure.real)})"
-        )
+        beside = f" ({measure.beside})" if measure.beside else ""
         lines += [f"## {measure.name}{beside}", ""]
         lines += _table(solvers, budgets, lambda s, b, key=measure.key: _cell(by.get((s, b)), key))
     lines += ["## Steps (evaluations)", ""]
-    lines += _table(
-        solvers,
-        budgets,
-        lambda s, b: "{steps} ({evaluations})".format(**by[s, b]) if (s, b) in by else "",
-    )
+    steps = {place: f"{row['steps']} ({row['evaluations']})" for place, row in by.items()}
+    lines += _table(solvers, budgets, lambda s, b: steps.get((s, b), ""))
     return "\n".join(lines)
 
 
@@ -339,14 +292,8 @@ def _cell(row: Row | None, key: str) -> str:
     if not row["finite"]:
         return "not finite"
     value = row.get(key)
-    if value is None:
-        return "–"
-    return _shown(key, value)
+    return "–" if value is None else _shown(key, value)
 
 
 def _shown(key: str, value: float) -> str:
-    return f"{100 * value:.1f}" if key == "recognised" else _number(value)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{100 * value:.1f}" if key == "recognised" else f"{value:.3g}"

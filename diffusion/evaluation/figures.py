@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 Plot = Callable[[Axes], None]
@@ -115,17 +115,15 @@ def read_png(path: str | Path) -> np.ndarray:
 def read_metrics(path: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of ``key`` from a JSON-lines file; a step written twice counts once, last.
 
-    Lines without ``key`` are passed over (other metrics have other rhythms).
+    Lines without ``key`` are passed over; without any, both are empty.
     """
     values = {}
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)
         if row.get(key) is not None:
             values[row["step"]] = row[key]
-    if not values:
-        raise ValueError(f"{path} has no values of {key!r}")
-    steps = np.array(sorted(values))
-    return steps, np.array([values[s] for s in steps], np.float64)
+    steps = sorted(values)
+    return np.array(steps), np.array([values[step] for step in steps], np.float64)
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
@@ -146,10 +144,12 @@ def loss_curve(
     positive and span more than a factor of four.
     """
     steps, values = read_metrics(metrics, key)
+    if not len(steps):
+        raise ValueError(f"{metrics} has no values of {key!r}")
     finite = values[np.isfinite(values)]
-    quartiles = {k: _logged(metrics, f"{key}_q{k}") for k in range(1, len(SHADES) + 1)}
+    quartiles = {k: read_metrics(metrics, f"{key}_q{k}") for k in range(1, len(SHADES) + 1)}
     quartiles = {k: found for k, found in quartiles.items() if len(found[0]) > 1}
-    held_out = _logged(metrics, f"validation_{key}")
+    held_out = read_metrics(metrics, f"validation_{key}")
     with new_figure(path, 10.5 if quartiles else 7.0, 4.0) as figure:
         left, *right = np.atleast_1d(figure.subplots(1, 2 if quartiles else 1))
         left.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="as logged")
@@ -175,35 +175,26 @@ def loss_curve(
             _finish_curves(axes, every, key, "by quartile of the noise level")
 
 
-def _logged(metrics: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """As ``read_metrics``; empty where there is nothing."""
-    try:
-        return read_metrics(metrics, key)
-    except ValueError:
-        return np.zeros(0), np.zeros(0)
-
-
 def _annotate_end(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
-    axes.annotate(
-        f"{values[-1]:.3g}",
-        (steps[-1], values[-1]),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="center",
-        color=color,
-    )
+    style = {"textcoords": "offset points", "va": "center", "color": color}
+    axes.annotate(f"{values[-1]:.3g}", (steps[-1], values[-1]), xytext=(5, 0), **style)
 
 
 def _finish_curves(axes: Axes, values: np.ndarray, key: str, title: str) -> None:
     if len(values) and values.min() > 0 and values.max() > 4 * values.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes, (1, 2, 5))
     axes.set(xlabel="step", ylabel=key, title=title)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(True)
     axes.set_axisbelow(True)
+
+
+def log_axis(axes: Axes, digits: Sequence[float]) -> None:
+    """Makes the y-axis logarithmic, with numbers at these digits of each decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=digits))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def trajectory_strip(
@@ -235,8 +226,7 @@ def trajectory_gif(
 ) -> None:
     """An endless animation with one frame per state: xs [S, N, H, W, C] in [-1, 1] into a GIF.
 
-    Each frame is a grid of the N images; the last one is held for ``hold`` milliseconds. (Equal
-    neighbours are stored as one longer frame.)
+    Each frame is a grid of the N images; the last one is held for ``hold`` milliseconds.
     """
     xs = _check_trajectory(xs, 5)
     frames = [Image.fromarray(image_grid(x, columns, scale=scale)) for x in xs]
@@ -262,19 +252,16 @@ def density_figure(path: str | Path, samples: np.ndarray, data: np.ndarray | Non
 def path_figure(path: str | Path, xs: np.ndarray, *, lines: int = 200) -> None:
     """The ways xs [S, K, 2] of the first ``lines`` points from noise to data, into a PNG."""
     xs = _check_trajectory(xs, 3)[:, :lines]
-    with new_figure(path, 4.4, 4.4) as figure:
-        _draw_trajectories(figure.subplots(), xs, 1.15 * float(np.abs(xs[-1]).max()))
-
-
-def _draw_trajectories(ax: Axes, xs: np.ndarray, limit: float) -> None:
-    for line in xs.swapaxes(0, 1):
-        ax.plot(*line.T, color=GRAY, linewidth=0.5, alpha=0.5)
-    ax.scatter(*xs[0].T, s=6, color=ORANGE, label="noise", zorder=2, linewidths=0)
-    ax.scatter(*xs[-1].T, s=6, color=BLUE, label="sample", zorder=3, linewidths=0)
     # Noise of a large sigma lies far outside: show the greater part of it, at most thrice the data.
-    reach = float(np.quantile(np.abs(xs[0]).max(-1), 0.9))
-    _square(ax, np.clip(1.1 * reach, limit, 3 * limit), f"trajectories (n = {xs.shape[1]:,})")
-    ax.legend(loc="upper right", handletextpad=0.2, frameon=True, framealpha=0.9, markerscale=2)
+    limit, reach = 1.15 * np.abs(xs[-1]).max(), 1.1 * np.quantile(np.abs(xs[0]).max(-1), 0.9)
+    with new_figure(path, 4.4, 4.4) as figure:
+        ax = figure.subplots()
+        for line in xs.swapaxes(0, 1):
+            ax.plot(*line.T, color=GRAY, linewidth=0.5, alpha=0.5)
+        ax.scatter(*xs[0].T, s=6, color=ORANGE, label="noise", zorder=2, linewidths=0)
+        ax.scatter(*xs[-1].T, s=6, color=BLUE, label="sample", zorder=3, linewidths=0)
+        _square(ax, np.clip(reach, limit, 3 * limit), f"trajectories (n = {xs.shape[1]:,})")
+        ax.legend(loc="upper right", handletextpad=0.2, frameon=True, framealpha=0.9, markerscale=2)
 
 
 def _square(ax: Axes, limit: float, title: str) -> None:

@@ -16,16 +16,8 @@ AUTO = "auto"
 
 
 def make(given: str | Sequence[str], pipeline: Any, name: str = "metrics") -> dict[str, Metric]:
-    """Metrics by their specs.
-
-    Args:
-      given: specs of ``metrics.CHOICES``; "auto" are those that need nothing but the data.
-      pipeline: that is to be judged.
-      name: what errors call the specs.
-
-    Raises:
-      ValueError: for an unknown metric, or an option that is impossible.
-    """
+    """Metrics by their specs, of ``metrics.CHOICES``; "auto" are those that need nothing but the
+    data of the pipeline that is to be judged. ``name`` is what errors call the specs."""
     if given == AUTO:
         text = pipeline.conditioner.subject == "text"
         given = ("caption_gap()", "retrieval()", "nearest()") if text else pipeline.view.metrics
@@ -35,11 +27,7 @@ def make(given: str | Sequence[str], pipeline: Any, name: str = "metrics") -> di
 
 
 def evaluate(
-    chosen: Mapping[str, Metric],
-    pipeline: Any,
-    params: Any,
-    data: Data,
-    draw: Callable[[], Drawn],
+    chosen: Mapping[str, Metric], pipeline: Any, params: Any, data: Data, draw: Callable[[], Drawn]
 ) -> dict[str, Any]:
     """The figures of all metrics, by name.
 

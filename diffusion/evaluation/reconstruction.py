@@ -35,8 +35,8 @@ def save_grid(
 def measure(objective: Autoencoding, params: Any, train: Source, held_out: Source) -> dict:
     """How well held-out images are reconstructed, and the deviation of training images' latents.
 
-    The peak signal-to-noise ratio is 10 log10(4 / mse) in dB of each image, averaged; images are in
-    [-1, 1], reconstructions are clipped to that.
+    psnr is 10 log10(4 / mse) in dB, averaged over images; they are in [-1, 1], and reconstructions
+    are clipped to that.
     """
     function = partial(_reconstruct, objective, params)
     errors = [

@@ -7,6 +7,10 @@ from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 _TRANSFORMERS = """
     add_cross_attention architectures bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward classifier_dropout cross_attention_hidden_size decoder_start_token_id
@@ -52,11 +56,7 @@ def theirs(table: Table, net: Any) -> dict[str, Any]:
 
 
 def architecture(config: Mapping[str, Any], supported: Collection[str]) -> str:
-    """The class of a ``config.json`` of transformers: ``_class_name``, or else ``architectures``.
-
-    Raises:
-      ValueError: the class is not supported.
-    """
+    """The class of a ``config.json``: ``_class_name``, or else the first of ``architectures``."""
     listed = config.get("architectures") or [None]
     name = config.get("_class_name", listed[0])
     if name not in supported:
@@ -97,6 +97,29 @@ def fields(
             raise ValueError(f"{field}={value!r}: {what} is supported with {choices}")
     used = {field: config.get(field, default) for field, default in defaults.items()}
     return SimpleNamespace(**{field: _frozen(value) for field, value in used.items()})
+
+
+def side(c: SimpleNamespace, field: str, what: str) -> Any:
+    """A field that is one number, or a list of equal ones, as one number."""
+    value = getattr(c, field)
+    sides = set(value) if isinstance(value, tuple) else {value}
+    if len(sides) != 1:
+        raise ValueError(f"{field}={value}: {what} is supported with squares")
+    return sides.pop()
+
+
+def kinds(c: SimpleNamespace, field: str, what: str, classes: Mapping[Any, str]) -> list[Any]:
+    """The kinds of a list of blocks, from the table kind -> the class of such a block."""
+    known = {name: kind for kind, name in classes.items()}
+    for name in getattr(c, field):
+        if name not in known:
+            raise ValueError(f"{field}: {what} supports {', '.join(known)}, got {name!r}")
+    return [known[name] for name in getattr(c, field)]
+
+
+def array(*shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    """The shape of an argument of a network, with a batch of 1."""
+    return jax.ShapeDtypeStruct((1, *shape), dtype)
 
 
 def _frozen(value: Any) -> Any:

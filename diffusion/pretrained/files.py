@@ -20,19 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 DTYPES = {
-    "F64": np.dtype("float64"),
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype(jnp.bfloat16),
-    "I64": np.dtype("int64"),
-    "I32": np.dtype("int32"),
-    "I16": np.dtype("int16"),
-    "I8": np.dtype("int8"),
-    "U64": np.dtype("uint64"),
-    "U32": np.dtype("uint32"),
-    "U16": np.dtype("uint16"),
-    "U8": np.dtype("uint8"),
-    "BOOL": np.dtype("bool"),
+    **{"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2")},
+    **{"BF16": np.dtype(jnp.bfloat16), "BOOL": np.dtype("bool")},
+    **{f"{kind}{8 * n}": np.dtype(f"{kind.lower()}{n}") for kind in "IU" for n in (8, 4, 2, 1)},
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
@@ -42,24 +32,18 @@ weights = weights.get("state_dict", weights)
 tensors = {{k: v.clone().contiguous() for k, v in weights.items() if torch.is_tensor(v)}}
 save_file(tensors, {target!r}, {{"format": "pt"}})"""
 """How to convert a pickle, where torch and safetensors are installed."""
+PYTORCH = {"format": "pt"}
+"""Metadata of weights; transformers refuses files without ``format``."""
 _ALIGNMENT = 64  # bytes; XLA on the CPU uses host arrays of this alignment without a copy
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor whose values are read later.
-
-    Attributes:
-      shape: its shape.
-      dtype: its dtype, as stored.
-      read: returns the values, an array of that shape and dtype.
-      source: its file, for messages.
-    """
+    """A tensor whose values, an array of this shape and dtype, ``read`` reads later."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
-    source: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +107,7 @@ def open_file(path: str | Path) -> dict[str, Tensor]:
             )
         spans.append((first, last))
         read = _reader(path, start + first, shape, dtype)
-        tensors[key] = Tensor(shape, dtype, read, str(path))
+        tensors[key] = Tensor(shape, dtype, read)
     spans.sort()
     ends = [0, *(last for _, last in spans)]
     if any(first != end for (first, _), end in zip(spans, ends)):
@@ -139,20 +123,10 @@ def metadata(path: str | Path) -> dict[str, str]:
     return dict(_header(Path(path))[0].get("__metadata__", {}))
 
 
-def write_file(
-    path: str | Path, tensors: Tensors, metadata: Mapping[str, str] = {"format": "pt"}
-) -> None:
-    """Writes a safetensors file, one tensor in memory at a time.
+def write_file(path: str | Path, tensors: Tensors, metadata: Mapping[str, str] = PYTORCH) -> None:
+    """Writes a safetensors file, one tensor in memory at a time, into a folder that exists.
 
     The file appears under its name only when it is complete: until then it is ``NAME.partial``.
-
-    Args:
-      path: the file; its folder exists.
-      tensors: key -> tensor.
-      metadata: strings for the header; transformers refuses files without ``format``.
-
-    Raises:
-      ValueError: for a dtype that safetensors lacks.
     """
     with written(Path(path), tensors, metadata):
         pass

@@ -26,11 +26,7 @@ _SHARD = r"-\d{5}-of-\d{5}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
-
-    Raises:
-      FileNotFoundError, ValueError: if it is not there, or not a JSON object.
-    """
+    """A JSON file's object."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
@@ -52,11 +48,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def open_folder(folder: str | Path, variant: str | None = None) -> dict[str, files.Tensor]:
     """The tensors of a model folder, none of them read yet.
 
-    Every shard's header is read and checked against the index.
-
-    Args:
-      folder: holds the weights.
-      variant: which set of weights, e.g. 'fp16'; None for the one without a name.
+    Every shard's header is read and checked against the index. ``variant`` is the set of weights,
+    e.g. 'fp16', or None for the one without a name.
 
     Raises:
       FileNotFoundError: without the folder, its weights, the variant, or a shard.
@@ -151,7 +144,6 @@ def write_folder(
     *,
     max_shard_bytes: float = 10e9,
     variant: str | None = None,
-    metadata: Mapping[str, str] = {"format": "pt"},
 ) -> None:
     """Writes a model's weights into a folder, sharded where they are large.
 
@@ -166,10 +158,6 @@ def write_folder(
       tensors: key -> tensor, in the order in which they fill the shards.
       max_shard_bytes: a larger tensor has a shard of its own.
       variant: another name, e.g. 'fp16'.
-      metadata: for the headers.
-
-    Raises:
-      ValueError: the folder holds other things, or the shard size or variant is not allowed.
     """
     folder = check_folder(folder)
     if max_shard_bytes <= 0:
@@ -184,7 +172,7 @@ def write_folder(
     with ExitStack() as stack:
         for name, keys in zip(names, shards):
             part = {key: tensors[key] for key in keys}
-            stack.enter_context(files.written(folder / name, part, metadata))
+            stack.enter_context(files.written(folder / name, part, files.PYTORCH))
         for path in _former(folder, base, variant):
             if path.name not in names:
                 path.unlink()
@@ -210,22 +198,16 @@ def split(tensors: files.Tensors, max_bytes: float) -> list[list[str]]:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """The folder, if a model may be written there: new, empty, or a model's already.
-
-    Raises:
-      ValueError: it is a file, or holds other things than a model.
-    """
+    """The folder, if a model may be written there: new, empty, or a model's already."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a model is saved into a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        model = (folder / "config.json").is_file() or variants(folder)
-        if not model:
-            held = sorted(path.name for path in folder.iterdir())
-            raise ValueError(
-                f"{folder} is not empty and not a model's folder (it holds {_some(held)});"
-                " choose a new folder"
-            )
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held and "config.json" not in held and not variants(folder):
+        raise ValueError(
+            f"{folder} is not empty and not a model's folder (it holds {_some(held)});"
+            " choose a new folder"
+        )
     return folder
 
 

@@ -7,7 +7,6 @@ The hub's library keeps fetched files in its own cache and looks there first; ``
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion.pretrained import files, folders
@@ -24,7 +23,6 @@ def locate(
     variant: str | None = None,
     revision: str | None = None,
     weights: bool = True,
-    components: Sequence[str] = (),
 ) -> Path:
     """The folder of a model or pipeline, fetched from the hub if this machine has none.
 
@@ -34,7 +32,6 @@ def locate(
       variant: fetch these weights only.
       revision: a branch, tag or commit on the hub, 'main' by default.
       weights: whether to fetch weights, or configurations and tokenizers only.
-      components: fetch only these subfolders of a pipeline (and its index); all by default.
 
     Raises:
       FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
@@ -42,7 +39,7 @@ def locate(
     """
     path = Path(path_or_id).expanduser()
     if not path.exists():
-        path = _fetch(str(path_or_id), patterns(subfolder, variant, weights, components), revision)
+        path = _fetch(str(path_or_id), _patterns(subfolder, variant, weights), revision)
     if path.is_file():
         if path.suffix in files.PICKLES:
             raise files.refuse_pickle(path)
@@ -57,12 +54,7 @@ def locate(
     return folder
 
 
-def patterns(
-    subfolder: str | None = None,
-    variant: str | None = None,
-    weights: bool = True,
-    components: Sequence[str] = (),
-) -> list[str]:
+def _patterns(subfolder: str | None, variant: str | None, weights: bool) -> list[str]:
     """The files to fetch from a repository: shell patterns, whose ``*`` matches ``/`` as well.
 
     Repositories hold the same weights several times (variants, pickles, single files); of each
@@ -75,12 +67,10 @@ def patterns(
         single = folders.single_name(base, variant)
         stem = single.removesuffix(".safetensors")
         names += [single, f"{stem}{shards}.safetensors", f"{base}{shards}{former}.safetensors"]
-    within = [subfolder] if subfolder else list(components)
-    if within:
-        top = [] if subfolder else ["model_index.json"]
-        return top + list(dict.fromkeys(f"{part}/{name}" for part in within for name in names))
-    everywhere = list(dict.fromkeys(names))
-    return everywhere + [f"*/{name}" for name in everywhere if name not in _NO_WEIGHTS]
+    names = list(dict.fromkeys(names))
+    if subfolder:
+        return [f"{subfolder}/{name}" for name in names]
+    return names + [f"*/{name}" for name in names if name not in _NO_WEIGHTS]
 
 
 def _fetch(repo: str, allow: list[str], revision: str | None) -> Path:

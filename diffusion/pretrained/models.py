@@ -110,11 +110,7 @@ def example(module: nn.Module) -> tuple:
 
 
 def class_name(config: Mapping[str, Any], source: str = "config.json") -> str:
-    """The class of a config.json: diffusers' ``_class_name`` or transformers' ``architectures``.
-
-    Raises:
-      ValueError: if it names none, or one that is not supported.
-    """
+    """The class of a config.json: diffusers' ``_class_name`` or transformers' ``architectures``."""
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
     if not isinstance(name, str):
         raise ValueError(f"{source} names no class, in _class_name or architectures")
@@ -211,8 +207,7 @@ def save(
 
     Args:
       folder: new, empty, or a model's, which is then replaced.
-      module: the network.
-      params: its parameters.
+      module, params: the network.
       config: a config.json of this network, written unchanged, such as the loaded one; by default
         a new one is made.
       dtype: of the weights in the file; by default the parameters' own.
@@ -225,15 +220,15 @@ def save(
     """
     file = _file(module)
     own = file.to_config(module)
-    if config is not None and file.to_config(file.from_config(config)) != own:
-        other = file.to_config(file.from_config(config))
-        differing = [key for key in own if own[key] != other.get(key)]
+    other = own if config is None else file.to_config(file.from_config(config))
+    differing = [key for key in own if own[key] != other.get(key)]
+    if differing:
         raise ValueError(f"config describes another network; it differs in {', '.join(differing)}")
-    config = dict(own if config is None else config)
     table = file.names(module)
     tensors = weights.save_params(table, params, dtype=dtype)
     expected = names.bind(table, shapes(module))
     names.check(expected, {key: tensor.shape for key, tensor in tensors.items()}, "params")
+    config = dict(own if config is None else config)
     base = folders.DIFFUSERS if "_class_name" in config else folders.TRANSFORMERS
     folders.write_folder(folder, base, tensors, max_shard_bytes=max_shard_bytes, variant=variant)
     folders.write_json(Path(folder) / "config.json", config)

@@ -27,12 +27,7 @@ Arrays = Sequence[np.ndarray]
 
 
 class Layout(NamedTuple):
-    """The layouts of a match's numbers on both sides; both functions only move numbers.
-
-    Attributes:
-      join: the arrays elsewhere -> ours.
-      split: ours -> the arrays elsewhere.
-    """
+    """Moves a match's numbers: ``join`` from the arrays elsewhere to ours, ``split`` back."""
 
     join: Callable[[Arrays], Arrays]
     split: Callable[[Arrays], Arrays]
@@ -44,18 +39,11 @@ def _each(read: Callable[[np.ndarray], np.ndarray], write: Callable[[np.ndarray]
     )
 
 
-def _channels_last(a: np.ndarray) -> np.ndarray:
-    """PyTorch's [out, in, ...] -> [..., in, out]."""
-    return np.moveaxis(a, (1, 0), (-2, -1))
-
-
-def _channels_first(a: np.ndarray) -> np.ndarray:
-    return np.moveaxis(a, (-2, -1), (1, 0))
-
-
 PLAIN = _each(lambda a: a, lambda a: a)
-KERNEL = _each(_channels_last, _channels_first)
-"""Kernels of matrices and convolutions."""
+KERNEL = _each(
+    lambda a: np.moveaxis(a, (1, 0), (-2, -1)), lambda a: np.moveaxis(a, (-2, -1), (1, 0))
+)
+"""Kernels of matrices and convolutions: PyTorch's [out, in, ...] there, [..., in, out] here."""
 POINTWISE = _each(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
 """A 1 x 1 convolution there, a matrix here."""
 
@@ -123,14 +111,8 @@ class Names:
 
 
 class Match(NamedTuple):
-    """Parameters of ours and the tensors that hold the same numbers elsewhere.
-
-    Attributes:
-      ours: paths "a/b/kernel".
-      theirs: keys "a.b.weight".
-      shapes: of the tensors under these keys.
-      layout: converts one into the other.
-    """
+    """Parameters of ours, by paths "a/b/kernel", and the tensors that hold the same numbers
+    elsewhere, by keys "a.b.weight" and with their shapes there."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -157,6 +139,18 @@ def substituted(*pairs: tuple[str, str]) -> Callable[[str], str]:
         return path
 
     return rename
+
+
+FORMER_ATTENTION = tuple(
+    (rf"\.(attentions\.\d+)\.{old}\.", rf".\1.{new}.")
+    for old, new in {
+        "query": "to_q",
+        "key": "to_k",
+        "value": "to_v",
+        "proj_attn": "to_out.0",
+    }.items()
+)
+"""Aliases: what diffusers formerly called the parts of self-attention."""
 
 
 def bind(names: Names, params: Any) -> list[Match]:
@@ -227,15 +221,10 @@ def _spellings(names: Names, keys: Iterable[str]) -> dict[str, list[str]]:
 def check(
     matches: Sequence[Match], shapes: Mapping[str, tuple[int, ...]], what: str = "checkpoint"
 ) -> None:
-    """Checks that all expected tensors are there, and no others.
+    """Raises ValueError unless all expected tensors are there, and no others.
 
-    Args:
-      matches: the expected tensors.
-      shapes: shapes of the tensors that there are, by the table's keys.
-      what: names their source in errors.
-
-    Raises:
-      ValueError: tensors are missing, unexpected or misshapen; names at most ten of each kind.
+    ``shapes`` are those of the tensors that there are, by the table's keys; ``what`` names their
+    source. The error names at most ten tensors that are missing, unexpected or misshapen.
     """
     expected = {key: shape for match in matches for key, shape in zip(match.theirs, match.shapes)}
     missing = [key for key in expected if key not in shapes]

@@ -47,7 +47,7 @@ def load_params(
         nothing is read then.
     """
     stored = tables.canonical(names, tensors)
-    wrong = [key for key in stored.values() if not _floating(tensors[key].dtype)]
+    wrong = [k for k in stored.values() if not jnp.issubdtype(tensors[k].dtype, jnp.floating)]
     if wrong:
         raise ValueError(
             f"{what}: weights are floating point; {len(wrong)} are not, such as {wrong[0]}"
@@ -71,10 +71,7 @@ def load_params(
 def save_params(names: Names, params: Any, *, dtype: DTypeLike | None = None) -> dict[str, Tensor]:
     """Parameters as tensors to write, each brought to the host only when it is read.
 
-    Args:
-      names: the model's name table.
-      params: its parameters: arrays, or ``jax.ShapeDtypeStruct``s (whose tensors cannot be read).
-      dtype: of the tensors; None leaves them as they are.
+    ``params`` may be shapes, whose tensors cannot be read. A dtype of None is the parameters' own.
     """
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     tensors = {}
@@ -98,7 +95,3 @@ def nbytes(shapes: Any, dtype: DTypeLike | None = None) -> int:
     return sum(
         leaf.size * np.dtype(dtype or leaf.dtype).itemsize for leaf in jax.tree.leaves(shapes)
     )
-
-
-def _floating(dtype: np.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)

@@ -90,7 +90,7 @@ def test_metrics_skip_other_lines_and_keep_the_last_of_a_step(tmp_path):
     assert steps.tolist() == [10, 20]
     assert values.tolist() == [3, 2]
     with pytest.raises(ValueError, match="no values of 'kid'"):
-        figures.read_metrics(path, "kid")
+        figures.loss_curve(tmp_path / "kid.png", path, key="kid")
 
 
 def test_smoothing_keeps_constants_and_lowers_noise():

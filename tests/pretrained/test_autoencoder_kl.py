@@ -142,8 +142,9 @@ def test_old_attention_names_are_read():
     written = dict(to_tensors(names, params))
     old = {}
     for key, value in written.items():
-        for former, now in autoencoder_kl.FORMER:
+        for former, now in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
             key = key.replace(f".{now}.", f".{former}.")
+        key = key.replace(".to_out.0.", ".proj_attn.")
         old[key] = value
     assert len(old.keys() - written.keys()) == 16
     read = from_tensors(names, params, old)

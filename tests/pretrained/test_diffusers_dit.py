@@ -122,7 +122,7 @@ def test_former_class_name():
         ({"attention_bias": False}, "attention_bias=False"),
         ({"out_channels": 5}, "out_channels=5.*in_channels=4 or twice"),
         ({"num_layer": 3}, "num_layer=3: .* did you mean 'num_layers'"),
-        ({"_class_name": "PixArtTransformer2DModel"}, "expected DiTTransformer2DModel"),
+        ({"_class_name": "PixArtTransformer2DModel"}, "expected one of DiTTransformer2DModel"),
         ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm=None"),
     ],
 )

@@ -364,7 +364,6 @@ REPO = [
         ({"variant": "fp16"}, {f"unet/{BASE}.fp16.safetensors", REPO[12], REPO[13]}),
         ({"weights": False}, set()),
         ({"subfolder": "unet"}, {f"unet/{BASE}.safetensors"}),
-        ({"components": ("unet", "vae")}, {f"unet/{BASE}.safetensors", f"vae/{BASE}.safetensors"}),
     ],
 )
 def test_what_is_fetched(tmp_path, monkeypatch, options, weights):

@@ -22,7 +22,6 @@ from diffusion.pretrained.networks import autoencoder_kl, clip, unet
 from diffusion.pretrained.schedulers.catalogue import read
 from diffusion.pretrained.single_file import families, keys
 from diffusion.pretrained.single_file.checkpoint import (
-    open_autoencoder,
     open_single_file,
     write_single_file,
 )
@@ -170,7 +169,7 @@ KEYS = {  # of the published files
 def test_keys_of_the_published_files(name):
     """Where diffusers' conversion takes several spellings, the original code takes one."""
     prefix, build = FAMILIES[name].parts["unet"]
-    rename = keys.unet(build()).rename
+    rename = keys.unet(build(), prefix).rename
     assert {path: rename(path) for path in KEYS[name]} == {
         path: prefix + key for path, key in KEYS[name].items()
     }
@@ -283,31 +282,6 @@ def test_former_spellings(written, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, opened.components[part].load(), params(module))
 
 
-@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
-def test_autoencoders_alone(written, tmp_path, prefix):
-    def change(tensors):
-        for key in list(tensors):
-            tensor = tensors.pop(key)
-            if key.startswith("first_stage_model."):
-                tensors[key.replace("first_stage_model.", prefix)] = tensor
-        tensors[f"{prefix}loss.logvar"] = files.of_array(np.zeros(()))
-
-    path = rewritten(written("v1"), tmp_path / "vae.safetensors", change)
-    read = open_autoencoder(path, module=VAE).load()
-    jax.tree.map(np.testing.assert_array_equal, read, params(VAE))
-    got = theirs.convert_ldm_vae_checkpoint(load_file(path), models.to_config(VAE))
-    assert {key for key in got if "loss" not in key} == {
-        key for key in weights.save_params(autoencoder_kl.names(VAE), params(VAE))
-    }
-    with pytest.raises(ValueError, match=r"1 missing: .*conv_in\.bias"):
-        lost = rewritten(
-            path, tmp_path / "lost.safetensors", lambda t: t.pop(f"{prefix}encoder.conv_in.bias")
-        )
-        open_autoencoder(lost, module=VAE)
-    with pytest.raises(ValueError, match="kind='v9': expected one of v1"):
-        open_autoencoder(path, "v9")
-
-
 def test_moving_averages(written, tmp_path):
     def change(tensors):
         for key in [key for key in tensors if key.startswith(families.UNET)]:
@@ -403,5 +377,5 @@ def test_networks_without_an_original_naming(tmp_path):
         with pytest.raises(ValueError, match=message):
             write_single_file(file, kind, parts)
     with pytest.raises(ValueError, match="attention in the middle alone"):
-        keys.autoencoder(VAE.clone(attention=(False, True)))
+        keys.autoencoder(VAE.clone(attention=(False, True)), "first_stage_model.")
     assert not file.exists()

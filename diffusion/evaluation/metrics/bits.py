@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,15 +25,8 @@ from diffusion.sampling.sample import image_keys
 from diffusion.schedules import Schedule, Table
 from diffusion.specs import unknown
 
-DIVERGENCES = {
-    "exact": likelihood.exact,
-    "hutchinson": likelihood.hutchinson,
-    "hutchinson_gaussian": likelihood.hutchinson_gaussian,
-}
-DEQUANTIZATIONS = {
-    "truncated_normal": likelihood.truncated_normal,
-    "uniform": likelihood.uniform,
-}
+DIVERGENCES = ("exact", "hutchinson", "hutchinson_gaussian")
+DEQUANTIZATIONS = ("truncated_normal", "uniform")
 
 
 class Bits(NamedTuple):
@@ -57,48 +50,25 @@ def ode(
     atol: float = 1e-4,
     max_steps: int = 4096,
 ) -> Estimator:
-    """The estimator by the probability-flow ODE; ``sampling.likelihood`` explains the options.
-
-    Raises:
-      ValueError: for an unknown divergence or dequantization, probes or samples < 1.
-    """
+    """The estimator by the probability-flow ODE; ``sampling.likelihood`` explains the options."""
     if divergence not in DIVERGENCES:
         raise unknown("divergence", divergence, DIVERGENCES)
     if dequantization not in DEQUANTIZATIONS:
         raise unknown("dequantization", dequantization, DEQUANTIZATIONS)
     if probes < 1 or samples < 1:
         raise ValueError(f"expected probes >= 1 and samples >= 1, got {probes} and {samples}")
-    trace = DIVERGENCES[divergence]
+    trace, noise = getattr(likelihood, divergence), getattr(likelihood, dequantization)
     if divergence != "exact":
         trace = partial(trace, probes=probes)
 
     def estimate(denoise, schedule, x, keys, cond, levels):
         low, _ = likelihood.noise_range(schedule, sigma_min, None)
-
-        def log_p(x, keys):
-            return likelihood.log_likelihood(
-                denoise,
-                schedule,
-                x,
-                keys,
-                cond=cond,
-                divergence=trace,
-                sigma_min=low,
-                rtol=rtol,
-                atol=atol,
-                max_steps=max_steps,
-            )
-
+        options = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+        options |= {"cond": cond, "divergence": trace, "sigma_min": low}
+        log_p = partial(likelihood.log_likelihood, denoise, schedule, **options)
         if levels:
-            result = likelihood.discrete_log_likelihood(
-                log_p,
-                x,
-                keys,
-                levels,
-                sigma=low,
-                dequantization=DEQUANTIZATIONS[dequantization],
-                samples=samples,
-            )
+            options = {"sigma": low, "dequantization": noise, "samples": samples}
+            result = likelihood.discrete_log_likelihood(log_p, x, keys, levels, **options)
         else:
             result = log_p(x, keys)
         return Bits(likelihood.bits_per_dim(result.log_p, x.shape[1:]), result.evaluations)
@@ -111,13 +81,9 @@ def bound(steps: int = 0, draws: int = 0, nu: float = 0.0) -> Estimator:
 
     Args:
       steps: T; 0 means the steps of a table, and 1000 for other schedules. They are evenly spaced
-      in
-        a table's time, for other schedules in log SNR.
+        in a table's time, for other schedules in log SNR.
       draws: number of these steps, drawn at random, that each example evaluates; 0 means all.
       nu: position of variances that are not learned, see ``variational_bound``.
-
-    Raises:
-      ValueError: for steps or draws < 0, or nu outside [0, 1].
     """
     if steps < 0 or draws < 0 or not 0 <= nu <= 1:
         raise ValueError(
@@ -129,15 +95,12 @@ def bound(steps: int = 0, draws: int = 0, nu: float = 0.0) -> Estimator:
             grid = grids.uniform(schedule, steps or schedule.steps)
         else:
             grid = grids.exponential(schedule, steps or 1000)
-        result = variational_bound(
-            lambda x, level: denoise(x, level, cond),
-            grid,
-            x,
-            keys,
-            levels=levels or None,
-            nu=nu,
-            draws=draws or None,
-        )
+        options = {"levels": levels or None, "nu": nu, "draws": draws or None}
+
+        def given(x, level):
+            return denoise(x, level, cond)
+
+        result = variational_bound(given, grid, x, keys, **options)
         evaluations = draws + 1 if draws else len(grid.sigma) - 1
         return Bits(result.total, jnp.full(len(x), evaluations))
 
@@ -155,29 +118,25 @@ def evaluate_bits(
     batch_size: int,
     labels: bool,
     seed: int = 0,
-    devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Bits per dimension of some examples of each source.
+    """Bits per dimension of some examples of each source; each device takes its share of a batch.
 
     Args:
       estimator: ``ode(...)`` or ``bound(...)``.
       denoiser: params -> conditional denoiser, without guidance or clipping, which would change the
         model's distribution.
       schedule: the one it was trained on.
-      params: its weights.
-      sources: by name.
       count: examples of each, chosen at random (all, if there are fewer).
       batch_size: per call, over all devices.
       labels: whether the model gets each example's label; the result is then about p(x | label).
       seed: of the choice and of the estimator's noise.
-      devices: by default all local ones; each takes its share of a batch.
 
     Returns:
       For each source JSON-ready numbers: bits_per_dim, its standard_error over examples, nats (per
       example), evaluations (mean) and count; failed, the number of examples whose ODE was not
       solved within max_steps; all other figures leave them out.
     """
-    devices = jax.local_devices() if devices is None else devices
+    devices = jax.local_devices()
     mesh = Mesh(np.asarray(devices), ("batch",))
     whole, split = PartitionSpec(), PartitionSpec("batch")
     levels = {source.levels for source in sources.values()}
@@ -188,15 +147,8 @@ def evaluate_bits(
     def local(params, x, keys, cond):
         return estimator(denoiser(params), schedule, x, keys, cond, levels)
 
-    run = jax.jit(
-        jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(whole, split, split, split),
-            out_specs=split,
-            check_vma=False,
-        )
-    )
+    specs = {"in_specs": (whole, split, split, split), "out_specs": split}
+    run = jax.jit(jax.shard_map(local, mesh=mesh, check_vma=False, **specs))
     size = -(-min(batch_size, count) // len(devices)) * len(devices)
     results = {}
     for name, source in sources.items():
@@ -239,16 +191,9 @@ CHOICES = {f.__name__: f for f in (ode, bound)}
 
 
 def metric(estimator: Estimator, count: int = 500, batch_size: int = 100, seed: int = 0) -> Metric:
-    """``evaluate_bits`` of held-out and of training examples, by "bits_held_out" and "bits_train".
+    """``evaluate_bits`` of ``count`` held-out and as many training examples.
 
-    Args:
-      estimator: ``ode(...)`` or ``bound(...)``.
-      count: examples of each.
-      batch_size: examples at a time.
-      seed: of the choice of examples, and of the estimator's noise.
-
-    Raises:
-      ValueError: an impossible number, or no estimator.
+    Figures: bits_held_out and bits_train, each with the numbers of ``evaluate_bits``.
     """
     if not callable(estimator):
         raise ValueError(f"expected ode() or bound(), as in bits(ode()), got {estimator!r}")

@@ -23,21 +23,14 @@ from diffusion.objectives.terms.variance import reverse_step, step_bits
 
 
 class Bound(NamedTuple):
-    """Three parts, each [B] in bits per dimension.
+    """Three parts, each [B] in bits per dimension."""
 
-    Attributes:
-      prior: L_T, of x_T against the samplers' initial noise.
-      steps: the sum of the KL divergences.
-      decoder: -log p(x_0 | x_1).
-    """
-
-    prior: Array
-    steps: Array
-    decoder: Array
+    prior: Array  # L_T, of x_T against the samplers' initial noise
+    steps: Array  # the sum of the KL divergences
+    decoder: Array  # -log p(x_0 | x_1)
 
     @property
     def total(self) -> Array:
-        """[B]."""
         return self.prior + self.steps + self.decoder
 
 
@@ -71,10 +64,6 @@ def variational_bound(
       nu: in [0, 1], the position of log-variances that are not learned.
       draws: number of the N - 1 steps before the last that are evaluated, one at random in each of
         as many equal ranges; unbiased. None: all.
-
-    Raises:
-      ValueError: for a grid that does not end at sigma = 0, nu outside [0, 1], or draws outside
-        1..N-1.
     """
     count = len(grid.sigma) - 1
     if grid.sigma[-1] != 0 or count < 2:

@@ -39,7 +39,6 @@ def caption_gap(
       source: captioned examples, held out; every one is used.
       times: time distribution of the loss, whose weighting is simple.
       draws: noise levels per example; its loss is the mean over them.
-      batch_size: examples at once.
       seed: of the noise, and of the choice of other captions.
 
     Returns:
@@ -49,9 +48,8 @@ def caption_gap(
     """
     rng = np.random.default_rng(seed)
     other = _others(source.captions, rng)
-    objective = Denoising(
-        pipeline.network, pipeline.schedule, pipeline.prediction, pipeline.c_noise, times
-    )
+    p = pipeline
+    objective = Denoising(p.network, p.schedule, p.prediction, p.c_noise, times)
 
     @jax.jit
     def losses(params: Any, batch: Batch, keys: jax.Array) -> jax.Array:
@@ -118,12 +116,7 @@ def _interval(difference: np.ndarray) -> tuple[float, float]:
 def metric(times: str = "uniform", draws: int = 8) -> Metric:
     """``caption_gap`` on held-out examples, with the prefix ``captions_``.
 
-    Args:
-      times: name of the loss's time distribution, which should be that of training.
-      draws: noise levels per example.
-
-    Raises:
-      ValueError: there is no such time distribution.
+    ``times`` is the name of the loss's time distribution, which should be that of training.
     """
     chosen = specs.function(times, CHOICES, "times")
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from diffusion.data import densities
-from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
+from diffusion.evaluation.metrics.metric import Metric, of_points
 
 
 def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -26,18 +23,5 @@ def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def metric(seed: int = 1) -> Metric:
-    """``energy_distance`` to fresh points of the density, beside real points against real ones.
-
-    ``seed`` draws the fresh points, and must differ from that of the training data.
-    """
-
-    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
-        x = checked(draw(), data)
-        fresh = densities.sample(data.held_out.name, 2 * len(x), np.random.default_rng(seed))
-        real, other = fresh[: len(x)], fresh[len(x) :]
-        return {
-            "energy_distance": energy_distance(x, real),
-            "energy_distance_real": energy_distance(other, real),
-        }
-
-    return measure
+    """``energy_distance`` of points, as in ``of_points``."""
+    return of_points("energy_distance", energy_distance, seed)

@@ -1,7 +1,4 @@
-"""Fréchet distance of two sets of features, on the host in float64.
-
-Heusel et al. (2017). ``Statistics`` add up over batches, so that no set of features is kept whole.
-"""
+"""Fréchet distance of two sets of features (Heusel et al., 2017), on the host in float64."""
 
 from __future__ import annotations
 
@@ -14,25 +11,10 @@ from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
 
 
 class Statistics(NamedTuple):
-    """Mean and covariance of n feature vectors.
-
-    Attributes:
-      mean: [D].
-      cov: [D, D], divided by n - 1 (by 1 for n = 1).
-      n: number of vectors.
-    """
+    """Mean [D] and covariance [D, D], divided by n - 1 (by 1 for n = 1), of n feature vectors."""
 
     mean: np.ndarray
     cov: np.ndarray
-    n: int
-
-    def merge(self, other: Statistics) -> Statistics:
-        """Statistics of both sets together (Chan et al., 1979)."""
-        n = self.n + other.n
-        delta = other.mean - self.mean
-        scatter = self.cov * max(self.n - 1, 0) + other.cov * max(other.n - 1, 0)
-        scatter = scatter + np.outer(delta, delta) * (self.n * other.n / n)
-        return Statistics(self.mean + delta * (other.n / n), scatter / max(n - 1, 1), n)
 
 
 def statistics(features: np.ndarray) -> Statistics:
@@ -44,7 +26,7 @@ def statistics(features: np.ndarray) -> Statistics:
         raise ValueError("features contain NaN or infinity")
     mean = features.mean(0)
     centred = features - mean
-    return Statistics(mean, centred.T @ centred / max(len(features) - 1, 1), len(features))
+    return Statistics(mean, centred.T @ centred / max(len(features) - 1, 1))
 
 
 def frechet_from_statistics(a: Statistics, b: Statistics) -> float:
@@ -72,7 +54,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def frechet_beside_real(
-    features: np.ndarray, real: np.ndarray, *, splits: int = 10, seed: int | np.random.Generator = 0
+    features: np.ndarray, real: np.ndarray, *, splits: int = 10, seed: int = 0
 ) -> dict[str, float | int]:
     """Fréchet distance of features [N, ...] to real ones [M, ...], beside real against real.
 
@@ -103,9 +85,6 @@ def metric(features: str, weights: str = "", splits: int = 10) -> Metric:
     """Fréchet distance in the features of one of ``classifiers.CHOICES``.
 
     Figures: those of ``frechet_beside_real``; frechet_features, what the features are.
-
-    Raises:
-      ValueError: there is no such classifier or file.
     """
     judge = classifiers.make(features, weights)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion.data import densities
 from diffusion.data.sources import Source
 
 
@@ -18,12 +19,7 @@ class Data(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Samples.
-
-    Attributes:
-      x: [N, ...] as the data are; images in [-1, 1].
-      subjects: the class, caption or prompt of each.
-    """
+    """Samples x [N, ...] as the data are, and the class, caption or prompt of each."""
 
     x: np.ndarray
     subjects: Sequence[Any]
@@ -34,11 +30,7 @@ Metric = Callable[[Any, Any, Data, Draw], dict[str, Any]]
 
 
 def checked(drawn: Drawn, data: Data) -> np.ndarray:
-    """The samples, if they are finite and of the data's shape.
-
-    Raises:
-      ValueError: they are not, or there are fewer than two.
-    """
+    """The samples, if there are at least two, finite and of the data's shape."""
     x, shape = np.asarray(drawn.x, np.float32), data.held_out.shape
     if len(x) < 2 or x.shape[1:] != shape:
         raise ValueError(
@@ -48,6 +40,21 @@ def checked(drawn: Drawn, data: Data) -> np.ndarray:
         bad = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())
         raise ValueError(f"{bad} of {len(x)} samples contain NaN or infinity")
     return x
+
+
+def of_points(name: str, distance: Callable[[np.ndarray, np.ndarray], float], seed: int) -> Metric:
+    """``distance`` to fresh points of the density, beside real points against real ones.
+
+    ``seed`` draws the fresh points, and must differ from that of the training data.
+    """
+
+    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+        x = checked(draw(), data)
+        fresh = densities.sample(data.held_out.name, 2 * len(x), np.random.default_rng(seed))
+        real, other = fresh[: len(x)], fresh[len(x) :]
+        return {name: distance(x, real), f"{name}_real": distance(other, real)}
+
+    return measure
 
 
 def seen(pipeline: Any, params: Any, x: np.ndarray) -> np.ndarray:

@@ -17,18 +17,11 @@ def nearest(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> dic
       nearest_train: of the samples.
       nearest_train_held_out: of the held-out examples.
       nearest_ratio: the first divided by the second; far below 1, it hints at memorised examples.
-
-    Raises:
-      ValueError: most of the held-out examples are contained in the training data.
     """
     ours, theirs = (float(np.median(nearest_distances(x, train))) for x in (samples, held_out))
     if theirs == 0:
         raise ValueError("most of the held-out examples are contained in the training data")
-    return {
-        "nearest_train": ours,
-        "nearest_train_held_out": theirs,
-        "nearest_ratio": ours / theirs,
-    }
+    return {"nearest_train": ours, "nearest_train_held_out": theirs, "nearest_ratio": ours / theirs}
 
 
 def nearest_distances(a: np.ndarray, b: np.ndarray, *, chunk: int = 1024) -> np.ndarray:

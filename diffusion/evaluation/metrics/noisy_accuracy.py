@@ -47,12 +47,7 @@ def accuracy_by_level(
             losses.append(loss)
         with np.errstate(divide="ignore"):
             ratio = float(level.sigma / level.alpha)
-        results.append(
-            {
-                "t": float(t),
-                "sigma_over_alpha": ratio,
-                "accuracy": float(np.concatenate(hits).mean()),
-                "cross_entropy": float(np.concatenate(losses).mean()),
-            }
-        )
+        accuracy, loss = (float(np.concatenate(parts).mean()) for parts in (hits, losses))
+        result = {"t": float(t), "sigma_over_alpha": ratio}
+        results.append(result | {"accuracy": accuracy, "cross_entropy": loss})
     return results

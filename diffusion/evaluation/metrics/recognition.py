@@ -14,9 +14,8 @@ from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
 def recognition(samples: np.ndarray, labels: np.ndarray, classifier: Classifier) -> dict[str, Any]:
     """Recognition of samples [N, H, W, C] in [-1, 1], drawn for the classes ``labels`` [N].
 
-    Returns:
-      recognised, over all samples; recognised_per_class; and, for comparison, the classifier's name
-      and recognised_real, its accuracy on how many held-out real examples.
+    recognised is over all samples; recognised_real is the classifier's accuracy on
+    recognised_real_count held-out real examples.
     """
     hit = classifier.predict(samples) == labels
     return {
@@ -29,14 +28,7 @@ def recognition(samples: np.ndarray, labels: np.ndarray, classifier: Classifier)
 
 
 def metric(classifier: str, weights: str = "") -> Metric:
-    """Recognition by ``classifiers.CHOICES``; ``weights`` is the file of one that needs it.
-
-    Figures: recognised, over all samples; recognised_real, the classifier's accuracy on how many
-    held-out real examples; recognised_per_class; classifier, its name.
-
-    Raises:
-      ValueError: there is no such classifier or file.
-    """
+    """``recognition`` by one of ``classifiers.CHOICES``; ``weights`` is its file, if any."""
     judge = classifiers.make(classifier, weights)
 
     def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:

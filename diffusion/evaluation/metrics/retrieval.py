@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,7 @@ from diffusion.evaluation.metrics.metric import Data, Draw, Metric, shown
 
 
 def retrieval(
-    drawn: np.ndarray,
-    prompts: Sequence[str],
-    real: np.ndarray,
-    captions: Sequence[str],
-    features: Callable[[np.ndarray], np.ndarray] = lambda x: x.reshape(len(x), -1),
+    drawn: np.ndarray, prompts: Sequence[str], real: np.ndarray, captions: Sequence[str]
 ) -> dict[str, Any]:
     """The rank of each drawn picture's caption among all, by distance to their real pictures.
 
@@ -25,7 +21,6 @@ def retrieval(
       prompts: the N captions that they were drawn for, each one of ``captions``.
       real: real pictures [M, ...].
       captions: the M captions of the real pictures; they may repeat.
-      features: pictures [B, ...] -> [B, D], between which distances are taken; by default pixels.
 
     Returns:
       JSON-ready: first and among_10, the shares of pictures whose own caption is the nearest and
@@ -34,7 +29,7 @@ def retrieval(
     """
     names = list(dict.fromkeys(captions))
     row = {name: i for i, name in enumerate(names)}
-    a, b = (np.asarray(features(x), np.float64) for x in (drawn, real))
+    a, b = (np.asarray(x.reshape(len(x), -1), np.float64) for x in (drawn, real))
     distance = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T  # [N, M]
     nearest = np.full((len(drawn), len(names)), np.inf)
     for column, caption in enumerate(captions):

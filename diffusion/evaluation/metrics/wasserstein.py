@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from diffusion.data import densities
-from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
+from diffusion.evaluation.metrics.metric import Metric, of_points
 
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, slices: int = 128, seed: int = 0) -> float:
@@ -36,18 +33,5 @@ def _quantiles(points: np.ndarray, count: int) -> np.ndarray:
 
 
 def metric(seed: int = 1) -> Metric:
-    """``sliced_wasserstein`` to fresh points of the density, beside real points against real ones.
-
-    ``seed`` draws the fresh points, and must differ from that of the training data.
-    """
-
-    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
-        x = checked(draw(), data)
-        fresh = densities.sample(data.held_out.name, 2 * len(x), np.random.default_rng(seed))
-        real, other = fresh[: len(x)], fresh[len(x) :]
-        return {
-            "sliced_wasserstein": sliced_wasserstein(x, real),
-            "sliced_wasserstein_real": sliced_wasserstein(other, real),
-        }
-
-    return measure
+    """``sliced_wasserstein`` of points, as in ``of_points``."""
+    return of_points("sliced_wasserstein", sliced_wasserstein, seed)

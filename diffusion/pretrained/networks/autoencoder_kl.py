@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.pretrained import fields
-from diffusion.pretrained.names import Names, dotted
+from diffusion.pretrained.names import FORMER_ATTENTION, Names, dotted
 
 FIELDS = {
     "widths": ("block_out_channels", (64,)),
@@ -35,20 +34,16 @@ DEFAULTS = {
     "shift_factor": None,
 }
 SUPPORTED = {"act_fn": ("silu", "swish")}
-DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
-UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-FORMER = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+DOWN = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
+UP = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
 
 
 def from_config(config: Mapping[str, Any]) -> AutoencoderKL:
-    """The module of a ``config.json``.
-
-    Raises:
-      ValueError: for an unknown field or an unsupported value.
-    """
+    """The module of a ``config.json``."""
     given = fields.fields(config, "AutoencoderKL", DEFAULTS, SUPPORTED)
-    attention = _attention("down_block_types", given.down_block_types, DOWN)
-    if attention != _attention("up_block_types", given.up_block_types, UP)[::-1]:
+    attention = tuple(fields.kinds(given, "down_block_types", "AutoencoderKL", DOWN))
+    up = fields.kinds(given, "up_block_types", "AutoencoderKL", UP)
+    if attention != tuple(reversed(up)):
         raise ValueError(
             f"up_block_types={given.up_block_types}: AutoencoderKL is supported with attention at "
             f"the same levels as in down_block_types={given.down_block_types}, reversed"
@@ -58,15 +53,10 @@ def from_config(config: Mapping[str, Any]) -> AutoencoderKL:
             f"block_out_channels={given.block_out_channels}: expected {len(attention)} entries, "
             f"as many as down_block_types={given.down_block_types}"
         )
-    size = given.sample_size
-    if isinstance(size, tuple):
-        if len(set(size)) != 1:
-            raise ValueError(f"sample_size={size}: AutoencoderKL is supported with square ones")
-        size = size[0]
     return AutoencoderKL(
         attention=attention if any(attention) else False,
         shift_factor=given.shift_factor or 0.0,
-        sample_size=size,
+        sample_size=fields.side(given, "sample_size", "AutoencoderKL"),
         **fields.ours(FIELDS, given),
     )
 
@@ -88,22 +78,9 @@ def to_config(net: AutoencoderKL) -> dict[str, Any]:
 
 def names(net: AutoencoderKL) -> Names:
     """The name table; older files' names of the attention layers are read, too."""
-    aliases = tuple(
-        (rf"(mid_block\.attentions\.\d+|blocks\.\d+\.attentions\.\d+)\.{old}\.", rf"\1.{new}.")
-        for old, new in FORMER
-    )
-    return Names(dotted(), aliases=aliases)
+    return Names(dotted(), aliases=FORMER_ATTENTION)
 
 
 def example(net: AutoencoderKL) -> tuple[jax.ShapeDtypeStruct]:
     """The arguments of ``net.init``, by shape."""
-    size = net.factor
-    return (jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32),)
-
-
-def _attention(field: str, types: tuple[str, ...], legal: tuple[str, str]) -> tuple[bool, ...]:
-    """Of each block: whether it has attention."""
-    for kind in types:
-        if kind not in legal:
-            raise ValueError(f"{field}: AutoencoderKL supports {', '.join(legal)}, got {kind!r}")
-    return tuple(kind == legal[1] for kind in types)
+    return (fields.array(net.factor, net.factor, net.in_channels),)

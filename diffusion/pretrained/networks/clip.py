@@ -17,11 +17,8 @@ from diffusion.models.clip import ACTIVATIONS, ClipText, ClipVision
 from diffusion.pretrained import fields
 from diffusion.pretrained.names import Names, dotted
 
-TEXT, PROJECTED, VISION = (
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-    "CLIPVisionModelWithProjection",
-)
+TEXT, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+VISION = "CLIPVisionModelWithProjection"
 COMMON = {
     "width": ("hidden_size", 512),
     "depth": ("num_hidden_layers", 12),
@@ -48,14 +45,14 @@ LARGEST = 2  # with this end token, transformers looks for each text's largest t
 
 
 def from_config(config: Mapping[str, Any]) -> ClipText | ClipVision:
-    """The module of a ``config.json``.
-
-    Raises:
-      ValueError: for another class, an unknown field or an unsupported value.
-    """
+    """The module of a ``config.json``."""
     name = fields.architecture(config, (TEXT, PROJECTED, VISION))
     if name == VISION:
-        return _vision(config)
+        defaults = fields.defaults(VISION_FIELDS) | {"image_size": 224, "patch_size": 32}
+        harmless = (*fields.TRANSFORMERS, "eos_token_id")
+        c = fields.fields(config, VISION, defaults, SUPPORTED, harmless)
+        size, patch = (fields.side(c, field, VISION) for field in ("image_size", "patch_size"))
+        return ClipVision(size=size, patch=patch, **fields.ours(VISION_FIELDS, c))
     defaults = fields.defaults(TEXT_FIELDS) | {"projection_dim": 512, "eos_token_id": 49_407}
     c = fields.fields(config, name, defaults, SUPPORTED, fields.TRANSFORMERS)
     if not isinstance(c.eos_token_id, int):
@@ -64,22 +61,6 @@ def from_config(config: Mapping[str, Any]) -> ClipText | ClipVision:
         end=None if c.eos_token_id == LARGEST else c.eos_token_id,
         projection=c.projection_dim if name == PROJECTED else None,
         **fields.ours(TEXT_FIELDS, c),
-    )
-
-
-def _vision(config: Mapping[str, Any]) -> ClipVision:
-    harmless = (*fields.TRANSFORMERS, "eos_token_id")
-    defaults = fields.defaults(VISION_FIELDS) | {"image_size": 224, "patch_size": 32}
-    c = fields.fields(config, VISION, defaults, SUPPORTED, harmless)
-    sides = {}
-    for field in ("image_size", "patch_size"):
-        given = getattr(c, field)
-        both = set(given) if isinstance(given, tuple) else {given}
-        if len(both) != 1:
-            raise ValueError(f"{field}={given}: {VISION} is supported with squares")
-        sides[field] = both.pop()
-    return ClipVision(
-        size=sides["image_size"], patch=sides["patch_size"], **fields.ours(VISION_FIELDS, c)
     )
 
 
@@ -104,11 +85,9 @@ def to_config(net: ClipText | ClipVision) -> dict[str, Any]:
 
 def names(net: ClipText | ClipVision) -> Names:
     """The name table."""
-    images = isinstance(net, ClipVision)
-    model, head = (
-        ("vision_model", "visual_projection") if images else ("text_model", "text_projection")
-    )
-    rule = dotted()
+    model, head, rule = "text_model", "text_projection", dotted()
+    if isinstance(net, ClipVision):
+        model, head = "vision_model", "visual_projection"
     return Names(
         lambda path: head if path == head else f"{model}.{rule(path)}",
         aliases=((rf"^(?!{model}\.|{head}\.)", f"{model}."),),
@@ -119,5 +98,5 @@ def names(net: ClipText | ClipVision) -> Names:
 def example(net: ClipText | ClipVision) -> tuple[jax.ShapeDtypeStruct]:
     """The arguments of ``net.init``, by shape."""
     if isinstance(net, ClipVision):
-        return (jax.ShapeDtypeStruct((1, net.size, net.size, net.channels), jnp.float32),)
-    return (jax.ShapeDtypeStruct((1, net.length), jnp.int32),)
+        return (fields.array(net.size, net.size, net.channels),)
+    return (fields.array(net.length, dtype=jnp.int32),)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from diffusion.models.dinov2 import DinoV2
 from diffusion.pretrained import fields
@@ -35,23 +34,16 @@ HARMLESS = (
 
 
 def from_config(config: Mapping[str, Any]) -> DinoV2:
-    """The module of a ``config.json``.
-
-    Raises:
-      ValueError: for another class, an unknown field or an unsupported value.
-    """
+    """The module of a ``config.json``."""
     name = fields.architecture(config, (CLASS,))
     c = fields.fields(config, name, fields.defaults(FIELDS), SUPPORTED, HARMLESS)
-    for field in ("image_size", "patch_size"):
-        if not isinstance(getattr(c, field), int):
-            raise ValueError(f"{field}={getattr(c, field)}: {CLASS} is supported with squares")
-    return DinoV2(**fields.ours(FIELDS, c))
+    size, patch = (fields.side(c, field, CLASS) for field in ("image_size", "patch_size"))
+    return DinoV2(**fields.ours(FIELDS, c) | {"size": size, "patch": patch})
 
 
 def to_config(net: DinoV2) -> dict[str, Any]:
     """The ``config.json`` from which transformers builds the same network."""
-    start = {"architectures": [CLASS], "model_type": "dinov2"}
-    return start | fields.theirs(FIELDS, net)
+    return {"architectures": [CLASS], "model_type": "dinov2", **fields.theirs(FIELDS, net)}
 
 
 def names(net: DinoV2) -> Names:
@@ -61,4 +53,4 @@ def names(net: DinoV2) -> Names:
 
 def example(net: DinoV2) -> tuple[jax.ShapeDtypeStruct]:
     """The arguments of ``net.init``, by shape."""
-    return (jax.ShapeDtypeStruct((1, net.size, net.size, net.channels), jnp.float32),)
+    return (fields.array(net.size, net.size, net.channels),)

@@ -35,6 +35,11 @@ SUPPORTED = {
     "norm_type": ("ada_norm_zero",),
     "norm_elementwise_affine": (False,),
 }
+# Our fields that are fixed there.
+NEEDED = {
+    **{"mlp_ratio": 4.0, "positions": "sincos", "norm": "layer", "mlp": "gelu", "qk_norm": False},
+    **{"cross_attention": False, "pooled": False, "time_freq_shift": 1.0},
+}
 # There is no group norm, and the softmax is in float32 anyway.
 HARMLESS = ("norm_num_groups", "upcast_attention")
 # The former class of the same network; some of its fields have other defaults.
@@ -65,20 +70,11 @@ FORMER_SUPPORTED = {
 
 
 def from_config(config: Mapping[str, Any]) -> DiT:
-    """The module of a ``config.json``.
-
-    Raises:
-      ValueError: for another class, an unknown field or an unsupported value.
-    """
-    name = config.get("_class_name")
+    """The module of a ``config.json``."""
+    name = fields.architecture(config, ("DiTTransformer2DModel", FORMER))
+    defaults, supported = DEFAULTS, SUPPORTED
     if name == FORMER:
         defaults, supported = DEFAULTS | FORMER_DEFAULTS, SUPPORTED | FORMER_SUPPORTED
-    elif name == "DiTTransformer2DModel":
-        defaults, supported = DEFAULTS, SUPPORTED
-    else:
-        raise ValueError(
-            f"_class_name={name!r}: expected DiTTransformer2DModel or, formerly, {FORMER}"
-        )
     c = fields.fields(config, name, defaults, supported, HARMLESS)
     for field in ("in_channels", "sample_size", "patch_size", "num_embeds_ada_norm"):
         if not isinstance(getattr(c, field), int):
@@ -103,17 +99,7 @@ def to_config(net: DiT) -> dict[str, Any]:
       ValueError: for a network that diffusers does not have, or that does not know what it is made
         for (``in_channels``, ``image_size``).
     """
-    needed = {
-        "mlp_ratio": 4.0,
-        "positions": "sincos",
-        "norm": "layer",
-        "mlp": "gelu",
-        "qk_norm": False,
-        "cross_attention": False,
-        "pooled": False,
-        "time_freq_shift": 1.0,
-    }
-    for field, value in needed.items():
+    for field, value in NEEDED.items():
         if getattr(net, field) != value:
             raise ValueError(f"{field}={getattr(net, field)!r}: DiTTransformer2DModel has {value}")
     for field in ("num_classes", "in_channels", "image_size"):
@@ -123,20 +109,13 @@ def to_config(net: DiT) -> dict[str, Any]:
         "_class_name": "DiTTransformer2DModel",
         "attention_head_dim": net.width // net.heads,
         "out_channels": net.in_channels * (2 if net.learned_variance else 1),
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "norm_type": "ada_norm_zero",
-        "norm_elementwise_affine": False,
+        **{field: value for field, (value,) in SUPPORTED.items()},
         **fields.theirs(FIELDS, net),
     }
 
 
 def names(net: DiT) -> Names:
-    """The name table.
-
-    Raises:
-      ValueError: for ``scan=True``, whose blocks are stacked: see ``dit.unstack_blocks``.
-    """
+    """The name table of an unrolled network."""
     if net.scan:
         raise ValueError(
             "scan=True: the name table is that of the unrolled network; convert its parameters "
@@ -146,20 +125,15 @@ def names(net: DiT) -> Names:
     def everywhere(key: str) -> tuple[str, ...]:
         return tuple(f"transformer_blocks.{i}.norm1.emb.{key}" for i in range(net.depth))
 
-    block = r"transformer_blocks.\1"
-    time = r"timestep_embedder.\1"
+    time, classes = r"timestep_embedder.\1", "class_embedder.embedding_table.weight"
     rows = [
         Row(("x_embedder/kernel",), ("pos_embed.proj.weight",), _patches(net.patch)),
         Row((r"t_embedder/(\w+)/kernel",), everywhere(f"{time}.weight"), copies(net.depth, KERNEL)),
         Row((r"t_embedder/(\w+)/bias",), everywhere(f"{time}.bias"), copies(net.depth, PLAIN)),
-        Row(
-            ("y_embedder/embedding",),
-            everywhere("class_embedder.embedding_table.weight"),
-            copies(net.depth, PLAIN),
-        ),
+        Row(("y_embedder/embedding",), everywhere(classes), copies(net.depth, PLAIN)),
     ]
     for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
-        keys = tuple(f"{block}.attn1.to_{name}.{theirs}" for name in "qkv")
+        keys = tuple(rf"transformer_blocks.\1.attn1.to_{name}.{theirs}" for name in "qkv")
         rows.append(Row((rf"blocks_(\d+)/attn/qkv/{ours}",), keys, fused(3)))
     rename = substituted(
         ("^x_embedder$", "pos_embed.proj"),
@@ -176,16 +150,11 @@ def names(net: DiT) -> Names:
 
 
 def example(net: DiT) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
-    """The arguments of ``net.init``, by shape.
-
-    Raises:
-      ValueError: for a network that does not know its ``in_channels``.
-    """
+    """The arguments of ``net.init``, by shape."""
     if net.in_channels is None:
         raise ValueError("in_channels=None: set it, as in network.clone(in_channels=4)")
-    x = jax.ShapeDtypeStruct((1, net.patch, net.patch, net.in_channels), jnp.float32)
-    time = jax.ShapeDtypeStruct((1,), jnp.float32)
-    return x, time, Conditioning(label=jax.ShapeDtypeStruct((1,), jnp.int32))
+    x = fields.array(net.patch, net.patch, net.in_channels)
+    return x, fields.array(), Conditioning(label=fields.array(dtype=jnp.int32))
 
 
 def _patches(patch: int) -> Layout:

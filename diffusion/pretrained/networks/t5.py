@@ -34,11 +34,7 @@ HARMLESS = (
 
 
 def from_config(config: Mapping[str, Any]) -> T5Encoder:
-    """The module of a ``config.json``.
-
-    Raises:
-      ValueError: for another class, an unknown field or an unsupported value.
-    """
+    """The module of a ``config.json``."""
     name = fields.architecture(config, CLASSES)
     defaults = fields.defaults(FIELDS) | {"feed_forward_proj": "relu"}
     c = fields.fields(config, name, defaults, SUPPORTED, HARMLESS)
@@ -73,4 +69,4 @@ def names(net: T5Encoder) -> Names:
 
 def example(net: T5Encoder) -> tuple[jax.ShapeDtypeStruct]:
     """The arguments of ``net.init``, by shape."""
-    return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
+    return (fields.array(8, dtype=jnp.int32),)

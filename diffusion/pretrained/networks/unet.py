@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from diffusion.conditioning import Conditioning
 from diffusion.models.unet import UNet
 from diffusion.pretrained import fields as configs
-from diffusion.pretrained.names import Names, dotted
+from diffusion.pretrained.names import FORMER_ATTENTION, Names, dotted
 from diffusion.pretrained.networks import unet_conditional, unet_plain
 
 CLASSES = {"UNet2DModel": unet_plain, "UNet2DConditionModel": unet_conditional}
@@ -52,22 +52,14 @@ SUPPORTED = {
     "time_embedding_type": ("positional",),
     "class_embed_type": (None,),
 }
-FORMER = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 
 
 def from_config(config: Mapping[str, Any]) -> UNet:
-    """The module of a ``config.json``.
-
-    Raises:
-      ValueError: for another class, an unknown field or an unsupported value.
-    """
-    name = config.get("_class_name")
-    if name not in CLASSES:
-        raise ValueError(f"_class_name={name!r}: expected one of {', '.join(CLASSES)}")
+    """The module of a ``config.json``."""
+    name = configs.architecture(config, CLASSES)
     own = CLASSES[name]
-    c = configs.fields(
-        config, name, DEFAULTS | own.DEFAULTS, SUPPORTED | own.SUPPORTED, own.HARMLESS
-    )
+    defaults, supported = DEFAULTS | own.DEFAULTS, SUPPORTED | own.SUPPORTED
+    c = configs.fields(config, name, defaults, supported, own.HARMLESS)
     levels = len(c.block_out_channels)
     for field in ("down_block_types", "up_block_types"):
         if len(getattr(c, field)) != levels:
@@ -109,20 +101,12 @@ def to_config(net: UNet) -> dict[str, Any]:
 
 def names(net: UNet) -> Names:
     """The name table; older files' names of self-attention are read, too."""
-    aliases = tuple((rf"\.(attentions\.\d+)\.{old}\.", rf".\1.{new}.") for old, new in FORMER)
-    return Names(dotted("linear_1", "linear_2"), aliases=aliases)
+    return Names(dotted("linear_1", "linear_2"), aliases=FORMER_ATTENTION)
 
 
 def example(net: UNet) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
-    """The arguments of ``net.init``, by shape.
-
-    Raises:
-      ValueError: for a network that does not know what it is made for.
-    """
-
-    def array(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *shape), dtype)
-
+    """The arguments of ``net.init``, by shape."""
+    array = configs.array
     _known(net, "in_channels")
     cond = {}
     if net.attends_to_context:

@@ -55,21 +55,17 @@ SUPPORTED = {
 }
 # Fields of blocks and embeddings that are not supported.
 HARMLESS = ("mid_block_only_cross_attention", "addition_embed_type_num_heads")
-DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
-UP = ("UpBlock2D", "CrossAttnUpBlock2D")
+DOWN = {False: "DownBlock2D", True: "CrossAttnDownBlock2D"}
+UP = {False: "UpBlock2D", True: "CrossAttnUpBlock2D"}
 MID = {0: None, 1: "UNetMidBlock2D", 2: "UNetMidBlock2DCrossAttn"}
 
 
 def fields(c: SimpleNamespace) -> dict[str, Any]:
-    """``UNet``'s fields from those of the config.
-
-    Raises:
-      ValueError: for values that are not supported, or not together.
-    """
+    """``UNet``'s fields from those of the config."""
     levels = len(c.block_out_channels)
     depths = _per_level(c, "transformer_layers_per_block", levels)
-    attends = _attends(c, "down_block_types", DOWN)
-    up_attends = _attends(c, "up_block_types", UP)[::-1]
+    attends = configs.kinds(c, "down_block_types", "UNet2DConditionModel", DOWN)
+    up_attends = configs.kinds(c, "up_block_types", "UNet2DConditionModel", UP)[::-1]
     if c.reverse_transformer_layers_per_block is not None:
         up_depths = _per_level(c, "reverse_transformer_layers_per_block", levels)[::-1]
     elif any(isinstance(depth, tuple) for depth in depths):
@@ -85,7 +81,7 @@ def fields(c: SimpleNamespace) -> dict[str, Any]:
     if not (any(attends) or any(up_attends) or crosses_mid):
         raise ValueError(
             f"down_block_types={c.down_block_types}: UNet2DConditionModel is supported with at "
-            f"least one {DOWN[1]}; without, it is a UNet2DModel"
+            f"least one {DOWN[True]}; without, it is a UNet2DModel"
         )
     contexts = set(_per_level(c, "cross_attention_dim", levels))
     if len(contexts) > 1:
@@ -93,6 +89,7 @@ def fields(c: SimpleNamespace) -> dict[str, Any]:
             f"cross_attention_dim={c.cross_attention_dim}: UNet2DConditionModel is supported with "
             "one width of the context for all levels"
         )
+    added = {}
     if c.addition_embed_type == "text_time":
         for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
             if getattr(c, field) is None:
@@ -102,8 +99,6 @@ def fields(c: SimpleNamespace) -> dict[str, Any]:
             "time_id_width": c.addition_time_embed_dim,
             "added_width": c.projection_class_embeddings_input_dim,
         }
-    else:
-        added = {}
     mid_depth = depths[-1][0] if isinstance(depths[-1], tuple) else depths[-1]
     return {
         "attention": down,
@@ -118,12 +113,11 @@ def fields(c: SimpleNamespace) -> dict[str, Any]:
 
 
 def config(net: UNet) -> dict[str, Any]:
-    """The config's fields from ``UNet``'s; inverse of ``fields``.
-
-    Raises:
-      ValueError: for a network that is no ``UNet2DConditionModel``.
-    """
+    """The config's fields from ``UNet``'s; inverse of ``fields``."""
+    if net.context_width is None:
+        raise ValueError("context_width=None: set it, as in network.clone(context_width=768)")
     levels = range(len(net.widths))
+    heads = net.num_heads if isinstance(net.num_heads, int) else [*map(net.heads, levels)]
     down = [_depth(net, net.level_kinds("attention", level)) for level in levels]
     up = [_depth(net, net.up_kinds(level)) for level in levels]
     if net.mid_blocks not in MID or (net.mid_blocks == 2 and net.mid_attention in (0, "self")):
@@ -152,25 +146,16 @@ def config(net: UNet) -> dict[str, Any]:
         "down_block_types": [DOWN[depth != 0] for depth in down],
         "mid_block_type": MID[net.mid_blocks],
         "up_block_types": [UP[depth != 0] for depth in reversed(up)],
-        "layers_per_block": _plain(net.blocks),
+        "layers_per_block": list(net.blocks) if isinstance(net.blocks, tuple) else net.blocks,
         "transformer_layers_per_block": depths,
         "reverse_transformer_layers_per_block": reversed_depths,
         **configs.theirs(FIELDS, net),
-        "cross_attention_dim": _context_width(net),
-        "attention_head_dim": _heads(net),
+        "cross_attention_dim": net.context_width,
+        "attention_head_dim": heads,
         "addition_embed_type": "text_time" if net.added_embedding else None,
         "addition_time_embed_dim": net.time_id_width if net.added_embedding else None,
         "projection_class_embeddings_input_dim": net.added_width,
     }
-
-
-def _attends(c: SimpleNamespace, field: str, types: tuple[str, str]) -> list[bool]:
-    for name in getattr(c, field):
-        if name not in types:
-            raise ValueError(
-                f"{field}: UNet2DConditionModel supports {', '.join(types)}, got {name!r}"
-            )
-    return [name == types[1] for name in getattr(c, field)]
 
 
 def _per_level(c: SimpleNamespace, field: str, levels: int) -> tuple:
@@ -195,18 +180,3 @@ def _depth(net: UNet, kinds: tuple[AttentionKind, ...]) -> int | list[int]:
             "transformers after all of a level's blocks or after none, and no other self-attention"
         )
     return kinds[0] if len(set(kinds)) == 1 else list(kinds)
-
-
-def _heads(net: UNet) -> int | list[int]:
-    heads = [net.heads(level) for level in range(len(net.widths))]
-    return heads[0] if isinstance(net.num_heads, int) else heads
-
-
-def _context_width(net: UNet) -> int:
-    if net.context_width is None:
-        raise ValueError("context_width=None: set it, as in network.clone(context_width=768)")
-    return net.context_width
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusion.models.unet import UNet
 from diffusion.models.unet_fields import AttentionKind
+from diffusion.pretrained import fields as configs
 
 DEFAULTS = {
     "in_channels": 3,
@@ -32,15 +33,13 @@ UP = {"conv": "UpBlock2D", "resnet": "ResnetUpsampleBlock2D", "self": "AttnUpBlo
 
 
 def fields(c: SimpleNamespace) -> dict[str, Any]:
-    """``UNet``'s fields from those of the config.
-
-    Raises:
-      ValueError: for values that are not supported, or not together.
-    """
+    """``UNet``'s fields from those of the config."""
     if not isinstance(c.layers_per_block, int):
         raise ValueError(f"layers_per_block={c.layers_per_block}: UNet2DModel takes one number")
-    down = _kinds(c, "down_block_types", DOWN)
-    up = _kinds(c, "up_block_types", UP)[::-1]
+    for field in ("down_block_types", "up_block_types"):
+        setattr(c, field, tuple(name.removeprefix("UNetRes") for name in getattr(c, field)))
+    down = configs.kinds(c, "down_block_types", "UNet2DModel", DOWN)
+    up = configs.kinds(c, "up_block_types", "UNet2DModel", UP)[::-1]
     # The coarsest level does not downsample, and the finest does not upsample.
     resampling = {c.downsample_type if kind == "self" else kind for kind in down[:-1]}
     resampling |= {c.upsample_type if kind == "self" else kind for kind in up[1:]}
@@ -70,11 +69,7 @@ def fields(c: SimpleNamespace) -> dict[str, Any]:
 
 
 def config(net: UNet) -> dict[str, Any]:
-    """The config's fields from ``UNet``'s; inverse of ``fields``.
-
-    Raises:
-      ValueError: for a network that is no ``UNet2DModel``.
-    """
+    """The config's fields from ``UNet``'s; inverse of ``fields``."""
     for field in ("added_embedding", "guidance_width"):
         if getattr(net, field):
             raise ValueError(f"{field}={getattr(net, field)}: UNet2DModel has no such input")
@@ -107,15 +102,6 @@ def config(net: UNet) -> dict[str, Any]:
         "downsample_type": conv,
         "upsample_type": conv,
     }
-
-
-def _kinds(c: SimpleNamespace, field: str, types: dict[str, str]) -> list[str]:
-    kinds = {name: kind for kind, name in types.items()}
-    found = [name.removeprefix("UNetRes") for name in getattr(c, field)]
-    for name in found:
-        if name not in kinds:
-            raise ValueError(f"{field}: UNet2DModel supports {', '.join(kinds)}, got {name!r}")
-    return [kinds[name] for name in found]
 
 
 def _one_kind(net: UNet, kinds: tuple[AttentionKind, ...]) -> AttentionKind:

@@ -111,6 +111,8 @@ def from_diffusers(
         )
     if steps is not None and (int(steps) != steps or steps < 1):
         raise ValueError(f"steps must be a whole number >= 1, got {steps!r}")
+    if eta is not None and not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
     shortens = name in ("LCMScheduler", "TCDScheduler")  # strength, a list of timesteps
@@ -122,14 +124,12 @@ def from_diffusers(
 def dynamic_mu(config: Mapping[str, Any] | str | Path, tokens: int) -> float:
     """mu for an image of this many tokens (FLUX: height/16 * width/16), linear between the
     config's base_shift at base_image_seq_len and max_shift at max_image_seq_len.
-
-    Raises:
-      ValueError: for a class other than FlowMatchEulerDiscreteScheduler.
     """
-    name, fields = read(config)
+    name, c = read(config)
     if name != "FlowMatchEulerDiscreteScheduler":
         raise ValueError(f"_class_name: only FlowMatchEulerDiscreteScheduler has mu, got {name}")
-    return flows.dynamic_mu(fields, tokens)
+    slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+    return c.base_shift + slope * (tokens - c.base_image_seq_len)
 
 
 __all__ = ["CLASSES", "DEFAULTS", "Sampler", "dynamic_mu", "from_diffusers"]

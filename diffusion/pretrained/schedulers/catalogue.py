@@ -16,10 +16,7 @@ from typing import Any
 
 STEPS = {"num_train_timesteps": 1000}
 BETAS = {
-    **STEPS,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
+    **{**STEPS, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
     "trained_betas": None,
 }
 LATENT = {**BETAS, "beta_start": 0.00085, "beta_end": 0.012}
@@ -32,155 +29,87 @@ NO_CLIP = {"clip_sample": False, "clip_sample_range": 1.0}
 THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 SPREAD = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 RANGE = {"sigma_min": None, "sigma_max": None}
-FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0}
 DYNAMIC = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
 CLIPPED_LAMBDA = {"lambda_min_clipped": -float("inf"), "variance_type": None}
-DPM = {
-    **BETAS,
-    **OUTPUT,
-    **THRESHOLD,
-    **SPREAD,
-    **FLOW,
-    **CLIPPED_LAMBDA,
-    "solver_order": 2,
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
+LOWER = {"lower_order_final": True}
+END = {"final_sigmas_type": "zero"}
+METHOD = {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+INDEXED = {**BETAS, **OUTPUT, **LEADING, **ZERO_SNR}
+LAMBDA = {
+    **{**BETAS, **OUTPUT, **THRESHOLD, **SPREAD},
+    **{"use_flow_sigmas": False, "flow_shift": 1.0},
 }
+DPM = {**LAMBDA, **CLIPPED_LAMBDA, **METHOD}
 K_DIFFUSION = {**LATENT, **OUTPUT, **LINSPACE, **SPREAD}
-EDM = {
-    **STEPS,
-    **OUTPUT,
-    "sigma_min": 0.002,
-    "sigma_max": 80.0,
-    "sigma_data": 0.5,
-    "sigma_schedule": "karras",
-    "rho": 7.0,
-    "final_sigmas_type": "zero",
-}
+EDM_SIGMAS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+EDM = {**STEPS, **OUTPUT, **EDM_SIGMAS, **END, "sigma_schedule": "karras"}
 DISTILLED = {
-    **LATENT,
-    **OUTPUT,
-    **NO_CLIP,
-    **THRESHOLD,
-    **LEADING,
-    **ZERO_SNR,
-    "beta_schedule": "scaled_linear",
-    "set_alpha_to_one": True,
-    "original_inference_steps": 50,
-    "timestep_scaling": 10.0,
+    **{**LATENT, **OUTPUT, **NO_CLIP, **THRESHOLD, **LEADING, **ZERO_SNR},
+    **{"beta_schedule": "scaled_linear", "set_alpha_to_one": True},
+    **{"original_inference_steps": 50, "timestep_scaling": 10.0},
 }
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDPMScheduler": {
-        **{**BETAS, **OUTPUT, **CLIP, **THRESHOLD, **LEADING, **ZERO_SNR},
-        "variance_type": "fixed_small",
-    },
-    "DDIMScheduler": {
-        **{**BETAS, **OUTPUT, **CLIP, **THRESHOLD, **LEADING, **ZERO_SNR},
-        "set_alpha_to_one": True,
-    },
-    "DDIMInverseScheduler": {
-        **{**BETAS, **OUTPUT, **CLIP, **LEADING, **ZERO_SNR},
-        "set_alpha_to_one": True,
-    },
+    "DDPMScheduler": {**INDEXED, **CLIP, **THRESHOLD, "variance_type": "fixed_small"},
+    "DDIMScheduler": {**INDEXED, **CLIP, **THRESHOLD, "set_alpha_to_one": True},
+    "DDIMInverseScheduler": {**INDEXED, **CLIP, "set_alpha_to_one": True},
     "PNDMScheduler": {
         **{**BETAS, **OUTPUT, **LEADING},
-        "skip_prk_steps": False,
-        "set_alpha_to_one": False,
+        **{"skip_prk_steps": False, "set_alpha_to_one": False},
     },
     "LMSDiscreteScheduler": {**BETAS, **OUTPUT, **LINSPACE, **SPREAD},
     "EulerDiscreteScheduler": {
-        **{**BETAS, **OUTPUT, **LINSPACE, **SPREAD, **RANGE, **ZERO_SNR},
-        "interpolation_type": "linear",
-        "timestep_type": "discrete",
-        "final_sigmas_type": "zero",
+        **{**BETAS, **OUTPUT, **LINSPACE, **SPREAD, **RANGE, **ZERO_SNR, **END},
+        **{"interpolation_type": "linear", "timestep_type": "discrete"},
     },
     "EulerAncestralDiscreteScheduler": {**BETAS, **OUTPUT, **LINSPACE, **ZERO_SNR},
     "HeunDiscreteScheduler": {**K_DIFFUSION, **NO_CLIP},
     "KDPM2DiscreteScheduler": K_DIFFUSION,
     "KDPM2AncestralDiscreteScheduler": K_DIFFUSION,
     "DPMSolverMultistepScheduler": {
-        **{**DPM, **LINSPACE, **ZERO_SNR, **DYNAMIC},
-        "lower_order_final": True,
-        "euler_at_final": False,
-        "use_lu_lambdas": False,
-        "final_sigmas_type": "zero",
+        **{**DPM, **LINSPACE, **ZERO_SNR, **DYNAMIC, **LOWER, **END},
+        **{"euler_at_final": False, "use_lu_lambdas": False},
     },
-    "DPMSolverMultistepInverseScheduler": {
-        **{**DPM, **LINSPACE},
-        "lower_order_final": True,
-        "euler_at_final": False,
-    },
-    "DPMSolverSinglestepScheduler": {
-        **{**DPM, **DYNAMIC},
-        "lower_order_final": False,
-        "final_sigmas_type": "zero",
-    },
+    "DPMSolverMultistepInverseScheduler": {**DPM, **LINSPACE, **LOWER, "euler_at_final": False},
+    "DPMSolverSinglestepScheduler": {**DPM, **DYNAMIC, **END, "lower_order_final": False},
     "UniPCMultistepScheduler": {
-        **{**BETAS, **OUTPUT, **THRESHOLD, **SPREAD, **FLOW, **LINSPACE, **ZERO_SNR, **DYNAMIC},
-        **RANGE,
-        "solver_order": 2,
-        "predict_x0": True,
-        "solver_type": "bh2",
-        "lower_order_final": True,
-        "disable_corrector": [],
-        "solver_p": None,
-        "final_sigmas_type": "zero",
-        "shift_terminal": None,
+        **{**LAMBDA, **LINSPACE, **ZERO_SNR, **DYNAMIC, **RANGE, **LOWER, **END},
+        **{"solver_order": 2, "solver_type": "bh2", "solver_p": None, "predict_x0": True},
+        **{"disable_corrector": [], "shift_terminal": None},
     },
     "DEISMultistepScheduler": {
-        **{**BETAS, **OUTPUT, **THRESHOLD, **SPREAD, **FLOW, **LINSPACE, **DYNAMIC},
-        "solver_order": 2,
-        "algorithm_type": "deis",
-        "solver_type": "logrho",
-        "lower_order_final": True,
+        **{**LAMBDA, **LINSPACE, **DYNAMIC, **LOWER},
+        **{"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho"},
     },
     "SASolverScheduler": {
-        **{**BETAS, **OUTPUT, **THRESHOLD, **SPREAD, **FLOW, **CLIPPED_LAMBDA, **LINSPACE},
-        "predictor_order": 2,
-        "corrector_order": 2,
-        "tau_func": None,
-        "algorithm_type": "data_prediction",
-        "lower_order_final": True,
+        **{**LAMBDA, **CLIPPED_LAMBDA, **LINSPACE, **LOWER, "algorithm_type": "data_prediction"},
+        **{"predictor_order": 2, "corrector_order": 2, "tau_func": None},
     },
     "LCMScheduler": DISTILLED,
     "TCDScheduler": DISTILLED,
     "FlowMatchEulerDiscreteScheduler": {
-        **{**STEPS, **SPREAD, **DYNAMIC},
-        "shift": 1.0,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-        "invert_sigmas": False,
-        "shift_terminal": None,
-        "stochastic_sampling": False,
+        **{**STEPS, **SPREAD, **DYNAMIC, "shift": 1.0, "base_shift": 0.5, "max_shift": 1.15},
+        **{"base_image_seq_len": 256, "max_image_seq_len": 4096, "shift_terminal": None},
+        **{"invert_sigmas": False, "stochastic_sampling": False},
     },
     "FlowMatchHeunDiscreteScheduler": {**STEPS, "shift": 1.0},
     "EDMEulerScheduler": EDM,
     "EDMDPMSolverMultistepScheduler": {
-        **{**EDM, **THRESHOLD},
-        "solver_order": 2,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-        "lower_order_final": True,
+        **{**EDM, **THRESHOLD, **METHOD, **LOWER},
         "euler_at_final": False,
     },
     "CMStochasticIterativeScheduler": {
-        "num_train_timesteps": 40,
-        "sigma_min": 0.002,
-        "sigma_max": 80.0,
-        "sigma_data": 0.5,
-        "s_noise": 1.0,
-        "rho": 7.0,
-        "clip_denoised": True,
+        **EDM_SIGMAS,
+        **{"num_train_timesteps": 40, "s_noise": 1.0, "clip_denoised": True},
     },
 }
 """Class -> its fields and their defaults."""
 
 COMMON_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TWO = {"prediction_type": ("epsilon", "v_prediction")}
 THREE = ("epsilon", "sample", "v_prediction")
-FOUR = (*THREE, "flow_prediction")
+FOUR = {"prediction_type": (*THREE, "flow_prediction")}
+ORDERS = (1, 2, 3, 4)
 CHOICES: dict[str, dict[str, tuple]] = {
     "*": {
         "beta_schedule": COMMON_BETAS,
@@ -201,62 +130,47 @@ CHOICES: dict[str, dict[str, tuple]] = {
         "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
     },
     "DDIMInverseScheduler": {"timestep_spacing": ("leading", "trailing")},
-    "PNDMScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "PNDMScheduler": TWO,
     "EulerDiscreteScheduler": {"prediction_type": (*THREE, "original_sample")},
-    "EulerAncestralDiscreteScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "EulerAncestralDiscreteScheduler": TWO,
     "HeunDiscreteScheduler": {"beta_schedule": (*COMMON_BETAS, "exp")},
-    "KDPM2DiscreteScheduler": {"prediction_type": ("epsilon", "v_prediction")},
-    "KDPM2AncestralDiscreteScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "KDPM2DiscreteScheduler": TWO,
+    "KDPM2AncestralDiscreteScheduler": TWO,
     "DPMSolverMultistepScheduler": {
-        "prediction_type": FOUR,
+        **FOUR,
         "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
     },
     "DPMSolverMultistepInverseScheduler": {"algorithm_type": ("dpmsolver", "dpmsolver++")},
     "DPMSolverSinglestepScheduler": {
-        "prediction_type": FOUR,
+        **FOUR,
         "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),
     },
-    "UniPCMultistepScheduler": {
-        "prediction_type": FOUR,
-        "solver_type": ("bh1", "bh2"),
-        "solver_order": (1, 2, 3, 4),
-    },
-    "DEISMultistepScheduler": {
-        "prediction_type": FOUR,
-        "solver_type": ("logrho",),
-        "algorithm_type": ("deis",),
-    },
+    "UniPCMultistepScheduler": {**FOUR, "solver_type": ("bh1", "bh2"), "solver_order": ORDERS},
+    "DEISMultistepScheduler": {**FOUR, "solver_type": ("logrho",), "algorithm_type": ("deis",)},
     "SASolverScheduler": {
-        "prediction_type": FOUR,
-        "algorithm_type": ("data_prediction", "noise_prediction"),
-        "predictor_order": (1, 2, 3, 4),
-        "corrector_order": (1, 2, 3, 4),
+        **{**FOUR, "algorithm_type": ("data_prediction", "noise_prediction")},
+        **{"predictor_order": ORDERS, "corrector_order": ORDERS},
     },
     # diffusers does not use these two in TCD, so that True would have no effect.
     "TCDScheduler": {"clip_sample": (False,), "thresholding": (False,)},
-    "EDMEulerScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "EDMEulerScheduler": TWO,
     "EDMDPMSolverMultistepScheduler": {
-        "prediction_type": ("epsilon", "v_prediction"),
+        **TWO,
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     },
 }
 """Legal values by class; "*" holds those of all classes that have none of their own."""
 
-SYNONYMS = {
-    "DPMSolverMultistepScheduler": "dpm",
-    "DPMSolverMultistepInverseScheduler": "dpm",
-    "DPMSolverSinglestepScheduler": "dpm",
-    "EDMDPMSolverMultistepScheduler": "dpm",
-    "UniPCMultistepScheduler": "unipc",
-    "DEISMultistepScheduler": "deis",
+_DPM_REPLACED = {
+    "algorithm_type": {"deis": "dpmsolver++"},
+    "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
 }
 REPLACED: dict[str, dict[str, dict[str, str]]] = {
-    "dpm": {
-        "algorithm_type": {"deis": "dpmsolver++"},
-        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+    **{name: _DPM_REPLACED for name in DEFAULTS if "DPMSolver" in name},
+    "UniPCMultistepScheduler": {
+        "solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")
     },
-    "unipc": {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}},
-    "deis": {
+    "DEISMultistepScheduler": {
         "algorithm_type": {"dpmsolver": "deis", "dpmsolver++": "deis"},
         "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     },
@@ -285,7 +199,7 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
         given["set_alpha_to_one"] = former
     for key, value in given.items():
         if key in fields:
-            replaced = REPLACED.get(SYNONYMS.get(name, ""), {}).get(key, {})
+            replaced = REPLACED.get(name, {}).get(key, {})
             fields[key] = replaced.get(value, value) if isinstance(value, str) else value
         elif not _harmless(key, value):
             known = any(key in others for others in DEFAULTS.values())

@@ -10,18 +10,9 @@ import numpy as np
 
 from diffusion.denoiser import ddpm_index
 from diffusion.levels import Array, NoiseLevel, posterior
-from diffusion.pretrained.schedulers.scheduler import (
-    PREDICTIONS,
-    LogTable,
-    Request,
-    Sampler,
-    alphas_cumprod,
-    on_estimate,
-    stack,
-    table_of,
-    transform_of,
-)
-from diffusion.pretrained.schedulers.timesteps import custom_timesteps, ddim_timesteps
+from diffusion.pretrained.schedulers import scheduler, timesteps
+from diffusion.pretrained.schedulers.scheduler import Request, Sampler
+from diffusion.sampling.solvers.adams import BASHFORTH
 from diffusion.sampling.solvers.one_step import ddim_row, tcd_row
 from diffusion.sampling.tables import RAW, Combination, D, Row, Solver, X, Y, Z, table
 
@@ -34,9 +25,9 @@ def ddpm(c: SimpleNamespace, r: Request) -> Sampler:
     As in diffusers, noise is added in every step that does not start at table step 0: with
     steps_offset=1 the last step, to clean data, adds it too ("fixed_large", "learned_range").
     """
-    schedule, total = table_of(alphas_cumprod(c)), c.num_train_timesteps
+    schedule, total = scheduler.table_of(scheduler.alphas_cumprod(c)), c.num_train_timesteps
     custom = r.timesteps is not None
-    index = custom_timesteps(r, total) if custom else ddim_timesteps(c, r.steps)
+    index = timesteps.custom_timesteps(r, total) if custom else timesteps.ddim_timesteps(c, r.steps)
     index = index[r.start(len(index)) :]
     levels = [*_levels(schedule, index), CLEAN]
     rows, upper = [], []
@@ -59,10 +50,8 @@ def ddim(c: SimpleNamespace, r: Request) -> Sampler:
     (default 0) and use_clipped_model_output are those of diffusers' ``step``; without the latter
     eps is the network's even where x_0 is clipped.
     """
-    schedule = table_of(alphas_cumprod(c))
-    index, eta = ddim_timesteps(c, r.steps), r.eta or 0.0
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    schedule = scheduler.table_of(scheduler.alphas_cumprod(c))
+    index, eta = timesteps.ddim_timesteps(c, r.steps), r.eta or 0.0
     stride = c.num_train_timesteps // r.steps
     index = index[r.start(len(index)) :]
     levels = _levels(schedule, index)
@@ -79,12 +68,9 @@ def ddim_inverse(c: SimpleNamespace, r: Request) -> Sampler:
     As in diffusers, the network receives the timestep at which the step *ends*, while x is at the
     one before, first at clean data (set_alpha_to_one) or table step 0. ``solver.level`` is the
     former, ``grid`` the latter; give the data as x_init.
-
-    Raises:
-      ValueError: for prediction_type "sample" from clean data, where eps cannot follow from x_0.
     """
-    schedule = table_of(alphas_cumprod(c))
-    index = ddim_timesteps(c, r.steps)[::-1]
+    schedule = scheduler.table_of(scheduler.alphas_cumprod(c))
+    index = timesteps.ddim_timesteps(c, r.steps)[::-1]
     stride = c.num_train_timesteps // r.steps
     rows, levels = [], []
     for k in index:
@@ -111,7 +97,7 @@ def ddim_inverse(c: SimpleNamespace, r: Request) -> Sampler:
         x0, _ = _estimates(x, output, now, c.prediction_type)
         return jnp.clip(x0, -c.clip_sample_range, c.clip_sample_range)
 
-    return sampler._replace(transform=partial(on_estimate, change=clipped))
+    return sampler._replace(transform=partial(scheduler.on_estimate, change=clipped))
 
 
 def pndm(c: SimpleNamespace, r: Request) -> Sampler:
@@ -120,8 +106,8 @@ def pndm(c: SimpleNamespace, r: Request) -> Sampler:
     As in diffusers: steps go to t - T // N, the second evaluation repeats the first step (N + 1
     evaluations), a v-prediction's multistep combines v itself, and stages lie T // N // 2 apart.
     """
-    schedule = table_of(alphas_cumprod(c))
-    index = ddim_timesteps(c, r.steps)[::-1]
+    schedule = scheduler.table_of(scheduler.alphas_cumprod(c))
+    index = timesteps.ddim_timesteps(c, r.steps)[::-1]
     stride = c.num_train_timesteps // r.steps
     if c.skip_prk_steps:
         stages, rest = [], np.concatenate([index[:-1], index[-2:-1], index[-1:]])[::-1]
@@ -151,32 +137,21 @@ def pndm(c: SimpleNamespace, r: Request) -> Sampler:
             new = _transfer(start, used, base, down, c.prediction_type)
             rows.append(Row(now, [new, *kept, start, total]))
             continue
-        before, past = k - stride, [output, Y[1], Y[2], Y[3]]
+        at, before, base = k, k - stride, X
+        past = [output, Y[1], Y[2], Y[3]]
         known = 4 if len(stages) else number + (number == 0)
-        at = k
-        base = X
         if number == 1 and not len(stages):  # the first step again, with the mean of both ends
             before, at, base = k, k + stride, Y[4]
             used, past = (output + Y[1]) / 2, [Y[1]]
         else:
-            used = sum(w * e for w, e in zip(WEIGHTS[min(known, 4) - 1], past))
-        at_level = _at(schedule, at)
+            used = sum(w * e for w, e in zip(BASHFORTH[min(known, 4) - 1], past))
         down = _previous(schedule, before, c.set_alpha_to_one)
-        new = _transfer(base, used, at_level, down, c.prediction_type)
+        new = _transfer(base, used, _at(schedule, at), down, c.prediction_type)
         kept = [*past, *([0 * X] * 3)][:3]
         rows.append(Row(now, [new, *kept, X]))
     levels = [row.level for row in rows]
     grid = [_at(schedule, k) for k in index[::-1]]
     return _sampler(c, schedule, calls, levels, table(rows), [*grid, down])
-
-
-WEIGHTS = [
-    [1.0],
-    [3 / 2, -1 / 2],
-    [23 / 12, -16 / 12, 5 / 12],
-    [55 / 24, -59 / 24, 37 / 24, -9 / 24],
-]
-"""Adams-Bashforth's, newest first."""
 
 
 def _output(now: NoiseLevel, prediction_type: str, d: Array = D, x: Array = X) -> Array:
@@ -211,7 +186,7 @@ def lcm(c: SimpleNamespace, r: Request) -> Sampler:
     Timesteps come from those it was distilled on, T // original_inference_steps apart; strength
     shortens that list, as in diffusers.
     """
-    schedule, index = table_of(alphas_cumprod(c)), _distilled(c, r)
+    schedule, index = scheduler.table_of(scheduler.alphas_cumprod(c)), _distilled(c, r)
     levels = [*_levels(schedule, index), CLEAN]
     rows = []
     for k, now, after in zip(index, levels, levels[1:]):
@@ -228,10 +203,8 @@ def tcd(c: SimpleNamespace, r: Request) -> Sampler:
     eta (default 0.3, the paper's gamma) is that of diffusers' ``step``. As there, the step down
     ends at table step floor((1 - eta) t'), and x at table step 0, not at clean data.
     """
-    schedule, index = table_of(alphas_cumprod(c)), _distilled(c, r)
+    schedule, index = scheduler.table_of(scheduler.alphas_cumprod(c)), _distilled(c, r)
     eta = 0.3 if r.eta is None else r.eta
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
     rows = []
     for k, after in zip(index, [*index[1:], None]):
         below = 0 if after is None else int(np.floor(np.float32(1 - eta) * np.float32(after)))
@@ -251,7 +224,7 @@ def _distilled(c: SimpleNamespace, r: Request) -> np.ndarray:
     if r.timesteps is not None:
         if r.strength is not None:  # diffusers then takes the last step for one with noise
             raise ValueError("strength: not with timesteps; give the later timesteps alone")
-        return custom_timesteps(r, total)
+        return timesteps.custom_timesteps(r, total)
     usable = np.arange(1, int(original * strength) + 1) * (total // original) - 1
     if r.steps > len(usable):
         raise ValueError(
@@ -262,7 +235,7 @@ def _distilled(c: SimpleNamespace, r: Request) -> np.ndarray:
     return usable[::-1][places]
 
 
-def _at(schedule: LogTable, index: int) -> NoiseLevel:
+def _at(schedule: scheduler.LogTable, index: int) -> NoiseLevel:
     """The level of a table step 0..T-1."""
     if not 0 <= index < schedule.steps:
         raise ValueError(f"timestep {index} lies outside the table 0..{schedule.steps - 1}")
@@ -270,20 +243,20 @@ def _at(schedule: LogTable, index: int) -> NoiseLevel:
     return NoiseLevel(t, schedule.alphas[index], schedule.sigmas[index])
 
 
-def _previous(schedule: LogTable, index: int, set_alpha_to_one: bool) -> NoiseLevel:
+def _previous(schedule: scheduler.LogTable, index: int, set_alpha_to_one: bool) -> NoiseLevel:
     """The same, where below 0 is clean data or step 0."""
     if index >= 0:
         return _at(schedule, index)
     return CLEAN if set_alpha_to_one else _at(schedule, 0)
 
 
-def _levels(schedule: LogTable, index: np.ndarray) -> list[NoiseLevel]:
+def _levels(schedule: scheduler.LogTable, index: np.ndarray) -> list[NoiseLevel]:
     return [_at(schedule, k) for k in index]
 
 
 def _sampler(
     c: SimpleNamespace,
-    schedule: LogTable,
+    schedule: scheduler.LogTable,
     index: np.ndarray,
     levels: list[NoiseLevel],
     solver: Solver,
@@ -296,10 +269,10 @@ def _sampler(
         )
     return Sampler(
         schedule,
-        PREDICTIONS[c.prediction_type],
+        scheduler.PREDICTIONS[c.prediction_type],
         partial(ddpm_index, steps=schedule.steps),
-        stack(levels if grid is None else grid),
+        scheduler.stack(levels if grid is None else grid),
         solver._replace(init=np.float64(1.0)),
         np.asarray(index, np.float64),
-        transform_of(c),
+        scheduler.transform_of(c),
     )

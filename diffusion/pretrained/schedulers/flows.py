@@ -10,16 +10,8 @@ import numpy as np
 
 from diffusion import predictions
 from diffusion.levels import NoiseLevel
-from diffusion.pretrained.schedulers.scheduler import (
-    Request,
-    Sampler,
-    part,
-    reversed_flow,
-    reversed_time,
-    scaled_time,
-    unchanged,
-)
-from diffusion.pretrained.schedulers.timesteps import flow_grid, spread
+from diffusion.pretrained.schedulers import scheduler, timesteps
+from diffusion.pretrained.schedulers.scheduler import Request, Sampler
 from diffusion.sampling.solvers.one_step import euler as euler_solver
 from diffusion.sampling.solvers.runge_kutta import flow_heun
 from diffusion.sampling.tables import D, Row, Solver, Z, nodes, table
@@ -34,11 +26,7 @@ def euler(c: SimpleNamespace, r: Request) -> Sampler:
     each; custom sigmas [N], without the final 0, are shifted once. With custom timesteps alone, the
     network receives them unshifted, while the sigmas made from them are shifted; if both are given,
     they are independent. invert_sigmas (Mochi) counts time from noise to data and predicts x_0 -
-    eps.
-
-    Raises:
-      ValueError: for use_dynamic_shifting without mu, and stochastic_sampling with invert_sigmas,
-        where diffusers noises its estimate of the noise.
+    eps; with stochastic_sampling diffusers would noise its estimate of the noise.
     """
     if c.use_dynamic_shifting and r.mu is None:
         raise ValueError("use_dynamic_shifting: True needs mu (``dynamic_mu``)")
@@ -54,25 +42,20 @@ def euler(c: SimpleNamespace, r: Request) -> Sampler:
         sigmas = np.linspace(shifted(1.0, once, None), shifted(1 / total, once, None), steps)
     if len(sigmas) != steps:
         raise ValueError(f"sigmas and timesteps must have {steps} entries, got {len(sigmas)}")
-    if c.use_dynamic_shifting:
-        sigmas = shifted(sigmas, r.mu, c.time_shift_type)
-    else:
-        sigmas = shifted(sigmas, c.shift, None)
-    sigmas = stretched(sigmas, c.shift_terminal)
-    wider = spread(c, float(sigmas[0]), float(sigmas[-1]), steps)
+    shift, kind = (r.mu, c.time_shift_type) if c.use_dynamic_shifting else (c.shift, None)
+    sigmas = stretched(shifted(sigmas, shift, kind), c.shift_terminal)
+    wider = timesteps.spread(c, float(sigmas[0]), float(sigmas[-1]), steps)
     sigmas = np.asarray(sigmas if wider is None else wider, np.float32)
-    index = sigmas * np.float32(total) if r.timesteps is None else np.asarray(r.timesteps)
-    if c.invert_sigmas:  # the network receives T (1 - sigma), whatever timesteps were given
-        index = sigmas * np.float32(total)
-    grid = part(flow_grid(index, np.append(sigmas, 0.0), total), _start(r, steps))
-    if c.stochastic_sampling:
-        rows = [
-            Row(now, [after.alpha * D + after.sigma * Z]) for now, after in pairwise(nodes(grid))
-        ]
-        solver = table(rows)
-    else:
-        solver = euler_solver(grid)
-    return _sampler(c, grid, solver, c.invert_sigmas)
+    # With invert_sigmas the network receives T (1 - sigma), whatever timesteps were given.
+    follow = r.timesteps is None or c.invert_sigmas
+    index = sigmas * np.float32(total) if follow else np.asarray(r.timesteps)
+    grid = timesteps.flow_grid(index, np.append(sigmas, 0.0), total)
+    grid = scheduler.part(grid, _start(r, steps))
+    if not c.stochastic_sampling:
+        return _sampler(c, grid, euler_solver(grid), c.invert_sigmas)
+    pairs = pairwise(nodes(grid))
+    rows = [Row(now, [after.alpha * D + after.sigma * Z]) for now, after in pairs]
+    return _sampler(c, grid, table(rows), inverted=False)
 
 
 def heun(c: SimpleNamespace, r: Request) -> Sampler:
@@ -80,8 +63,8 @@ def heun(c: SimpleNamespace, r: Request) -> Sampler:
     ends = shifted(1.0, c.shift, None), shifted(1 / c.num_train_timesteps, c.shift, None)
     sigmas = shifted(np.linspace(*ends, r.steps), c.shift, None).astype(np.float32)
     index = sigmas * np.float32(c.num_train_timesteps)
-    grid = flow_grid(index, np.append(sigmas, 0.0), c.num_train_timesteps)
-    grid = part(grid, _start(r, r.steps))
+    grid = timesteps.flow_grid(index, np.append(sigmas, 0.0), c.num_train_timesteps)
+    grid = scheduler.part(grid, _start(r, r.steps))
     return _sampler(c, grid, flow_heun(grid), False)
 
 
@@ -101,12 +84,6 @@ def stretched(t: np.ndarray, terminal: float | None) -> np.ndarray:
     return 1 - (1 - t) * ((1 - terminal) / (1 - t[-1])) if terminal else t
 
 
-def dynamic_mu(c: SimpleNamespace, tokens: int) -> float:
-    """mu at this many image tokens: linear, base_shift to max_shift (FLUX)."""
-    slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-    return c.base_shift + slope * (tokens - c.base_image_seq_len)
-
-
 def _start(r: Request, steps: int) -> int:
     """The first step as in pipelines of flow models, which round the steps that are left out."""
     if r.strength is None:
@@ -118,10 +95,10 @@ def _sampler(c: SimpleNamespace, grid: NoiseLevel, solver: Solver, inverted: boo
     total, t = c.num_train_timesteps, solver.level.t
     return Sampler(
         RectifiedFlow(),
-        reversed_flow if inverted else predictions.flow,
-        partial(reversed_time if inverted else scaled_time, steps=total),
+        scheduler.reversed_flow if inverted else predictions.flow,
+        partial(scheduler.reversed_time if inverted else scheduler.scaled_time, steps=total),
         grid,
         solver._replace(init=np.float64(1.0)),
         total * (1 - t if inverted else t),
-        unchanged,
+        scheduler.unchanged,
     )

@@ -13,43 +13,24 @@ import numpy as np
 
 from diffusion.denoiser import ddpm_index
 from diffusion.levels import NoiseLevel
+from diffusion.pretrained.schedulers import scheduler, timesteps
 from diffusion.pretrained.schedulers.flows import shifted
-from diffusion.pretrained.schedulers.scheduler import (
-    PREDICTIONS,
-    LogTable,
-    Request,
-    Sampler,
-    alphas_cumprod,
-    scaled_time,
-    table_of,
-    transform_of,
-)
-from diffusion.pretrained.schedulers.timesteps import (
-    dpm_timesteps,
-    flow_grid,
-    last_timestep,
-    log_times,
-    ratios,
-    spread,
-    table_grid,
-)
+from diffusion.pretrained.schedulers.scheduler import Request, Sampler
 from diffusion.sampling.tables import Solver
 from diffusion.schedules import RectifiedFlow
 
 
 def lambda_grid(
     c: SimpleNamespace, r: Request, rounded: str, repeat: bool = False
-) -> tuple[NoiseLevel, np.ndarray, LogTable | RectifiedFlow]:
+) -> tuple[NoiseLevel, np.ndarray, scheduler.LogTable | RectifiedFlow]:
     """(grid, timesteps [N], schedule) of DPM, DEIS and SA.
 
     Exponential and beta sigmas go with timesteps that are cut off: whether the first is T - 1 or
     T - 2 hangs on the last bit of float32's logarithm and root, in diffusers as here.
 
-    Args:
-      c, r: the config and the arguments.
-      rounded: which spreads have rounded timesteps (others are cut off): "karras", or
-        "but cosine": karras and lu, except with squaredcos_cap_v2.
-      repeat: where the sigmas are spread, the last is repeated instead of final_sigmas_type.
+    ``rounded``: which spreads have rounded timesteps (others are cut off): "karras", or "but
+    cosine": karras and lu, except with squaredcos_cap_v2. ``repeat``: where the sigmas are spread,
+    the last is repeated instead of final_sigmas_type.
     """
     spreads = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
     used = [field for field in spreads if getattr(c, field, False)]
@@ -59,9 +40,9 @@ def lambda_grid(
         raise ValueError(f"use_flow_sigmas: diffusers ignores it with {used[0]}=True")
     if r.mu is not None and not (c.use_dynamic_shifting and c.time_shift_type == "exponential"):
         raise ValueError("mu: needs use_dynamic_shifting=True and time_shift_type='exponential'")
-    products = alphas_cumprod(c, floor=True)
-    schedule, total, steps = table_of(products), c.num_train_timesteps, r.count
-    sigma = ratios(products)
+    products = scheduler.alphas_cumprod(c, floor=True)
+    schedule, total, steps = scheduler.table_of(products), c.num_train_timesteps, r.count
+    sigma = timesteps.ratios(products)
     if c.use_flow_sigmas:
         shift = c.flow_shift if r.mu is None else float(np.exp(r.mu))
         sigmas = shifted((1 - np.linspace(1, 1 / total, steps + 1))[:0:-1], shift, None)
@@ -69,12 +50,12 @@ def lambda_grid(
     elif getattr(c, "use_lu_lambdas", False):
         logs = np.log(sigma)
         sigmas = np.exp(np.linspace(float(logs[-1]), float(logs[0]), steps))
-        index = log_times(sigmas, products)
+        index = timesteps.log_times(sigmas, products)
     elif used:
-        sigmas = spread(c, float(sigma[-1]), float(sigma[0]), steps)
-        index = log_times(sigmas, products)
+        sigmas = timesteps.spread(c, float(sigma[-1]), float(sigma[0]), steps)
+        index = timesteps.log_times(sigmas, products)
     else:
-        index = dpm_timesteps(c, r, last_timestep(c, products))
+        index = timesteps.dpm_timesteps(c, r, timesteps.last_timestep(c, products))
         sigmas = np.interp(index, np.arange(total), sigma)
     whole = ("use_karras_sigmas",) if rounded == "karras" else (spreads[0], spreads[3])
     cosine = rounded == "but cosine" and c.beta_schedule == "squaredcos_cap_v2"
@@ -85,8 +66,8 @@ def lambda_grid(
         last = sigma[0] if c.final_sigmas_type == "sigma_min" else 0.0
     index, sigmas = index.astype(np.int64), np.append(sigmas, last)
     if c.use_flow_sigmas:
-        return flow_grid(index, sigmas, total), index, schedule
-    return table_grid(schedule, index, sigmas), index, schedule
+        return timesteps.flow_grid(index, sigmas, total), index, schedule
+    return timesteps.table_grid(schedule, index, sigmas), index, schedule
 
 
 def falling_orders(c: SimpleNamespace, steps: int, zero: bool = True) -> list[int]:
@@ -130,15 +111,15 @@ def check_flow_prediction(c: SimpleNamespace, data: bool) -> None:
 
 
 def lambda_sampler(
-    c: SimpleNamespace, schedule: LogTable, grid: NoiseLevel, solver: Solver
+    c: SimpleNamespace, schedule: scheduler.LogTable, grid: NoiseLevel, solver: Solver
 ) -> Sampler:
     total, t = c.num_train_timesteps, solver.level.t
     return Sampler(
         RectifiedFlow() if c.use_flow_sigmas else schedule,
-        PREDICTIONS[c.prediction_type],
-        partial(scaled_time if c.use_flow_sigmas else ddpm_index, steps=total),
+        scheduler.PREDICTIONS[c.prediction_type],
+        partial(scheduler.scaled_time if c.use_flow_sigmas else ddpm_index, steps=total),
         grid,
         solver._replace(init=np.float64(1.0)),
         (total * t - (not c.use_flow_sigmas)).round(),
-        transform_of(c),
+        scheduler.transform_of(c),
     )

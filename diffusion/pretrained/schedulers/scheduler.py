@@ -83,9 +83,6 @@ def alphas_cumprod(c: SimpleNamespace, floor: bool = False) -> np.ndarray:
     """[T] the products of 1 - beta, rounded as diffusers' float32 tables are.
 
     ``floor``: with zero terminal SNR the last is 2^-24 instead of 0, so that sigma is finite.
-
-    Raises:
-      ValueError: for trained_betas of another length, or betas for which 2^-24 would not be least.
     """
     one, steps = np.float32(1), c.num_train_timesteps
     if c.trained_betas is not None:

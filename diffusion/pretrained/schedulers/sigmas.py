@@ -17,30 +17,9 @@ import numpy as np
 from diffusion import predictions
 from diffusion.denoiser import ddpm_index, log_sigma
 from diffusion.levels import Array, NoiseLevel
+from diffusion.pretrained.schedulers import scheduler, timesteps
 from diffusion.pretrained.schedulers.log_snr import falling_orders, refuse_still
-from diffusion.pretrained.schedulers.scheduler import (
-    PREDICTIONS,
-    LogTable,
-    Request,
-    Sampler,
-    alphas_cumprod,
-    log_sigma_1000,
-    negative_edm,
-    on_estimate,
-    part,
-    table_of,
-    transform_of,
-)
-from diffusion.pretrained.schedulers.timesteps import (
-    in_table,
-    k_timesteps,
-    karras,
-    log_times,
-    ratios,
-    spread,
-    still,
-    table_grid,
-)
+from diffusion.pretrained.schedulers.scheduler import Request, Sampler
 from diffusion.sampling.solvers.adams import lms as adams_lms
 from diffusion.sampling.solvers.dpm_solver import multistep
 from diffusion.sampling.solvers.one_step import euler as euler_solver
@@ -49,7 +28,7 @@ from diffusion.sampling.solvers.runge_kutta import dpm2, dpm2_ancestral, heun_ro
 from diffusion.sampling.tables import D, Row, Solver, Z, nodes, table
 from diffusion.schedules import EDM
 
-Build = Callable[[NoiseLevel, LogTable], Solver]
+Build = Callable[[NoiseLevel, scheduler.LogTable], Solver]
 
 
 def euler(c: SimpleNamespace, r: Request) -> Sampler:
@@ -77,7 +56,7 @@ def euler_ancestral(c: SimpleNamespace, r: Request) -> Sampler:
 def heun(c: SimpleNamespace, r: Request) -> Sampler:
     """Heun's method in sigma space throughout (``solvers.heun`` leaves it beyond sigma = 1000)."""
 
-    def build(grid: NoiseLevel, _: LogTable) -> Solver:
+    def build(grid: NoiseLevel, _: scheduler.LogTable) -> Solver:
         steps = pairwise(nodes(grid))
         return table([row for now, after in steps for row in heun_rows(now, after, 0.0)])
 
@@ -109,23 +88,23 @@ def _discrete(c: SimpleNamespace, r: Request, build: Build, rounded: bool = Fals
 
     ``rounded``: Karras' sigmas go with whole timesteps, as in KDPM2.
     """
-    products = alphas_cumprod(c, floor=True)
-    schedule = table_of(products)
+    products = scheduler.alphas_cumprod(c, floor=True)
+    schedule = scheduler.table_of(products)
     index, sigmas = _sigmas(c, r, products, rounded)
-    grid = table_grid(schedule, index, sigmas)
+    grid = timesteps.table_grid(schedule, index, sigmas)
     start = r.start(r.count)
-    solver = build(part(grid, start), schedule)
+    solver = build(scheduler.part(grid, start), schedule)
     if start == 0 and c.timestep_spacing in ("linspace", "trailing"):
         solver = solver._replace(init=grid.sigma[0])  # sigma_max, in our scale
     level = solver.level
     return Sampler(
         schedule,
-        PREDICTIONS[c.prediction_type],
+        scheduler.PREDICTIONS[c.prediction_type],
         partial(ddpm_index, steps=schedule.steps),
-        part(grid, start),
+        scheduler.part(grid, start),
         solver,
         schedule.steps * level.t - 1,
-        transform_of(c),
+        scheduler.transform_of(c),
         (float(level.alpha[0]), float(grid.alpha[-1])),
     )
 
@@ -142,26 +121,26 @@ def _sigmas(
     """(timesteps [N], sigmas [N + 1])."""
     if r.sigmas is not None:
         given = np.asarray(r.sigmas, np.float32)
-        return log_times(given[:-1], products).astype(np.float32), given
+        return timesteps.log_times(given[:-1], products).astype(np.float32), given
     fields = vars(c)
     spreads = any(fields.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
     if r.timesteps is not None and spreads:
         raise ValueError("timesteps: not with use_karras, use_exponential or use_beta_sigmas")
-    index, count = k_timesteps(c, r), r.count
-    sigma = ratios(products)
+    index, count = timesteps.k_timesteps(c, r), r.count
+    sigma = timesteps.ratios(products)
     sigmas = np.interp(index, np.arange(len(sigma)), sigma)
     logarithmic = fields.get("interpolation_type") == "log_linear"
     if logarithmic:
         sigmas = np.exp(np.linspace(np.log(sigma[-1]), np.log(sigma[0]), count + 1))
     if spreads:
-        sigmas = spread(c, float(sigmas[0]), float(sigmas[-1]), count)
-        index = log_times(sigmas, products)
+        sigmas = timesteps.spread(c, float(sigmas[0]), float(sigmas[-1]), count)
+        index = timesteps.log_times(sigmas, products)
         if c.use_karras_sigmas and rounded:
             index = index.round()
     elif logarithmic and not _continuous(c):
         return index, sigmas
     elif logarithmic:  # one more step, to the end that final_sigmas_type names
-        index = log_times(sigmas, products)
+        index = timesteps.log_times(sigmas, products)
     last = sigma[0] if fields.get("final_sigmas_type") == "sigma_min" else 0.0
     return np.asarray(index, np.float32), np.append(sigmas, last)
 
@@ -175,12 +154,7 @@ def edm_euler(c: SimpleNamespace, r: Request) -> Sampler:
 
 
 def edm_dpm(c: SimpleNamespace, r: Request) -> Sampler:
-    """DPM-Solver++ on EDM's own sigmas (``solvers.multistep`` with curvature 1).
-
-    Raises:
-      ValueError: for sde-dpmsolver++ of order 3, which diffusers lacks, and for final_sigmas_type
-        "sigma_min" where its last step, of length zero, can be NaN.
-    """
+    """DPM-Solver++ on EDM's own sigmas (``solvers.multistep`` with curvature 1)."""
     if c.algorithm_type == "sde-dpmsolver++" and c.solver_order == 3:
         raise ValueError("solver_order: 3 is not supported with 'sde-dpmsolver++'; use 2")
     sigmas = _edm_sigmas(c, r.steps)
@@ -194,27 +168,24 @@ def edm_dpm(c: SimpleNamespace, r: Request) -> Sampler:
             "with 'sde-dpmsolver++'; use 'zero'"
         )
     refuse_still(c, grid, orders)
-    return _edm(
-        c,
-        grid,
-        multistep(grid, c.solver_order, kind=c.solver_type, eta=eta, orders=orders, curvature=1),
-    )
+    options = {"kind": c.solver_type, "eta": eta, "orders": orders, "curvature": 1}
+    return _edm(c, grid, multistep(grid, c.solver_order, **options))
 
 
 def _edm_sigmas(c: SimpleNamespace, steps: int) -> np.ndarray:
     ramp = np.linspace(0, 1, steps)
     if c.sigma_schedule == "karras":
-        return karras(ramp, c.sigma_min, c.sigma_max, c.rho)
+        return timesteps.karras(ramp, c.sigma_min, c.sigma_max, c.rho)
     return np.exp(np.linspace(np.log(c.sigma_min), np.log(c.sigma_max), steps))[::-1]
 
 
 def _edm_grid(sigmas: np.ndarray) -> NoiseLevel:
-    sigmas = still(np.asarray(sigmas, np.float32).astype(np.float64))
+    sigmas = timesteps.still(np.asarray(sigmas, np.float32).astype(np.float64))
     return NoiseLevel(sigmas, np.ones_like(sigmas), sigmas)
 
 
 def _edm(c: SimpleNamespace, grid: NoiseLevel, solver: Solver) -> Sampler:
-    row = predictions.edm if c.prediction_type == "epsilon" else negative_edm
+    row = predictions.edm if c.prediction_type == "epsilon" else scheduler.negative_edm
     return Sampler(
         EDM(c.sigma_max),
         partial(row, sigma_data=c.sigma_data),
@@ -222,7 +193,7 @@ def _edm(c: SimpleNamespace, grid: NoiseLevel, solver: Solver) -> Sampler:
         grid,
         solver._replace(init=np.sqrt(c.sigma_max**2 + 1)),
         np.log(solver.level.ratio) / 4,
-        transform_of(c),
+        scheduler.transform_of(c),
     )
 
 
@@ -233,14 +204,14 @@ def consistency(c: SimpleNamespace, r: Request) -> Sampler:
     """
     total = c.num_train_timesteps
     if r.timesteps is not None:
-        index = in_table(r.timesteps, total)[::-1]
+        index = timesteps.in_table(r.timesteps, total)[::-1]
         if np.any(np.diff(index) <= 0):
             raise ValueError(f"timesteps must descend, got {list(r.timesteps)}")
     elif r.steps > total:
         raise ValueError(f"steps: {r.steps} is more than num_train_timesteps={total}")
     else:
         index = np.arange(r.steps) * (total // r.steps)
-    sigmas = karras(index / (total - 1), c.sigma_min, c.sigma_max, c.rho)
+    sigmas = timesteps.karras(index / (total - 1), c.sigma_min, c.sigma_max, c.rho)
     grid = np.append(sigmas, c.sigma_min).astype(np.float32).astype(np.float64)
     grid = NoiseLevel(grid, np.ones_like(grid), grid)
     rows = []
@@ -261,9 +232,9 @@ def consistency(c: SimpleNamespace, r: Request) -> Sampler:
     return Sampler(
         EDM(c.sigma_max),
         partial(predictions.edm, sigma_data=c.sigma_data),
-        log_sigma_1000,
+        scheduler.log_sigma_1000,
         grid,
         solver._replace(init=np.float64(c.sigma_max)),
         250 * np.log(solver.level.sigma),
-        partial(on_estimate, change=boundary),
+        partial(scheduler.on_estimate, change=boundary),
     )

@@ -19,11 +19,7 @@ STILL = 1e-9
 
 
 def ddim_timesteps(c: SimpleNamespace, steps: int) -> np.ndarray:
-    """[N] table steps, descending (DDPM, DDIM, PNDM).
-
-    Raises:
-      ValueError: for more steps than the table has, or a step beyond it.
-    """
+    """[N] table steps, descending (DDPM, DDIM, PNDM)."""
     total = c.num_train_timesteps
     if steps > total:
         raise ValueError(f"steps: {steps} is more than num_train_timesteps={total}")
@@ -48,11 +44,7 @@ def in_table(index: np.ndarray, total: int) -> np.ndarray:
 
 
 def custom_timesteps(r: Request, total: int) -> np.ndarray:
-    """The caller's own, descending table steps.
-
-    Raises:
-      ValueError: if they do not descend within the table.
-    """
+    """The caller's own, descending table steps."""
     index = in_table(r.timesteps, total)
     if np.any(np.diff(index) >= 0):
         raise ValueError(f"timesteps must descend, got {list(r.timesteps)}")
@@ -142,11 +134,7 @@ def flow_grid(index: np.ndarray, sigmas: np.ndarray, total: int) -> NoiseLevel:
 
 
 def still(sigmas: np.ndarray) -> np.ndarray:
-    """The sigmas [N + 1], a repeated last one moved by ``STILL``.
-
-    Raises:
-      ValueError: if others are equal, or they neither fall nor rise throughout.
-    """
+    """The sigmas [N + 1], which fall or rise throughout, a repeated last one moved by ``STILL``."""
     if len(sigmas) > 1 and sigmas[-1] == sigmas[-2]:
         rising = len(sigmas) > 2 and sigmas[-2] > sigmas[-3]
         sigmas[-1] *= 1 + STILL if rising else 1 - STILL

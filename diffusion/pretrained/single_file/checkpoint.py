@@ -21,16 +21,8 @@ from jax.typing import DTypeLike
 
 from diffusion.pretrained import files, folders, names, weights
 from diffusion.pretrained.models import Model, shapes, to_config
-from diffusion.pretrained.single_file import keys
-from diffusion.pretrained.single_file.families import (
-    EMA,
-    FAMILIES,
-    NO_WEIGHTS,
-    TABLES,
-    VAE,
-    Family,
-    family,
-)
+from diffusion.pretrained.single_file import families
+from diffusion.pretrained.single_file.families import FAMILIES, TABLES, Family
 
 
 @dataclass(frozen=True)
@@ -72,63 +64,33 @@ def open_single_file(
     """
     tensors = files.open_file(path)
     try:
-        found = family(tensors)
+        found = families.family(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     kind = FAMILIES[found]
-    left = {key: tensor for key, tensor in tensors.items() if not re.fullmatch(NO_WEIGHTS, key)}
+    left = {
+        key: tensor for key, tensor in tensors.items() if not re.fullmatch(families.NO_WEIGHTS, key)
+    }
     components = {}
     for name, (prefix, build) in kind.parts.items():
         held = {key: left.pop(key) for key in list(left) if key.startswith(prefix)}
         if name == "vae" and not held:
             # Some files use another prefix.
-            held = {VAE + k[4:]: left.pop(k) for k in list(left) if k.startswith("vae.")}
+            held = {families.VAE + k[4:]: left.pop(k) for k in list(left) if k.startswith("vae.")}
         if name == "unet" and ema:
             held = _averages(held, tensors, path)
         if held:
             module = (modules or {}).get(name) or build()
             if name == "vae":
                 held = {key: _convolution(key, tensor) for key, tensor in held.items()}
-            model = Model(
-                module, to_config(module), TABLES[prefix](module, prefix), held, f"{path} ({name})"
-            )
-            model.check()
-            components[name] = model
+            table, source = TABLES[prefix](module, prefix), f"{path} ({name})"
+            components[name] = Model(module, to_config(module), table, held, source)
+            components[name].check()
     if left:
         some = ", ".join(sorted(left)[:10])
         raise ValueError(f"{path}: {len(left)} tensors belong to no part of {found}: {some}")
-    return SingleFile(
-        found, kind.pipeline, components, _scheduler(kind, found, tensors, prediction_type)
-    )
-
-
-def open_autoencoder(
-    path: str | Path, kind: str = "v1", *, module: nn.Module | None = None
-) -> Model:
-    """An autoencoder alone in the original naming, such as "vae-ft-mse-840000-ema-pruned" or
-    "sdxl_vae", which replace that of a checkpoint.
-
-    Args:
-      path: a .safetensors file.
-      kind: the family that it is made for, which determines how it scales latents.
-      module: a network to use instead of the published one.
-
-    Raises:
-      ValueError: it holds something else.
-    """
-    net = module or _known(kind).parts["vae"][1]()
-    tensors = files.open_file(path)
-    if "encoder.down_blocks.0.resnets.0.norm1.weight" in tensors:
-        raise ValueError(
-            f"{path} is in diffusers' naming: put it into a folder with its config.json"
-        )
-    prefix = next((p for p in (VAE, "vae.") if any(key.startswith(p) for key in tensors)), "")
-    beside = rf"{prefix}(?:loss\..*|model_ema\..*)|{NO_WEIGHTS}"
-    held = {k: _convolution(k, t) for k, t in tensors.items() if not re.fullmatch(beside, k)}
-    table = keys.autoencoder(net, prefix)
-    model = Model(net, to_config(net), table, held, str(path))
-    model.check()
-    return model
+    scheduler = _scheduler(kind, found, tensors, prediction_type)
+    return SingleFile(found, kind.pipeline, components, scheduler)
 
 
 def write_single_file(
@@ -153,7 +115,10 @@ def write_single_file(
       ValueError: an unknown family, components that it does not have, or parameters that are not
         their module's.
     """
-    parts = _known(kind).parts
+    if kind not in FAMILIES:
+        near = folders.nearest(kind, FAMILIES)
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(FAMILIES)}{near}")
+    parts = FAMILIES[kind].parts
     tensors: dict[str, files.Tensor] = {}
     for name, (module, params) in components.items():
         if name not in parts:
@@ -161,25 +126,15 @@ def write_single_file(
         prefix, _ = parts[name]
         table = TABLES[prefix](module, prefix)
         own = weights.save_params(table, params, dtype=dtype)
-        names.check(
-            names.bind(table, shapes(module)),
-            {k: t.shape for k, t in own.items()},
-            f"params[{name}]",
-        )
+        given = {key: tensor.shape for key, tensor in own.items()}
+        names.check(names.bind(table, shapes(module)), given, f"params[{name}]")
         tensors |= own
     files.write_file(path, tensors)
 
 
-def _known(kind: str) -> Family:
-    if kind not in FAMILIES:
-        near = folders.nearest(kind, FAMILIES)
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(FAMILIES)}{near}")
-    return FAMILIES[kind]
-
-
 def _averages(held: files.Tensors, tensors: files.Tensors, path: str | Path) -> files.Tensors:
     """The moving averages; their keys are those of the weights without dots."""
-    named = {key: EMA + key.removeprefix("model.").replace(".", "") for key in held}
+    named = {key: families.EMA + key.removeprefix("model.").replace(".", "") for key in held}
     missing = [name for name in named.values() if name not in tensors]
     if missing:
         raise ValueError(
@@ -207,5 +162,5 @@ def _scheduler(
     step = tensors.get("global_step")
     if prediction_type is None and found == "v2" and step is not None and step.read() == 875000:
         prediction_type = "epsilon"
-    scheduler = dict(kind.scheduler)
-    return scheduler | ({"prediction_type": prediction_type} if prediction_type else {})
+    given = {"prediction_type": prediction_type} if prediction_type else {}
+    return {**kind.scheduler, **given}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -30,26 +31,9 @@ NO_WEIGHTS = (
 """Keys that are not weights: training state, noise schedules, losses, indices."""
 
 
-def _openai() -> ClipText:
-    return ClipText(width=768, depth=12, heads=12, hidden=3072)
-
-
-def _open_clip_h() -> ClipText:
-    return ClipText(width=1024, depth=23, heads=16, hidden=4096, activation="gelu")
-
-
-def _open_clip_g() -> ClipText:
-    return ClipText(width=1280, depth=32, heads=20, hidden=5120, activation="gelu", projection=1280)
-
-
-def _vae(**fields: Any) -> AutoencoderKL:
-    return AutoencoderKL(**({"widths": (128, 256, 512, 512), "blocks": 2} | fields))
-
-
-def _unet(preset: Callable, channels: int, context: int, size: int, **fields: Any) -> nn.Module:
-    return preset(in_channels=channels, context_width=context, image_size=size, **fields)
-
-
+_openai = partial(ClipText, width=768, depth=12, heads=12, hidden=3072)
+_open_clip_h = partial(ClipText, width=1024, depth=23, heads=16, hidden=4096, activation="gelu")
+_open_clip_g = partial(ClipText, width=1280, depth=32, heads=20, hidden=5120, activation="gelu")
 TABLES = {
     CLIP: keys.clip,
     XL_CLIP: keys.clip,
@@ -96,64 +80,55 @@ class Family:
     scheduler: Mapping[str, Any]
 
 
-def _family(
-    pipeline: str, net: tuple, vae: dict[str, Any], encoders: dict, scheduler: dict, **fields: Any
-) -> Family:
-    preset, channels, context, size = net
-    parts = {
-        "unet": (UNET, lambda: _unet(preset, channels, context, size, **fields)),
-        "vae": (VAE, lambda: _vae(**vae)),
-    }
+def _family(pipeline: str, net: Callable, vae: dict, encoders: dict, scheduler: dict) -> Family:
+    vae = {"widths": (128, 256, 512, 512), "blocks": 2} | vae
+    parts = {"unet": (UNET, net), "vae": (VAE, partial(AutoencoderKL, **vae))}
     return Family(pipeline, parts | encoders, scheduler)
+
+
+def _unet(preset: Callable, channels: int, context: int, size: int, **fields: int) -> Callable:
+    sizes = {"in_channels": channels, "context_width": context, "image_size": size}
+    return partial(preset, **sizes, **fields)
 
 
 ONE = {"text_encoder": (CLIP, _openai)}
 TWO = {"text_encoder": (OPEN_CLIP, _open_clip_h)}
-XL = {"text_encoder": (XL_CLIP, _openai), "text_encoder_2": (XL_OPEN_CLIP, _open_clip_g)}
-REFINER = {"text_encoder_2": (REFINER_OPEN_CLIP, _open_clip_g)}
+PROJECTED = partial(_open_clip_g, projection=1280)
+XL = {"text_encoder": (XL_CLIP, _openai), "text_encoder_2": (XL_OPEN_CLIP, PROJECTED)}
+REFINER = {"text_encoder_2": (REFINER_OPEN_CLIP, PROJECTED)}
 V = {"prediction_type": "v_prediction"}
 SD_VAE = {"scaling_factor": 0.18215, "sample_size": 512}
 XL_VAE = {"scaling_factor": 0.13025, "sample_size": 1024}
+SD, INPAINT = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
+PIX2PIX, UPSCALE = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionUpscalePipeline"
+SDXL, XL_INPAINT = "StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"
+XL_IMG2IMG = "StableDiffusionXLImg2ImgPipeline"
+XL_NET = partial(_unet, unets.sdxl, added_width=2816)
+REFINER_NET = _unet(unets.sdxl_refiner, 4, 1280, 128, added_width=2560)
+UPSCALE_VAE = {"widths": (128, 256, 512), "scaling_factor": 0.08333, "sample_size": 256}
+UPSCALE_DDIM = DDIM | V | {"beta_start": 0.0001, "beta_end": 0.02}
 FAMILIES = {
-    "v1": _family("StableDiffusionPipeline", (unets.sd15, 4, 768, 64), SD_VAE, ONE, PNDM),
-    "inpainting": _family(
-        "StableDiffusionInpaintPipeline", (unets.sd15, 9, 768, 64), SD_VAE, ONE, PNDM
-    ),
-    "instruct-pix2pix": _family(
-        "StableDiffusionInstructPix2PixPipeline", (unets.sd15, 8, 768, 64), SD_VAE, ONE, PNDM
-    ),
-    "v2": _family("StableDiffusionPipeline", (unets.sd21, 4, 1024, 96), SD_VAE, TWO, DDIM | V),
-    "inpainting_v2": _family(
-        "StableDiffusionInpaintPipeline", (unets.sd21, 9, 1024, 64), SD_VAE, TWO, DDIM
-    ),
+    "v1": _family(SD, _unet(unets.sd15, 4, 768, 64), SD_VAE, ONE, PNDM),
+    "inpainting": _family(INPAINT, _unet(unets.sd15, 9, 768, 64), SD_VAE, ONE, PNDM),
+    "instruct-pix2pix": _family(PIX2PIX, _unet(unets.sd15, 8, 768, 64), SD_VAE, ONE, PNDM),
+    "v2": _family(SD, _unet(unets.sd21, 4, 1024, 96), SD_VAE, TWO, DDIM | V),
+    "inpainting_v2": _family(INPAINT, _unet(unets.sd21, 9, 1024, 64), SD_VAE, TWO, DDIM),
     "upscale": _family(
-        "StableDiffusionUpscalePipeline",
-        (unets.x4_upscaler, 7, 1024, 128),
-        {"widths": (128, 256, 512), "scaling_factor": 0.08333, "sample_size": 256},
-        TWO,
-        DDIM | V | {"beta_start": 0.0001, "beta_end": 0.02},
+        UPSCALE, _unet(unets.x4_upscaler, 7, 1024, 128), UPSCALE_VAE, TWO, UPSCALE_DDIM
     ),
-    "xl_base": _family(
-        "StableDiffusionXLPipeline", (unets.sdxl, 4, 2048, 128), XL_VAE, XL, EULER, added_width=2816
-    ),
-    "xl_inpaint": _family(
-        "StableDiffusionXLInpaintPipeline",
-        (unets.sdxl, 9, 2048, 128),
-        XL_VAE,
-        XL,
-        EULER,
-        added_width=2816,
-    ),
-    "xl_refiner": _family(
-        "StableDiffusionXLImg2ImgPipeline",
-        (unets.sdxl_refiner, 4, 1280, 128),
-        XL_VAE,
-        REFINER,
-        EULER,
-        added_width=2560,
-    ),
+    "xl_base": _family(SDXL, XL_NET(4, 2048, 128), XL_VAE, XL, EULER),
+    "xl_inpaint": _family(XL_INPAINT, XL_NET(9, 2048, 128), XL_VAE, XL, EULER),
+    "xl_refiner": _family(XL_IMG2IMG, REFINER_NET, XL_VAE, REFINER, EULER),
 }
 """Families by diffusers' names."""
+
+
+BY_SHAPE = {
+    **{(768, 4): "v1", (768, 9): "inpainting", (768, 8): "instruct-pix2pix"},
+    **{(1024, 4): "v2", (1024, 9): "inpainting_v2", (1024, 7): "upscale"},
+    **{(2048, 4): "xl_base", (2048, 9): "xl_inpaint", (1280, 4): "xl_refiner"},
+}
+"""(Width of the text encoders' context, channels that the U-Net takes) -> family."""
 
 
 def family(tensors: files.Tensors) -> str:
@@ -172,26 +147,11 @@ def family(tensors: files.Tensors) -> str:
         else:
             hint = f"it begins with {', '.join(sorted(tensors)[:3])}"
         raise ValueError(f"no checkpoint of Stable Diffusion 1, 2 or XL: {hint}")
-    prefixes = (XL_OPEN_CLIP, REFINER_OPEN_CLIP, OPEN_CLIP, CLIP)
-    kinds = ("xl", "refiner", "two", "one")
-    by_context = {2048: "xl", 1280: "refiner", 1024: "two", 768: "one"}
-    held = (
-        kind for prefix, kind in zip(prefixes, kinds) if any(k.startswith(prefix) for k in tensors)
-    )
+    prefixes = {XL_OPEN_CLIP: 2048, REFINER_OPEN_CLIP: 1280, OPEN_CLIP: 1024, CLIP: 768}
+    held = (w for prefix, w in prefixes.items() if any(key.startswith(prefix) for key in tensors))
     # In a file without text encoders, the width of cross-attention shows for which it was made.
-    kind = next(held, by_context.get(context))
-    channels = first.shape[1]
-    found = {
-        ("one", 4): "v1",
-        ("one", 9): "inpainting",
-        ("one", 8): "instruct-pix2pix",
-        ("two", 4): "v2",
-        ("two", 9): "inpainting_v2",
-        ("two", 7): "upscale",
-        ("xl", 4): "xl_base",
-        ("xl", 9): "xl_inpaint",
-        ("refiner", 4): "xl_refiner",
-    }.get((kind, channels))
+    width, channels = next(held, context), first.shape[1]
+    found = BY_SHAPE.get((width, channels))
     if found is None:
         raise ValueError(
             f"no known kind of checkpoint: its U-Net takes {channels} channels and a context of "

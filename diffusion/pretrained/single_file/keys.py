@@ -39,12 +39,8 @@ UNET = (
 )
 
 
-def unet(net: UNet, prefix: str = "model.diffusion_model.") -> Names:
-    """The table of a ``UNet``.
-
-    Raises:
-      ValueError: for a network that the original code does not have.
-    """
+def unet(net: UNet, prefix: str) -> Names:
+    """The table of a ``UNet`` that the original code has."""
     if net.guidance_width is not None:
         raise ValueError(
             f"guidance_width={net.guidance_width}: the original naming has no guidance embedding"
@@ -54,11 +50,9 @@ def unet(net: UNet, prefix: str = "model.diffusion_model.") -> Names:
             "only the U-Nets of Stable Diffusion have an original naming: without scale_shift and "
             "resnet_resampling, with mid_attention"
         )
-    levels = len(net.widths)
-    counts = [per_level(net.blocks, level) for level in range(levels)]
-    attends = [bool(per_level(net.attention, level)) for level in range(levels)]
-    pairs = []
-    index = 1
+    levels = range(len(net.widths))
+    counts = [per_level(net.blocks, level) for level in levels]
+    pairs, index = [], 1
     for i, count in enumerate(counts):
         for j in range(count):
             pairs.append((rf"^down_blocks\.{i}\.resnets\.{j}\b", f"input_blocks.{index}.0"))
@@ -67,15 +61,15 @@ def unet(net: UNet, prefix: str = "model.diffusion_model.") -> Names:
         pairs.append((rf"^down_blocks\.{i}\.downsamplers\.0\.conv$", f"input_blocks.{index}.0.op"))
         index += 1
     index = 0
-    for i, level in enumerate(reversed(range(levels))):
+    for i, level in enumerate(reversed(levels)):
         for j in range(counts[level] + 1):
             pairs.append((rf"^up_blocks\.{i}\.resnets\.{j}\b", f"output_blocks.{index}.0"))
             pairs.append((rf"^up_blocks\.{i}\.attentions\.{j}\b", f"output_blocks.{index}.1"))
             index += 1
-        last = f"output_blocks.{index - 1}.{1 + attends[level]}.conv"
+        attends = bool(per_level(net.attention, level))
+        last = f"output_blocks.{index - 1}.{1 + attends}.conv"
         pairs.append((rf"^up_blocks\.{i}\.upsamplers\.0\.conv$", last))
-    blocks = substituted(*UNET, *pairs)
-    resnet = substituted(*RESNET)
+    blocks, resnet = substituted(*UNET, *pairs), substituted(*RESNET)
     dots = dotted("linear_1", "linear_2")
 
     def rename(path: str) -> str:
@@ -85,12 +79,8 @@ def unet(net: UNet, prefix: str = "model.diffusion_model.") -> Names:
     return Names(rename)
 
 
-def autoencoder(net: AutoencoderKL, prefix: str = "first_stage_model.") -> Names:
-    """The table of an ``AutoencoderKL``.
-
-    Raises:
-      ValueError: for one with attention elsewhere than in the middle.
-    """
+def autoencoder(net: AutoencoderKL, prefix: str) -> Names:
+    """The table of an ``AutoencoderKL`` with attention in the middle alone."""
     if any(net.attention) if isinstance(net.attention, tuple) else net.attention:
         raise ValueError(
             f"attention={net.attention}: only autoencoders with attention in the middle alone have "
@@ -114,19 +104,15 @@ def autoencoder(net: AutoencoderKL, prefix: str = "first_stage_model.") -> Names
         (r"\.upsamplers\.0\.", ".upsample."),
     ]
     parts = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out_0", "proj_out"))
-    rows = tuple(
-        Row(
-            (rf"{half}/mid_block/attentions_0/{ours}/kernel",),
-            (f"{prefix}{half}.mid.attn_1.{theirs}.weight",),
-            POINTWISE,
-        )
-        for half in ("encoder", "decoder")
-        for ours, theirs in parts
-    )
-    return Names(_prefixed(prefix, substituted(*pairs)), rows)
+    rows = []
+    for half in ("encoder", "decoder"):
+        for part, name in parts:
+            ours = f"{half}/mid_block/attentions_0/{part}/kernel"
+            rows.append(Row((ours,), (f"{prefix}{half}.mid.attn_1.{name}.weight",), POINTWISE))
+    return Names(_prefixed(prefix, substituted(*pairs)), tuple(rows))
 
 
-def clip(net: ClipText, prefix: str = "cond_stage_model.transformer.") -> Names:
+def clip(net: ClipText, prefix: str) -> Names:
     """The table of OpenAI's text encoder, which transformers' naming serves, below a prefix."""
     if net.projection is not None:
         raise ValueError("projection: OpenAI's text encoder has none in single files")
@@ -138,13 +124,12 @@ def clip(net: ClipText, prefix: str = "cond_stage_model.transformer.") -> Names:
     )
 
 
-def open_clip(net: ClipText, prefix: str = "cond_stage_model.model.") -> Names:
+def open_clip(net: ClipText, prefix: str) -> Names:
     """The table of OpenCLIP's text encoder.
 
     Stable Diffusion 2 uses all layers but the last, and no projection: what files hold of them is
     passed over, and not written.
     """
-    blocks = f"{prefix}transformer.resblocks."
     pairs = (
         (r"^encoder\.layers\.", "transformer.resblocks."),
         (r"\.layer_norm(\d)$", r".ln_\1"),
@@ -154,27 +139,17 @@ def open_clip(net: ClipText, prefix: str = "cond_stage_model.model.") -> Names:
         (r"^final_layer_norm$", "ln_final"),
         (r"^embeddings\.token_embedding$", "token_embedding"),
     )
+    positions = "embeddings/position_embedding/embedding"
     rows = [
-        Row(
-            ("embeddings/position_embedding/embedding",),
-            (f"{prefix}positional_embedding",),
-            PLAIN,
-        ),
+        Row((positions,), (f"{prefix}positional_embedding",), PLAIN),
         # [width, projection] there, as here.
         Row(("text_projection/kernel",), (f"{prefix}text_projection",), PLAIN),
     ]
-    for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
-        first, *others = (rf"self_attn/{part}_proj/{ours}" for part in "qkv")
-        rows.append(
-            Row(
-                (
-                    rf"encoder/layers_(\d+)/{first}",
-                    *(rf"encoder/layers_\1/{other}" for other in others),
-                ),
-                (rf"{blocks}\1.attn.in_proj_{theirs}",),
-                unfused(3),
-            )
-        )
+    for leaf, theirs in (("kernel", "weight"), ("bias", "bias")):
+        first, *others = (f"self_attn/{part}_proj/{leaf}" for part in "qkv")
+        ours = (rf"encoder/layers_(\d+)/{first}", *(rf"encoder/layers_\1/{k}" for k in others))
+        joined = rf"{prefix}transformer.resblocks.\1.attn.in_proj_{theirs}"
+        rows.append(Row(ours, (joined,), unfused(3)))
     unused = [r"logit_scale", r"attn_mask"]
     if net.projection is None:
         unused += ["text_projection", rf"transformer\.resblocks\.{net.depth}\..*"]

@@ -11,7 +11,7 @@ rng = np.random.default_rng(0)
 
 def random_statistics(seed, d=5):
     a = np.random.default_rng(seed).standard_normal((d + 3, d))
-    return Statistics(a[0], a.T @ a / d, 100)
+    return Statistics(a[0], a.T @ a / d)
 
 
 def test_statistics_are_numpys():
@@ -19,24 +19,13 @@ def test_statistics_are_numpys():
     s = frechet.statistics(x)
     np.testing.assert_allclose(s.mean, x.mean(0), atol=1e-14)
     np.testing.assert_allclose(s.cov, np.cov(x.T), atol=1e-14)
-    assert s.n == 50
-
-
-def test_merged_statistics_are_those_of_the_union():
-    x = rng.standard_normal((60, 4)) + 100
-    merged = frechet.statistics(x[:1]).merge(frechet.statistics(x[1:20]))
-    merged = merged.merge(frechet.statistics(x[20:]))
-    whole = frechet.statistics(x)
-    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
-    np.testing.assert_allclose(merged.cov, whole.cov, rtol=1e-10, atol=1e-12)
-    assert merged.n == 60
 
 
 def test_commuting_covariances_have_a_closed_form():
     p, q = np.array([1.0, 4.0, 9.0]), np.array([4.0, 1.0, 0.0])
     rotation = np.linalg.qr(rng.standard_normal((3, 3)))[0]
-    a = Statistics(np.array([1.0, 2.0, 3.0]), (rotation * p) @ rotation.T, 10)
-    b = Statistics(np.array([0.0, 2.0, 5.0]), (rotation * q) @ rotation.T, 10)
+    a = Statistics(np.array([1.0, 2.0, 3.0]), (rotation * p) @ rotation.T)
+    b = Statistics(np.array([0.0, 2.0, 5.0]), (rotation * q) @ rotation.T)
     expected = 1 + 4 + ((np.sqrt(p) - np.sqrt(q)) ** 2).sum()
     assert frechet.frechet_from_statistics(a, b) == pytest.approx(expected, rel=1e-7)
 
