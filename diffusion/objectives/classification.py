@@ -32,11 +32,8 @@ class Classification:
 
     Attributes:
       network: linen module ``(c_in x, c_noise, cond, train) -> logits [B, K]``.
-      schedule, c_noise: see those modules.
       prediction: only its c_in is used, so that input is scaled as the denoiser's is.
-      times: time distribution.
-      stratify: the global batch size, to spread times evenly over it; None draws independently.
-      t_min: smallest time trained on.
+      times, stratify, t_min: as in ``Denoising``.
     """
 
     network: nn.Module
@@ -81,10 +78,7 @@ class Classification:
         return lambda x, level: self._apply(params, x, level)
 
     def features(self, params: Params, x: Array) -> Array:
-        """[B, h, w, C] in the middle of the network, of x [B, H, W, C] as at the smallest time.
-
-        For networks that are an ``Encoder``.
-        """
+        """[B, h, w, C] in the middle of an ``Encoder``, of x [B, H, W, C] at the smallest time."""
         level = self.schedule(jnp.full(len(x), self.t_min))
 
         def middle(network: nn.Module, x: Array, time: Array) -> Array:

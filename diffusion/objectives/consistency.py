@@ -18,9 +18,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diffusion.denoiser import ConditionalDenoise, Denoise, denoiser
+from diffusion.denoiser import ConditionalDenoise, Denoise
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.objectives import quartiles, times
+from diffusion.objectives import times
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.objective import Batch, Context, Metrics, Params
 
@@ -41,22 +41,17 @@ def heun(denoise: Denoise, x: Array, now: NoiseLevel, after: NoiseLevel) -> Arra
     A step to the clean data is Euler's, as in EDM.
     """
     first = euler(denoise, x, now, after)
-    clean = after.sigma == 0
-    safe = NoiseLevel(*(jnp.where(clean, a, b) for a, b in zip(now, after)))
+    safe = NoiseLevel(*(jnp.where(after.sigma == 0, a, b) for a, b in zip(now, after)))
 
     def slope(x: Array, level: NoiseLevel) -> Array:
         d, level = denoise(x, level), level.expand(x.ndim)
         return (x - (level.alpha + level.sigma) * d) / level.sigma
 
     mean = (slope(x, now) + slope(first, safe)) / 2
-    now, after, clean = (
-        now.expand(x.ndim),
-        after.expand(x.ndim),
-        clean.reshape(now.expand(x.ndim).t.shape),
-    )
+    now, after = now.expand(x.ndim), after.expand(x.ndim)
     total, total_after = now.alpha + now.sigma, after.alpha + after.sigma
     z = x / total + (after.sigma / total_after - now.sigma / total) * mean
-    return jnp.where(clean, first, total_after * z)
+    return jnp.where(after.sigma == 0, first, total_after * z)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,25 +85,20 @@ class Consistency(Denoising):
         rngs = {"dropout": jax.random.fold_in(key_network, index[0])}
 
         def consistency(params: Params, x: Array, level: NoiseLevel) -> Array:
-            def network(*args):
-                variables = {"params": params["network"]}
-                return self.network.apply(variables, *args, train=context.train, rngs=rngs)
+            return self.denoiser(params, train=context.train, rngs=rngs)(x, level, cond)
 
-            return denoiser(network, self.prediction, self.c_noise)(x, level, cond)
-
-        def estimate(x: Array, level: NoiseLevel) -> Array:
-            if self.teacher is None:
-                return x0
-            return self.teacher(context.frozen["teacher"])(x, level, cond)
-
-        y = self.solver(estimate, x, now, after)
+        if self.teacher is None:
+            y = self.solver(lambda x, level: x0, x, now, after)
+        else:
+            teacher = self.teacher(context.frozen["teacher"])
+            y = self.solver(lambda x, level: teacher(x, level, cond), x, now, after)
         averaged = (context.ema or {}).get(self.target, params)
         clean = after.t == 0  # where f(y) = y; networks are not evaluated without noise
         safe = NoiseLevel(*(jnp.where(clean, a, b) for a, b in zip(now, after)))
         target = consistency(averaged, y, safe)
         target = jnp.where(clean.reshape((-1,) + (1,) * (x.ndim - 1)), y, target)
         loss = self.distance(consistency(params, x, now), jax.lax.stop_gradient(target))
-        return loss.mean(), quartiles.by_quartile(loss, u, times.uniform, self.schedule)
+        return loss.mean(), times.by_quartile(loss, u, times.uniform, self.schedule)
 
     def levels(self, key: Array, index: Array) -> NoiseLevel:
         """The noise levels [B] that the student sees in ``loss`` with this key."""

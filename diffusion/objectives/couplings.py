@@ -28,7 +28,6 @@ Coupling = Callable[[Array, Draw, Array | None], Array]
 
 def independent(x0: Array, draw: Draw, label: Array | None = None) -> Array:
     """The first draw, whatever the example: diffusion as it was."""
-    del x0, label
     return draw(0)
 
 
@@ -39,8 +38,8 @@ def optimal_transport(
 
     Minibatch optimal transport (Pooladian et al., 2023, "Multisample Flow Matching"; Tong et al.,
     2024, OT-CFM, alg. 3) and immiscible diffusion by linear assignment (Li et al., 2024) are this.
-    The permutation pi is exact, by the Hungarian algorithm; as it permutes, all noises together
-    are as they were. Squares make it the same whatever the data's scale.
+    The permutation pi is exact, by the Hungarian algorithm, in a time that grows with group^3: on
+    the CPU 1 ms for 64, 2 ms for 128, 22 ms for 256.
 
     Args:
       x0: [B, ...].
@@ -50,10 +49,6 @@ def optimal_transport(
         divides a device's share of the batch, the result does not depend on the devices.
       same_label: only examples of one label exchange noise, so that given the label noise stays
         standard normal (as in Cheng & Schwing, 2025, C2OT, for discrete conditions).
-
-    The time grows with group^3, in loops: on the CPU 1 ms for 64, 2 ms for 128, 22 ms for 256.
-
-    Raises ValueError if B is not a multiple of the group, or labels are missing.
     """
     size = min(group or len(x0), len(x0))
     if group < 0 or len(x0) % size:
@@ -88,24 +83,15 @@ def nearest(x0: Array, draw: Draw, label: Array | None = None, k: int = 4) -> Ar
     no longer standard normal, only less far from it the more dimensions there are: the squared
     distance to x_0 has the survival function S(d)^k, with S that of the noncentral chi-squared
     distribution of |x_0 - eps|^2. Sampling starts from standard normal noise all the same.
-
-    Raises ValueError if k is less than 1.
     """
-    del label
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
-    best = draw(0)
-    least = _squared(x0, best)
-    for j in range(1, k):
+    best, least = draw(0), jnp.inf
+    for j in range(k):
         noise = draw(j)
-        distance = _squared(x0, noise)
-        nearer = (distance < least).reshape((-1,) + (1,) * (x0.ndim - 1))
-        best, least = jnp.where(nearer, noise, best), jnp.minimum(distance, least)
+        distance = jnp.square(x0 - noise).sum(tuple(range(1, x0.ndim)), keepdims=True)
+        best, least = jnp.where(distance < least, noise, best), jnp.minimum(distance, least)
     return best
-
-
-def _squared(x0: Array, noise: Array) -> Array:
-    return jnp.square(x0 - noise).sum(tuple(range(1, x0.ndim)))
 
 
 CHOICES = {f.__name__: f for f in (independent, optimal_transport, nearest)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,7 @@ from diffusion import conditioning, predictions
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.objectives import couplings, distances, quartiles, times, weightings
+from diffusion.objectives import couplings, distances, times, weightings
 from diffusion.objectives.noise import PLAIN, Gaussian
 from diffusion.objectives.objective import Batch, Context, Metrics, Params, network_alone
 from diffusion.objectives.terms.term import Noised, Term
@@ -35,17 +35,11 @@ class Denoising:
 
     Attributes:
       network: linen module ``(x, c_noise, cond, train) -> F``.
-      schedule, prediction, c_noise: see those modules.
-      times: time distribution.
-      weighting: factor of the distance, a function of (level, c_out).
-      distance: [B, ...] x [B, ...] -> [B].
       coupling: which noise an example is mixed with, in training alone.
       null: makes the null conditioning (for classifier-free guidance) from a conditioning.
       dropout: probability that an example is trained with the null conditioning.
       stratify: the global batch size, to spread times evenly over it; None draws independently.
       t_min: smallest time trained on.
-      noise: how noise is drawn.
-      terms: what changes the loss besides, in this order.
     """
 
     network: nn.Module
@@ -103,7 +97,7 @@ class Denoising:
         for term in self.terms:
             loss, measured = term(loss, params.get(term.name), context, noised)
             metrics |= measured
-        return loss.mean(), metrics | quartiles.by_quartile(loss, u, self.times, self.schedule)
+        return loss.mean(), metrics | times.by_quartile(loss, u, self.times, self.schedule)
 
     def levels(self, key: Array, index: Array) -> NoiseLevel:
         """The noise levels [B] at which ``loss`` with this key sees examples ``index`` [B]."""
@@ -118,9 +112,9 @@ class Denoising:
             cond = conditioning.drop(cond, self.null(cond), dropped)
         return cond
 
-    def denoiser(self, params: Params) -> ConditionalDenoise:
-        """E[x_0 | x_t] as the network with these parameters estimates it."""
-        network = partial(self.network.apply, {"params": params["network"]})
+    def denoiser(self, params: Params, **options: Any) -> ConditionalDenoise:
+        """E[x_0 | x_t] as the network estimates it, called with these parameters and options."""
+        network = partial(self.network.apply, {"params": params["network"]}, **options)
         return denoiser(network, self.prediction, self.c_noise)
 
     def _noised(self, params, batch, x_t, level, cond, train, rngs) -> tuple[Noised, Array]:

@@ -38,7 +38,6 @@ class Adversary:
 
     Attributes:
       network: images -> logits.
-      tx: its optimiser.
       loss: of real and fake logits, the network's own.
       weight: of the adversarial loss, besides the adaptive weight.
       start: number of steps after which both losses count and the network is trained.
@@ -53,18 +52,10 @@ class Adversary:
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoding:
-    """Trains ``network``, and the adversary's where there is one.
-
-    The adversary's parameters and its optimiser's state lie in ``TrainState.extra``: what is
-    averaged, evaluated and saved as the model is the autoencoder alone.
+    """Trains ``network``, and the adversary's, whose state lies in ``TrainState.extra``.
 
     Attributes:
-      network: the autoencoder.
-      distance: of original and reconstruction, per example.
-      kl_weight: of the divergence from the standard normal.
       perceptual: module (x, y) -> [B] whose parameters are ``frozen["perceptual"]``; or None.
-      perceptual_weight: of that.
-      adversary: or None.
       learned_variance: learn l, which is 0 otherwise.
     """
 
@@ -89,8 +80,8 @@ class Autoencoding:
         """The adversary's initial "params" and "opt_state"; None without an adversary."""
         if self.adversary is None:
             return None
-        variables = self.adversary.network.init(jax.random.split(key)[1], jnp.asarray(batch["x"]))
-        params = variables["params"]
+        x = jnp.asarray(batch["x"])
+        params = self.adversary.network.init(jax.random.split(key)[1], x)["params"]
         return {"params": params, "opt_state": self.adversary.tx.init(params)}
 
     def loss(
@@ -101,7 +92,7 @@ class Autoencoding:
 
     @property
     def step(self) -> Callable | None:
-        """With an adversary a step of both networks at once, each with its own optimiser."""
+        """With an adversary, a step of both networks at once."""
         return None if self.adversary is None else self._both
 
     def _both(
@@ -109,10 +100,9 @@ class Autoencoding:
     ) -> tuple[Any, Metrics]:
         """One gradient of both losses, of both networks' parameters, serves two optimisers."""
         context, old = tools.context(state, frozen), state.extra
+        both = state.params, old["params"]
         grads, metrics = tools.gradients(
-            lambda both, piece: self.losses(both, context, piece, key),
-            (state.params, old["params"]),
-            batch,
+            lambda both, piece: self.losses(both, context, piece, key), both, batch
         )
         updates, opt_state = self.adversary.tx.update(grads[1], old["opt_state"], old["params"])
         extra = {"params": optax.apply_updates(old["params"], updates), "opt_state": opt_state}
@@ -124,10 +114,7 @@ class Autoencoding:
     def losses(
         self, both: tuple[Params, Params | None], context: Context, batch: Batch, key: Array
     ) -> tuple[Array, Metrics]:
-        """The loss of (params, the adversary's or None), the adversary's own included.
-
-        The adaptive weight is that of the batch given, which in training is a device's piece.
-        """
+        """The loss of (params, the adversary's or None), the adversary's own included."""
         (params, adversary), x, train = both, batch["x"], context.train
         index = batch.get("index", jnp.arange(len(x)))
         key_sample, key_network = jax.random.split(key)
@@ -148,11 +135,9 @@ class Autoencoding:
         metrics |= {"kl": kl / x[0].size}
         if adversary is not None:
             started = context.step >= self.adversary.start
-            function = partial(self._adversarial, pull)
-            args = adversary, y, x, d_nll
-            nothing = jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *args)
-            )
+            function, args = partial(self._adversarial, pull), (adversary, y, x, d_nll)
+            shapes = jax.eval_shape(function, *args)
+            nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
             added, measured = jax.lax.cond(started, function, lambda *_: nothing, *args)
             loss, metrics = loss + added, metrics | measured
         return loss, metrics
@@ -176,25 +161,19 @@ class Autoencoding:
             error = error + self.perceptual_weight * apart
         if not self.learned_variance:
             return error, metrics
-        log_variance = params["log_variance"]
-        metrics["log_variance"] = log_variance
+        log_variance = metrics["log_variance"] = params["log_variance"]
         return error * jnp.exp(-log_variance) + log_variance, metrics
 
     def _adversarial(
         self, pull: Callable, adversary: Params, y: Array, x: Array, d_nll: Array
     ) -> tuple[Array, dict[str, Array]]:
         """Both networks' losses, added; the adaptive weight among the metrics."""
-
-        def logits(weights: Params, images: Array) -> Array:
-            return self.adversary.network.apply({"params": weights}, images)
-
-        def realism(y: Array) -> Array:
-            return -logits(jax.lax.stop_gradient(adversary), y).mean()
-
-        unreal, d_unreal = jax.value_and_grad(realism)(y)
+        logits, trained = self.adversary.network.apply, {"params": adversary}
+        fixed = jax.lax.stop_gradient(trained)
+        unreal, d_unreal = jax.value_and_grad(lambda y: -logits(fixed, y).mean())(y)
         norms = [optax.tree.norm(pull(d.astype(y.dtype))) for d in (d_nll, d_unreal)]
         weight = jax.lax.stop_gradient(jnp.clip(norms[0] / (norms[1] + 1e-4), 0, 1e4))
-        real, fake = logits(adversary, x), logits(adversary, jax.lax.stop_gradient(y))
+        real, fake = logits(trained, x), logits(trained, jax.lax.stop_gradient(y))
         own = self.adversary.loss(real, fake)
         metrics = {"adversary": own, "adaptive_weight": weight}
         metrics |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
@@ -210,6 +189,6 @@ class Autoencoding:
 
 def _with_kernel(params: Params, kernel: Array) -> Params:
     """The parameters with another kernel in the decoder's last layer."""
-    network = params["network"]
-    last = {**network["decoder"]["conv_out"], "kernel": kernel}
-    return params | {"network": {**network, "decoder": {**network["decoder"], "conv_out": last}}}
+    decoder = params["network"]["decoder"]
+    decoder = {**decoder, "conv_out": {**decoder["conv_out"], "kernel": kernel}}
+    return params | {"network": {**params["network"], "decoder": decoder}}

@@ -1,7 +1,6 @@
 """The contract of objectives: four functions say everything that training needs to know.
 
-An objective is anything with these members; nothing has to be inherited from. What it minimises is
-in ``loss``; what a trained model is, for samplers and pipelines, is in ``network_params``.
+An objective is anything with these members; nothing has to be inherited from.
 """
 
 from __future__ import annotations
@@ -15,6 +14,22 @@ Params = Any
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
 Loss = Callable[[Params, Batch], tuple[Array, Metrics]]
+
+
+class Weighted(NamedTuple):
+    """A metric of some of the examples: a weighted mean over a piece of a batch, as its halves.
+
+    Both are averaged over devices, pieces and steps, and divided only then, so that pieces count by
+    the weight that they hold.
+
+    Attributes:
+      total: () mean of weight times value; [K] of K kinds of examples, which are logged with 1 to K
+        after their name.
+      weight: () or [K] mean of the weight.
+    """
+
+    total: Array
+    weight: Array
 
 
 class Context(NamedTuple):
@@ -37,10 +52,7 @@ class Context(NamedTuple):
 
 
 class Tools(Protocol):
-    """What a step is made of (``training.step``), the same for the default step and any other.
-
-    A step that goes through these is exact, resumable and guarded in every layout.
-    """
+    """The parts of a step (``training.step``), which make it exact and guarded in every layout."""
 
     def context(self, state: Any, frozen: Any) -> Context:
         """The context of a training loss."""
@@ -88,5 +100,4 @@ class Objective(Protocol):
 
 def network_alone(params: Params, frozen: Any = None) -> Params:
     """{"network": ...}: the ``network_params`` of an objective that trains the network as it is."""
-    del frozen
     return {"network": params["network"]}

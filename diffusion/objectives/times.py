@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
 from diffusion.levels import Array, NoiseLevel
+from diffusion.objectives.objective import Weighted
 from diffusion.schedules import Schedule
 
 TimeDistribution = Callable[[Array, Schedule], Array]
@@ -82,6 +83,22 @@ def log_normal(u: Array, schedule: Schedule, mean: float = -1.2, std: float = 1.
     """log(sigma / alpha) ~ N(mean, std^2), cut at the schedule's end (EDM, Karras et al., 2022)."""
     ratio = jnp.exp(mean + std * ndtri(u))
     return jnp.minimum(schedule.invert(jnp.ones_like(ratio), ratio), schedule.t_max)
+
+
+def by_quartile(
+    loss: Array, u: Array, times: TimeDistribution, schedule: Schedule
+) -> dict[str, Weighted]:
+    """{"loss_q": [4]}: the mean loss by quartile of the noise level, the first the cleanest.
+
+    loss [B] is of the examples at times(u), u [B]; ``times`` is monotone in u, so that each
+    quartile holds a quarter of the examples.
+    """
+    low, high = times(jnp.array([0.25, 0.75], u.dtype), schedule)
+    quartile = jnp.floor(4 * jnp.where(high > low, u, 1 - u))  # mode falls with u
+    member = quartile == jnp.arange(4)[:, None]  # [4, B]
+    # Where, not a product: a loss that is not finite must not enter the other quartiles.
+    total = jnp.where(member, loss, 0).mean(-1)
+    return {"loss_q": Weighted(total, member.mean(-1, dtype=loss.dtype))}
 
 
 CHOICES = {f.__name__: f for f in (uniform, discrete, logit_normal, mode, cosmap, log_normal)}

@@ -5,7 +5,7 @@ import pytest
 
 from diffusion import schedules
 from diffusion.objectives import times
-from diffusion.objectives.quartiles import by_quartile
+from diffusion.objectives.times import by_quartile
 
 FLOW = schedules.RectifiedFlow()
 RNG = np.random.default_rng(0)

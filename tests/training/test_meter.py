@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion.objectives.quartiles import Weighted
+from diffusion.objectives.objective import Weighted
 from diffusion.runs.logging import Logger
 from diffusion.training.meter import OF_THE_MACHINE, Meter
 

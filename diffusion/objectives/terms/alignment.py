@@ -3,7 +3,7 @@
     loss += weight * E [ -mean_n cos(h_phi(f_n(x_t)), y_n(x_0)) ]
 
 pulls the tokens f_n of an inner block of the denoiser, through a small projector h_phi, towards a
-frozen encoder's features y_n of the clean image (eq. 8). Only training needs encoder and projector.
+frozen encoder's features y_n of the clean image (eq. 8).
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class Alignment:
 
     Attributes:
       encoder: of clean images; its parameters are ``frozen["alignment"]``.
-      projector: of the tokens; its parameters are trained.
       block: the denoiser's, as its ``features`` argument counts them.
       weight: of the loss; 0.5 in the paper.
       stop: steps after which it no longer counts nor costs anything (HASTE, Wang et al., 2025: it
@@ -79,10 +78,7 @@ class Alignment:
             found = self.similarity(*args)
         else:
             found = jax.lax.cond(
-                context.step < self.stop,
-                self.similarity,
-                lambda *_: jnp.zeros(loss.shape),
-                *args,
+                context.step < self.stop, self.similarity, lambda *_: jnp.zeros(loss.shape), *args
             )
         return loss - self.weight * found, {"alignment": found.mean()}
 

@@ -1,13 +1,12 @@
 """The contract of terms: what decorates the denoising loss.
 
-A term is a frozen dataclass in a file of its own; ``objective.terms`` of the config names them, and
-they act one after another, each on the loss that the one before it left. A new one needs its file,
+Terms act one after another, each on the loss that the one before it left. A new one needs its file,
 its name in ``config/terms.py`` and a test.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from diffusion.levels import Array, NoiseLevel
 from diffusion.objectives.objective import Batch, Context, Metrics, Params
@@ -17,7 +16,6 @@ class Noised(NamedTuple):
     """A batch, how it was noised, and what the network made of it.
 
     Attributes:
-      batch: as the objective was given it.
       x_t: [B, ...] the noised examples.
       level: leaves [B].
       x0_hat: [B, ...] the estimate of the examples.
@@ -46,17 +44,9 @@ class Term(Protocol):
     blocks: tuple[int, ...]
 
     def init(self, key: Array, noised: Noised) -> Params | None:
-        """Its initial parameters, which are trained; None if it has none.
-
-        ``noised`` holds shapes alone.
-        """
+        """Its initial parameters, or None if it has none; ``noised`` holds shapes alone."""
 
     def __call__(
         self, loss: Array, params: Params | None, context: Context, noised: Noised
     ) -> tuple[Array, Metrics]:
         """The loss of each example [B] as this term changes it, and metrics."""
-
-
-def needs_nothing(key: Any, noised: Noised) -> None:
-    """The ``init`` of a term without parameters."""
-    del key, noised

@@ -36,11 +36,7 @@ class LogVariance(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Uncertainty:
-    """The term.
-
-    Attributes:
-      features: number of Fourier features, at least 1.
-    """
+    """The term; ``features`` is the number of Fourier features."""
 
     features: int = 128
     name: ClassVar[str] = "uncertainty"
@@ -59,7 +55,6 @@ class Uncertainty:
         self, loss: Array, params: Params, context: Context, noised: Noised
     ) -> tuple[Array, Metrics]:
         """The loss of each example, weighted."""
-        del context
         u = self.log_variance(params, noised.level)
         return loss * jnp.exp(-u) + u, {}
 

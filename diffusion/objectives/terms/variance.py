@@ -17,18 +17,17 @@ from jax.scipy.stats import norm
 
 from diffusion.levels import Array, NoiseLevel, namespace, posterior
 from diffusion.objectives.objective import Context, Metrics
-from diffusion.objectives.terms.term import Noised, needs_nothing
+from diffusion.objectives.terms.term import Noised
 from diffusion.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class VariationalBound:
-    """The hybrid loss's second term: loss + weight * L_vlb, with the bound's T terms summed, in
-    bits per dimension.
+    """The hybrid loss L_simple + weight * L_vlb, with the bound's T terms summed, in bits per
+    dimension.
 
     Attributes:
       schedule: of the noise; times are multiples of t_max / T.
-      weight: lambda, of L_simple + lambda L_vlb.
       steps: T, the number of steps of the chain.
       levels: number of grey levels of the data, for the likelihood at the last step.
     """
@@ -44,13 +43,13 @@ class VariationalBound:
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight} must be a finite number >= 0, such as 1e-3")
 
-    init = staticmethod(needs_nothing)
+    def init(self, key: Array, noised: Noised) -> None:
+        """The term has no parameters."""
 
     def __call__(
         self, loss: Array, params: None, context: Context, noised: Noised
     ) -> tuple[Array, Metrics]:
         """The loss of each example with its bound, and the mean bound."""
-        del params, context
         nu = (noised.variance + 1) / 2
         vlb = self.bits(noised.level.t, noised.batch["x"], noised.x_t, noised.x0_hat, nu)
         return loss + self.weight * vlb, {"vlb": vlb.mean()}
@@ -82,10 +81,8 @@ class ReverseStep(NamedTuple):
 def reverse_step(now: NoiseLevel, before: NoiseLevel, last: Array, floor: Array) -> ReverseStep:
     """The step from t (now) to s (before); NumPy or JAX, as the levels.
 
-    Args:
-      now, before: t and s.
-      last: whether s = 0, where there is a likelihood of x_0 instead of a KL.
-      floor: the least beta_tilde, which is 0 at the last step.
+    ``last`` says whether s = 0, where there is a likelihood of x_0 instead of a KL, and beta_tilde,
+    otherwise 0 there, is at least ``floor``.
     """
     xp = namespace(now.sigma, before.sigma)
     beta, beta_tilde, c_x, c_x0 = posterior(now, before)
@@ -100,8 +97,7 @@ def step_bits(
     KL(q(x_s | x_t, x_0) || p(x_s | x_t)), or at the last step -log p(x_0 | x_t).
 
     Args:
-      step: leaves [B].
-      x0, x_t, x0_hat: [B, ...].
+      step, x0, x_t, x0_hat: [B, ...].
       nu: [B, ...] or [B, 1, ...], where p's log-variance lies between beta_tilde's and beta's.
       levels: of x0, whose bins have width 2 / (levels - 1); None: a density, not binned.
     """
