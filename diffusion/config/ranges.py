@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from diffusion.runs import tracker
+from diffusion.runs.logging import wandb_installed
 
 
 class Range(NamedTuple):
@@ -129,7 +129,7 @@ def check(config: ConfigDict) -> None:
             f"config.data.background={config.data.background!r}: expected three whole numbers from "
             "0 to 255, red, green and blue"
         )
-    if config.log.wandb and not tracker.installed():
+    if config.log.wandb and not wandb_installed():
         raise ValueError(
             f"config.log.wandb={config.log.wandb!r} needs Weights & Biases: pip install wandb"
         )

@@ -15,10 +15,9 @@ from diffusion.config.data import batches, make_images
 from diffusion.config.experiment import Experiment, build
 from diffusion.evaluation import figures
 from diffusion.pipelines import description
-from diffusion.runs import provenance, snapshots
-from diffusion.runs import tracker as trackers
+from diffusion.runs import snapshots
 from diffusion.runs import workdir as workdirs
-from diffusion.runs.logging import Logger
+from diffusion.runs.logging import Logger, Tracker
 from diffusion.training import parallel, validation
 from diffusion.training.loop import Validate, fit
 from diffusion.training.state import TrainState
@@ -69,7 +68,7 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         print(summary.text(experiment, described, folder, layout.shardings))
     product, tracker = results.of(experiment), None
     if config.log.wandb and first:
-        tracker = trackers.Tracker(workdir, config.log.wandb, config.to_dict())
+        tracker = Tracker(workdir, config.log.wandb, config.to_dict())
     logger = Logger(workdir, tracker)
 
     def grid(state: TrainState, step: int) -> None:
@@ -87,7 +86,7 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         widths = config.train.snapshot_sigma_rel
         writer = snapshots.writer(workdir, config.train.snapshot_every, widths)
         hooks.append((config.train.snapshot_every, writer))
-    about = provenance.about(config)
+    about = workdirs.about(config.to_dict())
 
     def started(step: int) -> None:
         if first:

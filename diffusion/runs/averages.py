@@ -17,14 +17,7 @@ def parameters(
 ) -> tuple[Any, int, str]:
     """The parameters, the training step that they are from, and what to call them.
 
-    Args:
-      workdir: of the run.
-      average: a spec of ``CHOICES``.
-      checkpoint: "newest", "best" or the number of a step.
-
-    Raises:
-      ValueError: an impossible average or checkpoint, or a damaged one.
-      FileNotFoundError: there is no such checkpoint, or there are no snapshots.
+    ``average`` is a spec of ``CHOICES``, ``checkpoint`` "newest", "best" or the number of a step.
     """
     make, step = check(average, checkpoint), checkpoint
     if step == "best":
@@ -55,8 +48,8 @@ def _posthoc_constant(workdir: str, step: int | str, decay: float) -> tuple[Any,
     return _mixed(workdir, step, ema.constant(decay), f"decay={decay:g}")
 
 
-def _mixed(workdir: str, step: int | str, wanted: Any, called: str) -> tuple[Any, int, str]:
-    params, how = posthoc.reconstruct(workdir, wanted, None if step == "newest" else step)
+def _mixed(workdir: str, step: int | str, target: Any, called: str) -> tuple[Any, int, str]:
+    params, how = posthoc.reconstruct(workdir, target, None if step == "newest" else step)
     text = (
         f"parameters averaged after the fact with {called} up to step {how.step}, from "
         f"{how.snapshots} snapshots; the profile's relative residual is {how.residual:.1e}"

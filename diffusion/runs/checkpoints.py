@@ -48,15 +48,11 @@ class Checkpoints:
     All processes of a run call the methods together; the first one removes files and decides.
 
     Args:
-      workdir: the run's directory.
       keep: number of the newest checkpoints that stay; None for all.
       keep_best: number of further checkpoints that stay, those with the best ``best``.
       best: name of a metric that is best when low; "-name" for one that is best when high.
       about: JSON values for every checkpoint: configuration, code version.
       say: prints a message.
-
-    Raises:
-      ValueError: ``keep`` or ``keep_best`` is impossible, or another run holds the directory.
     """
 
     def __init__(
@@ -73,7 +69,8 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, or None for all, got {keep}")
         if keep_best < 0:
             raise ValueError(f"keep_best must be at least 0, got {keep_best}")
-        workdirs.acquire(workdir)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(workdirs.held(workdir))
         storage.silence_asyncio()
         self._workdir = Path(workdir).absolute()
         self._directory = self._workdir / workdirs.CHECKPOINTS
@@ -84,18 +81,15 @@ class Checkpoints:
         self._newest: int | None = None
         self._failed: tuple[int, str] | None = None
         self._bytes = 0  # of the last one
-        self._open = True
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self._directory / SAVING, ignore_errors=True)
+        self._clear()
 
     def latest(self) -> int | None:
         """The step of the newest undamaged checkpoint; None if there are no checkpoints.
 
-        Newer ones that are damaged are reported and renamed to ``damaged_<step>``.
-
-        Raises:
-          DamagedError: there are checkpoints, and all are damaged.
+        Newer ones that are damaged are reported and renamed to ``damaged_<step>``; DamagedError is
+        raised where all are damaged.
         """
         self.wait()
         if self._newest is None:
@@ -113,27 +107,23 @@ class Checkpoints:
         """Starts to save in the background; the state may be donated at once.
 
         A step that is saved already stays as it is. A failed save, for example on a full disk, is
-        reported and leaves the last good checkpoint; training can continue.
-
-        Args:
-          state: a ``TrainState``.
-          extra: any JSON values, which ``restore`` returns.
-          metrics: the last logged ones; they decide which checkpoints are the best.
+        reported and leaves the last good checkpoint; training can continue. ``restore`` returns
+        ``extra``, any JSON values; ``metrics`` decide which checkpoints are the best.
         """
-        step = int(state.step)
+        step, metrics = int(state.step), metrics or {}
         self.wait()
         if step == self._newest:
             return
-        self._check_best(step, metrics or {})
-        about = {  # as text at once: its dicts change while this is saved
+        self._check_best(step, metrics)
+        about = {
             "step": step,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "metrics": {name: float(value) for name, value in metrics.items()},
             "best": self._best,
             "extra": dict(extra or {}),
             **self._about,
         }
-        about = workdirs.as_json(about)
+        about = workdirs.as_json(about)  # at once: its dicts change while this is saved
         args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
         self._failed = None
         try:
@@ -146,20 +136,14 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not storage.disk_full(error) and not isinstance(error, OSError):
                 raise
-            self._fail(step, error)
-            return
+            return self._fail(step, error)
         self._thread = threading.Thread(target=self._finish, args=(step, about), name="save")
         self._thread.start()
 
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
         """The newest undamaged checkpoint and its ``extra``.
 
-        Args:
-          template: a state of ``jax.ShapeDtypeStruct`` (or arrays) with the target shardings.
-
-        Raises:
-          FileNotFoundError: there are no checkpoints.
-          ValueError: it is of another model or optimiser.
+        ``template`` is a state of ``jax.ShapeDtypeStruct`` (or arrays) with the target shardings.
         """
         step = self.latest()
         if step is None:
@@ -179,11 +163,14 @@ class Checkpoints:
                 + (different(folder / "params", items["params"]) or str(error))
             ) from error
         about = json.loads((folder / ABOUT).read_text())
-        count = jax.device_put(jnp.int32(about["step"]), template.step.sharding)
-        ema = {name: restored[f"ema_{name}"] for name in template.ema}
-        extra = restored["extra"] if "extra" in items else template.extra
-        fields = {"params": restored.params, "opt_state": restored.opt_state, "ema": ema}
-        return template.replace(step=count, extra=extra, **fields), about["extra"]
+        state = template.replace(
+            step=jax.device_put(jnp.int32(about["step"]), template.step.sharding),
+            params=restored.params,
+            opt_state=restored.opt_state,
+            ema={name: restored[f"ema_{name}"] for name in template.ema},
+            extra=restored["extra"] if "extra" in items else template.extra,
+        )
+        return state, about["extra"]
 
     def wait(self) -> None:
         """Waits until the save in progress is on disk or has failed."""
@@ -192,11 +179,7 @@ class Checkpoints:
             self._thread = None
 
     def finish(self) -> None:
-        """Waits for the last save of a run, and removes checkpoints that a killed run left over.
-
-        Raises:
-          SaveError: the last save failed; names the last good checkpoint.
-        """
+        """Waits for the last save, prunes, and raises SaveError if that save failed."""
         self.wait()
         self.prune()
         if self._failed is not None:
@@ -208,15 +191,16 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk, and releases the working directory."""
-        if not self._open:
-            return
-        self._open = False
         self.wait()
         if self._checkpointer is not None:
             self._checkpointer.close()
+            self._checkpointer = None
+        self._clear()
+        self._lock.close()
+
+    def _clear(self) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(self._directory / SAVING, ignore_errors=True)
-        workdirs.release(self._workdir)
 
     def _check_best(self, step: int, metrics: Mapping[str, float]) -> None:
         name = self._best.removeprefix("-")
@@ -236,7 +220,7 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _finish(self, step: int, about: str) -> None:
-        """The end of a save, in a thread: writes its manifest, renames it, removes old ones."""
+        """The end of a save, in a thread."""
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
@@ -245,8 +229,7 @@ class Checkpoints:
                 self._bytes = manifest.write(folder)
                 folder.rename(self._directory / str(step))
         except Exception as error:  # any: training must not end for a checkpoint
-            self._fail(step, error)
-            return
+            return self._fail(step, error)
         self._newest = step
         self.prune()
 
@@ -256,8 +239,8 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # its state is unreliable after a failure
             self._checkpointer.close()
         self._checkpointer = None
+        self._clear()
         if jax.process_index() == 0:
-            shutil.rmtree(self._directory / SAVING, ignore_errors=True)
             self._say(
                 f"the checkpoint of step {step} could not be saved: {reason}; {self._last_good()}"
             )
@@ -272,34 +255,25 @@ class Checkpoints:
         if self._keep is None or jax.process_index() != 0:
             return
         steps = workdirs.steps(self._workdir)
-        stay = {*steps[-self._keep :], *self._bests(steps)[: self._keep_best]}
-        for step in steps:
-            if step not in stay:
-                # Renamed first, so that none is seen half deleted.
-                gone = self._directory / SAVING / f"old_{step}"
-                try:
-                    gone.parent.mkdir(exist_ok=True)
-                    (self._directory / str(step)).rename(gone)
-                    shutil.rmtree(gone)
-                except OSError as error:
-                    self._say(f"{gone} could not be removed: {error.strerror}")
-
-    def _bests(self, steps: list[int]) -> list[int]:
-        if not self._keep_best:
-            return []
-        return ranked(self._workdir, steps, self._best)
+        stay = set(steps[-self._keep :])
+        if self._keep_best:
+            stay.update(ranked(self._workdir, steps, self._best)[: self._keep_best])
+        for step in sorted({*steps} - stay):
+            gone = self._directory / SAVING / f"old_{step}"
+            try:  # Renamed first, so that none is seen half deleted.
+                gone.parent.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(gone)
+                shutil.rmtree(gone)
+            except OSError as error:
+                self._say(f"{gone} could not be removed: {error.strerror}")
 
     def _newest_whole(self) -> int | None:
-        damaged = {}
-        for step in reversed(workdirs.steps(self._workdir)):
-            damaged[step] = manifest.damage(self._directory / str(step))
-            if not damaged[step]:
-                break
-        else:
-            if damaged:
-                raise DamagedError(all_damaged(self._directory, damaged))
-            return None
-        damaged.pop(step)
+        damaged, steps = {}, workdirs.steps(self._workdir)
+        while steps and (wrong := manifest.damage(self._directory / str(steps[-1]))):
+            damaged[steps.pop()] = wrong
+        if damaged and not steps:
+            raise DamagedError(all_damaged(self._directory, damaged))
+        step = steps[-1] if steps else None
         for bad, wrong in damaged.items():
             aside = _free_name(self._directory / f"damaged_{bad}")
             (self._directory / str(bad)).rename(aside)

@@ -22,16 +22,9 @@ from diffusion.runs.storage import Appender
 
 LANES = 4096  # parts of long data that are processed side by side
 
-
-def _table() -> np.ndarray:
-    """CRC-32C (Castagnoli) of each byte, [256] uint32."""
-    values = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        values = (values >> 1) ^ np.where(values & 1, np.uint32(0x82F63B78), np.uint32(0))
-    return values
-
-
-TABLE = _table()
+TABLE = np.arange(256, dtype=np.uint32)  # the CRC-32C (Castagnoli) of each byte
+for _ in range(8):
+    TABLE = (TABLE >> 1) ^ np.where(TABLE & 1, np.uint32(0x82F63B78), np.uint32(0))
 LIST = TABLE.tolist()  # faster for single bytes
 
 
@@ -99,12 +92,7 @@ def _field(number: int, value: int | np.floating | bytes) -> bytes:
 
 
 class Events:
-    """Writes one event file of TensorBoard. What a full disk refuses waits, as in ``Appender``.
-
-    Args:
-      folder: where the file goes; made if missing.
-      say: prints a message about a full disk.
-    """
+    """Writes one event file of TensorBoard. What a full disk refuses waits, as in ``Appender``."""
 
     def __init__(self, folder: str | os.PathLike, say: Callable[[str], None]):
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"

@@ -1,30 +1,70 @@
-"""The log of a run: TensorBoard, ``metrics.jsonl`` and the terminal."""
+"""The log of a run: TensorBoard, ``metrics.jsonl``, the terminal, and Weights & Biases."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from diffusion.runs.events import Events
 from diffusion.runs.storage import Appender
-from diffusion.runs.tracker import Tracker
+
+ID = "wandb_id.txt"
+
+
+def wandb_installed() -> bool:
+    return "wandb" in sys.modules or importlib.util.find_spec("wandb") is not None
+
+
+class Tracker:
+    """A run of Weights & Biases; it stays the same one whenever the workdir's run continues.
+
+    Steps that repeat after a restart are not logged twice: W&B accepts steps only in ascending
+    order, and repeated steps have the same numbers. With WANDB_MODE=offline everything stays
+    in ``workdir/wandb`` until ``wandb sync``.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, project: str, config: Mapping[str, Any]):
+        import wandb
+
+        self._wandb = wandb
+        workdir = Path(workdir).absolute()
+        path = workdir / ID
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project=project,
+            id=path.read_text().strip(),
+            resume="allow",
+            name=workdir.name,
+            dir=str(workdir),
+            config=dict(config),
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        self._run.log({name: self._wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Logger:
     """Writes ``workdir/metrics.jsonl`` and TensorBoard events in ``workdir/tensorboard``.
 
     Each line of ``metrics.jsonl`` is {"step": s, name: number, ...}. JSON has no non-finite
-    numbers; they become null.
-
-    Args:
-      workdir: made if missing.
-      tracker: receives the same, if there is one.
+    numbers; they become null. A tracker receives the same.
     """
 
     def __init__(self, workdir: str | os.PathLike, tracker: Tracker | None = None):

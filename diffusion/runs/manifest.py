@@ -22,12 +22,7 @@ def write(folder: Path) -> int:
 
 
 def damage(folder: Path, *parts: str) -> list[str]:
-    """The differences from the manifest, a line for each file; empty if there are none.
-
-    Args:
-      folder: with a manifest.
-      parts: names of files and folders in it to check; by default all.
-    """
+    """The differences from the manifest, a line for each file, of all or of these ``parts``."""
     try:
         text = (folder / MANIFEST).read_text()
     except FileNotFoundError:

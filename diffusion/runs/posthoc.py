@@ -34,9 +34,8 @@ class Mixture:
 
     Attributes:
       coefficients: [n], their sum is 1.
-      residual: || p - sum_i x_i p_i || / || p ||; 0 is exact. For any course of the
-        parameters, the error of a parameter theta is at most residual * || p || * || theta - c ||,
-        norms over time, for any constant c.
+      residual: || p - sum_i x_i p_i || / || p ||; 0 is exact. The error of a parameter theta is at
+        most residual * || p || * || theta - c ||, norms over time, for any constant c.
     """
 
     coefficients: np.ndarray
@@ -83,9 +82,6 @@ def mix(kept: Sequence[tuple[float, int]], target: float | Profile, step: int) -
       kept: pairs (sigma_rel, step) of power-function averages.
       target: sigma_rel of a power function, or any profile of ``ema``.
       step: at which the average ends, at least 1.
-
-    Raises:
-      ValueError: ``kept`` is empty, or the step is below 1.
     """
     if not kept:
         raise ValueError("there are no snapshots to mix")
@@ -125,10 +121,6 @@ def reconstruct(
 
     Returns:
       Parameters as nested dicts, float32, on the first device; and a summary.
-
-    Raises:
-      FileNotFoundError: there are no snapshots.
-      ValueError: the last snapshot is earlier than ``step``, or a file is damaged.
     """
     kept = snapshots.listed(workdir)
     if not kept:

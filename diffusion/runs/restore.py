@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,48 +29,28 @@ class DamagedError(ValueError):
 def restore_ema(
     workdir: str | os.PathLike,
     name: str,
-    *,
-    template: Any = None,
     step: int | str | None = None,
-    say: Callable[[str], None] = print,
 ) -> tuple[Any, int]:
-    """One average of a run, and its step.
+    """One average of a run, as nested dicts on the first device, and its step.
 
     Args:
       workdir: the run's directory.
       name: the average's name; "params" for the parameters that were trained.
-      template: parameters of ``jax.ShapeDtypeStruct`` with shardings; None for nested dicts on
-        the first device.
       step: which checkpoint; None or "newest" for the newest undamaged one, "best" for the best.
-      say: prints a message about damage to a newer one.
-
-    Raises:
-      FileNotFoundError: there is no (such) checkpoint.
-      ValueError: it holds no such average, or is damaged.
     """
     item = name if name == "params" else f"ema_{name}"
-    path = choose(workdir, step, item, say=say)
+    path = choose(workdir, step, item)
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
-        if template is None:
-            place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            template = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place),
-                checkpointer.metadata(path / item).item_metadata.tree,
-            )
+        template = jax.tree.map(
+            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place),
+            checkpointer.metadata(path / item).item_metadata.tree,
+        )
         return checkpointer.restore(path / item, template), int(path.name)
 
 
-def choose(
-    workdir: str | os.PathLike,
-    step: int | str | None,
-    item: str,
-    *,
-    say: Callable[[str], None] = print,
-) -> Path:
-    """The folder of a checkpoint whose ``item`` is undamaged; as in ``restore_ema``.
-
-    Nothing is changed, because a run may be training there.
-    """
+def choose(workdir: str | os.PathLike, step: int | str | None, item: str) -> Path:
+    """The folder of a checkpoint whose ``item`` is undamaged, which stays as it is."""
     directory = Path(workdir).absolute() / workdirs.CHECKPOINTS
     steps, newest = workdirs.steps(workdir), step in (None, "newest")
     if not steps or (isinstance(step, int) and step not in steps):
@@ -96,7 +76,7 @@ def choose(
         wrong = manifest.damage(path, item, ABOUT)
         if not wrong:
             for bad, lines in damaged.items():
-                say(
+                print(
                     f"the checkpoint of step {bad} is damaged: {listed(lines)}. Step "
                     f"{candidate} is taken instead"
                 )
@@ -108,17 +88,12 @@ def choose(
 def ranked(workdir: str | os.PathLike, steps: list[int], best: str | None = None) -> list[int]:
     """The steps whose checkpoints have the metric, the best first, of equal ones the newest.
 
-    Args:
-      workdir: the run's directory.
-      steps: of checkpoints.
-      best: the metric; None for the one with which they were saved.
+    Without ``best`` the metric is the one with which they were saved.
     """
-    values = {}
+    values, directory = {}, Path(workdir) / workdirs.CHECKPOINTS
     for step in steps:
         try:
-            about = json.loads(
-                (Path(workdir) / workdirs.CHECKPOINTS / str(step) / ABOUT).read_text()
-            )
+            about = json.loads((directory / str(step) / ABOUT).read_text())
             name = about["best"] if best is None else best
             value = about["metrics"][name.removeprefix("-")]
         except (OSError, ValueError, KeyError, TypeError):  # damaged, or from before the metric

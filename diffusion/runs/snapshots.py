@@ -3,8 +3,7 @@
 Training keeps two power-function averages, of relative widths 0.05 and 0.10, beside the run's own,
 and saves them at intervals as ``workdir/snapshots/step_<step>_<sigma_rel>.safetensors``. Values are
 stored as float16 where they fit: rounding changes a reconstruction by about 2e-4 of the parameters'
-size, no more than the reconstruction's own error from 16 snapshots, and the files are half as
-large.
+size, no more than the reconstruction's own error from 16 snapshots.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ def writer(
 ) -> Callable[[Any, int], None]:
     """The hook of ``fit`` that saves them, every ``every`` steps and after the last step.
 
-    The files depend on the state alone. The first call removes snapshots that the run would not
-    have at that step, if it continues from an earlier checkpoint or with other settings.
+    The first call removes snapshots that the run would not have at that step, if it continues from
+    an earlier checkpoint or with other settings.
     """
     folder = Path(workdir) / FOLDER
     first = True
@@ -62,14 +62,12 @@ def writer(
         folder.mkdir(exist_ok=True)
         if first:
             before = (step - 1) // every * every
-            for snapshot in listed(workdir):
-                if snapshot.step > before:
-                    snapshot.path.unlink()
-            for path in folder.glob("*.partial"):
+            later = [snapshot.path for snapshot in listed(workdir) if snapshot.step > before]
+            for path in [*later, *folder.glob("*.partial")]:
                 path.unlink()
             first = False
         for sigma_rel, tree in trees.items():
-            _write(folder / _file(step, sigma_rel), tree)
+            _write(folder / f"step_{step:09d}_{sigma_rel:g}.safetensors", tree)
 
     return write
 
@@ -84,33 +82,24 @@ def listed(workdir: str | os.PathLike) -> list[Snapshot]:
 
 
 def read(snapshot: Snapshot) -> dict[str, Callable[[], np.ndarray]]:
-    """Parameter's name, with "/" between the parts -> a function that reads it.
-
-    Raises:
-      ValueError: the file is damaged; names it.
-    """
+    """Parameter's name, with "/" between the parts -> a function that reads it."""
     tensors = files.open_file(snapshot.path)
     checksums = json.loads(files.metadata(snapshot.path).get("crc32", "{}"))
 
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def values() -> np.ndarray:
-            array = tensors[name].read()
-            if _checksum(array) != checksums.get(name):
-                raise ValueError(
-                    f"{snapshot.path} is damaged: the checksum of {name} differs. Delete the file: "
-                    "the other snapshots suffice"
-                )
-            return array
+    def values(name: str) -> np.ndarray:
+        array = tensors[name].read()
+        if _checksum(array) != checksums.get(name):
+            raise ValueError(
+                f"{snapshot.path} is damaged: the checksum of {name} differs. Delete the file: "
+                "the other snapshots suffice"
+            )
+        return array
 
-        return values
-
-    return {name: reader(name) for name in tensors}
+    return {name: partial(values, name) for name in tensors}
 
 
 def _write(path: Path, tree: Mapping[str, Any]) -> None:
-    arrays = {
-        name: _small(np.asarray(array)) for name, array in flatten_dict(tree, sep="/").items()
-    }
+    arrays = {k: _small(np.asarray(array)) for k, array in flatten_dict(tree, sep="/").items()}
     checksums = {name: _checksum(array) for name, array in arrays.items()}
     tensors = {name: files.of_array(array) for name, array in arrays.items()}
     files.write_file(path, tensors, {"format": "pt", "crc32": json.dumps(checksums)})
@@ -127,7 +116,3 @@ def _checksum(array: np.ndarray) -> str:
 
 def _name(sigma_rel: float) -> str:
     return f"posthoc_{sigma_rel:g}"
-
-
-def _file(step: int, sigma_rel: float) -> str:
-    return f"step_{step:09d}_{sigma_rel:g}.safetensors"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 def disk_full(error: BaseException) -> bool:
     """Whether an error says that disk or quota are full."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+    codes = errno.ENOSPC, errno.EDQUOT
+    return getattr(error, "errno", None) in codes or any(
+        os.strerror(c) in str(error) for c in codes
+    )
 
 
 def reason(error: BaseException, folder: Path) -> str:
@@ -28,10 +29,7 @@ def reason(error: BaseException, folder: Path) -> str:
 
 
 def silence_asyncio() -> None:
-    """Silences asyncio, which prints a traceback per array when a save of Orbax fails.
-
-    The failure itself is still raised and reported.
-    """
+    """Silences asyncio, which prints a traceback per array when a save of Orbax fails."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if not hasattr(sys.unraisablehook, "quiet"):
         before = sys.unraisablehook
@@ -47,9 +45,7 @@ def silence_asyncio() -> None:
 class Appender:
     """Appends to a file. Data that a full disk refuses are kept and written with the next ones.
 
-    Args:
-      path: the file; its folder is made if missing.
-      say: prints a message when the disk is full, and another when it no longer is.
+    ``say`` prints a message when the disk is full, and another when it no longer is.
     """
 
     def __init__(self, path: str | os.PathLike, say: Callable[[str], None]):

@@ -1,15 +1,20 @@
-"""A run's working directory: one run at a time, and the configuration that it belongs to."""
+"""A run's working directory: one run at a time, its configuration, and where it comes from."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import platform
+import shlex
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,9 @@ CONFIG = "config.json"
 STARTS = "starts.jsonl"
 LOCK = "lock"
 CHECKPOINTS = "checkpoints"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
-_held: dict[Path, list] = {}  # workdir: [open file, number of blocks]
+_held: set[Path] = set()
 
 
 class InUseError(ValueError):
@@ -44,20 +50,9 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
     Raises:
       InUseError: another process holds it; names process and machine.
     """
-    acquire(workdir)
-    try:
-        yield
-    finally:
-        release(workdir)
-
-
-def acquire(workdir: str | os.PathLike) -> None:
-    """Takes the lock, as ``held`` at its beginning."""
-    if jax.process_index() != 0:
-        return
     folder = Path(workdir).absolute()
-    if folder in _held:
-        _held[folder][1] += 1
+    if jax.process_index() != 0 or folder in _held:
+        yield
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("a+")
@@ -71,22 +66,16 @@ def acquire(workdir: str | os.PathLike) -> None:
             f"{workdir} is in use: {holder} trains there. Wait for it, stop it, or choose another "
             "workdir (sampling from a run that trains is fine)"
         ) from None
-    try:
+    with suppress(OSError):  # a full disk: the lock holds, only without a name
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-    except OSError:  # a full disk: the lock holds, only without a name
-        pass
-    _held[folder] = [file, 1]
-
-
-def release(workdir: str | os.PathLike) -> None:
-    """Releases the lock, as ``held`` at its end."""
-    folder = Path(workdir).absolute()
-    if folder in _held:
-        _held[folder][1] -= 1
-        if not _held[folder][1]:
-            _held.pop(folder)[0].close()
+    _held.add(folder)
+    try:
+        yield
+    finally:
+        _held.remove(folder)
+        file.close()
 
 
 def check_config(
@@ -102,19 +91,15 @@ def check_config(
       workdir: the run's directory.
       config: nested dicts of JSON values.
       changeable: patterns (``fnmatch``) of dotted names that may differ from the run's.
-      defaults: values of settings that the run, of an older version, may lack.
       accept: return the differences, a line each, instead of refusing them.
-
-    Raises:
-      ValueError: the run has checkpoints, and settings differ; the message lists them.
     """
     path = Path(workdir) / CONFIG
     if not path.exists() or not steps(workdir):
         return []
-    old = _flatten(_read(path))
-    new = _flatten(json.loads(as_json(config)))
+    old, new = _flatten(_read(path)), _flatten(json.loads(as_json(config)))
+    shown = [{name: repr(value) for name, value in flat.items()} for flat in (old, new)]
     lines = [
-        f"  {name}: {_shown(old, name)} there, {_shown(new, name)} here"
+        "  {}: {} there, {} here".format(name, *(flat.get(name, "(absent)") for flat in shown))
         for name in sorted(old.keys() | new.keys())
         if old.get(name, ...) != new.get(name, ...)
         and not any(fnmatch(name, pattern) for pattern in changeable)
@@ -129,11 +114,7 @@ def check_config(
 
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The configuration of the run in ``workdir``, with tuples for JSON's lists.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
+    """The configuration of the run in ``workdir``, with tuples for JSON's lists."""
     return tuples(_read(Path(workdir) / CONFIG))
 
 
@@ -147,6 +128,37 @@ def record_start(workdir: str | os.PathLike, step: int, about: Mapping[str, Any]
     line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "after_step": step}
     with (Path(workdir) / STARTS).open("a") as file:
         file.write(json.dumps({**line, **about}, default=str) + "\n")
+
+
+def about(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run in each checkpoint: configuration, version of the code, command."""
+    return {"config": config, "code": _code(), "command": shlex.join(sys.argv)}
+
+
+def _code() -> dict[str, Any]:
+    """Git's commit, whether files differ from it (None outside a clone), and versions."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "commit": commit,
+        "changed": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -165,12 +177,10 @@ def as_json(config: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
+    with suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         config = json.loads(path.read_text())
         if isinstance(config, dict):
             return config
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        pass
     raise ValueError(
         f"{path} is damaged, and with it the settings of the run. Each line of "
         f"{path.with_name(STARTS)} has a copy; restore it from the last line"
@@ -182,10 +192,6 @@ def tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: tuples(entry) for name, entry in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-
-def _shown(flat: Mapping[str, Any], name: str) -> str:
-    return repr(flat[name]) if name in flat else "(absent)"
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,18 +28,10 @@ def examine(
 ) -> list[str]:
     """Which parameters or examples are to blame, a line each; at most ``NAMED`` examples.
 
-    Each example's loss and gradient are computed alone, one after another.
-
-    Args:
-      objective: with ``loss``, and maybe ``levels`` (see ``objectives.denoising``).
-      params: of now; what was skipped has not changed them.
-      frozen: parameters that are not trained.
-      ema: the averages by name.
-      batch: of the step.
-      key: the run's, of which the step makes its own.
-      step: number of steps done before.
+    Each example's loss and gradient are computed alone, one after another. ``key`` is the run's,
+    and ``step`` the number of steps done before.
     """
-    params, frozen, ema = _here(params), _here(frozen), _here(ema)
+    params, frozen, ema = map(_here, (params, frozen, ema))
     if params is not None:
         finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
         for path, leaf in jax.tree.leaves_with_path(finite):
@@ -63,13 +55,12 @@ def examine(
     blamed = np.logical_or.reduce([blamed, *broken.values()])
     if not blamed.any():
         return ["each example alone gives a finite loss and gradient: only their sum does not"]
-    levels = None
-    if hasattr(objective, "levels"):
+    if has_levels := hasattr(objective, "levels"):
         levels = jax.device_get(objective.levels(key, jnp.asarray(batch["index"])))
     lines = []
     for i in np.flatnonzero(blamed)[:NAMED]:
         line = f"example {batch['index'][i]} of the batch"
-        if levels is not None:
+        if has_levels:
             ratio = levels.sigma[i] / max(levels.alpha[i], 1e-30)
             line += f": t {levels.t[i]:.4g}, sigma/alpha {ratio:.4g}"
         if not np.isfinite(losses[i] + norms[i]):

@@ -47,11 +47,8 @@ def count(function: Callable, *args: Any) -> int:
     """Floating-point operations of ``function(*args)``, without computing anything.
 
     A scan's body counts as often as it runs, of a ``cond`` the costliest branch, the body of a
-    ``while`` loop, whose length nobody knows before it runs, once.
-
-    Args:
-      function: anything that can be traced.
-      args: arrays or ``jax.ShapeDtypeStruct``s, nested.
+    ``while`` loop, whose length nobody knows before it runs, once. The arguments are arrays or
+    ``jax.ShapeDtypeStruct``s, nested.
     """
     return of(jax.make_jaxpr(function)(*args))
 

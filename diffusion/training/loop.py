@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,7 +28,6 @@ from diffusion.runs import storage
 from diffusion.runs.logging import Logger, Silent
 from diffusion.training import diagnosis, flops
 from diffusion.training import parallel as parallel_lib
-from diffusion.training.interrupts import deferred_signals
 from diffusion.training.meter import Meter
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState, create
@@ -76,26 +77,20 @@ def fit(
     lines in ``metrics.jsonl``, as one that never stopped: keys and data depend on the step alone.
 
     Args:
-      objective: what is minimised (see ``objectives.objective``).
-      optimizer: from ``optimizers.make``.
       emas: averages' profiles by name (``ema.constant``, ``ema.power_function``).
       batches: start_step -> iterator over the batches of start_step, start_step + 1, ...; leaves
         [B, ...], B a multiple of devices x accumulate.
       steps: updates in all, those of earlier runs included.
-      workdir: for checkpoints and logs.
       seed: for the initial parameters and all training noise.
       frozen: parameters that the loss needs and that are not trained.
       initial_params: (shapes, random) -> what training begins with (a pretrained model), given the
         shapes of the parameters and a function that makes random ones; not called when a run goes
         on.
-      accumulate: into how many pieces each device cuts its share of a batch, to save memory.
+      accumulate, devices, parallel: see ``make_train_step``.
       log_every: steps per line of the log, which holds means over them.
       checkpoint_every: steps between checkpoints; the last step has one in any case.
-      keep: how many of the newest checkpoints stay; None for all.
-      keep_best: how many more stay, of those with the best ``best``.
-      best: a metric of the log, best when low; "-name" for one that is best when high. A
-        checkpoint's is the last that was logged before it.
-      about: JSON to put into every checkpoint (configuration, code version).
+      keep, keep_best, best, about: see ``Checkpoints``; a checkpoint's metrics are the last that
+        were logged before it.
       started: called with the steps done before, once the state is there and fits.
       hooks: pairs (every, function(state, step)), called after every so many steps and after the
         last one (only then if ``every`` is 0). The state is not theirs to keep: the next step
@@ -103,18 +98,11 @@ def fit(
       validate: such a pair whose function gives numbers by name, for the log.
       max_skipped: how many steps in a row may be skipped because loss or gradients were not finite.
       peak: FLOP/s that one device is capable of, for the log's share of it.
-      logger: default ``Logger(workdir)``.
-      devices: default all, of all processes.
-      parallel: how the step lies over them, "pmap" or "fsdp" (see ``parallel``).
-
-    Returns:
-      The state after the last step.
 
     Raises:
       NonFiniteError: too many steps in a row had a loss or gradient that was not finite; names the
         step, its noise levels and the examples.
-      ValueError: the batch cannot be divided, or another run trains in ``workdir``.
-      SaveError: the last checkpoint could not be saved. (Earlier ones that cannot are told of, and
+      SaveError: the last checkpoint could not be saved. (Failures of earlier ones are reported, and
         training goes on.)
       KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a checkpoint saved; among
         several processes in all of them, whichever received it.
@@ -126,8 +114,9 @@ def fit(
     if jax.process_index() > 0:
         logger = Silent(workdir)
     logger = Logger(workdir) if logger is None else logger
-    settings = {"accumulate": accumulate, "devices": devices, "parallel": parallel}
-    step_fn = make_train_step(objective, optimizer, emas, **settings)
+    step_fn = make_train_step(
+        objective, optimizer, emas, accumulate=accumulate, devices=devices, parallel=parallel
+    )
     layout = parallel_lib.make(parallel, devices)
     init_key, run_key = jax.random.split(jax.random.key(seed))
 
@@ -270,6 +259,34 @@ def fit(
         logger.close()
 
 
+@contextmanager
+def deferred_signals() -> Iterator[list[signal.Signals]]:
+    """A list that a SIGINT or SIGTERM is put on; a second one acts at once."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread can handle signals
+        return
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = {name: signal.getsignal(name) for name in names}
+
+    def restore():
+        for name in names:
+            signal.signal(name, before[name])
+
+    def receive(number, _):
+        received.append(signal.Signals(number))
+        restore()
+        # Not print, which must not be entered twice.
+        os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
+
+    for name in names:
+        signal.signal(name, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
 def _next(data: Iterator[Mapping[str, np.ndarray]], step: int) -> Mapping[str, np.ndarray]:
     try:
         return next(data)
@@ -284,11 +301,8 @@ def _non_finite(step: int, values: Mapping[str, float], row: int, most: int) -> 
 
 def _too_many(said: str, found: Sequence[str], last_saved: int | None) -> str:
     saved = "no checkpoint yet" if last_saved is None else f"last good checkpoint: {last_saved}"
-    return "\n  ".join(
-        [
-            f"{said}; {saved}. There:",
-            *found,
-            "Where the data are whole, a lower learning rate, longer warm-up or clipping "
-            "(clip_norm) may help; as it is, the run would come to this step again.",
-        ]
+    advice = (
+        "Where the data are whole, a lower learning rate, longer warm-up or clipping (clip_norm) "
+        "may help; as it is, the run would come to this step again."
     )
+    return "\n  ".join([f"{said}; {saved}. There:", *found, advice])

@@ -15,19 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion.levels import Array
-from diffusion.objectives.quartiles import Weighted
+from diffusion.objectives.objective import Weighted
 from diffusion.runs.logging import Logger
-
-OF_THE_MACHINE = (
-    "images_per_second",
-    "step_seconds",
-    "waiting_for_data",
-    "teraflops_per_second",
-    "share_of_peak",
-    "device_memory_gib",
-    "process_memory_gib",
-)
-"""Metrics that differ from run to run; all others are the same to the bit on a CPU."""
 
 
 class Meter:
@@ -35,14 +24,13 @@ class Meter:
 
     Args:
       logger: takes the lines.
-      start: steps done before.
-      steps: in all.
+      start, steps: done before, and in all.
       log_every: steps per line.
       batch_size: examples per step, over all devices and processes.
       interval: what ``interval()`` gave when the checkpoint was saved, or {}.
       flops: of a training step per example, or None.
       peak: FLOP/s of all devices together at most, or None.
-      devices: whose memory is told.
+      devices: whose memory is reported.
     """
 
     def __init__(
@@ -59,8 +47,7 @@ class Meter:
         devices: Sequence[jax.Device] = (),
     ):
         self._logger, self._steps, self._log_every = logger, steps, log_every
-        self._batch_size, self._flops, self._peak = batch_size, flops, peak
-        self._devices = devices
+        self._batch_size, self._flops, self._peak, self._devices = batch_size, flops, peak, devices
         # The part of an interval that lies before a checkpoint travels with it.
         self._sums = dict(interval.get("sums", {}))
         self._count = interval.get("count", 0)
@@ -72,7 +59,7 @@ class Meter:
             total=steps,
             initial=start,
             unit="step",
-            # Lines of text stand in for it; of several processes one tells.
+            # Lines of text stand in for it; of several processes only the first shows it.
             disable=not sys.stderr.isatty() or jax.process_index() > 0,
             ncols=shutil.get_terminal_size().columns,  # tqdm's own gives 0 where none is known
         )
@@ -112,7 +99,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def waited(self, seconds: float) -> None:
-        """So long the loop had no next batch."""
+        """Adds a time for which the loop had no next batch."""
         self._waited += seconds
 
     def add(self, step: int, values: Mapping[str, Array | Weighted]) -> None:
@@ -166,7 +153,6 @@ class Meter:
         return total / self._count
 
     def _machine(self, speed: float, waited: float) -> dict[str, float]:
-        """Metrics of the machine, of ``speed`` steps per second."""
         images = speed * self._batch_size
         found = {"images_per_second": images, "step_seconds": 1 / speed, "waiting_for_data": waited}
         if self._flops:
@@ -189,10 +175,8 @@ class Meter:
 
 
 def memory(devices: Sequence[jax.Device]) -> dict[str, float]:
-    """GiB in use at most until now: "device_memory_gib", of the fullest of the devices.
-
-    CPUs do not tell; then "process_memory_gib", of this process.
-    """
+    """GiB in use at most until now: "device_memory_gib", of the fullest of the devices, or
+    "process_memory_gib" where devices do not report it, as CPUs."""
     stats = [device.memory_stats() or {} for device in devices]
     if stats and all("peak_bytes_in_use" in s for s in stats):
         return {"device_memory_gib": max(s["peak_bytes_in_use"] for s in stats) / 2**30}

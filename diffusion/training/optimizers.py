@@ -1,8 +1,7 @@
 """Optimisers with warm-up, decay and clipping, built on optax.
 
 One step is one update: what an optimiser counts, learning-rate schedules count, and the state
-counts is the same number. Gradient accumulation does not belong here: the train step splits its
-batch instead (``step.make_train_step``), so that it changes memory and nothing else.
+counts is the same number, because the train step accumulates gradients before an update.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How a training step lies over the devices: two layouts behind one interface.
 
 ``pmap`` (the default) is data parallelism. The state lies whole on every device; the batch is cut
-along its first axis, one piece per device; each device averages its gradients over its piece,
-``pmean`` averages them over the devices, and each makes the same update.
+along its first axis, one piece per device; ``pmean`` averages the gradients over the devices, and
+each makes the same update.
 
 ``fsdp`` (fully sharded data parallelism; ZeRO-3 of Rajbhandari et al., 2020) is for models whose
 state one device cannot hold. Parameters, optimiser state and averages are cut leaf by leaf along
@@ -11,9 +11,8 @@ an axis that the number of devices divides. The step is one program over the who
 
 Both compute the same update from the same noise, which depends on an example's place in the global
 batch alone. (A dropout mask inside the network is drawn per piece, so it differs, and so does what
-an objective makes of the mean of a piece: the adaptive weight of an adversarial loss.)
-
-Both work over the devices of all processes. Every array of a run is then a global one.
+an objective makes of the mean of a piece: the adaptive weight of an adversarial loss.) Both work
+over the devices of all processes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -71,11 +69,7 @@ class Layout(NamedTuple):
 
 
 def make(name: str = "pmap", devices: Sequence[jax.Device] | None = None) -> Layout:
-    """The layout of that name over these devices (default: all, of all processes).
-
-    Raises:
-      ValueError: there is no such layout.
-    """
+    """The layout of that name over these devices (default: all, of all processes)."""
     if name not in NAMES:
         raise ValueError(f"unknown parallel={name!r}; choose one of {', '.join(NAMES)}")
     # A process's devices side by side, so that its share of the batch is one slice.
@@ -90,18 +84,12 @@ def pmap(mesh: Mesh) -> Layout:
 
     def compile(body: Body) -> Callable:
         if jax.process_count() == 1:
-            count = mesh.size
-            mapped = jax.pmap(
-                body,
-                axis_name=AXIS,
-                in_axes=(None, None, 0, None),
-                out_axes=None,
-                devices=mesh.devices.tolist(),
-            )
+            axes = {"in_axes": (None, None, 0, None), "out_axes": None}
+            mapped = jax.pmap(body, axis_name=AXIS, devices=mesh.devices.tolist(), **axes)
 
             # jit around it: the same program without pmap's own dispatch in Python, 0.1 ms a step.
             def step(state, frozen, batch, key):
-                return mapped(state, frozen, split(batch, count), key)
+                return mapped(state, frozen, split(batch, mesh.size), key)
         else:
             # What pmap does itself, without its conversion of each leaf from an array of this
             # process to one of all processes and back, at each step.
@@ -134,11 +122,10 @@ def fsdp(mesh: Mesh) -> Layout:
         return jax.tree.map(lax.with_sharding_constraint, tree, shardings(tree))
 
     def compile(body: Body) -> Callable:
-        @partial(jax.jit, donate_argnums=0)
-        def step(state, frozen, batch, key):
-            return keep(body(state, frozen, batch, key))
+        def step(*args):
+            return keep(body(*args))
 
-        return step
+        return jax.jit(step, donate_argnums=0)
 
     def pieces(batch: Batch, count: int) -> dict[str, Array]:
         """Each device's share is cut, so that no example leaves its device."""
@@ -178,10 +165,7 @@ def spec(shape: Sequence[int], devices: int) -> PartitionSpec:
 
 
 def bytes_per_device(tree: Any, devices: int = 1) -> int:
-    """What a pytree of arrays or shapes takes on one of so many devices under fsdp.
-
-    With one device, and on each device under pmap, it lies there whole.
-    """
+    """What a pytree of arrays or shapes takes on one of so many devices under fsdp."""
     return sum(
         math.prod(x.shape) * x.dtype.itemsize // (devices if any(spec(x.shape, devices)) else 1)
         for x in jax.tree.leaves(tree)
@@ -189,18 +173,15 @@ def bytes_per_device(tree: Any, devices: int = 1) -> int:
 
 
 def split(batch: Batch, pieces: int) -> dict[str, Array]:
-    """Leaves [B, ...] -> [pieces, B / pieces, ...].
-
-    Raises:
-      ValueError: B is not a multiple of ``pieces``.
-    """
+    """Leaves [B, ...] -> [pieces, B / pieces, ...]."""
     check_divisible(batch, pieces)
     return {name: x.reshape(pieces, len(x) // pieces, *x.shape[1:]) for name, x in batch.items()}
 
 
 def check_divisible(batch: Batch, pieces: int) -> None:
     """Raises ValueError where a leaf's first axis is not a multiple of ``pieces``."""
-    for name, size in {name: len(leaf) for name, leaf in batch.items()}.items():
+    for name, leaf in batch.items():
+        size = len(leaf)
         if size % pieces:
             raise ValueError(
                 f"batch[{name!r}] has {size} examples, which {pieces} pieces (devices x"
@@ -217,17 +198,12 @@ def nearest(size: int, pieces: int) -> str:
 def initialise(layout: Layout, make: Callable[..., Any], *args: Any) -> Any:
     """``make(*args)``, computed where it is to lie: no device ever holds the whole of it."""
     shardings = layout.shardings(jax.eval_shape(make, *args))
-    # It runs once: compiling it well would take longer than running it. (Level 0 is the CPU's; to
-    # others these options mean little.)
+    # It runs once: compiling it well would take longer than running it.
     return jax.jit(make, out_shardings=shardings, compiler_options=QUICKLY)(*args)
 
 
 def place(layout: Layout, tree: Any) -> Any:
-    """A pytree that every process has whole, laid over the devices.
-
-    State, frozen parameters and key should be put there once: whatever else is passed to the step
-    is copied to the devices anew at each call.
-    """
+    """A pytree that every process has whole, laid over the devices, once for all steps."""
     shardings = layout.shardings(tree)
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -243,11 +219,7 @@ def place(layout: Layout, tree: Any) -> Any:
 
 
 def place_batch(layout: Layout, batch: Batch) -> dict[str, jax.Array]:
-    """This process's share of a batch -> the global batch, cut over the devices.
-
-    Raises:
-      ValueError: the share cannot be divided among this process's devices.
-    """
+    """This process's share of a batch -> the global batch, cut over the devices."""
     check_divisible(batch, layout.mesh.local_mesh.size)
     sharding = NamedSharding(layout.mesh, PartitionSpec(AXIS))
     if jax.process_count() == 1:

@@ -19,8 +19,6 @@ class TrainState:
 
     Attributes:
       step: () int32, the number of steps done.
-      params: what the objective's ``init`` gave.
-      opt_state: the optimiser's state.
       ema: averages of ``params`` by name.
       extra: what the objective's own step keeps besides (a discriminator, its optimiser's state);
         None with the default step.
@@ -45,14 +43,9 @@ def create(
 
     Args:
       objective: with ``init(key, batch) -> params`` and maybe ``extra``, traceable.
-      optimizer: from ``optimizers.make``.
       emas: names of the averages (or the dict of profiles).
-      key: for the initial parameters.
       batch: an example of a batch; only shapes and dtypes matter.
       params: to begin with, instead of random ones.
-
-    Raises:
-      ValueError: ``params`` are not those of the objective; names one that differs.
     """
     if params is None:
         params = jax.jit(lambda key, batch: objective.init(key, batch))(key, batch)

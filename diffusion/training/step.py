@@ -7,7 +7,8 @@ state is donated: the new one takes the old one's memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +22,51 @@ from diffusion.levels import Array
 from diffusion.objectives.objective import Context, Loss
 from diffusion.training import parallel as parallel_lib
 from diffusion.training.optimizers import Optimizer
-from diffusion.training.packed_metrics import Packed
 from diffusion.training.state import TrainState
+
+
+@jax.tree_util.register_pytree_node_class
+class Packed(Mapping[str, Any]):
+    """Numbers by name (arrays or tuples of them), as one vector, for one transfer to the host."""
+
+    def __init__(self, vector: Array, structure: Any, shapes: tuple[tuple[int, ...], ...]):
+        self._vector, self._structure, self._shapes = vector, structure, shapes
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Packed:
+        """Packs ``values``; within a jitted function."""
+        leaves, structure = jax.tree.flatten(dict(values))
+        vector = jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
+        return cls(vector, structure, tuple(jnp.shape(x) for x in leaves))
+
+    def _unpacked(self) -> dict[str, Any]:
+        leaves, begin = [], 0
+        for shape in self._shapes:
+            end = begin + math.prod(shape)
+            leaves.append(self._vector[begin:end].reshape(shape))
+            begin = end
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def fetched(self) -> dict[str, Any]:
+        """The values as NumPy arrays, on the host; waits until they are computed."""
+        return jax.device_get(self)._unpacked()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._unpacked()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._unpacked())
+
+    def __len__(self) -> int:
+        return len(self._unpacked())
+
+    def tree_flatten(self) -> tuple[tuple[Array], Any]:
+        return (self._vector,), (self._structure, self._shapes)
+
+    @classmethod
+    def tree_unflatten(cls, fixed: Any, leaves: tuple[Array]) -> Packed:
+        return cls(leaves[0], *fixed)
+
 
 Step = Callable[[TrainState, Any, Mapping[str, Array], Array], tuple[TrainState, Packed]]
 
@@ -40,8 +84,7 @@ def make_train_step(
 
     Args:
       objective: see ``objectives.objective``; its own ``step``, or one gradient step on its loss.
-      optimizer: from ``optimizers.make``.
-      emas: averages' profiles by name, as in ``state.create``.
+      emas: averages' profiles by name.
       accumulate: into how many pieces, gone through one after another, each device cuts its share
         of the batch. Saves memory; the update is the same.
       devices: default all, of all processes.
@@ -83,14 +126,7 @@ def gradient_step(
 
 @dataclasses.dataclass(frozen=True)
 class StepTools:
-    """What a step is made of, in one layout (see ``objectives.objective.Tools``).
-
-    Attributes:
-      layout: how the step lies over the devices.
-      optimizer: of the parameters; it clips gradients too.
-      emas: averages' profiles by name.
-      accumulate: pieces of each device's share of the batch.
-    """
+    """What a step is made of, in one layout (see ``objectives.objective.Tools``)."""
 
     layout: parallel_lib.Layout
     optimizer: Optimizer
@@ -98,14 +134,10 @@ class StepTools:
     accumulate: int = 1
 
     def context(self, state: TrainState, frozen: Any) -> Context:
-        """The context of a training loss."""
         return Context(frozen, lax.stop_gradient(state.ema), state.step, train=True)
 
     def gradients(self, loss: Loss, params: Any, batch: Mapping[str, Array]) -> tuple[Any, dict]:
-        """The gradient of ``loss(params, piece) -> (loss, metrics)``, and metrics with "loss".
-
-        Both are means over all pieces and devices.
-        """
+        """The gradient of ``loss(params, piece)``, and its metrics with "loss" among them."""
         layout = self.layout
 
         def measured(params, piece):
@@ -130,7 +162,6 @@ class StepTools:
         return layout.mean(jax.tree.map(lambda x: x / self.accumulate, total))
 
     def updated(self, state: TrainState, grads: Any) -> TrainState:
-        """The state after one update: its parameters, optimiser, averages and count."""
         updates, opt_state = self.optimizer.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averages = {
@@ -142,10 +173,7 @@ class StepTools:
     def finish(
         self, old: TrainState, new: TrainState, grads: Any, metrics: Mapping[str, Any]
     ) -> tuple[TrainState, Packed]:
-        """The new state, or the old one with the new count where the step was not finite.
-
-        The packed metrics are those given and what every step has to say (``make_train_step``).
-        """
+        """The new state, or the old one with the new count where the step was not finite."""
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         packed = Packed.of(

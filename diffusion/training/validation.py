@@ -32,26 +32,18 @@ def make(
     """A function (state, step) -> {"validation_loss": ..., "validation_loss_params": ...}.
 
     The first is of the average, the second of the parameters themselves. Examples, times and noise
-    are the same each time, so that what changes is the model.
+    are the same each time.
 
     Args:
-      objective: with ``loss``.
       source: held-out data; at most all of it is used, or a batch's rest more.
       count: examples, filled up to whole batches.
       batch_size: at most, over all devices.
       seed: for the choice of examples and the noise.
-      layout: how the state lies over the devices.
-      frozen: parameters that the loss needs and that are not trained.
       average: the average's name.
     """
     size, batches = _batches(min(count, len(source)), batch_size, layout.mesh.size)
-    batch_at = pipeline.batch_function(
-        source,
-        size,
-        seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batch_at = pipeline.batch_function(source, size, seed, **share)
     base = jax.random.fold_in(jax.random.key(seed), KEY)
     keys = [jax.random.fold_in(base, i) for i in range(batches)]
     placed: list[Any] = []  # frozen parameters and keys, once they are needed

@@ -5,8 +5,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from diffusion.runs import tracker as tracking
-from diffusion.runs.logging import Logger
+from diffusion.runs.logging import Logger, Tracker, wandb_installed
 
 
 class Stub(ModuleType):
@@ -37,9 +36,9 @@ def wandb(monkeypatch):
 
 
 def test_the_same_run_goes_on_after_a_restart(tmp_path, wandb):
-    assert tracking.installed()
+    assert wandb_installed()
     for step in (1, 2):
-        tracker = tracking.Tracker(tmp_path, "project", {"seed": 1})
+        tracker = Tracker(tmp_path, "project", {"seed": 1})
         logger = Logger(tmp_path, tracker)
         logger.scalars(step, {"loss": 0.5})
         logger.image("samples", np.zeros((4, 6, 3), np.uint8), step)
@@ -63,7 +62,7 @@ def test_the_same_run_goes_on_after_a_restart(tmp_path, wandb):
 def test_other_workdirs_are_other_runs(tmp_path, wandb):
     for name in "ab":
         (tmp_path / name).mkdir()
-        tracking.Tracker(tmp_path / name, "project", {})
+        Tracker(tmp_path / name, "project", {})
     assert wandb.runs[0]["id"] != wandb.runs[1]["id"]
 
 

@@ -245,7 +245,7 @@ def test_a_disk_that_is_really_full(done, small_disk):
 
 
 def test_two_runs_in_one_workdir(tmp_path):
-    script = "import sys, diffusion.runs.workdir as w; w.acquire(sys.argv[1])"
+    script = "import sys, diffusion.runs.workdir as w; w.held(sys.argv[1]).__enter__()"
     other = [sys.executable, "-c", script, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     with workdirs.held(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 
 from diffusion.objectives.objective import Weighted
 from diffusion.runs.logging import Logger
-from diffusion.training.meter import OF_THE_MACHINE, Meter
+from diffusion.training.meter import Meter
+from linear_run import OF_THE_MACHINE
 
 
 def lines(folder):
