@@ -3,11 +3,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from linear_run import OF_THE_MACHINE
 
 from diffusion.objectives.objective import Weighted
 from diffusion.runs.logging import Logger
 from diffusion.training.meter import Meter
-from linear_run import OF_THE_MACHINE
 
 
 def lines(folder):
