@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
     """E[x_0 | x_t], and optionally learned variances and the estimate before clipping.
 
     Attributes:
-      x0: [B, ...] the estimate of x_0.
+      x0: [B, ...].
       nu: [B, ...] in [0, 1], the place of each log-variance of the reverse step between its lower
         and its upper bound (Nichol & Dhariwal, 2021); None if variances were not learned.
       unclipped: [B, ...] x0 before it was clipped or thresholded; None if it was not.
@@ -75,9 +75,7 @@ def log_sigma(level: NoiseLevel) -> Array:
 
 
 def denoiser(
-    network: Network,
-    prediction: Prediction,
-    c_noise: Callable[[NoiseLevel], Array],
+    network: Network, prediction: Prediction, c_noise: Callable[[NoiseLevel], Array]
 ) -> ConditionalDenoise:
     """x_0_hat = c_skip x + c_out F(c_in x, c_noise, cond).
 
@@ -100,9 +98,8 @@ def denoiser(
 def on_schedule(schedule: Schedule, x: Array, level: NoiseLevel) -> tuple[Array, NoiseLevel]:
     """The noised example and its level on another schedule, at the same sigma / alpha.
 
-    It serves networks of another schedule than the sampler's: x [B, ...] is multiplied by
-    sqrt((alpha'^2 + sigma'^2) / (alpha^2 + sigma^2)). Levels beyond ``schedule.t_max`` become the
-    one at t_max.
+    x [B, ...] is multiplied by sqrt((alpha'^2 + sigma'^2) / (alpha^2 + sigma^2)). Levels beyond
+    ``schedule.t_max`` become the one at t_max.
     """
     t = jnp.minimum(schedule.invert(level.alpha, level.sigma), schedule.t_max)
     other = schedule(t)

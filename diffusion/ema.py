@@ -49,11 +49,6 @@ def power_function(sigma_rel: float) -> Profile:
     return beta
 
 
-def sigma_rel_from_gamma(gamma: float) -> float:
-    """Relative width of the profile t^gamma: sqrt((g + 1) / ((g + 2)^2 (g + 3)))."""
-    return np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-
-
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """The largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2, for 0 < sigma_rel <= 0.288."""
     if not 0 < sigma_rel <= SIGMA_REL_MAX:

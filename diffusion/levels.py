@@ -68,9 +68,5 @@ def posterior(now: NoiseLevel, before: NoiseLevel) -> tuple[Array, Array, Array,
     scale = now.alpha / before.alpha
     beta = now.sigma**2 - (scale * before.sigma) ** 2
     share = beta / now.sigma**2
-    return (
-        beta,
-        before.sigma**2 * share,
-        scale * before.sigma**2 / now.sigma**2,
-        before.alpha * share,
-    )
+    c_x = scale * before.sigma**2 / now.sigma**2
+    return beta, before.sigma**2 * share, c_x, before.alpha * share

@@ -8,11 +8,11 @@ A noised example and the network's ideal output F* are two linear combinations o
 A prediction is the second row. Everything else follows by solving the 2 x 2 system, in one place:
 
     F*      = a x_0 + b eps                                      (training target)
-    x_0_hat = c_skip x_t + c_out F,   c_skip = b / det,  c_out = -sigma / det
-    eps_hat = (alpha F - a x_t) / det,                   det = alpha b - sigma a
+    x_0_hat = c_skip x_t + c_out F,   c_skip = b / det,  c_out = -sigma / det,
+                                      det = alpha b - sigma a
 
-Both a and b are finite at both ends of every schedule, so that targets lose no precision there.
-Where the system cannot be solved (eps at alpha = 0), det = 0.
+Both a and b are finite at both ends of every schedule. Where the system cannot be solved (eps at
+alpha = 0), det = 0.
 """
 
 from __future__ import annotations
@@ -94,13 +94,6 @@ def to_x0(prediction: Prediction, level: NoiseLevel, x: Array, output: Array) ->
     """The estimate of x_0 from x_t and the network's output, both [B, ...]."""
     c = precondition(prediction, level.expand(x.ndim))
     return c.c_skip * x + c.c_out * output
-
-
-def to_eps(prediction: Prediction, level: NoiseLevel, x: Array, output: Array) -> Array:
-    """The estimate of eps from x_t and the network's output, both [B, ...]."""
-    level = level.expand(x.ndim)
-    a, b, _ = prediction(level)
-    return (level.alpha * output - a * x) / (level.alpha * b - level.sigma * a)
 
 
 CHOICES = {f.__name__: f for f in (eps, x0, v, flow, edm)}

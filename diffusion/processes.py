@@ -21,22 +21,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion.levels import Array
 
-CONNECT_TIMEOUT = 300
-"""Seconds for which processes wait for each other at the start."""
-
-HEARTBEAT_TIMEOUT = 100
-"""Seconds without a sign of life after which a process counts as dead, and the others end."""
-
-SHUTDOWN_TIMEOUT = 7 * 24 * 3600
-"""Seconds for which a finished process waits for the others: process 0 may still evaluate."""
+# Seconds for which processes wait for each other at the start, for a sign of life of another, and
+# for the others at the end, where process 0 may still evaluate.
+CONNECT_TIMEOUT, HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 300, 100, 7 * 24 * 3600
 
 
 def detected(environment: Mapping[str, str] = os.environ) -> str:
-    """The kind of cluster that started several processes of this program, "" if there is none.
-
-    It is recognised by the environment variables of SLURM (``srun``), Open MPI (``mpirun``) and
-    indexed jobs of Kubernetes.
-    """
+    """The cluster that started several processes of this program (SLURM's ``srun``, Open MPI's
+    ``mpirun`` or an indexed job of Kubernetes), "" if there is none."""
 
     def count(name: str) -> int:
         value = environment.get(name, "")
@@ -70,16 +62,10 @@ def join(
 
     Returns:
       The number of processes.
-
-    Raises:
-      ValueError: if only some of the three are given, or one is impossible.
     """
-    given = {
-        "--coordinator": coordinator,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
-    missing = [name for name, value in given.items() if value is None]
+    given = "--coordinator", "--num_processes", "--process_id"
+    values = coordinator, num_processes, process_id
+    missing = [name for name, value in zip(given, values) if value is None]
     cluster = ""
     if len(missing) == 3:
         cluster = detected()
@@ -106,8 +92,7 @@ def join(
         )
         os._exit(1)
 
-    # JAX itself would abort with a stack trace of C++.
-    timer = threading.Timer(timeout, give_up)
+    timer = threading.Timer(timeout, give_up)  # JAX itself would abort with C++'s stack trace
     timer.daemon = True
     timer.start()
     try:
@@ -148,8 +133,7 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
 class Agreement:
     """A flag that every process may raise and all read at the same step.
 
-    ``mesh`` has one axis, of all processes' devices. Reading the flag waits for the other
-    processes; a few steps later it no longer waits.
+    ``mesh`` has one axis, of all processes' devices. Reading the flag waits for the others.
     """
 
     def __init__(self, mesh: Mesh):
@@ -167,10 +151,8 @@ class Agreement:
 def local(tree: Any) -> Any:
     """The arrays as process 0 can use them alone; all processes must call it.
 
-    Arrays of this process alone are returned as they are. Of arrays that are whole on every device,
-    those on this process's devices are returned, without a copy. Arrays that are sharded over the
-    devices of several processes are gathered one by one, to the host of process 0; meanwhile each
-    needs its whole size on every device.
+    Arrays that are sharded over the devices of several processes are gathered one by one, to the
+    host of process 0; meanwhile each needs its whole size on every device. Others are not copied.
     """
 
     def take(x: Any) -> Any:
@@ -188,10 +170,7 @@ def local(tree: Any) -> Any:
 
 
 def leave(error: BaseException) -> None:
-    """Ends this process at once, if there are others, which would otherwise wait for it for ever.
-
-    They notice its end by their connections or, at the latest, by the missing heartbeat.
-    """
+    """Ends this process at once, if there are others: they would wait for it for ever."""
     if not jax.distributed.is_initialized():
         return
     if isinstance(error, jax.errors.JaxRuntimeError):

@@ -1,9 +1,8 @@
 """Noise schedules: how much signal and how much noise there is at each time.
 
-A noised example is ``x_t = alpha(t) * x_0 + sigma(t) * eps`` with ``eps ~ N(0, I)``. A schedule
-is a frozen dataclass ``t -> NoiseLevel``, continuous in ``t``: ``t = 0`` is clean data, ``t_max``
-the noisiest time. Its inverse takes the *pair* ``(alpha, sigma)`` rather than their ratio, so
-that it also holds at both ends, where the ratio is 0 or infinite.
+A schedule is a frozen dataclass ``t -> NoiseLevel``, continuous in ``t``: ``t = 0`` is clean data,
+``t_max`` the noisiest time. Its inverse takes the *pair* ``(alpha, sigma)``, so that it also holds
+at both ends, where their ratio is 0 or infinite.
 
 All functions return the kind of their argument: float64 NumPy for NumPy (grids and solver tables,
 on the host), JAX for JAX (traceable, differentiable for t > 0).
@@ -44,18 +43,24 @@ class Schedule:
 
     def __call__(self, t: Array | float) -> NoiseLevel:
         """The noise level at times t in [0, t_max], of any shape."""
-        raise NotImplementedError
+        xp, (t,) = _asarrays(t)
+        return NoiseLevel(t, *self._scales(t, xp))
 
     def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
         """The time t at which alpha(t) : sigma(t) equals the given proportion (any shape)."""
+        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+        return self._time(alpha, sigma, xp)
+
+    def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
+        """alpha(t) and sigma(t), by NumPy or jax.numpy."""
+        raise NotImplementedError
+
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
+        """The inverse of ``_scales``."""
         raise NotImplementedError
 
     def at_ratio(self, ratio: Array | float) -> NoiseLevel:
-        """The levels with the given sigma / alpha: finite, >= 0, of any shape; on the host.
-
-        The ratios are exact; t, and the common scale of alpha and sigma, come from inverting the
-        schedule.
-        """
+        """The levels of exactly this sigma / alpha: finite, >= 0, of any shape; on the host."""
         ratio = np.asarray(ratio, np.float64)
         level = self(np.minimum(self.invert(np.ones_like(ratio), ratio), self.t_max))
         # Keep the larger of the two, and with it the schedule's scale; the other follows exactly.
@@ -68,8 +73,7 @@ class Schedule:
 
         Simple diffusion (Hoogeboom et al., 2023) writes it as log SNR + 2 log(1 / shift), SD3
         (Esser et al., 2024, eq. 23) as t' = shift t / (1 + (shift - 1) t), which is the same on
-        the rectified flow. Here time points move: the level's ``t`` is the moved one, which is the
-        input of SD3's network.
+        the rectified flow. The level's ``t`` is the moved one, the input of SD3's network.
         """
         return Shifted(self, float(shift))
 
@@ -93,8 +97,7 @@ class Shifted(Schedule):
         level = self.base(t)
         return self.base(self.base.invert(level.alpha, self.shift * level.sigma))
 
-    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
-        _, (alpha, sigma) = _asarrays(alpha, sigma)
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
         return self.base.invert(self.shift * alpha, sigma)
 
 
@@ -131,18 +134,16 @@ class Table(Schedule):
         """[2, T + 1]: (alpha, sigma) at t = k / T, clean data first."""
         return np.stack([np.append(1.0, self.alphas), np.append(0.0, self.sigmas)])
 
-    def __call__(self, t: Array | float) -> NoiseLevel:
-        xp, (t,) = _asarrays(t)
+    def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
         nodes = xp.asarray(self._nodes, t.dtype)
         position = t * self.steps
         k = xp.clip(xp.floor(position), 0, self.steps - 1).astype(np.int32)
         w = position - k
         alpha, sigma = (1 - w) * nodes[:, k] + w * nodes[:, k + 1]
         norm = xp.sqrt(alpha**2 + sigma**2)
-        return NoiseLevel(t, alpha / norm, sigma / norm)
+        return alpha / norm, sigma / norm
 
-    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
-        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
         nodes = xp.asarray(self._nodes, alpha.dtype)
         angle = xp.arctan2(sigma, alpha)
         k = xp.searchsorted(xp.arctan2(nodes[1], nodes[0]), angle, side="right") - 1
@@ -154,8 +155,8 @@ class Table(Schedule):
         return (k + w) / self.steps
 
     def shifted(self, shift: float) -> Table:
-        """``Schedule.shifted`` by a change of the table, with the same times, as for zero terminal
-        SNR: moved times would end before the table's last step, or be dense there."""
+        """``Schedule.shifted`` by a change of the table: moved times would end before its last
+        step, or be dense there."""
         if not shift > 0:
             raise ValueError(f"shift must be positive, got {shift}")
         norm = np.hypot(self.alphas, shift * self.sigmas)
@@ -200,14 +201,8 @@ def sigmoid(
     max_beta: float = 0.999,
 ) -> Table:
     """alpha_bar falls along a sigmoid, start to end, at temperature tau (Jabri et al., 2022)."""
-
-    def logistic(z):
-        return 1 / (1 + np.exp(-z / tau))
-
-    z = np.linspace(start, end, steps + 1)
-    return _from_alpha_bar(
-        (logistic(end) - logistic(z)) / (logistic(end) - logistic(start)), max_beta
-    )
+    logistic = 1 / (1 + np.exp(-np.linspace(start, end, steps + 1) / tau))
+    return _from_alpha_bar((logistic[-1] - logistic) / (logistic[-1] - logistic[0]), max_beta)
 
 
 def zero_terminal_snr(table: Table) -> Table:
@@ -230,32 +225,28 @@ class VPSDE(Schedule):
     def _log_alpha(self, t: Array) -> Array:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
-    def _time(self, minus_log_alpha: Array, xp: ModuleType) -> Array:
+    def _time_at(self, minus_log_alpha: Array, xp: ModuleType) -> Array:
         slope, start = self.beta_max - self.beta_min, self.beta_min / 2
         return 2 * minus_log_alpha / (start + xp.sqrt(start**2 + slope * minus_log_alpha))
 
-    def __call__(self, t: Array | float) -> NoiseLevel:
-        xp, (t,) = _asarrays(t)
+    def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
         log_alpha = self._log_alpha(t)
-        return NoiseLevel(t, xp.exp(log_alpha), xp.sqrt(-xp.expm1(2 * log_alpha)))
+        return xp.exp(log_alpha), xp.sqrt(-xp.expm1(2 * log_alpha))
 
-    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
-        xp, (alpha, sigma) = _asarrays(alpha, sigma)
-        return self._time(0.5 * xp.log1p((sigma / alpha) ** 2), xp)
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
+        return self._time_at(0.5 * xp.log1p((sigma / alpha) ** 2), xp)
 
 
 @dataclasses.dataclass(frozen=True)
 class SubVPSDE(VPSDE):
     """The VP-SDE's alpha with the smaller sigma = 1 - alpha^2 (Song et al., 2021, eq. 33)."""
 
-    def __call__(self, t: Array | float) -> NoiseLevel:
-        xp, (t,) = _asarrays(t)
+    def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
         log_alpha = self._log_alpha(t)
-        return NoiseLevel(t, xp.exp(log_alpha), -xp.expm1(2 * log_alpha))
+        return xp.exp(log_alpha), -xp.expm1(2 * log_alpha)
 
-    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
-        xp, (alpha, sigma) = _asarrays(alpha, sigma)
-        return self._time(xp.arcsinh(sigma / alpha / 2), xp)  # sigma/alpha = 2 sinh(-log alpha)
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
+        return self._time_at(xp.arcsinh(sigma / alpha / 2), xp)  # sigma/alpha = 2 sinh(-log alpha)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,13 +260,11 @@ class VE(Schedule):
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
-    def __call__(self, t: Array | float) -> NoiseLevel:
-        xp, (t,) = _asarrays(t)
+    def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
         growth = 2 * np.log(self.sigma_max / self.sigma_min)
-        return NoiseLevel(t, xp.ones_like(t), self.sigma_min * xp.sqrt(xp.expm1(growth * t)))
+        return xp.ones_like(t), self.sigma_min * xp.sqrt(xp.expm1(growth * t))
 
-    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
-        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
         growth = 2 * np.log(self.sigma_max / self.sigma_min)
         return xp.log1p((sigma / alpha / self.sigma_min) ** 2) / growth
 
@@ -290,12 +279,10 @@ class EDM(Schedule):
     def t_max(self) -> float:
         return self.sigma_max
 
-    def __call__(self, t: Array | float) -> NoiseLevel:
-        xp, (t,) = _asarrays(t)
-        return NoiseLevel(t, xp.ones_like(t), t)
+    def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
+        return xp.ones_like(t), t
 
-    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
-        _, (alpha, sigma) = _asarrays(alpha, sigma)
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
         return sigma / alpha
 
     def shifted(self, shift: float) -> EDM:
@@ -307,12 +294,10 @@ class EDM(Schedule):
 class RectifiedFlow(Schedule):
     """alpha = 1 - t, sigma = t in [0, 1] (Liu et al., 2022; Lipman et al., 2022)."""
 
-    def __call__(self, t: Array | float) -> NoiseLevel:
-        _, (t,) = _asarrays(t)
-        return NoiseLevel(t, 1 - t, t)
+    def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
+        return 1 - t, t
 
-    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
-        _, (alpha, sigma) = _asarrays(alpha, sigma)
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
         return sigma / (alpha + sigma)
 
 
@@ -321,13 +306,11 @@ class TrigonometricFlow(Schedule):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2), t in [0, 1] (Albergo & Vanden-Eijnden, 2022;
     TrigFlow, Lu & Song, 2024, writes the angle itself as time)."""
 
-    def __call__(self, t: Array | float) -> NoiseLevel:
-        xp, (t,) = _asarrays(t)
+    def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
         # cos as the sine of the complement: relative accuracy at t = 1 too.
-        return NoiseLevel(t, xp.sin(np.pi / 2 * (1 - t)), xp.sin(np.pi / 2 * t))
+        return xp.sin(np.pi / 2 * (1 - t)), xp.sin(np.pi / 2 * t)
 
-    def invert(self, alpha: Array | float, sigma: Array | float) -> Array:
-        xp, (alpha, sigma) = _asarrays(alpha, sigma)
+    def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
         return xp.arctan2(sigma, alpha) * (2 / np.pi)
 
 

@@ -19,9 +19,8 @@ _mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)  # within ``ex
 def examples_stay(sharding: NamedSharding, size: int) -> Iterator[None]:
     """A context in which linen modules are traced with inputs and outputs laid out by ``sharding``.
 
-    Without it XLA may shard activations along the axes of the parameters' shards, and move them
-    instead of the parameters. The layout applies to arrays whose first axis is a multiple of
-    ``size``, the number of examples.
+    Without it XLA may move activations instead of the parameters' shards. The layout applies to
+    arrays whose first axis is a multiple of ``size``, the number of examples.
     """
 
     def hold(x: Any) -> Any:
@@ -44,10 +43,8 @@ def examples_stay(sharding: NamedSharding, size: int) -> Iterator[None]:
 
 
 def everywhere(tree: Any) -> Any:
-    """The arrays, within ``examples_stay`` whole on every device, for loops over small arrays.
-
-    If they were sharded, each round of such a loop would wait for all devices.
-    """
+    """The arrays, within ``examples_stay`` whole on every device, for loops over small arrays,
+    each round of which would otherwise wait for all devices."""
     mesh = _mesh.get()
     if mesh is None:
         return tree

@@ -1,7 +1,6 @@
 """Components named in text: ``min_snr``, ``min_snr(gamma=3)``, ``shifted(rectified_flow, 3)``.
 
-One config field thereby says both which function to use and its options, and an override on the
-command line replaces both.
+One config field thereby says both which function to use and its options.
 """
 
 from __future__ import annotations
@@ -16,14 +15,9 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
-LONGEST = 100_000
-"""Characters of a text; more than a grid with each of its levels has."""
-
-DEEPEST = 20
-"""Brackets of a text that may be open at once."""
-
-SHOWN = 200
-"""Characters of a malformed text that its error shows."""
+LONGEST = 100_000  # characters of a text; more than a grid with each of its levels has
+DEEPEST = 20  # brackets of a text that may be open at once
+SHOWN = 200  # characters of a malformed text that its error shows
 
 
 def unknown(field: str, value: Any, valid: Iterable[str]) -> ValueError:
@@ -51,10 +45,6 @@ def function(
       context: values for parameters of these names, where the function has them and text doesn't.
       filled: parameters that are no options, because they are the caller's to fill in. Where it is
         given, whatever else has no default must be in the text.
-
-    Raises:
-      ValueError: for malformed text, an unknown name or option, a value of the wrong type, or a
-        missing one.
     """
     name, positional, options = parse(text, functions, field)
     target = functions[name]
@@ -86,10 +76,9 @@ def value(
 ) -> Any:
     """What the named function returns, called with the arguments in ``text``.
 
-    Arguments may be positional and may themselves name functions: ``shifted(cosine, 2)``. These are
-    ``inner``'s, by default the same.
+    Arguments may themselves name functions, ``inner``'s (by default the same): ``shifted(cosine,
+    2)``.
     """
-    inner = functions if inner is None else inner
     name, positional, options = parse(text, functions, field, inner)
     target = functions[name]
     signature = inspect.signature(target)
@@ -113,11 +102,7 @@ def values(
     field: str,
     inner: Mapping[str, Callable] | None = None,
 ) -> tuple[Any, ...]:
-    """The ``value`` of each text of a tuple, or of one text with commas; none of "" or ().
-
-    Raises:
-      ValueError: one is wrong, or it is something else than texts.
-    """
+    """The ``value`` of each text of a tuple, or of one text with commas; none of "" or ()."""
     made = []
     for text in texts(given):
         if not isinstance(text, str):

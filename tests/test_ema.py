@@ -39,7 +39,7 @@ def test_relative_width_is_the_standard_deviation_of_the_profile():
 
 def test_gamma_round_trip():
     for gamma in (0.0, 0.5, 6.94, 16.97, 100.0):
-        sigma_rel = ema.sigma_rel_from_gamma(gamma)
+        sigma_rel = np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
         assert ema.gamma_from_sigma_rel(sigma_rel) == pytest.approx(gamma, abs=1e-6)
     # EDM2's two widths and their gammas
     assert ema.gamma_from_sigma_rel(0.05) == pytest.approx(16.97, abs=0.01)
