@@ -19,7 +19,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives import times
 from diffusion.objectives.noise import normal
-from diffusion.objectives.objective import Batch, Context, Metrics, Params, network_alone
+from diffusion.objectives.objective import Batch, Context, Measured, Params, network_alone
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
 
@@ -53,9 +53,7 @@ class Classification:
         variables = self.network.init(key, x, self.c_noise(level), Conditioning())
         return {"network": variables["params"]}
 
-    def loss(
-        self, params: Params, context: Context, batch: Batch, key: Array
-    ) -> tuple[Array, Metrics]:
+    def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
         """The mean cross-entropy over a batch with "x" and "label", and the accuracy."""
         x0, label = batch["x"], batch["label"]
         index = batch.get("index", jnp.arange(len(x0)))

@@ -22,7 +22,7 @@ from diffusion.denoiser import ConditionalDenoise, Denoise
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives import times
 from diffusion.objectives.denoising import Denoising
-from diffusion.objectives.objective import Batch, Context, Metrics, Params
+from diffusion.objectives.objective import Batch, Context, Measured, Params
 
 OdeStep = Callable[[Denoise, Array, NoiseLevel, NoiseLevel], Array]
 """(denoise, x [B, ...], now, after) -> x at the levels ``after``; leaves of both [B]."""
@@ -62,7 +62,6 @@ class Consistency(Denoising):
       teacher: parameters -> its denoiser, for levels of ``schedule``; its parameters are
         ``frozen["teacher"]``. None for consistency training.
       nodes: N. Node n lies at the quantile n / N of ``times``, the first at 0, the last at t_max.
-      solver: the step of the ODE.
       target: the average's name in ``context.ema``, or "params" for the student itself.
     """
 
@@ -71,9 +70,7 @@ class Consistency(Denoising):
     solver: OdeStep = heun
     target: str = "ema"
 
-    def loss(
-        self, params: Params, context: Context, batch: Batch, key: Array
-    ) -> tuple[Array, Metrics]:
+    def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
         """The mean loss over a batch, and the loss by quartile of the noise level."""
         x0 = batch["x"]
         index = batch.get("index", jnp.arange(len(x0)))

@@ -3,7 +3,7 @@
     loss = E_{x_0, eps, t} [ w(t) d(F(c_in x_t, c_noise), F*) ],    x_t = alpha x_0 + sigma eps
 
 Prediction (what F means), time distribution (which t), weighting (w) and distance (d) are four
-independent functions. Terms change the loss of each example after that, one after another.
+independent functions. Terms change the loss of each example after that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives import couplings, distances, times, weightings
 from diffusion.objectives.noise import PLAIN, Gaussian
-from diffusion.objectives.objective import Batch, Context, Metrics, Params, network_alone
+from diffusion.objectives.objective import Batch, Context, Measured, Params, network_alone
 from diffusion.objectives.terms.term import Noised, Term
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
@@ -73,9 +73,7 @@ class Denoising:
             params |= {} if own is None else {term.name: own}
         return params
 
-    def loss(
-        self, params: Params, context: Context, batch: Batch, key: Array
-    ) -> tuple[Array, Metrics]:
+    def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
         """The mean loss over a batch, and metrics: also the loss by quartile of the noise level."""
         x0 = batch["x"]
         index = batch.get("index", jnp.arange(len(x0)))
@@ -121,11 +119,9 @@ class Denoising:
         """What the terms see, and the network's output, without learned variances."""
         blocks = tuple({b: None for term in self.terms for b in term.blocks}) if train else ()
         c_in = predictions.precondition(self.prediction, level.expand(x_t.ndim)).c_in
-        features = {"features": blocks} if blocks else {}
         variables = {"params": params["network"]}
-        output = self.network.apply(
-            variables, c_in * x_t, self.c_noise(level), cond, train=train, rngs=rngs, **features
-        )
+        options = {"train": train, "rngs": rngs} | ({"features": blocks} if blocks else {})
+        output = self.network.apply(variables, c_in * x_t, self.c_noise(level), cond, **options)
         output, tokens = output if blocks else (output, ())
         output, variance = output.astype(x_t.dtype), None
         if output.shape[-1] == 2 * x_t.shape[-1]:

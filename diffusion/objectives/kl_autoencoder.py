@@ -29,7 +29,7 @@ from diffusion.models import discriminator
 from diffusion.models.autoencoder import AutoencoderKL, Gaussian
 from diffusion.objectives import distances
 from diffusion.objectives.noise import normal
-from diffusion.objectives.objective import Batch, Context, Metrics, Params, Tools, network_alone
+from diffusion.objectives.objective import Batch, Context, Measured, Params, Tools, network_alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,7 @@ class Autoencoding:
         params = self.adversary.network.init(jax.random.split(key)[1], x)["params"]
         return {"params": params, "opt_state": self.adversary.tx.init(params)}
 
-    def loss(
-        self, params: Params, context: Context, batch: Batch, key: Array
-    ) -> tuple[Array, Metrics]:
+    def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
         """nll + kl_weight * KL / d of a batch, without the adversary, and metrics."""
         return self.losses((params, None), context, batch, key)
 
@@ -97,7 +95,7 @@ class Autoencoding:
 
     def _both(
         self, tools: Tools, state: Any, frozen: Any, batch: Batch, key: Array
-    ) -> tuple[Any, Metrics]:
+    ) -> tuple[Any, dict[str, Any]]:
         """One gradient of both losses, of both networks' parameters, serves two optimisers."""
         context, old = tools.context(state, frozen), state.extra
         both = state.params, old["params"]
@@ -113,7 +111,7 @@ class Autoencoding:
 
     def losses(
         self, both: tuple[Params, Params | None], context: Context, batch: Batch, key: Array
-    ) -> tuple[Array, Metrics]:
+    ) -> Measured:
         """The loss of (params, the adversary's or None), the adversary's own included."""
         (params, adversary), x, train = both, batch["x"], context.train
         index = batch.get("index", jnp.arange(len(x)))
@@ -150,9 +148,7 @@ class Autoencoding:
         """Reconstructions [B, H, W, C] from the latents' mode, without dropout."""
         return self._apply(params, "decode", self.encode(params, x).mode())
 
-    def _nll(
-        self, params: Params, y: Array, x: Array, frozen: Params
-    ) -> tuple[Array, dict[str, Array]]:
+    def _nll(self, params: Params, y: Array, x: Array, frozen: Params) -> Measured:
         error = self.distance(y, x).mean()
         metrics = {"reconstruction": error}
         if self.perceptual is not None:
@@ -166,7 +162,7 @@ class Autoencoding:
 
     def _adversarial(
         self, pull: Callable, adversary: Params, y: Array, x: Array, d_nll: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> Measured:
         """Both networks' losses, added; the adaptive weight among the metrics."""
         logits, trained = self.adversary.network.apply, {"params": adversary}
         fixed = jax.lax.stop_gradient(trained)

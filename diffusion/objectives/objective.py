@@ -13,7 +13,8 @@ from diffusion.levels import Array
 Params = Any
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
-Loss = Callable[[Params, Batch], tuple[Array, Metrics]]
+Measured = tuple[Array, Metrics]  # the loss, of a batch () or of each example [B], and metrics
+Loss = Callable[[Params, Batch], Measured]
 
 
 class Weighted(NamedTuple):
@@ -85,9 +86,7 @@ class Objective(Protocol):
     def init(self, key: Array, batch: Batch) -> Params:
         """The initial parameters; of the batch only shapes and dtypes matter. Traceable."""
 
-    def loss(
-        self, params: Params, context: Context, batch: Batch, key: Array
-    ) -> tuple[Array, Metrics]:
+    def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
         """The mean loss over a batch, which may be a piece of the whole one, and metrics.
 
         What is drawn for an example depends on ``key`` and on ``batch["index"]``, its place in the

@@ -27,9 +27,7 @@ class DamagedError(ValueError):
 
 
 def restore_ema(
-    workdir: str | os.PathLike,
-    name: str,
-    step: int | str | None = None,
+    workdir: str | os.PathLike, name: str, step: int | str | None = None
 ) -> tuple[Any, int]:
     """One average of a run, as nested dicts on the first device, and its step.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,19 +11,13 @@ import numpy as np
 import optax
 
 from diffusion.levels import Array
-from diffusion.objectives.objective import Context
+from diffusion.objectives.objective import Batch, Context
 
 NAMED = 5  # examples
 
 
 def examine(
-    objective: Any,
-    params: Any,
-    frozen: Any,
-    ema: Any,
-    batch: Mapping[str, Array],
-    key: Array,
-    step: int,
+    objective: Any, params: Any, frozen: Any, ema: Any, batch: Batch, key: Array, step: int
 ) -> list[str]:
     """Which parameters or examples are to blame, a line each; at most ``NAMED`` examples.
 
@@ -85,13 +78,7 @@ def _here(tree: Any) -> Any:
 
 
 def _alone(
-    objective: Any,
-    params: Any,
-    frozen: Any,
-    ema: Any,
-    batch: Mapping[str, Array],
-    key: Array,
-    step: int,
+    objective: Any, params: Any, frozen: Any, ema: Any, batch: Batch, key: Array, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Loss and gradient's norm of each example [B]."""
 

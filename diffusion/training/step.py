@@ -19,7 +19,7 @@ from jax import lax
 
 from diffusion import ema as ema_lib
 from diffusion.levels import Array
-from diffusion.objectives.objective import Context, Loss
+from diffusion.objectives.objective import Batch, Context, Loss
 from diffusion.training import parallel as parallel_lib
 from diffusion.training.optimizers import Optimizer
 from diffusion.training.state import TrainState
@@ -68,7 +68,7 @@ class Packed(Mapping[str, Any]):
         return cls(leaves[0], *fixed)
 
 
-Step = Callable[[TrainState, Any, Mapping[str, Array], Array], tuple[TrainState, Packed]]
+Step = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Packed]]
 
 
 def make_train_step(
@@ -102,19 +102,14 @@ def make_train_step(
     tools = StepTools(layout, optimizer, emas, accumulate)
     own_step = getattr(objective, "step", None) or partial(gradient_step, objective)
 
-    def step(state: TrainState, frozen: Any, batch: Mapping[str, Array], key: Array):
+    def step(state: TrainState, frozen: Any, batch: Batch, key: Array):
         return own_step(tools, state, frozen, batch, jax.random.fold_in(key, state.step))
 
     return layout.compile(step)
 
 
 def gradient_step(
-    objective: Any,
-    tools: StepTools,
-    state: TrainState,
-    frozen: Any,
-    batch: Mapping[str, Array],
-    key: Array,
+    objective: Any, tools: StepTools, state: TrainState, frozen: Any, batch: Batch, key: Array
 ) -> tuple[TrainState, Packed]:
     """One gradient step on the objective's loss; ``key`` is the step's own."""
     context = tools.context(state, frozen)
@@ -136,7 +131,7 @@ class StepTools:
     def context(self, state: TrainState, frozen: Any) -> Context:
         return Context(frozen, lax.stop_gradient(state.ema), state.step, train=True)
 
-    def gradients(self, loss: Loss, params: Any, batch: Mapping[str, Array]) -> tuple[Any, dict]:
+    def gradients(self, loss: Loss, params: Any, batch: Batch) -> tuple[Any, dict]:
         """The gradient of ``loss(params, piece)``, and its metrics with "loss" among them."""
         layout = self.layout
 
@@ -189,6 +184,6 @@ class StepTools:
         return jax.tree.map(lambda n, k: jnp.where(finite, n, k), new, kept), packed
 
 
-def widened(batch: Mapping[str, Array]) -> dict[str, Array]:
+def widened(batch: Batch) -> dict[str, Array]:
     """What came as bfloat16, to be quick on its way, as float32: all is computed in that."""
     return {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in batch.items()}

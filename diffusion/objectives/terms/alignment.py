@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.levels import Array
-from diffusion.objectives.objective import Batch, Context, Metrics, Params
+from diffusion.objectives.objective import Batch, Context, Measured, Params
 from diffusion.objectives.terms.term import Noised
 
 Encoder = Callable[[Params, Array, tuple[int, int]], Array]
@@ -67,9 +67,7 @@ class Alignment:
         tokens = noised.tokens[self.block]
         return self.projector.init(key, jnp.zeros(tokens.shape, tokens.dtype))["params"]
 
-    def __call__(
-        self, loss: Array, params: Params, context: Context, noised: Noised
-    ) -> tuple[Array, Metrics]:
+    def __call__(self, loss: Array, params: Params, context: Context, noised: Noised) -> Measured:
         """The loss less the weighted similarity of each example, and the mean similarity."""
         if not context.train:
             return loss, {}

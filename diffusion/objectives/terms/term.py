@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from diffusion.levels import Array, NoiseLevel
-from diffusion.objectives.objective import Batch, Context, Metrics, Params
+from diffusion.objectives.objective import Batch, Context, Measured, Params
 
 
 class Noised(NamedTuple):
@@ -48,5 +48,5 @@ class Term(Protocol):
 
     def __call__(
         self, loss: Array, params: Params | None, context: Context, noised: Noised
-    ) -> tuple[Array, Metrics]:
+    ) -> Measured:
         """The loss of each example [B] as this term changes it, and metrics."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.levels import Array, NoiseLevel
-from diffusion.objectives.objective import Context, Metrics, Params
+from diffusion.objectives.objective import Context, Measured, Params
 from diffusion.objectives.terms.term import Noised
 
 
@@ -51,9 +51,7 @@ class Uncertainty:
         level = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), noised.level)
         return LogVariance(self.features).init(key, level)["params"]
 
-    def __call__(
-        self, loss: Array, params: Params, context: Context, noised: Noised
-    ) -> tuple[Array, Metrics]:
+    def __call__(self, loss: Array, params: Params, context: Context, noised: Noised) -> Measured:
         """The loss of each example, weighted."""
         u = self.log_variance(params, noised.level)
         return loss * jnp.exp(-u) + u, {}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 
 from diffusion.levels import Array, NoiseLevel, namespace, posterior
-from diffusion.objectives.objective import Context, Metrics
+from diffusion.objectives.objective import Context, Measured
 from diffusion.objectives.terms.term import Noised
 from diffusion.schedules import Schedule
 
@@ -46,9 +46,7 @@ class VariationalBound:
     def init(self, key: Array, noised: Noised) -> None:
         """The term has no parameters."""
 
-    def __call__(
-        self, loss: Array, params: None, context: Context, noised: Noised
-    ) -> tuple[Array, Metrics]:
+    def __call__(self, loss: Array, params: None, context: Context, noised: Noised) -> Measured:
         """The loss of each example with its bound, and the mean bound."""
         nu = (noised.variance + 1) / 2
         vlb = self.bits(noised.level.t, noised.batch["x"], noised.x_t, noised.x0_hat, nu)
