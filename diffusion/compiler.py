@@ -1,11 +1,7 @@
 """Options that make the networks fast on a CPU; ``tune`` sets them all.
 
 Importing ``diffusion`` changes nothing in a process. ``main.py`` calls ``tune``, and so do the
-notebooks and the benchmarks; a script of your own may::
-
-    from diffusion import compiler
-
-    print(compiler.tune())
+notebooks and the benchmarks; a script of your own may ``print(compiler.tune())``.
 
 XLA reads its options from the environment variable XLA_FLAGS when the first device is used, and
 ends the process at an option that it does not know. So they are set only for versions that are

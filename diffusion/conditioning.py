@@ -46,8 +46,7 @@ def from_batch(batch: Mapping[str, Array]) -> Conditioning:
 def null_like(cond: Conditioning, **nulls: Array | float) -> Conditioning:
     """``cond`` with the given fields replaced by null values, broadcast over the batch.
 
-    In ``null_like(cond, label=10, context=empty_prompt)`` all other fields stay, so that signals
-    that are never dropped (an inpainting mask, a size) are the same with and without guidance.
+    Signals that are never dropped (an inpainting mask, a size) stay as they are.
     """
     replaced = {}
     for name, value in nulls.items():

@@ -55,8 +55,7 @@ def join(
 
     Args:
       coordinator: HOST:PORT at which process 0 can be reached from all others.
-      num_processes: number of processes.
-      process_id: number of this process, from 0. Without these three a cluster is looked for.
+      process_id: number of this process, from 0. Without the first three a cluster is looked for.
       timeout: seconds to wait for the others; then the program ends with a message.
       heartbeat: seconds without a sign of life after which a process counts as dead.
 

@@ -37,7 +37,6 @@ class Adversary:
     """A network that tells reconstructions from images, and how it is trained.
 
     Attributes:
-      network: images -> logits.
       loss: of real and fake logits, the network's own.
       weight: of the adversarial loss, besides the adaptive weight.
       start: number of steps after which both losses count and the network is trained.

@@ -52,7 +52,6 @@ class Checkpoints:
       keep_best: number of further checkpoints that stay, those with the best ``best``.
       best: name of a metric that is best when low; "-name" for one that is best when high.
       about: JSON values for every checkpoint: configuration, code version.
-      say: prints a message.
     """
 
     def __init__(

@@ -78,10 +78,8 @@ def weights(profile: Profile, steps: int) -> np.ndarray:
 def mix(kept: Sequence[tuple[float, int]], target: float | Profile, step: int) -> Mixture:
     """The coefficients of ``kept`` whose combination is nearest to a profile.
 
-    Args:
-      kept: pairs (sigma_rel, step) of power-function averages.
-      target: sigma_rel of a power function, or any profile of ``ema``.
-      step: at which the average ends, at least 1.
+    ``kept`` are pairs (sigma_rel, step) of power-function averages, ``target`` is sigma_rel of one
+    or any profile of ``ema``, and ``step``, at least 1, is where the average ends.
     """
     if not kept:
         raise ValueError("there are no snapshots to mix")

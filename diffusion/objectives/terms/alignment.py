@@ -21,8 +21,7 @@ from diffusion.objectives.objective import Batch, Context, Measured, Params
 from diffusion.objectives.terms.term import Noised
 
 Encoder = Callable[[Params, Array, tuple[int, int]], Array]
-"""(its parameters, images [B, H, W, C] in [-1, 1], grid) -> features [B, h, w, D]; grid is the
-tokens' (h, w), which an encoder that can choose its resolution should meet."""
+"""(parameters, images [B, H, W, C] in [-1, 1], the tokens' (h, w)) -> features [B, h, w, D]."""
 
 
 class Projector(nn.Module):
