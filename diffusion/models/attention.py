@@ -7,11 +7,12 @@ computes its attention maps with an ``Attend``. It has no parameters; it is a mo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.nn.initializers import lecun_normal, zeros
+from jax.nn.initializers import zeros
 
 from diffusion.levels import Array
 from diffusion.models.kernels.attention import attend
@@ -44,7 +45,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
-        return _project_and_attend(self, x, context, mask, upcast=self.upcast)
+        return _multi_head(self, x, context, mask, upcast=self.upcast)
 
 
 class SpatialAttention(nn.Module):
@@ -64,23 +65,20 @@ class SpatialAttention(nn.Module):
     def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
         h = GroupNorm(self.groups, self.eps, self.dtype, name="group_norm")(x)
         h = h.reshape(h.shape[0], -1, h.shape[-1])
-        return x + _project_and_attend(self, h, bias=True, output_init=zeros).reshape(x.shape)
+        return x + _multi_head(self, h, bias=True, init=zeros).reshape(x.shape)
 
 
-def _project_and_attend(
+def _multi_head(
     net: Attention | SpatialAttention,
     x: Array,
     context: Array | None = None,
     mask: Array | None = None,
     *,
     bias: bool = False,
-    output_init: nn.initializers.Initializer | None = None,
+    init: nn.initializers.Initializer = nn.linear.default_kernel_init,
     upcast: bool = False,
 ) -> Array:
-    """to_q, to_k, to_v, attention and to_out_0, as submodules of ``net``.
-
-    x [B, L, C] attends to context [B, Lk, Cc], or to itself without one; returns [B, L, C].
-    """
+    """to_q, to_k, to_v, attention and to_out_0, as submodules of ``net``: [B, L, C]."""
     width, dtype = x.shape[-1], net.dtype
     source = x if context is None else context
 
@@ -91,9 +89,7 @@ def _project_and_attend(
 
     q, k, v = project(x, "to_q"), project(source, "to_k"), project(source, "to_v")
     out = Attend(context is None, net.implementation, name="attend")(q, k, v, mask)
-    output = nn.Dense(
-        width, dtype=dtype, kernel_init=output_init or lecun_normal(), name="to_out_0"
-    )
+    output = nn.Dense(width, dtype=dtype, kernel_init=init, name="to_out_0")
     return output(out.reshape(x.shape))
 
 
@@ -105,9 +101,8 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(
-            nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1
-        )
+        h = nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
+        value, gate = jnp.split(h, 2, axis=-1)
         return value * nn.gelu(gate, approximate=False)
 
 
@@ -137,16 +132,12 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
-        def norm(name: str) -> LayerNorm:
-            return LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
-
-        def attention(name: str) -> Attention:
-            return Attention(self.heads, self.implementation, self.dtype, self.upcast, name=name)
-
+        norm = partial(LayerNorm, epsilon=1e-5, dtype=self.dtype)
+        fields = (self.heads, self.implementation, self.dtype, self.upcast)
         first = (context, mask) if self.only_cross_attention else ()
-        x = x + attention("attn1")(norm("norm1")(x), *first)
-        x = x + attention("attn2")(norm("norm2")(x), context, mask)
-        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+        x = x + Attention(*fields, name="attn1")(norm(name="norm1")(x), *first)
+        x = x + Attention(*fields, name="attn2")(norm(name="norm2")(x), context, mask)
+        return x + FeedForward(self.dtype, name="ff")(norm(name="norm3")(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -172,18 +163,12 @@ class SpatialTransformer(nn.Module):
         width = x.shape[-1]
         projection = nn.Dense if self.linear_projection else Pointwise
         block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
-
+        fields = (self.heads, self.only_cross_attention, self.implementation, self.dtype)
         h = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
         h = h.reshape(h.shape[0], -1, width)
         h = projection(width, dtype=self.dtype, name="proj_in")(h)
         for k in range(self.depth):
-            h = block(
-                self.heads,
-                self.only_cross_attention,
-                self.implementation,
-                self.dtype,
-                self.upcast,
-                name=f"transformer_blocks_{k}",
-            )(h, context, mask)
+            layer = block(*fields, self.upcast, name=f"transformer_blocks_{k}")
+            h = layer(h, context, mask)
         h = projection(width, dtype=self.dtype, kernel_init=zeros, name="proj_out")(h)
         return x + h.reshape(x.shape)

@@ -25,7 +25,7 @@ from diffusion.models.fields import (
     per_level,
 )
 from diffusion.models.kernels.convolution import three_by_three
-from diffusion.models.layers import GroupNorm, Pointwise
+from diffusion.models.layers import GroupNorm, Part, Pointwise
 from diffusion.models.unet_blocks import (
     Constructor,
     DownBlock,
@@ -90,9 +90,6 @@ class AutoencoderKL(nn.Module):
       remat: whether the backward pass recomputes each ResNet and attention block.
       attention_implementation: as in ``kernels.attention.attend``.
       dtype: of the computation; parameters, norm statistics and softmax are float32.
-
-    Raises:
-      ValueError: at construction, naming the field that does not fit.
     """
 
     widths: Sequence[int] = (128, 256, 512, 512)
@@ -137,30 +134,8 @@ class AutoencoderKL(nn.Module):
 
     def setup(self) -> None:
         dtype = self.computation
-        halves = dict(
-            widths=self.widths,
-            blocks=self.blocks,
-            resnet=partial(
-                nn.remat(ResnetBlock, static_argnums=(3,)) if self.remat else ResnetBlock,
-                groups=self.norm_groups,
-                eps=EPS,
-                dropout=self.dropout,
-                dtype=dtype,
-            ),
-            attention=partial(
-                nn.remat(SpatialAttention) if self.remat else SpatialAttention,
-                groups=self.norm_groups,
-                eps=EPS,
-                implementation=self.attention_implementation,
-                dtype=dtype,
-            ),
-            attends=[per_level(self.attention, level) for level in range(len(self.widths))],
-            mid_attention=self.mid_attention,
-            groups=self.norm_groups,
-            dtype=dtype,
-        )
-        self.encoder = Encoder(2 * self.latent_channels, **halves)
-        self.decoder = Decoder(self.out_channels, **halves)
+        self.encoder = Part(partial(_encode, self))
+        self.decoder = Part(partial(_decode, self))
         if self.quant_conv:
             self.quant = Pointwise(2 * self.latent_channels, dtype, name="quant_conv")
         if self.post_quant_conv:
@@ -169,9 +144,8 @@ class AutoencoderKL(nn.Module):
     def encode(self, x: Array, train: bool = False) -> Gaussian:
         """Distribution, in float32, of the unscaled latents [B, H/f, W/f, latent_channels].
 
-        Args:
-          x: images [B, H, W, in_channels] in [-1, 1]; H and W are multiples of f = ``factor``.
-          train: whether dropout is active; it then needs an rng named "dropout".
+        Images x [B, H, W, in_channels] lie in [-1, 1]; H and W are multiples of f = ``factor``.
+        With ``train`` dropout is active; it then needs an rng named "dropout".
         """
         self.check(x.shape[1:3])
         h = self.encoder(x, train)
@@ -189,10 +163,7 @@ class AutoencoderKL(nn.Module):
     def __call__(
         self, x: Array, key: Array | None = None, train: bool = False
     ) -> tuple[Array, Gaussian]:
-        """Reconstruction of x, and its latents' Gaussian.
-
-        The reconstruction is that of a sample drawn with ``key``, or of the mode without a key.
-        """
+        """Reconstruction of x, from latents drawn with ``key`` or their mode; their Gaussian."""
         latents = self.encode(x, train)
         z = latents.mode() if key is None else latents.sample(key)
         return self.decode(z, train), latents
@@ -212,80 +183,73 @@ class AutoencoderKL(nn.Module):
         return latents * scale + shift
 
 
-class Half(nn.Module):
-    """What encoder and decoder have in common.
-
-    ``resnet`` and ``attention`` are constructors that lack only widths and names.
-    """
-
-    features: int
-    widths: Sequence[int]
-    blocks: int
-    resnet: Constructor
-    attention: Constructor
-    attends: Sequence[bool]
-    mid_attention: bool
-    groups: int
-    dtype: jnp.dtype
-
-    def mid(self) -> MidBlock:
-        """The block at the lowest resolution."""
-        return MidBlock(
-            partial(self.resnet, width=self.widths[-1]),
-            self.attention if self.mid_attention else None,
-            name="mid_block",
+def _encode(net: AutoencoderKL, x: Array, train: bool) -> Array:
+    """Down blocks, mid block, norm and convolution to twice the latent channels."""
+    last = len(net.widths) - 1
+    x = _conv(net, net.widths[0], "conv_in")(x)
+    for level, width in enumerate(net.widths):
+        down = DownBlock(
+            _resnet(net, width),
+            (_attention(net, per_level(net.attention, level)),) * net.blocks,
+            partial(Downsample, asymmetric=True, dtype=net.computation) if level < last else None,
+            name=f"down_blocks_{level}",
         )
+        x, _ = down(x, None, None, None, train)
+    return _output(net, 2 * net.latent_channels, _mid(net, x, train))
 
-    def attentions(self, level: int, count: int) -> tuple[Constructor | None, ...]:
-        """What follows each of a level's ResNet blocks."""
-        return (self.attention if self.attends[level] else None,) * count
 
-    def conv(self, features: int, name: str) -> nn.Conv:
-        return nn.Conv(
-            features, (3, 3), dtype=self.dtype, conv_general_dilated=three_by_three, name=name
+def _decode(net: AutoencoderKL, z: Array, train: bool) -> Array:
+    """Mid block, up blocks from the coarsest level, norm and convolution to images."""
+    x = _mid(net, _conv(net, net.widths[-1], "conv_in")(z), train)
+    count = net.blocks + 1
+    for k, level in enumerate(reversed(range(len(net.widths)))):
+        up = UpBlock(
+            _resnet(net, net.widths[level]),
+            (_attention(net, per_level(net.attention, level)),) * count,
+            partial(Upsample, dtype=net.computation) if level > 0 else None,
+            name=f"up_blocks_{k}",
         )
-
-    def output(self, x: Array) -> Array:
-        """Norm, SiLU and convolution to ``features``."""
-        x = nn.silu(GroupNorm(self.groups, EPS, self.dtype, name="conv_norm_out")(x))
-        return self.conv(self.features, "conv_out")(x)
+        x = up(x, [None] * count, None, None, None, train)
+    return _output(net, net.out_channels, x)
 
 
-class Encoder(Half):
-    """Down blocks, mid block, norm and convolution to ``features`` channels."""
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        last = len(self.widths) - 1
-        x = self.conv(self.widths[0], "conv_in")(x)
-        for level, width in enumerate(self.widths):
-            down = DownBlock(
-                partial(self.resnet, width=width),
-                self.attentions(level, self.blocks),
-                partial(Downsample, asymmetric=True, dtype=self.dtype) if level < last else None,
-                name=f"down_blocks_{level}",
-            )
-            x, _ = down(x, None, None, None, train)
-        x = self.mid()(x, None, None, None, train)
-        return self.output(x)
+def _mid(net: AutoencoderKL, x: Array, train: bool) -> Array:
+    attention = _attention(net, net.mid_attention)
+    block = MidBlock(_resnet(net, net.widths[-1]), attention, name="mid_block")
+    return block(x, None, None, None, train)
 
 
-class Decoder(Half):
-    """Mid block, up blocks from the coarsest level, norm and convolution to ``features``."""
+def _resnet(net: AutoencoderKL, width: int) -> Constructor:
+    return partial(
+        nn.remat(ResnetBlock, static_argnums=(3,)) if net.remat else ResnetBlock,
+        width=width,
+        groups=net.norm_groups,
+        eps=EPS,
+        dropout=net.dropout,
+        dtype=net.computation,
+    )
 
-    @nn.compact
-    def __call__(self, z: Array, train: bool = False) -> Array:
-        x = self.conv(self.widths[-1], "conv_in")(z)
-        x = self.mid()(x, None, None, None, train)
-        for k, level in enumerate(reversed(range(len(self.widths)))):
-            up = UpBlock(
-                partial(self.resnet, width=self.widths[level]),
-                self.attentions(level, self.blocks + 1),
-                partial(Upsample, dtype=self.dtype) if level > 0 else None,
-                name=f"up_blocks_{k}",
-            )
-            x = up(x, [None] * (self.blocks + 1), None, None, None, train)
-        return self.output(x)
+
+def _attention(net: AutoencoderKL, present: bool) -> Constructor | None:
+    if not present:
+        return None
+    return partial(
+        nn.remat(SpatialAttention) if net.remat else SpatialAttention,
+        groups=net.norm_groups,
+        eps=EPS,
+        implementation=net.attention_implementation,
+        dtype=net.computation,
+    )
+
+
+def _conv(net: AutoencoderKL, features: int, name: str) -> nn.Conv:
+    form, dtype = three_by_three, net.computation
+    return nn.Conv(features, (3, 3), dtype=dtype, conv_general_dilated=form, name=name)
+
+
+def _output(net: AutoencoderKL, features: int, x: Array) -> Array:
+    norm = GroupNorm(net.norm_groups, EPS, net.computation, name="conv_norm_out")
+    return _conv(net, features, "conv_out")(nn.silu(norm(x)))
 
 
 def _shift_and_scale(net: AutoencoderKL) -> tuple[Array, Array]:
@@ -299,15 +263,12 @@ def _validate(net: AutoencoderKL) -> None:
     """Raises ValueError for fields that do not fit together."""
     if not net.widths or min(net.widths) < 1:
         raise ValueError(f"widths={net.widths}; expected at least one level, of widths >= 1")
-    check_at_least_one(
-        net, "blocks", "in_channels", "out_channels", "latent_channels", "norm_groups"
-    )
+    counts = ("blocks", "in_channels", "out_channels", "latent_channels", "norm_groups")
+    check_at_least_one(net, *counts)
     check_norm_groups(net.norm_groups, net.widths)
-    for field, expected in (
-        ("attention", len(net.widths)),
-        ("latents_mean", net.latent_channels),
-        ("latents_std", net.latent_channels),
-    ):
+    channels = net.latent_channels
+    lengths = {"attention": len(net.widths), "latents_mean": channels, "latents_std": channels}
+    for field, expected in lengths.items():
         value = getattr(net, field)
         if isinstance(value, (tuple, list)) and len(value) != expected:
             raise ValueError(f"{field}={value} has {len(value)} entries; expected {expected}")

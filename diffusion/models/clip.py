@@ -18,9 +18,8 @@ from jax.nn.initializers import normal
 
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
-from diffusion.models.fields import nearest_divisors
-from diffusion.models.layers import LayerNorm
-from diffusion.models.unet_blocks import Constructor
+from diffusion.models.fields import check_heads
+from diffusion.models.layers import LayerNorm, Part
 
 
 def quick_gelu(x: Array) -> Array:
@@ -52,137 +51,6 @@ class Encoded(NamedTuple):
     hidden: tuple[Array, ...]
     pooled: Array
     projected: Array | None
-
-
-class ClipAttention(nn.Module):
-    """Multi-head self-attention of x [B, L, D] in a network of ``depth`` layers."""
-
-    heads: int
-    depth: int
-    causal: bool
-    implementation: str | None
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        width = x.shape[-1]
-
-        def project(name: str) -> Array:
-            init = normal((2 * width * self.depth) ** -0.5)
-            y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)(x)
-            return y.reshape(*x.shape[:-1], self.heads, width // self.heads)
-
-        q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
-        attend = Attend(True, self.implementation, name="attend")
-        out = attend(q, k, v, mask, causal=self.causal).reshape(x.shape)
-        init = normal(width**-0.5)
-        return nn.Dense(width, kernel_init=init, dtype=self.dtype, name="out_proj")(out)
-
-
-class ClipMLP(nn.Module):
-    """Dense to ``hidden``, activation, Dense back."""
-
-    hidden: int
-    depth: int
-    activation: str
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
-        init = normal((2 * width) ** -0.5)
-        h = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="fc1")(x)
-        init = normal((2 * width * self.depth) ** -0.5)
-        return nn.Dense(width, kernel_init=init, dtype=self.dtype, name="fc2")(
-            ACTIVATIONS[self.activation](h)
-        )
-
-
-class ClipLayer(nn.Module):
-    """Pre-norm transformer layer on x [B, L, D]."""
-
-    attention: Constructor
-    mlp: Constructor
-    eps: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        def norm(name: str) -> LayerNorm:
-            return LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
-
-        x = x + self.attention(name="self_attn")(norm("layer_norm1")(x), mask)
-        return x + self.mlp(name="mlp")(norm("layer_norm2")(x))
-
-
-class ClipTransformer(nn.Module):
-    """``depth`` layers, given by their constructor; returns ``Encoded.hidden``."""
-
-    depth: int
-    layer: Constructor
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> tuple[Array, ...]:
-        states = [x]
-        for i in range(self.depth):
-            states.append(self.layer(name=f"layers_{i}")(states[-1], mask))
-        return tuple(states)
-
-
-class TextEmbeddings(nn.Module):
-    """Embeddings of tokens [B, L] and of their positions, added up."""
-
-    vocab_size: int
-    length: int
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, ids: Array) -> Array:
-        if ids.shape[1] > self.length:
-            raise ValueError(f"{ids.shape[1]} tokens; the text encoder takes at most {self.length}")
-
-        def embed(count: int, name: str) -> nn.Embed:
-            init = normal(0.02)
-            return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=init, name=name)
-
-        tokens = embed(self.vocab_size, "token_embedding")(ids)
-        positions = jnp.arange(ids.shape[1])
-        return tokens + embed(self.length, "position_embedding")(positions)[None]
-
-
-class PatchEmbeddings(nn.Module):
-    """A class token and patches of images [B, S, S, 3] with their positions: [B, 1 + N, D]."""
-
-    size: int
-    patch: int
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        patches = nn.Conv(
-            self.width,
-            (self.patch, self.patch),
-            (self.patch, self.patch),
-            padding="VALID",
-            use_bias=False,
-            kernel_init=normal(0.02),
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(images)
-        first = self.param("class_embedding", normal(self.width**-0.5), (self.width,))
-        first = jnp.broadcast_to(first.astype(self.dtype), (len(images), 1, self.width))
-        tokens = jnp.concatenate([first, patches.reshape(len(images), -1, self.width)], axis=1)
-        count = (self.size // self.patch) ** 2 + 1
-        positions = nn.Embed(
-            count,
-            self.width,
-            dtype=self.dtype,
-            embedding_init=normal(0.02),
-            name="position_embedding",
-        )
-        return tokens + positions(jnp.arange(count))[None]
 
 
 class ClipText(nn.Module):
@@ -217,12 +85,15 @@ class ClipText(nn.Module):
     implementation: str | None = None
     dtype: jnp.dtype = jnp.float32
 
+    causal = True
+
     def setup(self) -> None:
-        self.embeddings = TextEmbeddings(self.vocab_size, self.length, self.width, self.dtype)
-        self.encoder = _transformer(self, causal=True)
+        _check(self)
+        self.embeddings = Part(partial(_embed, self))
+        self.encoder = Part(partial(_layers, self))
         self.final_layer_norm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
         if self.projection is not None:
-            self.text_projection = _projection(self.projection, self.width, self.dtype)
+            self.text_projection = _projection(self)
 
     def __call__(self, ids: Array, mask: Array | None = None) -> Encoded:
         """Encodes texts.
@@ -270,12 +141,15 @@ class ClipVision(nn.Module):
     implementation: str | None = None
     dtype: jnp.dtype = jnp.float32
 
+    causal = False
+
     def setup(self) -> None:
+        _check(self)
         self.embeddings = PatchEmbeddings(self.size, self.patch, self.width, self.dtype)
         self.pre_layrnorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)  # transformers' spelling
-        self.encoder = _transformer(self, causal=False)
+        self.encoder = Part(partial(_layers, self))
         self.post_layernorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
-        self.visual_projection = _projection(self.projection, self.width, self.dtype)
+        self.visual_projection = _projection(self)
 
     def __call__(self, images: Array) -> Encoded:
         """Encodes images [B, size, size, channels], normalised with CLIP's mean and deviation."""
@@ -287,21 +161,92 @@ class ClipVision(nn.Module):
         return Encoded(hidden[-1], hidden, pooled, self.visual_projection(pooled))
 
 
-def _projection(features: int, width: int, dtype: jnp.dtype) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, kernel_init=normal(width**-0.5), dtype=dtype)
+Clip = ClipText | ClipVision
 
 
-def _transformer(net: ClipText | ClipVision, causal: bool) -> ClipTransformer:
-    """The layers of an encoder. Raises ValueError for fields that do not fit together."""
-    if net.width % net.heads:
-        raise ValueError(
-            f"width={net.width} cannot be split into heads={net.heads}; nearest: "
-            f"{nearest_divisors(net.width, net.heads)}"
-        )
+class PatchEmbeddings(nn.Module):
+    """A class token and patches of images [B, S, S, 3] with their positions: [B, 1 + N, D]."""
+
+    size: int
+    patch: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        sides, init = (self.patch, self.patch), normal(0.02)
+        patches = nn.Conv(
+            self.width,
+            sides,
+            sides,
+            "VALID",
+            use_bias=False,
+            kernel_init=init,
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(images)
+        first = self.param("class_embedding", normal(self.width**-0.5), (self.width,))
+        first = jnp.broadcast_to(first.astype(self.dtype), (len(images), 1, self.width))
+        tokens = jnp.concatenate([first, patches.reshape(len(images), -1, self.width)], axis=1)
+        count, name = (self.size // self.patch) ** 2 + 1, "position_embedding"
+        positions = nn.Embed(count, self.width, self.dtype, embedding_init=init, name=name)
+        return tokens + positions(jnp.arange(count))[None]
+
+
+def _embed(net: ClipText, ids: Array) -> Array:
+    """Embeddings of tokens [B, L] and of their positions, added up."""
+    if ids.shape[1] > net.length:
+        raise ValueError(f"{ids.shape[1]} tokens; the text encoder takes at most {net.length}")
+    embed = partial(nn.Embed, features=net.width, dtype=net.dtype, embedding_init=normal(0.02))
+    tokens = embed(net.vocab_size, name="token_embedding")(ids)
+    positions = jnp.arange(ids.shape[1])
+    return tokens + embed(net.length, name="position_embedding")(positions)[None]
+
+
+def _layers(net: Clip, x: Array, mask: Array | None = None) -> tuple[Array, ...]:
+    """``Encoded.hidden`` of the embeddings x [B, L, D]."""
+    layer, states = nn.remat(Part) if net.remat else Part, [x]
+    for i in range(net.depth):
+        states.append(layer(partial(_layer, net), name=f"layers_{i}")(states[-1], mask))
+    return tuple(states)
+
+
+def _layer(net: Clip, x: Array, mask: Array | None) -> Array:
+    """Pre-norm attention and MLP on x [B, L, D]."""
+    norm = partial(LayerNorm, epsilon=net.eps, dtype=net.dtype)
+    h = norm(name="layer_norm1")(x)
+    x = x + Part(partial(_attention, net), name="self_attn")(h, mask)
+    return x + Part(partial(_mlp, net), name="mlp")(norm(name="layer_norm2")(x))
+
+
+def _attention(net: Clip, x: Array, mask: Array | None) -> Array:
+    def project(name: str) -> Array:
+        y = _dense(net, net.width, (2 * net.width * net.depth) ** -0.5, name)(x)
+        return y.reshape(*x.shape[:-1], net.heads, -1)
+
+    q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
+    attend = Attend(True, net.implementation, name="attend")
+    out = attend(q, k, v, mask, causal=net.causal).reshape(x.shape)
+    return _dense(net, net.width, net.width**-0.5, "out_proj")(out)
+
+
+def _mlp(net: Clip, x: Array) -> Array:
+    h = _dense(net, net.hidden, (2 * net.width) ** -0.5, "fc1")(x)
+    h = ACTIVATIONS[net.activation](h)
+    return _dense(net, net.width, (2 * net.width * net.depth) ** -0.5, "fc2")(h)
+
+
+def _dense(net: Clip, features: int, deviation: float, name: str) -> nn.Dense:
+    return nn.Dense(features, kernel_init=normal(deviation), dtype=net.dtype, name=name)
+
+
+def _projection(net: Clip) -> nn.Dense:
+    init = normal(net.width**-0.5)
+    return nn.Dense(net.projection, use_bias=False, kernel_init=init, dtype=net.dtype)
+
+
+def _check(net: Clip) -> None:
+    """Raises ValueError for fields that do not fit together."""
+    check_heads(net)
     if net.activation not in ACTIVATIONS:
         raise ValueError(f"activation={net.activation!r}; expected {' or '.join(ACTIVATIONS)}")
-    attention = partial(ClipAttention, net.heads, net.depth, causal, net.implementation, net.dtype)
-    mlp = partial(ClipMLP, net.hidden, net.depth, net.activation, net.dtype)
-    layer = nn.remat(ClipLayer) if net.remat else ClipLayer
-    layer = partial(layer, attention, mlp, net.eps, net.dtype)
-    return ClipTransformer(net.depth, layer)

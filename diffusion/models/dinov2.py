@@ -15,71 +15,8 @@ from jax.nn.initializers import normal, ones, zeros
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
 from diffusion.models.clip import gelu
-from diffusion.models.fields import nearest_divisors
-from diffusion.models.layers import LayerNorm
-from diffusion.models.unet_blocks import Constructor
-
-
-class DinoSelfAttention(nn.Module):
-    """Multi-head attention of x [B, L, D] to itself, without the projection that follows."""
-
-    heads: int
-    bias: bool
-    implementation: str | None
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        def project(name: str) -> Array:
-            y = _dense(x.shape[-1], self.dtype, name, self.bias)(x)
-            return y.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
-
-        q, k, v = project("query"), project("key"), project("value")
-        return Attend(True, self.implementation, name="attend")(q, k, v).reshape(x.shape)
-
-
-class DinoOutput(nn.Module):
-    """The projection, in a module of its own as in transformers."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return _dense(x.shape[-1], self.dtype, "dense")(x)
-
-
-class DinoAttention(nn.Module):
-    """Self-attention and the projection that follows."""
-
-    heads: int
-    bias: bool
-    implementation: str | None
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        attention = DinoSelfAttention(
-            self.heads, self.bias, self.implementation, self.dtype, name="attention"
-        )
-        return DinoOutput(self.dtype, name="output")(attention(x))
-
-
-class DinoMLP(nn.Module):
-    """Two layers with GELU between, or SwiGLU of two thirds of the width, rounded up to 8 n."""
-
-    ratio: int
-    swiglu: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        width, hidden = x.shape[-1], int(x.shape[-1] * self.ratio)
-        if not self.swiglu:
-            h = gelu(_dense(hidden, self.dtype, "fc1")(x))
-            return _dense(width, self.dtype, "fc2")(h)
-        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
-        gate, value = jnp.split(_dense(2 * hidden, self.dtype, "weights_in")(x), 2, axis=-1)
-        return _dense(width, self.dtype, "weights_out")(nn.silu(gate) * value)
+from diffusion.models.fields import check_heads
+from diffusion.models.layers import LayerNorm, Part
 
 
 class LayerScale(nn.Module):
@@ -90,57 +27,6 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return x * self.param("lambda1", ones, (x.shape[-1],)).astype(self.dtype)
-
-
-class DinoLayer(nn.Module):
-    """Pre-norm transformer layer on x [B, L, D]."""
-
-    heads: int
-    ratio: int
-    swiglu: bool
-    bias: bool
-    eps: float
-    implementation: str | None
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        def norm(name: str) -> LayerNorm:
-            return LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
-
-        attention = DinoAttention(
-            self.heads, self.bias, self.implementation, self.dtype, name="attention"
-        )
-        x = x + LayerScale(self.dtype, name="layer_scale1")(attention(norm("norm1")(x)))
-        mlp = DinoMLP(self.ratio, self.swiglu, self.dtype, name="mlp")
-        return x + LayerScale(self.dtype, name="layer_scale2")(mlp(norm("norm2")(x)))
-
-
-class DinoEncoder(nn.Module):
-    """``depth`` layers, given by their constructor."""
-
-    depth: int
-    layer: Constructor
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i in range(self.depth):
-            x = self.layer(name=f"layer_{i}")(x)
-        return x
-
-
-class DinoPatches(nn.Module):
-    """Patches of images [B, H, W, C], projected: [B, h, w, D]."""
-
-    patch: int
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        sides = (self.patch, self.patch)
-        projection = nn.Conv(self.width, sides, sides, "VALID", dtype=self.dtype, name="projection")
-        return projection(images)
 
 
 class DinoEmbeddings(nn.Module):
@@ -154,7 +40,13 @@ class DinoEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        x = DinoPatches(self.patch, self.width, self.dtype, name="patch_embeddings")(images)
+        sides = (self.patch, self.patch)
+
+        def project(images: Array) -> Array:  # [B, H, W, C] -> [B, h, w, D]
+            conv = nn.Conv(self.width, sides, sides, "VALID", dtype=self.dtype, name="projection")
+            return conv(images)
+
+        x = Part(project, name="patch_embeddings")(images)
         batch, grid, side = len(x), x.shape[1:3], self.size // self.patch
         first = self.param("cls_token", normal(1e-6), (1, 1, self.width))
         if self.mask_token:  # of pre-training; weight files hold it
@@ -205,17 +97,11 @@ class DinoV2(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(
-                f"width={self.width} cannot be split into heads={self.heads}; nearest: "
-                f"{nearest_divisors(self.width, self.heads)}"
-            )
+        check_heads(self)
         self.embeddings = DinoEmbeddings(
             self.size, self.patch, self.width, self.mask_token, self.dtype
         )
-        fields = (self.heads, self.ratio, self.swiglu, self.qkv_bias, self.eps)
-        layer = partial(DinoLayer, *fields, self.implementation, self.dtype)
-        self.encoder = DinoEncoder(self.depth, layer)
+        self.encoder = Part(partial(_layers, self))
         self.layernorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
 
     def __call__(self, images: Array) -> Array:
@@ -245,6 +131,47 @@ def cubic(old: int, new: int) -> np.ndarray:
     return matrix
 
 
-def _dense(features: int, dtype: jnp.dtype, name: str, bias: bool = True) -> nn.Dense:
+def _layers(net: DinoV2, x: Array) -> Array:
+    for i in range(net.depth):
+        x = Part(partial(_layer, net), name=f"layer_{i}")(x)
+    return x
+
+
+def _layer(net: DinoV2, x: Array) -> Array:
+    """Pre-norm attention and MLP on x [B, L, D]."""
+    norm = partial(LayerNorm, epsilon=net.eps, dtype=net.dtype)
+    h = Part(partial(_attention, net), name="attention")(norm(name="norm1")(x))
+    x = x + LayerScale(net.dtype, name="layer_scale1")(h)
+    h = Part(partial(_mlp, net), name="mlp")(norm(name="norm2")(x))
+    return x + LayerScale(net.dtype, name="layer_scale2")(h)
+
+
+def _attention(net: DinoV2, x: Array) -> Array:
+    def heads(x: Array) -> Array:
+        def project(name: str) -> Array:
+            y = _dense(net, net.width, name, net.qkv_bias)(x)
+            return y.reshape(*x.shape[:-1], net.heads, -1)
+
+        q, k, v = project("query"), project("key"), project("value")
+        return Attend(True, net.implementation, name="attend")(q, k, v).reshape(x.shape)
+
+    def output(x: Array) -> Array:
+        return _dense(net, net.width, "dense")(x)
+
+    return Part(output, name="output")(Part(heads, name="attention")(x))
+
+
+def _mlp(net: DinoV2, x: Array) -> Array:
+    """Two layers with GELU between, or SwiGLU of two thirds of the width, rounded up to 8 n."""
+    hidden = int(net.width * net.ratio)
+    if not net.swiglu:
+        h = gelu(_dense(net, hidden, "fc1")(x))
+        return _dense(net, net.width, "fc2")(h)
+    hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    gate, value = jnp.split(_dense(net, 2 * hidden, "weights_in")(x), 2, axis=-1)
+    return _dense(net, net.width, "weights_out")(nn.silu(gate) * value)
+
+
+def _dense(net: DinoV2, features: int, name: str, bias: bool = True) -> nn.Dense:
     init = nn.initializers.truncated_normal(0.02)
-    return nn.Dense(features, use_bias=bias, kernel_init=init, dtype=dtype, name=name)
+    return nn.Dense(features, use_bias=bias, kernel_init=init, dtype=net.dtype, name=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -53,29 +54,19 @@ class PatchDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        def conv(features: int, stride: int, name: str, bias: bool = True) -> nn.Conv:
-            return nn.Conv(
-                features,
-                (4, 4),
-                strides=stride,
-                padding=1,
-                use_bias=bias,
-                kernel_init=nn.initializers.normal(0.02),
-                dtype=self.dtype,
-                name=name,
-            )
-
-        x = nn.leaky_relu(conv(self.width, 2, "conv_in")(x), 0.2)
+        init = nn.initializers.normal(0.02)
+        conv = partial(nn.Conv, kernel_size=(4, 4), padding=1, kernel_init=init, dtype=self.dtype)
+        x = nn.leaky_relu(conv(self.width, strides=2, name="conv_in")(x), 0.2)
         for k in range(1, self.layers + 1):
             features = self.width * min(2**k, 8)
-            stride = 2 if k < self.layers else 1
-            x = conv(features, stride, f"convs_{k - 1}", bias=self.norm != "batch")(x)
+            strides, bias = 2 if k < self.layers else 1, self.norm != "batch"
+            x = conv(features, strides=strides, use_bias=bias, name=f"convs_{k - 1}")(x)
             if self.norm == "batch":
                 x = BatchNorm(self.dtype, name=f"norms_{k - 1}")(x)
             elif self.norm == "group":
                 x = GroupNorm(features // 8, dtype=self.dtype, name=f"norms_{k - 1}")(x)
             x = nn.leaky_relu(x, 0.2)
-        return conv(1, 1, "conv_out")(x).astype(jnp.float32)
+        return conv(1, name="conv_out")(x).astype(jnp.float32)
 
 
 class BatchNorm(nn.Module):

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import lecun_normal, normal
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models import positions as pos
-from diffusion.models.dit_blocks import Block, FinalLayer, TimeEmbedder, normal
-from diffusion.models.fields import nearest_divisors
-from diffusion.models.layers import EmbeddingMLP
+from diffusion.models.dit_blocks import Block, FinalLayer
+from diffusion.models.fields import check_at_least_one, nearest_divisors
+from diffusion.models.layers import EmbeddingMLP, sinusoidal
 from diffusion.models.transformer_layers import MLPS, NORMS, patchify, unpatchify, xavier
 
 SIZES = {
@@ -36,11 +37,7 @@ BLOCK_FIELDS = (  # that it takes from a DiT
 
 
 def preset(name: str) -> dict[str, int]:
-    """Fields width, depth, heads and patch of 'S/2' ... 'XL/8': ``DiT(**preset('XL/2'), ...)``.
-
-    Raises:
-      ValueError: for another name.
-    """
+    """Fields width, depth, heads and patch of 'S/2' ... 'XL/8': ``DiT(**preset('XL/2'), ...)``."""
     valid = [f"{size}/{patch}" for size in SIZES for patch in PATCHES]
     if name not in valid:
         raise ValueError(f"unknown DiT preset {name!r}; choose from {', '.join(valid)}")
@@ -82,10 +79,6 @@ class DiT(nn.Module):
       in_channels: channels of x and cond.image together; other inputs are refused. None: any.
       image_size: 'sincos' positions are those of images of this size, stretched to the size of x.
         None: positions count the patches.
-
-    Raises:
-      ValueError: at construction, for fields that do not fit together; when called, for images
-        that the patch does not divide, missing conditioning or ``features`` out of range.
     """
 
     width: int
@@ -114,14 +107,9 @@ class DiT(nn.Module):
     image_size: int | None = None
 
     def __post_init__(self):
-        for name in ("depth", "patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, choices in (
-            ("positions", ("sincos", "rotary")),
-            ("norm", tuple(NORMS)),
-            ("mlp", tuple(MLPS)),
-        ):
+        check_at_least_one(self, "depth", "patch")
+        valid = {"positions": ("sincos", "rotary"), "norm": tuple(NORMS), "mlp": tuple(MLPS)}
+        for name, choices in valid.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose from {choices}")
         # Sinusoids need width / 4 frequencies, rotations head width / 4.
@@ -187,16 +175,15 @@ class DiT(nn.Module):
 
     def _embed(self, time: Array, cond: Conditioning) -> Array:
         """Sum [B, width] of the embeddings of time, class and pooled vector."""
-        unit = self.unit_embeddings
-        kernel_init = nn.initializers.lecun_normal() if unit else normal
-        c = TimeEmbedder(self.width, kernel_init, self.time_freq_shift, name="t_embedder")(time)
+        time_init = table_init = normal(0.02)
+        if self.unit_embeddings:
+            time_init, table_init = lecun_normal(), normal(1.0)
+        c = EmbeddingMLP(self.width, kernel_init=time_init, name="t_embedder")(
+            sinusoidal(time, 256, freq_shift=self.time_freq_shift)
+        )
         if self.num_classes:
-            table = nn.Embed(
-                self.num_classes + 1,
-                self.width,
-                embedding_init=nn.initializers.normal(1.0) if unit else normal,
-                name="y_embedder",
-            )
+            rows = self.num_classes + 1
+            table = nn.Embed(rows, self.width, embedding_init=table_init, name="y_embedder")
             c = c + table(cond.label)
         if self.pooled:
             c = c + EmbeddingMLP(self.width, name="pooled_embedder")(cond.pooled)
@@ -206,10 +193,9 @@ class DiT(nn.Module):
         self, x: Array, inputs: tuple, train: bool, features: Sequence[int]
     ) -> tuple[Array, list[Array]]:
         """The tokens after all blocks, and after each of those in ``features``."""
-        block, policy = Block, None
-        if self.remat_keeps_products:
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        block, policy = Block, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         if self.remat:
+            policy = policy if self.remat_keeps_products else None
             block = nn.remat(Block, prevent_cse=not self.scan, policy=policy)
         fields = {name: getattr(self, name) for name in BLOCK_FIELDS} | {"train": train}
         if self.scan:
@@ -225,12 +211,11 @@ class DiT(nn.Module):
                 in_axes=nn.broadcast,
                 length=self.depth,
             )(block(**fields, name="blocks"), x, inputs)
-        else:
-            after = []
-            for i in range(self.depth):
-                x = block(**fields, name=f"blocks_{i}")(x, *inputs)
-                after.append(x)
-        return x, [after[i - 1] for i in features]
+            return x, [after[i - 1] for i in features]
+        after = [x]
+        for i in range(self.depth):
+            after.append(block(**fields, name=f"blocks_{i}")(after[-1], *inputs))
+        return after[-1], [after[i] for i in features]
 
     def _check_call(self, x: Array, cond: Conditioning, features: Sequence[int]) -> None:
         if x.ndim != 4:

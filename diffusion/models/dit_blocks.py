@@ -1,14 +1,11 @@
-"""The parts of a DiT: the embedding of time, the adaLN-Zero block and the last layer."""
+"""The parts of a DiT: the adaLN-Zero block and the last layer."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from diffusion.levels import Array
-from diffusion.models.layers import sinusoidal
 from diffusion.models.transformer_layers import (
     MLPS,
     NORMS,
@@ -17,22 +14,6 @@ from diffusion.models.transformer_layers import (
     modulate,
     zeros,
 )
-
-normal = nn.initializers.normal(0.02)
-
-
-class TimeEmbedder(nn.Module):
-    """256 sinusoids of c_noise [B], then Dense, SiLU, Dense -> [B, features], float32."""
-
-    features: int
-    kernel_init: nn.initializers.Initializer = normal
-    freq_shift: float = 0.0
-
-    @nn.compact
-    def __call__(self, time: Array) -> Array:
-        dense = partial(nn.Dense, self.features, kernel_init=self.kernel_init)
-        sinusoids = sinusoidal(time, 256, freq_shift=self.freq_shift)
-        return dense(name="linear_2")(nn.silu(dense(name="linear_1")(sinusoids)))
 
 
 class Block(nn.Module):

@@ -37,6 +37,15 @@ def check_even(net: nn.Module, *names: str) -> None:
             raise ValueError(f"{name}={value}; expected an even number, at least 2")
 
 
+def check_heads(net: nn.Module) -> None:
+    """Raises ValueError unless ``heads`` divides ``width``."""
+    if net.width % net.heads:
+        raise ValueError(
+            f"width={net.width} cannot be split into heads={net.heads}; nearest: "
+            f"{nearest_divisors(net.width, net.heads)}"
+        )
+
+
 def check_dropout(net: nn.Module) -> None:
     """Raises ValueError for a ``dropout`` outside [0, 1)."""
     if not 0 <= net.dropout < 1:

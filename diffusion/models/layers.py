@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,22 +14,27 @@ import jax.numpy as jnp
 from diffusion.levels import Array
 
 
+class Part(nn.Module):
+    """A function that makes layers, as a module: their parameters lie below this module's name."""
+
+    function: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
 def sinusoidal(
-    positions: Array,
-    features: int,
-    *,
-    max_period: float = 10_000.0,
-    cos_first: bool = True,
-    freq_shift: float = 0.0,
+    positions: Array, features: int, *, cos_first: bool = True, freq_shift: float = 0.0
 ) -> Array:
     """Sinusoidal embedding [B, features] (float32) of positions [B], which need not be integers.
 
-    Frequencies are max_period^(-i / (features/2 - freq_shift)). Stable Diffusion, ADM and DiT put
+    Frequencies are 10,000^(-i / (features/2 - freq_shift)). Stable Diffusion, ADM and DiT put
     the cosines first with freq_shift 0; DDPM the sines with freq_shift 1.
     """
     half = features // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
-    angles = positions.astype(jnp.float32)[:, None] * max_period ** -exponents[None, :]
+    angles = positions.astype(jnp.float32)[:, None] * 10_000.0 ** -exponents[None, :]
     parts = [jnp.cos(angles), jnp.sin(angles)]
     return jnp.concatenate(parts if cos_first else parts[::-1], axis=-1)
 
@@ -40,19 +48,15 @@ class EmbeddingMLP(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x: Array, second: Array | None = None) -> Array:
         if second is not None:
-            x = x + nn.Dense(
-                x.shape[-1],
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.zeros,
-                name="cond_proj",
-            )(second)
-        x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
+            dense = partial(nn.Dense, x.shape[-1], use_bias=False, dtype=self.dtype)
+            x = x + dense(kernel_init=nn.initializers.zeros, name="cond_proj")(second)
+        dense = partial(nn.Dense, self.features, dtype=self.dtype, kernel_init=self.kernel_init)
+        return dense(name="linear_2")(nn.silu(dense(name="linear_1")(x)))
 
 
 def slow_alone(x: Array) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -31,20 +33,15 @@ class LPIPS(nn.Module):
             )
         h = jnp.concatenate([x, y]).astype(self.dtype)
         h = (h - (2 * jnp.array(MEAN, self.dtype) - 1)) / (2 * jnp.array(STD, self.dtype))
+        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
+        conv = partial(conv, conv_general_dilated=three_by_three)
         total, index = jnp.zeros(len(x)), 0
         for block, (width, convolutions) in enumerate(BLOCKS):
             if block > 0:
                 h = nn.max_pool(h, (2, 2), (2, 2))
                 index += 1
             for _ in range(convolutions):
-                h = nn.Conv(
-                    width,
-                    (3, 3),
-                    dtype=self.dtype,
-                    conv_general_dilated=three_by_three,
-                    name=f"features_{index}",
-                )(h)
-                h = nn.relu(h)
+                h = nn.relu(conv(width, name=f"features_{index}")(h))
                 index += 2
             f = h.astype(jnp.float32)
             # The small number keeps the root's gradient finite where all features are 0.

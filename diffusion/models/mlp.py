@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
@@ -48,32 +50,26 @@ class MLP(nn.Module):
     def __call__(self, x: Array, time: Array, cond: Conditioning, train: bool = False) -> Array:
         """F [B, out_features] of x [B, D] and c_noise [B], in x's dtype."""
         if x.ndim != 2 or time.shape != x.shape[:1]:
-            raise ValueError(
-                f"x has shape {x.shape} and time {time.shape}; expected [B, D] and [B]"
-            )
+            got = f"x has shape {x.shape} and time {time.shape}"
+            raise ValueError(f"{got}; expected [B, D] and [B]")
         emb = sinusoidal(self.time_scale * time, self.width)
         emb = EmbeddingMLP(self.width, self.dtype, name="time_embedding")(emb)
         if self.num_classes is not None:
             if cond.label is None:
                 raise ValueError("cond.label is None, but the network needs it (see num_classes)")
-            rows, init = self.num_classes + self.null_class, normal(1.0)
-            table = nn.Embed(
-                rows, self.width, self.dtype, embedding_init=init, name="class_embedding"
-            )
-            emb = emb + table(cond.label)
+            rows = self.num_classes + self.null_class
+            embed = partial(nn.Embed, rows, self.width, self.dtype, embedding_init=normal(1.0))
+            emb = emb + embed(name="class_embedding")(cond.label)
         emb = nn.silu(emb)
-
-        def dense(features: int, name: str, init=nn.linear.default_kernel_init) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
-
-        h = dense(self.width, "linear_in")(x)
+        dense = partial(nn.Dense, dtype=self.dtype)
+        norm = partial(nn.LayerNorm, 1e-6, self.dtype, use_scale=False, use_bias=False)
+        h = dense(self.width, name="linear_in")(x)
         for i in range(self.depth):
-            scale, shift = jnp.split(dense(2 * self.width, f"modulation_{i}")(emb), 2, axis=-1)
-            g = nn.LayerNorm(
-                use_scale=False, use_bias=False, epsilon=1e-6, dtype=self.dtype, name=f"norm_{i}"
-            )(h)
-            g = nn.silu(dense(2 * self.width, f"linear_1_{i}")(g * (1 + scale) + shift))
+            m = dense(2 * self.width, name=f"modulation_{i}")(emb)
+            scale, shift = jnp.split(m, 2, axis=-1)
+            g = norm(name=f"norm_{i}")(h) * (1 + scale) + shift
+            g = nn.silu(dense(2 * self.width, name=f"linear_1_{i}")(g))
             g = nn.Dropout(self.dropout, deterministic=not train)(g)
-            h = h + dense(self.width, f"linear_2_{i}", zeros)(g)
-        out_features = self.out_features or x.shape[-1]
-        return dense(out_features, "linear_out", zeros)(nn.silu(h)).astype(x.dtype)
+            h = h + dense(self.width, kernel_init=zeros, name=f"linear_2_{i}")(g)
+        out = dense(self.out_features or x.shape[-1], kernel_init=zeros, name="linear_out")
+        return out(nn.silu(h)).astype(x.dtype)

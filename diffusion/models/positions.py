@@ -14,59 +14,34 @@ def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return rows.reshape(-1), columns.reshape(-1)
 
 
-def _angles(positions: np.ndarray, count: int, max_period: float) -> np.ndarray:
-    """positions [L] times the frequencies max_period^(-i / count), i < count -> [L, count]."""
-    return positions[:, None] * max_period ** (-np.arange(count) / count)
+def _angles(positions: np.ndarray, count: int) -> np.ndarray:
+    """positions [L] times the frequencies 10,000^(-i / count), i < count -> [L, count]."""
+    return positions[:, None] * 10_000.0 ** (-np.arange(count) / count)
 
 
-def _check_features(features: int, need: str) -> None:
-    if features % 4:
-        low = features - features % 4
-        raise ValueError(
-            f"{need} that is a multiple of 4, got {features}; nearest: {low} or {low + 4}"
-        )
-
-
-def sincos_2d(
-    height: int,
-    width: int,
-    features: int,
-    *,
-    max_period: float = 10_000.0,
-    base: int | None = None,
-) -> np.ndarray:
+def sincos_2d(height: int, width: int, features: int, *, base: int | None = None) -> np.ndarray:
     """Fixed sine-cosine embedding [height * width, features] (float32) of a grid of tokens.
 
     The four quarters of the channels are sin(column), cos(column), sin(row), cos(row), each over
-    features/4 frequencies, as in MAE and DiT. With ``base`` rows and columns run from 0 to base,
-    whatever height and width are, as in diffusers for images of other sizes.
-
-    Raises:
-      ValueError: unless 4 divides features.
+    features/4 frequencies (4 divides features), as in MAE and DiT. With ``base`` rows and columns
+    run from 0 to base, whatever height and width are, as in diffusers for images of other sizes.
     """
-    _check_features(features, "2-D sine-cosine positions need a width")
     rows, columns = _grid(height, width)
     if base is not None:
         rows, columns = rows * base / height, columns * base / width
-    rows, columns = (_angles(p, features // 4, max_period) for p in (rows, columns))
+    rows, columns = (_angles(p, features // 4) for p in (rows, columns))
     parts = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def rotary_2d(
-    height: int, width: int, features: int, *, max_period: float = 10_000.0
-) -> tuple[np.ndarray, np.ndarray]:
+def rotary_2d(height: int, width: int, features: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, each [height * width, features / 2] (float32), for ``rotate``.
 
     Axial rotary positions (Su et al., 2021; Heo et al., 2024): of the features/2 planes of a head
-    the first half turns with the token's row, the second with its column. ``features`` is the
-    width of one head.
-
-    Raises:
-      ValueError: unless 4 divides features.
+    the first half turns with the token's row, the second with its column. ``features``, a multiple
+    of 4, is the width of one head.
     """
-    _check_features(features, "2-D rotary positions need a head width")
-    angles = [_angles(p, features // 4, max_period) for p in _grid(height, width)]
+    angles = [_angles(p, features // 4) for p in _grid(height, width)]
     angles = np.concatenate(angles, axis=1)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 

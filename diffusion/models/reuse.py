@@ -18,8 +18,8 @@ shallow part:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from diffusion.levels import Array
 from diffusion.models.dit import Block, DiT
 from diffusion.models.fields import per_level
-from diffusion.models.text_to_image import TextToImage
+from diffusion.models.text_to_image import image_network
 from diffusion.models.unet import UNet
 from diffusion.models.unet_blocks import (
     Downsample,
@@ -50,10 +50,10 @@ def record(function: Callable[..., Any], keep: int) -> Callable[..., tuple[Any, 
     """
 
     def recorded(*args: Any, **kwargs: Any) -> tuple[Any, Features]:
-        features: list[Any] = []
-        with nn.intercept_methods(_Interceptor(keep, lambda plan: plan.record(features))):
+        run = _Run(keep)
+        with nn.intercept_methods(run):
             result = function(*args, **kwargs)
-        return result, tuple(features)
+        return result, tuple(run.features)
 
     return recorded
 
@@ -62,8 +62,7 @@ def reuse(function: Callable[..., Any], keep: int, features: Features) -> Callab
     """``function`` with its networks' deep parts replaced by the features from ``record``."""
 
     def reused(*args: Any, **kwargs: Any) -> Any:
-        kept = iter(features)
-        with nn.intercept_methods(_Interceptor(keep, lambda plan: plan.reuse(kept))):
+        with nn.intercept_methods(_Run(keep, features)):
             return function(*args, **kwargs)
 
     return reused
@@ -78,10 +77,10 @@ def inputs(function: Callable[..., Any], keep: int, features: Features) -> Calla
     """
 
     def shallow(*args: Any, **kwargs: Any) -> Features:
-        kept, seen = iter(features), []
-        with nn.intercept_methods(_Interceptor(keep, lambda plan: plan.reuse(kept, seen))):
+        run = _Run(keep, features, seen=[])
+        with nn.intercept_methods(run):
             function(*args, **kwargs)
-        return tuple(seen)
+        return tuple(run.seen)
 
     return shallow
 
@@ -90,7 +89,7 @@ def check(network: nn.Module, keep: int) -> None:
     """Raises ValueError if the network has no shallow part of this size."""
     if keep == 0:
         return
-    network = network.image if isinstance(network, TextToImage) else network
+    network = image_network(network)
     if isinstance(network, DiT) and network.scan:
         raise ValueError(
             f"keep={keep} needs single blocks, but a DiT with scan=True loops over them; "
@@ -109,12 +108,17 @@ Call = Callable[..., Any]
 Visit = Callable[[nn.Module, str, Call, tuple, dict], Any]  # (module, its path, call, args, kwargs)
 
 
-class _Interceptor:
-    """Finds the calls of networks, and passes each module within one to that network's visitor."""
+class _Run:
+    """Intercepts one run of a function, which records ``features`` or reuses those given.
 
-    def __init__(self, keep: int, make: Callable[[Any], Visit]):
-        self.keep, self.make = keep, make
-        self.prefix: tuple[str, ...] | None = None
+    It finds the calls of networks and passes each module within one to that network's visitor.
+    ``seen`` collects what ``inputs`` returns.
+    """
+
+    def __init__(self, keep: int, features: Features | None = None, seen: list | None = None):
+        self.keep, self.seen, self.features = keep, seen, []
+        self.kept = None if features is None else iter(features)
+        self.prefix: tuple[str, ...] = ()
         self.visit: Visit | None = None
 
     def __call__(self, call: Call, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -124,121 +128,77 @@ class _Interceptor:
         if self.visit is not None:
             path = "/".join(module.path[len(self.prefix) :])
             return self.visit(module, path, call, args, kwargs)
-        if not (isinstance(module, (UNet, DiT)) if self.keep else module.path == ()):
+        if self.keep == 0 and module.path == ():
+            return self._whole(call, args, kwargs)
+        if self.keep == 0 or not isinstance(module, (UNet, DiT)):
             return call(*args, **kwargs)
-        if self.keep and module.remat:  # features cannot leave blocks that are recomputed
+        check(module, self.keep)
+        if module.remat:  # features cannot leave blocks that are recomputed
             plain = module.clone(remat=False, parent=None, name=None)
             return plain.apply(module.variables, *args, **kwargs)
-        self.prefix, self.visit = module.path, self.make(_plan(module, self.keep))
+        plan = self._blocks if isinstance(module, DiT) else self._levels
+        self.prefix, self.visit = module.path, plan(module)
         try:
-            if self.keep == 0:
-                return self.visit(module, "", call, args, kwargs)
             return call(*args, **kwargs)
         finally:
-            self.prefix = self.visit = None
+            self.visit = None
 
+    def _whole(self, call: Call, args: tuple, kwargs: dict) -> Any:
+        """A network's output, which is reused as a whole."""
+        if self.kept is None:
+            self.features.append(call(*args, **kwargs))
+            return self.features[-1]
+        if self.seen is not None:
+            self.seen.append(args[0])
+        return next(self.kept)
 
-def _plan(network: nn.Module, keep: int) -> Any:
-    check(network, keep)
-    if keep == 0:
-        return _Whole()
-    if isinstance(network, DiT):
-        return _Blocks(keep, network.depth)
-    return _unet_plan(network, keep)
-
-
-class _Whole:
-    """A network whose whole output is reused."""
-
-    def record(self, features: list) -> Visit:
-        def visit(module: nn.Module, path: str, call: Call, args: tuple, kwargs: dict) -> Any:
-            result = call(*args, **kwargs)
-            if not path:
-                features.append(result)
-            return result
-
-        return visit
-
-    def reuse(self, kept: Iterator, seen: list | None = None) -> Visit:
-        def visit(module: nn.Module, path: str, call: Call, args: tuple, kwargs: dict) -> Any:
-            if seen is not None:
-                seen.append(args[0])
-            return next(kept)
-
-        return visit
-
-
-class _Blocks(NamedTuple):
-    """A DiT's blocks; the sum of their additions replaces those from number ``first`` on."""
-
-    first: int
-    depth: int
-
-    def record(self, features: list) -> Visit:
-        start = []
-
-        def visit(module: nn.Module, path: str, call: Call, args: tuple, kwargs: dict) -> Any:
-            if path == f"blocks_{self.first}":
-                start.append(args[0])
-            result = call(*args, **kwargs)
-            if path == f"blocks_{self.depth - 1}":
-                features.append(result - start[0])
-            return result
-
-        return visit
-
-    def reuse(self, kept: Iterator, seen: list | None = None) -> Visit:
+    def _blocks(self, net: DiT) -> Visit:
+        """Of a DiT, the sum of the last blocks' additions replaces those from ``keep`` on."""
         start = []
 
         def visit(module: nn.Module, path: str, call: Call, args: tuple, kwargs: dict) -> Any:
             if not isinstance(module, Block):
                 return call(*args, **kwargs)
-            number = int(path.removeprefix("blocks_"))
-            if number == 0:
-                start.append(args[0])
-            if number < self.first:
-                return call(*args, **kwargs)
-            if number > self.first:
-                return args[0]
-            if seen is not None:
-                seen.append(args[0] - start[0])
-            return args[0] + next(kept)
+            number, x = int(path.removeprefix("blocks_")), args[0]
+            if number == (self.keep if self.kept is None else 0):
+                start.append(x)
+            if self.kept is None or number < self.keep:
+                result = call(*args, **kwargs)
+                if number == net.depth - 1:
+                    self.features.append(result - start[0])
+                return result
+            if number > self.keep:
+                return x
+            if self.seen is not None:
+                self.seen.append(x - start[0])
+            return x + next(self.kept)
 
         return visit
 
+    def _levels(self, net: UNet) -> Visit:
+        """Of a U-Net, the deep modules' output at the seam is replaced.
 
-class _Levels(NamedTuple):
-    """The deep modules of a U-Net, and where their output enters the shallow part.
+        The seam is the shallow ResNet block that reads their output and a skip connection.
+        """
+        skips, readers = _skips(net), _readers(net)
+        deep = {path for path, _ in skips[self.keep :]} | {"mid_block"}
+        deep |= {path.replace("resnets", "attentions") for path in deep}
+        deep |= {path for reader in readers[: -self.keep] for path in reader}
+        seam, own = readers[-self.keep][0], net.widths[skips[self.keep - 1][1]]
 
-    Attributes:
-      deep: paths of the deep modules.
-      seam: path of the shallow ResNet block that reads their output and a skip connection.
-      own: channels of that skip connection.
-    """
-
-    deep: frozenset[str]
-    seam: str
-    own: int
-
-    def record(self, features: list) -> Visit:
         def visit(module: nn.Module, path: str, call: Call, args: tuple, kwargs: dict) -> Any:
-            if path == self.seam:
-                features.append(args[0][..., : -self.own])
-            return call(*args, **kwargs)
-
-        return visit
-
-    def reuse(self, kept: Iterator, seen: list | None = None) -> Visit:
-        def visit(module: nn.Module, path: str, call: Call, args: tuple, kwargs: dict) -> Any:
-            if path in self.deep:
+            if self.kept is not None and path in deep:
                 return jnp.zeros(_shape_after(module, args[0]), args[0].dtype)
-            if path == self.seam:
-                x, *others = args
-                if seen is not None:
-                    seen.append(x[..., -self.own :])
-                x = jnp.concatenate([next(kept), x[..., -self.own :]], axis=-1)
-                return call(x, *others, **kwargs)
-            return call(*args, **kwargs)
+            if path != seam:
+                return call(*args, **kwargs)
+            x, *others = args
+            if self.kept is None:
+                self.features.append(x[..., :-own])
+            else:
+                if self.seen is not None:
+                    self.seen.append(x[..., -own:])
+                x = jnp.concatenate([next(self.kept), x[..., -own:]], axis=-1)
+            return call(x, *others, **kwargs)
 
         return visit
 
@@ -275,11 +235,3 @@ def _readers(net: UNet) -> list[list[str]]:
             after = [f"{at}/upsamplers_0"] if j == last and level > 0 else []
             found.append([f"{at}/resnets_{j}", f"{at}/attentions_{j}", *after])
     return found
-
-
-def _unet_plan(net: UNet, keep: int) -> _Levels:
-    skips, readers = _skips(net), _readers(net)
-    deep = {path for path, _ in skips[keep:]} | {"mid_block"}
-    deep |= {path.replace("resnets", "attentions") for path in deep}
-    deep |= {path for reader in readers[:-keep] for path in reader}
-    return _Levels(frozenset(deep), readers[-keep][0], net.widths[skips[keep - 1][1]])

@@ -17,7 +17,7 @@ from jax.nn.initializers import normal
 
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
-from diffusion.models.unet_blocks import Constructor
+from diffusion.models.layers import Part
 
 
 def buckets(length: int, count: int, furthest: int) -> np.ndarray:
@@ -35,114 +35,6 @@ def buckets(length: int, count: int, furthest: int) -> np.ndarray:
     far = far / np.float32(math.log(furthest / exact)) * np.float32(half - exact)
     far = np.minimum(exact + far.astype(np.int32), half - 1)
     return half * (distance > 0) + np.where(abs(distance) < exact, abs(distance), far)
-
-
-class T5Attention(nn.Module):
-    """Self-attention of x [B, L, D] without scaling; ``bias`` is added to the logits.
-
-    With ``positions`` = (buckets, furthest), in the first layer, it has the embeddings
-    [buckets, heads] of relative positions and makes the bias of all layers from them.
-    """
-
-    heads: int
-    head_width: int
-    positions: tuple[int, int] | None
-    implementation: str | None
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
-        inner, width = self.heads * self.head_width, x.shape[-1]
-
-        def project(name: str, deviation: float) -> Array:
-            y = _dense(inner, deviation, self.dtype, name)(x)
-            return y.reshape(*x.shape[:-1], self.heads, self.head_width)
-
-        q = project("q", (width * self.head_width) ** -0.5)
-        k, v = project("k", width**-0.5), project("v", width**-0.5)
-        if self.positions is not None:
-            table = nn.Embed(
-                self.positions[0],
-                self.heads,
-                embedding_init=normal(width**-0.5),
-                dtype=self.dtype,
-                name="relative_attention_bias",
-            )
-            bias = table(buckets(x.shape[1], *self.positions)).transpose(2, 0, 1)[None]
-        attend = Attend(True, self.implementation, name="attend")
-        out = attend(q, k, v, mask, bias=bias, scale=1.0).reshape(*x.shape[:-1], inner)
-        return _dense(width, inner**-0.5, self.dtype, "o")(out), bias
-
-
-class T5MLP(nn.Module):
-    """relu(x W_i) W_o, or (gelu(x W_0) * x W_1) W_o with the tanh gelu."""
-
-    hidden: int
-    gated: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
-
-        def hidden(name: str) -> Array:
-            return _dense(self.hidden, width**-0.5, self.dtype, name)(x)
-
-        if self.gated:
-            h = jax.nn.gelu(hidden("wi_0"), approximate=True) * hidden("wi_1")
-        else:
-            h = jax.nn.relu(hidden("wi"))
-        return _dense(width, self.hidden**-0.5, self.dtype, "wo")(h)
-
-
-class T5Sublayer(nn.Module):
-    """A layer, given by its constructor, of the RMS norm of x."""
-
-    layer: Constructor
-    eps: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, *inputs: Array | None) -> Array | tuple[Array, Array]:
-        h = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="layer_norm")(x)
-        return self.layer()(h, *inputs)
-
-
-class T5Block(nn.Module):
-    """Residual attention and MLP; also returns the attention's bias, for the next block."""
-
-    attention: Constructor
-    mlp: Constructor
-    eps: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
-        h, bias = T5Sublayer(self.attention, self.eps, self.dtype, name="layer_0")(x, mask, bias)
-        x = x + h
-        return x + T5Sublayer(self.mlp, self.eps, self.dtype, name="layer_1")(x), bias
-
-
-class T5Stack(nn.Module):
-    """The blocks, of which only the first has ``positions``, and the final norm."""
-
-    depth: int
-    attention: Constructor
-    mlp: Constructor
-    positions: tuple[int, int]
-    eps: float
-    remat: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        block = nn.remat(T5Block) if self.remat else T5Block
-        bias = None
-        for i in range(self.depth):
-            attention = partial(self.attention, positions=self.positions if i == 0 else None)
-            layer = block(attention, self.mlp, self.eps, self.dtype, name=f"block_{i}")
-            x, bias = layer(x, mask, bias)
-        return nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="final_layer_norm")(x)
 
 
 class T5Encoder(nn.Module):
@@ -185,24 +77,72 @@ class T5Encoder(nn.Module):
                 f"buckets={self.buckets}, furthest={self.furthest}: expected a multiple of 4, and "
                 "furthest above a quarter of it"
             )
-        init, dtype = normal(1.0), self.dtype
-        table = nn.Embed(self.vocab_size, self.width, dtype, embedding_init=init, name="shared")
-        attention = partial(
-            T5Attention,
-            heads=self.heads,
-            head_width=self.head_width,
-            implementation=self.implementation,
-            dtype=dtype,
-            name="SelfAttention",
+        table = nn.Embed(
+            self.vocab_size, self.width, self.dtype, embedding_init=normal(1.0), name="shared"
         )
-        mlp = partial(T5MLP, self.hidden, self.gated, dtype, name="DenseReluDense")
-        positions = (self.buckets, self.furthest)
-        stack = T5Stack(
-            self.depth, attention, mlp, positions, self.eps, self.remat, dtype, name="encoder"
-        )
-        return stack(table(ids), mask)
+        return Part(partial(_stack, self), name="encoder")(table(ids), mask)
 
 
-def _dense(features: int, deviation: float, dtype: jnp.dtype, name: str) -> nn.Dense:
+def _stack(net: T5Encoder, x: Array, mask: Array | None) -> Array:
+    """The blocks and the final norm. The first block makes the bias of all attention logits."""
+    block, bias = nn.remat(Part) if net.remat else Part, None
+    for i in range(net.depth):
+        x, bias = block(partial(_block, net), name=f"block_{i}")(x, mask, bias)
+    return _norm(net, "final_layer_norm")(x)
+
+
+def _block(net: T5Encoder, x: Array, mask: Array | None, bias: Array | None) -> tuple[Array, Array]:
+    """Residual attention and MLP, and the bias for the next block."""
+
+    def attention(x: Array) -> tuple[Array, Array]:
+        h = _norm(net, "layer_norm")(x)
+        return Part(partial(_attention, net), name="SelfAttention")(h, mask, bias)
+
+    def mlp(x: Array) -> Array:
+        return Part(partial(_mlp, net), name="DenseReluDense")(_norm(net, "layer_norm")(x))
+
+    h, bias = Part(attention, name="layer_0")(x)
+    x = x + h
+    return x + Part(mlp, name="layer_1")(x), bias
+
+
+def _attention(
+    net: T5Encoder, x: Array, mask: Array | None, bias: Array | None
+) -> tuple[Array, Array]:
+    """Self-attention without scaling. Without a bias it is made from embeddings of distances."""
+    inner, width = net.heads * net.head_width, x.shape[-1]
+
+    def project(name: str, deviation: float) -> Array:
+        y = _dense(net, inner, deviation, name)(x)
+        return y.reshape(*x.shape[:-1], net.heads, net.head_width)
+
+    q = project("q", (width * net.head_width) ** -0.5)
+    k, v = project("k", width**-0.5), project("v", width**-0.5)
+    if bias is None:
+        init, name = normal(width**-0.5), "relative_attention_bias"
+        table = nn.Embed(net.buckets, net.heads, net.dtype, embedding_init=init, name=name)
+        distances = buckets(x.shape[1], net.buckets, net.furthest)
+        bias = table(distances).transpose(2, 0, 1)[None]
+    attend = Attend(True, net.implementation, name="attend")
+    out = attend(q, k, v, mask, bias=bias, scale=1.0).reshape(*x.shape[:-1], inner)
+    return _dense(net, width, inner**-0.5, "o")(out), bias
+
+
+def _mlp(net: T5Encoder, x: Array) -> Array:
+    """relu(x W_i) W_o, or (gelu(x W_0) * x W_1) W_o with the tanh gelu."""
+    width = x.shape[-1]
+    hidden = partial(_dense, net, net.hidden, width**-0.5)
+    if net.gated:
+        h = jax.nn.gelu(hidden("wi_0")(x), approximate=True) * hidden("wi_1")(x)
+    else:
+        h = jax.nn.relu(hidden("wi")(x))
+    return _dense(net, width, net.hidden**-0.5, "wo")(h)
+
+
+def _norm(net: T5Encoder, name: str) -> nn.RMSNorm:
+    return nn.RMSNorm(epsilon=net.eps, dtype=net.dtype, name=name)
+
+
+def _dense(net: T5Encoder, features: int, deviation: float, name: str) -> nn.Dense:
     init = normal(deviation)
-    return nn.Dense(features, use_bias=False, kernel_init=init, dtype=dtype, name=name)
+    return nn.Dense(features, use_bias=False, kernel_init=init, dtype=net.dtype, name=name)

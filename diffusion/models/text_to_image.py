@@ -17,9 +17,6 @@ class TextToImage(nn.Module):
       text: (tokens [B, L], mask [B, L]) -> ``Encoded``, like CLIP's text encoder.
       image: a denoiser's network, with cross-attention to ``cond.context``, with ``cond.pooled`` or
         with both.
-
-    Raises:
-      ValueError: when called without tokens.
     """
 
     text: nn.Module
@@ -41,3 +38,8 @@ class TextToImage(nn.Module):
         cond = cond.replace(tokens=None, context=text.last, pooled=text.pooled)
         options = {"features": features} if features else {}
         return self.image(x, time, cond, train=train, **options)
+
+
+def image_network(network: nn.Module) -> nn.Module:
+    """The denoiser's network within ``network``, or that itself."""
+    return network.image if isinstance(network, TextToImage) else network

@@ -23,7 +23,7 @@ import numpy as np
 
 from diffusion.levels import Array
 from diffusion.models.attention import Attend, SpatialAttention, SpatialTransformer
-from diffusion.models.text_to_image import TextToImage
+from diffusion.models.text_to_image import image_network
 from diffusion.models.unet import UNet
 
 MOST = 0.75
@@ -32,7 +32,7 @@ MOST = 0.75
 
 def check(network: nn.Module) -> None:
     """Raises ValueError if the network has no tokens that could be merged."""
-    image = network.image if isinstance(network, TextToImage) else network
+    image = image_network(network)
     if not isinstance(image, UNet):
         raise ValueError(
             f"merge_tokens is for U-Nets; this is a {type(image).__name__}, whose tokens stay apart"
@@ -41,8 +41,7 @@ def check(network: nn.Module) -> None:
 
 def most_tokens(network: nn.Module, shape: tuple[int, ...]) -> int:
     """Tokens of the largest map that a U-Net attends over, for examples of ``shape`` [H, W, C]."""
-    image = network.image if isinstance(network, TextToImage) else network
-    levels = [level for kind, level in image.all_kinds() if kind != 0]
+    levels = [level for kind, level in image_network(network).all_kinds() if kind != 0]
     return max(((shape[0] >> level) * (shape[1] >> level) for level in levels), default=0)
 
 
@@ -58,9 +57,6 @@ def with_merged_tokens(
         paper merges on a U-Net's finest level.
       key: chooses the destinations, for all images alike; without a key they are the squares'
         first corners, which the paper found worse.
-
-    Raises:
-      ValueError: for a ratio out of range.
     """
     if not 0 <= ratio <= MOST:
         raise ValueError(f"ratio must lie in [0, {MOST}], got {ratio}")
@@ -78,8 +74,7 @@ def with_merged_tokens(
                 return call(*args, **kwargs)
             finally:
                 sizes.pop()
-        plain = len(args) == 3 or (len(args) == 4 and args[3] is None)
-        if not (isinstance(module, Attend) and module.to_itself and sizes and plain) or kwargs:
+        if not (isinstance(module, Attend) and module.to_itself and sizes):
             return call(*args, **kwargs)
         height, width = sizes[-1]
         if height * width < least or min(height, width) < 2:
@@ -110,15 +105,11 @@ def destinations(height: int, width: int, key: jax.Array | None = None) -> Array
 
 
 def match(metric: Array, chosen: Array, ratio: float) -> tuple[Array, int]:
-    """The merged token that each token becomes a part of (bipartite soft matching).
+    """The slot [B, L] in [0, M) of the merged token that each token becomes a part of, and M.
 
-    Args:
-      metric: [B, L, D] whose cosines are the tokens' similarities.
-      chosen: [N] the destinations, the same for all images.
-      ratio: share of the L tokens that are merged into them; at most all others.
-
-    Returns:
-      Slots [B, L] in [0, M), and M. Destination i has slot i.
+    This is bipartite soft matching: a share ``ratio`` of the L tokens, at most all others, is
+    merged into the destinations ``chosen`` [N], the same for all images. Destination i has slot i.
+    The cosines of ``metric`` [B, L, D] are the tokens' similarities.
     """
     length, count = metric.shape[1], len(chosen)
     others = length - count

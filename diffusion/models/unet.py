@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from jax.nn.initializers import zeros
 
 from diffusion.conditioning import Conditioning
@@ -44,12 +45,10 @@ class UNet(Encoder):
     ) -> Array | tuple[Array, tuple[Array, ...]]:
         """F [B, H, W, out_channels], in x's dtype; with ``features``, F and these blocks' outputs.
 
-        The network ignores signals in ``cond`` that it has no input for and requires the others.
-
         Args:
           x: [B, H, W, C], H and W divisible by 2^(levels - 1).
           time: [B], c_noise.
-          cond: conditioning, whose fields may all be None.
+          cond: the network ignores signals that it has no input for and requires the others.
           train: whether dropout is active (it then needs an rng named 'dropout').
           control: residuals to add to the features of the skip connections, in the encoder's
             order, and, last, to the mid block's output.
@@ -61,11 +60,14 @@ class UNet(Encoder):
             raise ValueError(
                 f"time has shape {time.shape}; expected {x.shape[:1]}, one per example"
             )
-        out_channels = self.out_channels or x.shape[-1]
-        dtype = x.dtype
+        channels, dtype, levels = self.out_channels or x.shape[-1], x.dtype, len(self.widths)
+        if any(not 1 <= i <= levels + 1 for i in features):
+            raise ValueError(f"features={tuple(features)} must be blocks 1..{levels + 1}")
         emb = self.embed(time, cond)
         skips, x = self.encode(x, emb, cond, train)
-        outputs = self._outputs(features, skips, x)
+        ends = np.cumsum([per_level(self.blocks, level) + 1 for level in range(levels)]) - 1
+        outputs = (*(skips[end] for end in ends), x)
+        outputs = tuple(outputs[i - 1] for i in features)
         if control is not None:
             if len(control) != len(skips) + 1:
                 raise ValueError(
@@ -75,37 +77,21 @@ class UNet(Encoder):
             skips = [f + c.astype(f.dtype) for f, c in zip(skips, control[:-1])]
             x = x + control[-1].astype(x.dtype)
 
-        levels = len(self.widths)
         for i, level in enumerate(reversed(range(levels))):
             count = per_level(self.blocks, level) + 1
             skips, last = skips[:-count], skips[-count:]
             block = UpBlock(
                 self.make_resnet(level),
                 self.make_attentions(self.up_kinds(level), level),
-                self.make_upsample(level) if level > 0 else None,
+                self.make_resampling(level, up=True) if level > 0 else None,
                 name=f"up_blocks_{i}",
             )
             x = block(x, last, emb, cond.context, cond.context_mask, train)
 
         x = GroupNorm(self.norm_groups, self.norm_eps, self.dtype, name="conv_norm_out")(x)
-        conv_out = nn.Conv(
-            out_channels, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_out"
-        )
-        out = conv_out(nn.silu(x)).astype(dtype)
+        conv = nn.Conv(channels, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_out")
+        out = conv(nn.silu(x)).astype(dtype)
         return (out, outputs) if features else out
-
-    def _outputs(
-        self, numbers: Sequence[int], skips: Sequence[Array], mid: Array
-    ) -> tuple[Array, ...]:
-        """The outputs of the blocks with these numbers (see ``features``)."""
-        levels, at, outputs = len(self.widths), 0, []
-        for level in range(levels):
-            at += per_level(self.blocks, level)
-            outputs.append(skips[at])
-            at += 1  # the downsampling's
-        if any(not 1 <= i <= levels + 1 for i in numbers):
-            raise ValueError(f"features={tuple(numbers)} must be blocks 1..{levels + 1}")
-        return tuple([*outputs, mid][i - 1] for i in numbers)
 
     def up_kinds(self, level: int) -> tuple[AttentionKind, ...]:
         """The kind of attention after each ResNet block of the level's up block."""
@@ -120,7 +106,7 @@ class UNet(Encoder):
 
 def ddpm_cifar10(**overrides: Any) -> UNet:
     """DDPM at 32 x 32 (Ho et al., 2020): 35.7 M parameters."""
-    net = UNet(
+    fields = dict(
         widths=(128, 256, 256, 256),
         attention=(0, "self", 0, 0),
         asymmetric_downsampling=True,
@@ -130,7 +116,7 @@ def ddpm_cifar10(**overrides: Any) -> UNet:
         norm_eps=1e-6,
         out_channels=3,
     )
-    return net.clone(**overrides)
+    return UNet(**fields | overrides)
 
 
 def adm64(**overrides: Any) -> UNet:
@@ -139,7 +125,7 @@ def adm64(**overrides: Any) -> UNet:
     The published networks learn their variances and have no null class: for classifier-free
     guidance, override ``null_class=True``.
     """
-    net = UNet(
+    fields = dict(
         widths=(192, 384, 576, 768),
         blocks=3,
         attention=(0, "self", "self", "self"),
@@ -151,18 +137,13 @@ def adm64(**overrides: Any) -> UNet:
         dropout=0.1,
         out_channels=6,
     )
-    return net.clone(**overrides)
+    return UNet(**fields | overrides)
 
 
 def adm256(**overrides: Any) -> UNet:
     """ADM, class-conditional ImageNet at 256 x 256: 554 M parameters (1 M less without classes)."""
-    net = adm64(
-        widths=(256, 256, 512, 512, 1024, 1024),
-        blocks=2,
-        attention=(0, 0, 0, "self", "self", "self"),
-        dropout=0.0,
-    )
-    return net.clone(**overrides)
+    widths, attention = (256, 256, 512, 512, 1024, 1024), (0, 0, 0, "self", "self", "self")
+    return adm64(**dict(widths=widths, blocks=2, attention=attention, dropout=0.0) | overrides)
 
 
 def sd15(**overrides: Any) -> UNet:
@@ -171,39 +152,32 @@ def sd15(**overrides: Any) -> UNet:
     Its inpainting network has 5 further channels in ``cond.image``; latent consistency models have
     ``guidance_width=256``.
     """
-    net = UNet(
-        widths=(320, 640, 1280, 1280),
-        attention=(1, 1, 1, 0),
-        mid_attention=1,
-        num_heads=8,
-        out_channels=4,
-    )
-    return net.clone(**overrides)
+    widths, attention = (320, 640, 1280, 1280), (1, 1, 1, 0)
+    fields = dict(widths=widths, attention=attention, mid_attention=1, num_heads=8, out_channels=4)
+    return UNet(**fields | overrides)
 
 
 def sd21(**overrides: Any) -> UNet:
     """Stable Diffusion 2.x: context [B, 77, 1024]."""
-    return sd15(num_heads=None, head_width=64, linear_projection=True).clone(**overrides)
+    return sd15(**dict(num_heads=None, head_width=64, linear_projection=True) | overrides)
 
 
 def sdxl(**overrides: Any) -> UNet:
     """SDXL's base model: context [B, 77, 2048], pooled [B, 1280], time_ids [B, 6]."""
-    net = sd21(
-        widths=(320, 640, 1280), attention=(0, 2, 10), mid_attention=10, added_embedding=True
-    )
-    return net.clone(**overrides)
+    levels = dict(widths=(320, 640, 1280), attention=(0, 2, 10), mid_attention=10)
+    return sd21(**levels | dict(added_embedding=True) | overrides)
 
 
 def sdxl_refiner(**overrides: Any) -> UNet:
     """SDXL's refiner: context [B, 77, 1280], pooled [B, 1280], time_ids [B, 5]."""
-    net = sdxl(widths=(384, 768, 1536, 1536), attention=(0, 4, 4, 0), mid_attention=4)
-    return net.clone(**overrides)
+    levels = dict(widths=(384, 768, 1536, 1536), attention=(0, 4, 4, 0), mid_attention=4)
+    return sdxl(**levels | overrides)
 
 
 def x4_upscaler(**overrides: Any) -> UNet:
     """Stable Diffusion's x4 upscaler: context [B, 77, 1024], the small image [B, H, W, 3] in
     ``cond.image`` and its noise level, 0..999, in ``cond.label``."""
-    net = sd15(
+    fields = dict(
         widths=(256, 512, 512, 1024),
         attention=(0, 1, 1, 1),
         only_cross_attention=(True, True, True, False),
@@ -211,4 +185,4 @@ def x4_upscaler(**overrides: Any) -> UNet:
         num_classes=1000,
         null_class=False,
     )
-    return net.clone(**overrides)
+    return sd15(**fields | overrides)

@@ -11,7 +11,7 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.nn.initializers import lecun_normal, zeros
+from jax.nn.initializers import zeros
 
 from diffusion.levels import Array
 from diffusion.models.kernels.convolution import doubling_pays, of_doubled, three_by_three
@@ -52,23 +52,13 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, emb: Array | None, train: bool) -> Array:
-        def norm(name: str) -> GroupNorm:
-            return GroupNorm(self.groups, self.eps, self.dtype, name=name)
-
-        def conv(name: str, init: nn.initializers.Initializer) -> nn.Conv:
-            return nn.Conv(
-                self.width,
-                (3, 3),
-                dtype=self.dtype,
-                kernel_init=init,
-                conv_general_dilated=three_by_three,
-                name=name,
-            )
-
-        h = nn.silu(norm("norm1")(x))
+        norm = partial(GroupNorm, self.groups, self.eps, self.dtype)
+        conv = partial(nn.Conv, self.width, (3, 3), dtype=self.dtype)
+        conv = partial(conv, conv_general_dilated=three_by_three)
+        h = nn.silu(norm(name="norm1")(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = conv("conv1", lecun_normal())(h)
+        h = conv(name="conv1")(h)
         scale = shift = None
         if emb is not None:
             features = 2 * self.width if self.scale_shift else self.width
@@ -78,11 +68,11 @@ class ResnetBlock(nn.Module):
                 scale, shift = jnp.split(emb, 2, axis=-1)
             else:
                 h = h + emb
-        h = norm("norm2")(h)
+        h = norm(name="norm2")(h)
         if scale is not None:
             h = h * (1 + scale) + shift
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = conv("conv2", zeros)(h)
+        h = conv(kernel_init=zeros, name="conv2")(h)
         if x.shape[-1] != self.width:
             x = Pointwise(self.width, dtype=self.dtype, name="conv_shortcut")(x)
         return x + h
@@ -101,10 +91,8 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: Array, emb: Array | None = None, train: bool = False) -> Array:
         padding = ((0, 1), (0, 1)) if self.asymmetric else ((1, 1), (1, 1))
-        conv = nn.Conv(
-            x.shape[-1], (3, 3), strides=2, padding=padding, dtype=self.dtype, name="conv"
-        )
-        return conv(x)
+        conv = partial(nn.Conv, x.shape[-1], (3, 3), dtype=self.dtype, name="conv")
+        return conv(strides=2, padding=padding)(x)
 
 
 class Upsample(nn.Module):

@@ -56,26 +56,23 @@ class Encoder(UNetFields):
         """Constructor of attention layers of this kind at this level; its caller gives the name."""
         if kind == 0:
             return None
+        common = dict(
+            heads=self.heads(level),
+            groups=self.norm_groups,
+            implementation=self.attention_implementation,
+            dtype=self.dtype,
+        )
         if kind == "self":
-            return partial(
-                nn.remat(SpatialAttention) if self.remat else SpatialAttention,
-                heads=self.heads(level),
-                groups=self.norm_groups,
-                eps=self.norm_eps,
-                implementation=self.attention_implementation,
-                dtype=self.dtype,
-            )
+            attention = nn.remat(SpatialAttention) if self.remat else SpatialAttention
+            return partial(attention, eps=self.norm_eps, **common)
         return partial(
             SpatialTransformer,
-            heads=self.heads(level),
             depth=kind,
             linear_projection=self.linear_projection,
             only_cross_attention=only_cross_attention,
-            groups=self.norm_groups,
             remat=self.remat,
-            implementation=self.attention_implementation,
-            dtype=self.dtype,
             upcast=self.upcast_attention,
+            **common,
         )
 
     def make_attentions(
@@ -85,17 +82,14 @@ class Encoder(UNetFields):
         only_cross = per_level(self.only_cross_attention, level)
         return tuple(self.make_attention(kind, level, only_cross) for kind in kinds)
 
-    def make_downsample(self, level: int) -> Constructor:
-        """Constructor of the layer that halves a level's resolution."""
+    def make_resampling(self, level: int, up: bool) -> Constructor:
+        """Constructor of the layer that doubles or halves a level's resolution."""
         if self.resnet_resampling:
-            return partial(self.make_resnet(level), resample=average_pool)
+            resample = nearest_upsample if up else average_pool
+            return partial(self.make_resnet(level), resample=resample)
+        if up:
+            return partial(Upsample, dtype=self.dtype)
         return partial(Downsample, asymmetric=self.asymmetric_downsampling, dtype=self.dtype)
-
-    def make_upsample(self, level: int) -> Constructor:
-        """Constructor of the layer that doubles a level's resolution."""
-        if self.resnet_resampling:
-            return partial(self.make_resnet(level), resample=nearest_upsample)
-        return partial(Upsample, dtype=self.dtype)
 
     def setup(self) -> None:
         last = len(self.widths) - 1
@@ -103,12 +97,8 @@ class Encoder(UNetFields):
         self.conv_in = nn.Conv(self.widths[0], (3, 3), dtype=self.dtype)
         self.time_embedding = EmbeddingMLP(width, self.dtype)
         if self.num_classes is not None:
-            self.class_embedding = nn.Embed(
-                self.num_classes + self.null_class,
-                width,
-                embedding_init=nn.initializers.normal(1.0),
-                dtype=self.dtype,
-            )
+            rows, init = self.num_classes + self.null_class, nn.initializers.normal(1.0)
+            self.class_embedding = nn.Embed(rows, width, self.dtype, embedding_init=init)
         if self.added_embedding:
             self.add_embedding = EmbeddingMLP(width, self.dtype)
 
@@ -116,7 +106,7 @@ class Encoder(UNetFields):
             DownBlock(
                 self.make_resnet(level),
                 self.make_attentions(self.level_kinds("attention", level), level),
-                self.make_downsample(level) if level < last else None,
+                self.make_resampling(level, up=False) if level < last else None,
             )
             for level in range(last + 1)
         ]
@@ -126,9 +116,8 @@ class Encoder(UNetFields):
 
     def embed(self, time: Array, cond: Conditioning) -> Array:
         """[B, time_width]: the sum of the embeddings of time [B], label, added and guidance."""
-        sinusoids = partial(
-            sinusoidal, cos_first=self.time_cos_first, freq_shift=self.time_freq_shift
-        )
+        cos_first, shift = self.time_cos_first, self.time_freq_shift
+        sinusoids = partial(sinusoidal, cos_first=cos_first, freq_shift=shift)
         guidance = None
         if self.guidance_width is not None:
             scale = 1000 * (_required(cond, "guidance", "guidance_width") - 1)
@@ -150,10 +139,8 @@ class Encoder(UNetFields):
     ) -> tuple[list[Array], Array]:
         """The features for the skip connections, finest first, and the mid block's output.
 
-        Args:
-          x: [B, H, W, C]; ``cond.image``, if there is one, is concatenated to it.
-          emb: from ``embed``.
-          hint: [B, H, W, widths[0]], added after the first convolution (ControlNet).
+        ``cond.image``, if there is one, is concatenated to x [B, H, W, C]. ``hint``
+        [B, H, W, widths[0]] is added after the first convolution (ControlNet).
         """
         self.check(x.shape[1:3])
         if cond.image is not None:

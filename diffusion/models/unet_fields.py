@@ -64,9 +64,6 @@ class UNetFields(nn.Module):
         ``cond.context``, and of pooled vector and sinusoids together. Other numbers of channels
         are refused; None: any.
       image_size: the image size that suits the network best, where known; it changes nothing.
-
-    Raises:
-      ValueError: at construction, naming the field that does not fit.
     """
 
     widths: Sequence[int] = (128, 256, 256, 256)
@@ -158,9 +155,8 @@ class UNetFields(nn.Module):
     def level_kinds(self, field: str, level: int) -> tuple[AttentionKind, ...]:
         """What follows each of a level's ResNet blocks, by "attention" or "up_attention"."""
         kind = per_level(getattr(self, field), level)
-        return (
-            tuple(kind) if isinstance(kind, (tuple, list)) else (kind,) * self._count(field, level)
-        )
+        many = isinstance(kind, (tuple, list))
+        return tuple(kind) if many else (kind,) * self._count(field, level)
 
     def all_kinds(self) -> Iterator[tuple[AttentionKind, int]]:
         """Every attention layer's kind and level."""

@@ -20,7 +20,7 @@ def attend(
     bias: Array | None = None,
     scale: float | None = None,
 ) -> Array:
-    """softmax(scale q k^T + bias) v, with the softmax in float32.
+    """softmax(scale q k^T + bias) v [B, L, H, D] in q's dtype, with the softmax in float32.
 
     Args:
       q: queries [B, L, H, D].
@@ -33,12 +33,6 @@ def attend(
       causal: whether a token attends only to itself and to the tokens before it.
       bias: added to the logits, [1 or B, 1 or H, L, Lk].
       scale: factor of the logits; 1 / sqrt(D) by default.
-
-    Returns:
-      [B, L, H, D] in q's dtype.
-
-    Raises:
-      ValueError: if the mask does not have one entry per key.
     """
     if mask is not None:
         if mask.shape != k.shape[:2]:
