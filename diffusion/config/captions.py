@@ -25,9 +25,9 @@ def make_source(c: ConfigDict, split: str) -> Source:
         raise ValueError("config.data.dir must say where the captioned images are (.npz)")
     read = {
         "captioned": [(captioned.read, "")],
-        "emoji": [(captioned.emoji, "")],
+        "emoji": [(captioned.read, "")],
         "tiles": [(captioned.tiles, "")],
-        "emoji_and_tiles": [(captioned.emoji, "emoji"), (captioned.tiles, "dcss_tiles")],
+        "emoji_and_tiles": [(captioned.read, "emoji"), (captioned.tiles, "dcss_tiles")],
     }[c.name]
     parts = [function(Path(c.dir) / folder) for function, folder in read]
     found = {p.images.shape[1:3] for p in parts}

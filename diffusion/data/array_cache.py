@@ -34,18 +34,11 @@ def compute(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Table:
-    """The table in ``folder``, computed now unless it is there.
+    """The table of ``count`` rows in ``folder``, computed now unless it is there.
 
-    Args:
-      folder: of the table.
-      count: number of rows, N.
-      rows: computes rows, always for ``batch_size`` indices; the last batch repeats indices.
-      about: JSON values that describe what the rows are computed from.
-      batch_size: rows per call.
-      progress: whether to show a bar.
-
-    Raises:
-      ValueError: the table there was computed from something else; names what differs.
+    ``rows`` is always called with ``batch_size`` indices; the last batch repeats indices. ``about``
+    holds JSON values that describe what the rows are computed from; a table that was computed from
+    something else is refused.
     """
     folder = Path(folder)
     about = json.loads(json.dumps({**about, "count": count}))
@@ -65,10 +58,8 @@ def compute(
             for name, values in rows(index).items():
                 values = np.asarray(values)[: stop - start]
                 if name not in arrays:
-                    shape = (count, *values.shape[1:])
-                    arrays[name] = open_memmap(
-                        partial / f"{name}.npy", mode="w+", dtype=values.dtype, shape=shape
-                    )
+                    path, shape = partial / f"{name}.npy", (count, *values.shape[1:])
+                    arrays[name] = open_memmap(path, "w+", values.dtype, shape)
                 arrays[name][start:stop] = values
             for array in arrays.values():
                 array.flush()
@@ -81,12 +72,7 @@ def compute(
 
 
 def read(folder: str | Path, about: Mapping[str, Any]) -> Table:
-    """The table in ``folder``.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it was computed from something else than ``about``; names what differs.
-    """
+    """The table in ``folder``; ValueError if it was computed from something else than ``about``."""
     folder = Path(folder)
     if not (folder / ABOUT).exists():
         raise FileNotFoundError(f"nothing is cached in {folder}")

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.data.folder import held_out_by_hash
+from diffusion.data.folder import HELD_OUT, held_out_by_hash
 from diffusion.data.image_source import from_pictures
+from diffusion.data.images import WHITE
 from diffusion.data.sources import (
     MOST_CLASSES,
     Batch,
@@ -62,23 +63,13 @@ def source(
     split: str,
     held_out: float = 0.05,
     *,
-    background: tuple[int, int, int] = (255, 255, 255),
+    background: tuple[int, int, int] = WHITE,
 ) -> Source:
     """The images of a split, ``train`` or ``test``.
 
     uint8 is mapped from 0..255 to [-1, 1]; floats must lie in [-1, 1]. Images are [N, H, W] or
-    [N, H, W, 1, 3 or 4]; the fourth channel, of uint8 alone, is opacity.
-
-    Args:
-      name: of the data.
-      path: see the module.
-      split: which.
-      held_out: share of the images that is ``test`` if there are no splits; always the same ones.
-      background: RGB under transparent parts.
-
-    Raises:
-      FileNotFoundError: there is no such file or folder.
-      ValueError: arrays are missing, do not fit together, or have impossible values.
+    [N, H, W, 1, 3 or 4]; the fourth channel, of uint8 alone, is opacity, over ``background`` (RGB).
+    If there are no splits, the share ``held_out`` of the images is ``test``, always the same ones.
     """
     check_split(split, name)
     path = Path(path)
@@ -93,22 +84,15 @@ def source(
 
 def _files(path: Path, split: str) -> tuple[Path, Path]:
     """(the file or folder that defines the number of classes, that of the split)."""
-    names = {"train": ("train",), "test": ("test", "val", "validation")}
     if path.is_dir():
-        found = {
-            kind: next(
-                (
-                    path / f"{name}{suffix}"
-                    for name in choices
-                    for suffix in ("", ".npz", ".npy")
-                    if (path / f"{name}{suffix}").exists()
-                ),
-                None,
-            )
-            for kind, choices in names.items()
-        }
-        if found["train"] and found["test"]:
-            return found["train"], found[split]
+
+        def first(*names: str) -> Path | None:
+            files = (path / f"{name}{end}" for name in names for end in ("", ".npz", ".npy"))
+            return next((file for file in files if file.exists()), None)
+
+        train, test = first("train"), first(*HELD_OUT)
+        if train and test:
+            return train, train if split == "train" else test
     elif not path.exists() or path.suffix not in (".npz", ".npy"):
         raise FileNotFoundError(
             f"no arrays at {path}: expected an .npz, an .npy, or a folder of .npy"
@@ -132,42 +116,36 @@ def _read(path: Path) -> dict[str, Held | Mapped]:
 
 def _source(name: str, path: Path, counted: Path, background: tuple[int, int, int]) -> Source:
     arrays = _read(path)
-    key = next((key for key in IMAGES if key in arrays), None)
-    if key is None:
+    stored, key = _first(arrays, IMAGES)
+    if stored is None:
         raise ValueError(f"{path} has no x, image or images; it has {', '.join(arrays) or 'none'}")
-    stored = arrays[key]
     x = stored.array
     shape = _check_images(x, f"{path}: {key}")
-    label, label_key = _first(arrays, LABELS)
-    num_classes = 0
+    label, key = _first(arrays, LABELS)
+    num_classes, columns = 0, {}
     if label is not None:
-        label = _check_labels(np.asarray(label.array), len(x), f"{path}: {label_key}")
-        num_classes = int(label.max(initial=-1)) + 1
-        if counted != path:
-            trained = _first(_read(counted), LABELS)[0]
-            if trained is not None:
-                known = int(np.asarray(trained.array).max(initial=-1)) + 1
-                if num_classes > known:
-                    raise ValueError(
-                        f"{path}: {label_key} has {num_classes - 1}, which {counted} lacks"
-                    )
-                num_classes = known
-    captions, caption_key = _first(arrays, CAPTIONS)
-    texts = ()
-    if captions is not None:
-        texts = tuple(str(text) for text in captions.array)
-        if len(texts) != len(x) or captions.array.dtype.kind != "U":
-            raise ValueError(f"{path}: {caption_key} must be {len(x)} strings, one per image")
-    columns = {} if label is None else {"label": label}
+        label = _check_labels(np.asarray(label.array), len(x), f"{path}: {key}")
+        num_classes, columns = int(label.max(initial=-1)) + 1, {"label": label}
+        trained = _first(_read(counted), LABELS)[0] if counted != path else None
+        if trained is not None:
+            known = int(np.asarray(trained.array).max(initial=-1)) + 1
+            if num_classes > known:
+                raise ValueError(f"{path}: {key} has {num_classes - 1}, which {counted} lacks")
+            num_classes = known
+    captions, key = _first(arrays, CAPTIONS)
+    texts = () if captions is None else tuple(str(text) for text in captions.array)
+    if captions is not None and (len(texts) != len(x) or captions.array.dtype.kind != "U"):
+        raise ValueError(f"{path}: {key} must be {len(x)} strings, one per image")
+    rows = partial(_rows, stored, columns, str(path))
     if x.dtype == np.uint8:
-        pictures = Pictures(len(x), partial(_row, stored), partial(_name, str(path)), columns)
-        made = from_pictures(
-            name, pictures, (*shape[:2], 1 if shape[2] == 1 else 3), background=background
-        )
+        named = partial("{}, image {}".format, path)
+        pictures = Pictures(len(x), partial(_row, stored), named, columns)
+        colours = 1 if shape[2] == 1 else 3
+        made = from_pictures(name, pictures, (*shape[:2], colours), background=background)
         if shape[2] != 4:  # without opacity, whole batches are converted at once
-            made = dataclasses.replace(made, read=partial(_read_bytes, stored, columns))
+            made = dataclasses.replace(made, read=rows)
     else:
-        made = Source(name, len(x), shape, partial(_read_floats, stored, columns, str(path)))
+        made = Source(name, len(x), shape, rows)
     return dataclasses.replace(made, num_classes=num_classes, captions=texts)
 
 
@@ -227,18 +205,12 @@ def _row(stored: Held | Mapped, i: int) -> np.ndarray:
     return np.asarray(stored.array[i])
 
 
-def _name(path: str, i: int) -> str:
-    return f"{path}, image {i}"
-
-
-def _read_bytes(stored: Held | Mapped, columns: Batch, index: np.ndarray) -> Batch:
-    x = to_unit(np.asarray(stored.array[index]))
-    x = x if x.ndim == 4 else x[..., None]
-    return {"x": x} | {key: values[index] for key, values in columns.items()}
-
-
-def _read_floats(stored: Held | Mapped, columns: Batch, path: str, index: np.ndarray) -> Batch:
-    x = np.asarray(stored.array[index], np.float32)
-    _check_range(x, f"{path}, images {index.min()} to {index.max()}")
+def _rows(stored: Held | Mapped, columns: Batch, path: str, index: np.ndarray) -> Batch:
+    x = np.asarray(stored.array[index])
+    if x.dtype == np.uint8:
+        x = to_unit(x)
+    else:
+        x = x.astype(np.float32)
+        _check_range(x, f"{path}, images {index.min()} to {index.max()}")
     x = x if x.ndim == 4 else x[..., None]
     return {"x": x} | {key: values[index] for key, values in columns.items()}

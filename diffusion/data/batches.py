@@ -36,17 +36,11 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Random changes of images, new ones in every epoch, and the type of the result.
+    """Random changes of images, new ones in every epoch, and the type of the result."""
 
-    Attributes:
-      flip: mirror each image left-right with probability 1/2.
-      crop: where larger images are cropped: ``center`` or ``random``.
-      dtype: of ``x``, float32 or bfloat16; the latter halves the transfer to the device.
-    """
-
-    flip: bool = False
-    crop: str = "center"
-    dtype: str = "float32"
+    flip: bool = False  # mirror each image left-right with probability 1/2
+    crop: str = "center"  # where larger images are cropped: ``center`` or ``random``
+    dtype: str = "float32"  # of ``x``; bfloat16 halves the transfer to the device
 
 
 PLAIN = Augmentation()
@@ -74,10 +68,9 @@ class _Stream:
     def drawn(self, number: int, part: np.ndarray) -> list[np.ndarray]:
         """The draws of ``_draw`` for the rows ``part`` of batch ``number``."""
         which, place = np.divmod(number * self._batch_size + part, len(self.source))
-        pieces = [
-            [values[place[which == e]] for values in self._epoch(int(e))] for e in np.unique(which)
-        ]
-        return [np.concatenate(piece) for piece in zip(*pieces)]
+        rows = [(place[which == e], self._epoch(int(e))) for e in np.unique(which)]
+        pieces = zip(*([values[at] for values in epoch] for at, epoch in rows))
+        return [np.concatenate(piece) for piece in pieces]
 
     def read(self, number: int, part: np.ndarray) -> tuple[Batch, np.ndarray]:
         """The rows ``part`` of batch ``number``, and whether each is flipped."""
@@ -93,21 +86,20 @@ class Batches:
     schedule: Schedule | None
     batch_size: int
     seed: int
-    part: np.ndarray
+    part: np.ndarray  # rows of the global batch
     augmentation: Augmentation
 
     def examples(self, step: int) -> tuple[Source, np.ndarray]:
         """The source (or bucket) of a step's batch, and the indices of its examples there."""
-        bucket, number = self._bucket(step)
-        stream = self.streams[bucket]
+        stream, number = self._stream(step)
         return stream.source, stream.drawn(number, self.part)[0]
 
-    def _bucket(self, step: int) -> tuple[int, int]:
-        return self.schedule(step) if self.schedule else (0, step)
+    def _stream(self, step: int) -> tuple[_Stream, int]:
+        bucket, number = self.schedule(step) if self.schedule else (0, step)
+        return self.streams[bucket], number
 
     def __call__(self, step: int) -> Batch:
-        bucket, number = self._bucket(step)
-        stream = self.streams[bucket]
+        stream, number = self._stream(step)
         batch, flipped = stream.read(number, self.part)
         if "x_std" in batch:  # of the whole global batch: processes must not share noise
             rng = np.random.default_rng((self.seed, 1, step))
@@ -141,22 +133,16 @@ def batch_function(
         raise ValueError(f"{source.name} is empty")
     check(augmentation, source)
     local = batch_size // process_count
-    random_crop = augmentation.crop == "random"
-    streams = tuple(
-        _Stream(part, batch_size, (seed, 2, b), random_crop)
-        for b, part in enumerate(source.buckets)
-    )
-    schedule = None
-    if streams:
-        schedule = Schedule(tuple(len(part) for part in source.buckets), batch_size, seed)
-    return Batches(
-        streams or (_Stream(source, batch_size, (seed,), random_crop),),
-        schedule,
-        batch_size,
-        seed,
-        np.arange(process_index * local, (process_index + 1) * local),
-        augmentation,
-    )
+    part = np.arange(process_index * local, (process_index + 1) * local)
+    random_crop, schedule = augmentation.crop == "random", None
+    streams = [_Stream(source, batch_size, (seed,), random_crop)]
+    if source.buckets:
+        schedule = Schedule(tuple(map(len, source.buckets)), batch_size, seed)
+        seeds = [(seed, 2, b) for b in range(len(source.buckets))]
+        streams = [
+            _Stream(bucket, batch_size, s, random_crop) for bucket, s in zip(source.buckets, seeds)
+        ]
+    return Batches(tuple(streams), schedule, batch_size, seed, part, augmentation)
 
 
 def check(augmentation: Augmentation, source: Source) -> None:
@@ -193,8 +179,6 @@ def batches(
       start_step: the first step; ``batches(..., start_step=k)`` continues exactly where a stream
         stands after k batches.
       process_index: which of ``process_count`` equal slices of each global batch this is.
-      process_count: number of processes that share a batch.
-      augmentation: see ``Augmentation``.
       num_threads: reader threads in each reading process; 0 means one per core, at most 16. Batches
         do not depend on it.
       prefetch: batches that each reading process keeps ready.
@@ -205,21 +189,12 @@ def batches(
       dicts with ``x`` [B / process_count, ...], ``label`` [...] int32 where there are labels, and
       ``index`` [...] int32, the example's position within the global batch. All processes see the
       same shapes in the same step.
-
-    Raises:
-      ValueError: B not divisible by the processes, an empty source, flip without images.
     """
     for name, value in {"start_step": start_step, "workers": workers}.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    batch_at = batch_function(
-        source,
-        batch_size,
-        seed,
-        process_index=process_index,
-        process_count=process_count,
-        augmentation=augmentation,
-    )
+    shared = dict(process_index=process_index, process_count=process_count)
+    batch_at = batch_function(source, batch_size, seed, **shared, augmentation=augmentation)
     steps = grain.MapDataset.range(start_step, sys.maxsize // batch_size)
     threads = num_threads or min(16, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)

@@ -21,14 +21,7 @@ def aspect(size: int, step: int = 64, max_aspect: float = 2.0) -> tuple[Shape, .
 
     For every height this is the widest shape with H W <= size^2 whose sides have a ratio of at most
     ``max_aspect``; and the same with height and width exchanged. (size, size) is one of them.
-
-    Args:
-      size: side of the square.
-      step: of which sides are multiples: the autoencoder's factor times the network's.
-      max_aspect: the largest ratio of the sides, at least 1.
-
-    Raises:
-      ValueError: step does not divide size, or max_aspect is below 1.
+    ``step`` is the autoencoder's factor times the network's, and divides ``size``.
     """
     if step < 1 or size < step or size % step:
         near = max(1, round(size / max(step, 1))) * max(step, 1)
@@ -41,12 +34,8 @@ def aspect(size: int, step: int = 64, max_aspect: float = 2.0) -> tuple[Shape, .
         if long <= max_aspect * short:
             shapes |= {(short, long), (long, short)}
     # Of shapes of the same long side only the largest: the others are cut from it.
-    widest = {shape for shape in shapes if not any(_inside(shape, other) for other in shapes)}
+    widest = {(h, w) for h, w in shapes if sum(h <= a and w <= b for a, b in shapes) == 1}
     return tuple(sorted(widest, key=lambda shape: shape[1] / shape[0]))
-
-
-def _inside(shape: Shape, other: Shape) -> bool:
-    return shape != other and shape[0] <= other[0] and shape[1] <= other[1]
 
 
 def nearest(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
@@ -97,10 +86,10 @@ class Schedule:
 
 @functools.lru_cache(maxsize=8)
 def _order(schedule: Schedule, epoch: int) -> np.ndarray:
-    size, batch = schedule.sizes, schedule.batch_size
-    counts = [n * (epoch + 1) // batch - n * epoch // batch for n in size]
+    batch = schedule.batch_size
+    counts = [n * (epoch + 1) // batch - n * epoch // batch for n in schedule.sizes]
     rng = np.random.default_rng((schedule.seed, 3, epoch))
-    return rng.permutation(np.repeat(np.arange(len(size)), counts))
+    return rng.permutation(np.repeat(np.arange(len(counts)), counts))
 
 
 CHOICES = {"aspect": aspect}

@@ -7,12 +7,12 @@ training never sees these captions, but it sees all of their words.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,8 +22,7 @@ from diffusion.data import sources
 WORD = re.compile(r"\w+")
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Images [N, H, W, C] uint8, as they are stored, and captions, N."""
 
     images: np.ndarray
@@ -31,15 +30,9 @@ class Pairs:
 
 
 def read(path: str | Path, keep: Callable[[dict[str, str]], bool] | None = None) -> Pairs:
-    """The pairs in an ``.npz``.
+    """The pairs in an ``.npz``, or in a folder of several, whose images must have one size.
 
-    Args:
-      path: the file, or a folder of several files, whose images must have one size.
-      keep: decides from an example's texts (``caption`` and other text arrays) whether it stays.
-
-    Raises:
-      FileNotFoundError: there is no such file, or no ``.npz`` in the folder.
-      ValueError: an array is missing or has another shape.
+    ``keep`` decides from an example's texts (``caption`` and other text arrays) whether it stays.
     """
     path = Path(path)
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
@@ -58,10 +51,9 @@ def read(path: str | Path, keep: Callable[[dict[str, str]], bool] | None = None)
 
 def _read_file(path: Path, keep: Callable[[dict[str, str]], bool] | None) -> Pairs:
     file = sources.read_npz(path)
-    names = [name for name in ("images", "image") if name in file]
-    if not names or "caption" not in file:
+    images = file.get("images", file.get("image"))
+    if images is None or "caption" not in file:
         raise ValueError(f"{path} needs 'images' and 'caption', it has {sorted(file)}")
-    images = file[names[0]]
     texts = {n: array for n, array in file.items() if array.dtype.kind == "U" and array.ndim == 1}
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(
@@ -79,24 +71,18 @@ def _read_file(path: Path, keep: Callable[[dict[str, str]], bool] | None) -> Pai
     return Pairs(images, tuple(captions))
 
 
-def emoji(path: str | Path) -> Pairs:
-    """Every ``.npz`` in a folder of emoji and flags (Noto Emoji)."""
-    return read(path)
-
-
 def tiles(path: str | Path) -> Pairs:
     """The tiles of Dungeon Crawl Stone Soup that show a whole thing.
 
     Parts of the player's figure, which the game lays over each other, and unused tiles are left
     out.
     """
-    return read(
-        path,
-        lambda row: (
-            row.get("category") not in ("player", "UNUSED")
-            and "unused" not in row["caption"].lower()
-        ),
-    )
+
+    def keep(row: dict[str, str]) -> bool:
+        part = row.get("category") in ("player", "UNUSED")
+        return not part and "unused" not in row["caption"].lower()
+
+    return read(path, keep)
 
 
 def resize(images: np.ndarray, size: int, background: Sequence[int]) -> np.ndarray:
@@ -126,15 +112,11 @@ def held_out_captions(captions: Sequence[str], share: float, seen: int = 3) -> f
     Every word of a held-out caption occurs in at least ``seen`` captions that are not held out.
     The hash of a caption decides. If there are too few such captions, fewer are held out, but at
     least one.
-
-    Raises:
-      ValueError: share outside (0, 1), or fewer than two different captions.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of captions held out must lie in (0, 1), got {share}")
-    unique = sorted(
-        {c.lower() for c in captions}, key=lambda c: hashlib.sha256(c.encode()).digest()
-    )
+    lower = {caption.lower() for caption in captions}
+    unique = sorted(lower, key=lambda c: hashlib.sha256(c.encode()).digest())
     if len(unique) < 2:
         raise ValueError(f"expected at least two different captions, got {len(unique)}")
     words = {caption: set(WORD.findall(caption)) for caption in unique}

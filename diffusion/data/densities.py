@@ -94,11 +94,7 @@ def _log_mixture(x: np.ndarray, centres: np.ndarray, std: float) -> np.ndarray:
 
 
 def sample(name: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` points of the density called ``name``; [n, 2] float32.
-
-    Raises:
-      ValueError: unknown name.
-    """
+    """``n`` points of the density called ``name``; [n, 2] float32."""
     if name not in DENSITIES:
         raise ValueError(f"unknown density {name!r}, choose one of {', '.join(DENSITIES)}")
     return DENSITIES[name](n, rng).astype(np.float32)

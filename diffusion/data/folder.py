@@ -30,23 +30,13 @@ HELD_OUT = ("test", "val", "validation")
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The images of one split.
-
-    Attributes:
-      root: the folder.
-      files: paths below it, with slashes.
-      label: [N] int32, or None.
-      class_names: names of the classes.
-      captions: one per image, or none at all.
-      ignored: number of images below the root without a line in the metadata.
-    """
+    """The images of one split."""
 
     root: Path
-    files: tuple[str, ...]
-    label: np.ndarray | None = None
+    files: tuple[str, ...]  # paths below the root, with slashes
+    label: np.ndarray | None = None  # [N] int32
     class_names: tuple[str, ...] = ()
-    captions: tuple[str, ...] = ()
-    ignored: int = 0
+    captions: tuple[str, ...] = ()  # one per image, or none at all
 
     def __len__(self) -> int:
         return len(self.files)
@@ -84,14 +74,7 @@ class _Files:
 def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
     """The images of a split, ``train`` or ``test``; nothing is opened but ``metadata.jsonl``.
 
-    Args:
-      folder: see the module.
-      split: which.
-      held_out: share of the images that is ``test`` if the folder has no split subfolders.
-
-    Raises:
-      FileNotFoundError: there is no such folder, or it holds no images.
-      ValueError: a line of the metadata is wrong, or there is only one class subfolder.
+    If the folder has no split subfolders, the share ``held_out`` of the images is ``test``.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,13 +86,13 @@ def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
         whole = _read_one(folder)
         parts = {name: _below(whole, name) for name in ("train", *tests)}
         if not len(parts["train"]):
-            return split_by_hash(whole, split, held_out)
+            return _split(whole, split, held_out)
     else:
         _check_beside(folder)
         # A single class is refused in train only: test may lack the others.
         parts = {name: _read_one(folder / name, name == "train") for name in ("train", *tests)}
     if not tests or not len(parts[tests[0]]):
-        return split_by_hash(parts["train"], split, held_out)
+        return _split(parts["train"], split, held_out)
     names = parts["train"].class_names
     return parts["train"] if split == "train" else _with_classes(parts[tests[0]], names)
 
@@ -129,11 +112,8 @@ def _check_beside(folder: Path) -> None:
             )
 
 
-def split_by_hash(listing: Listing, split: str, share: float) -> Listing:
-    """The images of ``train`` or ``test``, at least one in each.
-
-    Raises ValueError for a share outside (0, 1), or a single image.
-    """
+def _split(listing: Listing, split: str, share: float) -> Listing:
+    """The images of ``train`` or ``test``, at least one in each."""
     chosen = held_out_by_hash(listing.files, share, str(listing.root))
     return listing.take(chosen if split == "test" else ~chosen)
 
@@ -147,16 +127,12 @@ def held_out_by_hash(names: Sequence[str], share: float, what: str) -> np.ndarra
             f"{what} has {len(names)} image, too few to hold one out; expected a test subfolder "
             "or more images"
         )
-    place = np.array([_hash(name) for name in names])
+    digests = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
+    place = np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
     chosen = place < share
     if chosen.all() or not chosen.any():
         chosen = place == place.min()
     return chosen
-
-
-def _hash(name: str) -> float:
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _read_one(root: Path, several: bool = True) -> Listing:
@@ -220,7 +196,7 @@ def _read_metadata(root: Path, files: Sequence[str]) -> Listing:
     label, names = _labels(rows) if any("label" in row for row in rows) else (None, ())
     if label is None and not captions:
         raise ValueError(f"{path} has neither text, caption nor label; an example: {_EXAMPLE}")
-    return Listing(root, tuple(seen), label, names, captions, ignored=len(there - set(seen)))
+    return Listing(root, tuple(seen), label, names, captions)
 
 
 def _is_file(path: Path) -> bool:
@@ -266,11 +242,9 @@ def _labels(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, tuple[str, ...]
             )
     values = [row["label"] for row in rows]
     if kind is int:
-        names = tuple(str(k) for k in range(max(values) + 1))
-        return np.array(values, np.int32), names
-    names = tuple(sorted(set(values)))
-    number = {name: k for k, name in enumerate(names)}
-    return np.array([number[value] for value in values], np.int32), names
+        return np.array(values, np.int32), tuple(str(k) for k in range(max(values) + 1))
+    names, label = np.unique(values, return_inverse=True)
+    return label.astype(np.int32), tuple(names.tolist())
 
 
 def _with_classes(listing: Listing, names: tuple[str, ...]) -> Listing:

@@ -23,48 +23,30 @@ def from_pictures(
     pictures: Pictures,
     shape: tuple[int, int, int],
     *,
-    background: tuple[int, int, int] = (255, 255, 255),
+    background: tuple[int, int, int] = images.WHITE,
     class_names: tuple[str, ...] = (),
     num_classes: int | None = None,
-    note: str = "",
 ) -> Source:
     """A source over images that are decoded, resized and cropped when they are read.
 
-    Args:
-      name: see ``Source``.
-      pictures: the images, with a column ``label`` if they have labels.
-      shape: (H, W, C) of each when read, see ``images.fit``.
-      background: RGB under transparent parts.
-      class_names: names of the classes.
-      num_classes: by default the number of names.
-      note: see ``Source``.
+    ``pictures`` have a column ``label`` if there are labels. Each is read in the shape (H, W, C),
+    see ``images.fit``, with the colour ``background`` (RGB) under transparent parts.
     """
+    count = num_classes or len(class_names)
     read = partial(_read, pictures, shape, background)
-    return Source(
-        name,
-        pictures.count,
-        shape,
-        read,
-        num_classes or len(class_names),
-        class_names,
-        levels=256,
-        note=note,
-        crop=read,
-        pictures=pictures,
-    )
+    common = dict(levels=256, crop=read, pictures=pictures)
+    return Source(name, pictures.count, shape, read, count, class_names, **common)
 
 
 def resized(
-    source: Source, shape: tuple[int, int, int], background: tuple[int, int, int] = (255, 255, 255)
+    source: Source, shape: tuple[int, int, int], background: tuple[int, int, int] = images.WHITE
 ) -> Source:
     """The same pictures in another shape (H, W, C)."""
     crop = partial(_read, source.pictures, shape, background)
     return dataclasses.replace(source, shape=shape, read=crop, crop=crop, levels=256)
 
 
-def in_buckets(
-    source: Source, shapes: np.ndarray, background: tuple[int, int, int] = (255, 255, 255)
-) -> Source:
+def in_buckets(source: Source, shapes: np.ndarray, background: tuple[int, int, int]) -> Source:
     """A source of pictures with buckets: examples grouped by their shapes (H, W), [N, 2]."""
     buckets = []
     for height, width in np.unique(shapes, axis=0).tolist():
@@ -74,12 +56,15 @@ def in_buckets(
     return dataclasses.replace(source, buckets=tuple(buckets))
 
 
-def unreadable(pictures: Pictures, i: int, error: Exception) -> images.UnreadableError:
-    """The error that names picture ``i``."""
-    return images.UnreadableError(
-        f"{pictures.name(i)} cannot be read: {error}. Mend or remove it; for a folder, "
-        "config.data.on_error=skip finds such files and leaves them out"
-    )
+def named(pictures: Pictures, i: int, function: Callable[[images.Picture], Any]) -> Any:
+    """``function`` of picture ``i``; if that is unreadable, the error names it."""
+    try:
+        return function(pictures.get(i))
+    except images.UnreadableError as error:
+        raise images.UnreadableError(
+            f"{pictures.name(i)} cannot be read: {error}. Mend or remove it; for a folder, "
+            "config.data.on_error=skip finds such files and leaves them out"
+        ) from error
 
 
 def _read(
@@ -93,21 +78,14 @@ def _read(
     at = np.full((len(index), 2), 0.5) if at is None else at
     x = np.empty((len(index), *shape), np.uint8)
     options = {"channels": channels, "background": background, "covering": (height, width)}
+    decode = partial(images.decode, **options)
     for row, (i, where) in enumerate(zip(index.tolist(), at.tolist())):
-        try:
-            image = images.decode(pictures.get(i), **options)
-        except images.UnreadableError as error:
-            raise unreadable(pictures, i, error) from error
-        x[row] = images.fit(image, height, width, where)
+        x[row] = images.fit(named(pictures, i, decode), height, width, where)
     return {"x": to_unit(x)} | {name: values[index] for name, values in pictures.columns.items()}
 
 
 def sizes(pictures: Pictures, *, progress: bool = False) -> np.ndarray:
-    """(height, width) of every picture when upright, [N, 2], from their headers.
-
-    Raises:
-      UnreadableError: a picture has no header; names it.
-    """
+    """(height, width) of every picture when upright, [N, 2], from their headers."""
     return np.array(each(pictures, images.size, "sizes", progress), np.int64).reshape(-1, 2)
 
 
@@ -126,19 +104,11 @@ def damaged(pictures: Pictures, *, progress: bool = False) -> dict[int, str]:
 
 
 def each(pictures: Pictures, function: Callable, what: str, progress: bool) -> list[Any]:
-    """``function`` of every picture, in order, on all cores, with a progress bar.
-
-    An ``UnreadableError`` gets the picture's name.
-    """
+    """``named`` of every picture, in order, on all cores, with a progress bar."""
 
     def block(start: int) -> list[Any]:
-        return [call(i) for i in range(start, min(start + BLOCK, pictures.count))]
-
-    def call(i: int) -> Any:
-        try:
-            return function(pictures.get(i))
-        except images.UnreadableError as error:
-            raise unreadable(pictures, i, error) from error
+        indices = range(start, min(start + BLOCK, pictures.count))
+        return [named(pictures, i, function) for i in indices]
 
     results, bar = [], tqdm(total=pictures.count, desc=what, disable=not progress, leave=False)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, bar:

@@ -22,6 +22,7 @@ GAP = 2.0
 """How much larger than its target a picture may be before the final, bicubic resizing. Larger ones
 are first reduced by whole factors, by means of blocks (JPEGs while they are decoded)."""
 
+WHITE = (255, 255, 255)  # RGB
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values where height and width are exchanged
 TRANSPOSE = {
@@ -40,11 +41,7 @@ class UnreadableError(ValueError):
 
 
 def size(picture: Picture) -> tuple[int, int]:
-    """(height, width) when upright, from the header alone, without decoding.
-
-    Raises:
-      UnreadableError: it is not a picture, or has an unknown format.
-    """
+    """(height, width) when upright, from the header alone, without decoding."""
     if isinstance(picture, np.ndarray):
         return picture.shape[:2]
     try:
@@ -58,20 +55,13 @@ def decode(
     picture: Picture,
     *,
     channels: int = 3,
-    background: tuple[int, int, int] = (255, 255, 255),
+    background: tuple[int, int, int] = WHITE,
     covering: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """The whole picture, in RGB (3 channels) or grey (1).
+    """The whole picture, in RGB (3 channels) or grey (1), on a colour ``background`` (RGB).
 
-    Args:
-      picture: see ``Picture``.
-      channels: 1 or 3.
-      background: RGB in 0..255, the colour under transparent parts.
-      covering: target (H, W); a JPEG may then be decoded at a reduced size, of at least ``GAP``
-        times the target. None: at full size.
-
-    Raises:
-      UnreadableError: it is damaged, or its values have no fixed range.
+    With a target size ``covering`` (H, W), a JPEG may be decoded at a reduced size, of at least
+    ``GAP`` times the target. UnreadableError: it is damaged, or its values have no fixed range.
     """
     if isinstance(picture, np.ndarray):
         grey = picture.ndim == 3 and picture.shape[-1] == 1
@@ -98,20 +88,15 @@ def fit(
     """uint8 [height, width, C] of a picture in RGB or grey: resized to cover, and cropped.
 
     Bicubic and antialiased: a picture that becomes smaller is filtered at the new resolution, which
-    plain interpolation omits. (Box filters blur, Lanczos filters ring at hard edges.)
-
-    Args:
-      image: in RGB or grey.
-      height, width: of the result.
-      at: where to crop: 0 keeps the top or left, 1 the bottom or right, 0.5 the middle.
+    plain interpolation omits. (Box filters blur, Lanczos filters ring at hard edges.) ``at`` says
+    where to crop: 0 keeps the top or left, 1 the bottom or right, 0.5 the middle.
     """
     if image.size != (width, height):
         scale = max(height / image.height, width / image.width)
         inside = min(width / scale, image.width), min(height / scale, image.height)
         left, top = at[1] * (image.width - inside[0]), at[0] * (image.height - inside[1])
         box = (left, top, left + inside[0], top + inside[1])
-        bicubic = Image.Resampling.BICUBIC
-        image = image.resize((width, height), bicubic, box, reducing_gap=GAP)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=GAP)
     array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
 
@@ -121,14 +106,12 @@ def mode(picture: Picture) -> str:
     if isinstance(picture, np.ndarray):
         return {1: "L", 3: "RGB", 4: "RGBA"}[1 if picture.ndim == 2 else picture.shape[-1]]
     with _open(picture) as image:
-        kind = image.mode
-        if "transparency" in image.info:
-            kind += " transparent"
-        if _orientation(image) in TRANSPOSE:
-            kind += " rotated"
-        if getattr(image, "n_frames", 1) > 1:
-            kind += " animated"
-        return kind
+        more = {
+            " transparent": "transparency" in image.info,
+            " rotated": _orientation(image) in TRANSPOSE,
+            " animated": getattr(image, "n_frames", 1) > 1,
+        }
+        return image.mode + "".join(word for word, applies in more.items() if applies)
 
 
 def _open(picture: Path | bytes) -> Image.Image:

@@ -19,19 +19,12 @@ BLOCK = 256  # examples read at once
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """The properties of one stored image.
+    """The properties of one stored image."""
 
-    Attributes:
-      size: (height, width) when upright; (0, 0) if it is damaged.
-      mode: see ``images.mode``.
-      digest: SHA-256 of the file or array.
-      damage: why it cannot be decoded; empty if it can be.
-    """
-
-    size: tuple[int, int]
-    mode: str
-    digest: bytes
-    damage: str = ""
+    size: tuple[int, int]  # (height, width) when upright; (0, 0) if it is damaged
+    mode: str  # see ``images.mode``
+    digest: bytes  # SHA-256 of the file or array
+    damage: str = ""  # why it cannot be decoded; empty if it can be
 
 
 def look(stored: Pictures, *, progress: bool = False) -> list[Look]:
@@ -64,16 +57,14 @@ def sizes(looks: Sequence[Look], target: tuple[int, int]) -> dict[str, Any]:
     shapes = np.array([look.size for look in looks if not look.damage])
     if not len(shapes):
         return {}
-    short = shapes.min(1)
+    names, aspects = ("min", "median", "max"), shapes[:, 1] / shapes[:, 0]  # width / height
+    aspects = np.quantile(aspects, (0, 0.5, 1))
     count = Counter(f"{w} x {h}" for h, w in shapes.tolist())
     return {
         "different": len(count),
         "most_common": dict(count.most_common(10)),
-        "short_side": _range(short),
-        "aspect": {  # width / height
-            name: round(float(np.quantile(shapes[:, 1] / shapes[:, 0], q)), 3)
-            for name, q in (("min", 0), ("median", 0.5), ("max", 1))
-        },
+        "short_side": _range(shapes.min(1)),
+        "aspect": {name: round(float(value), 3) for name, value in zip(names, aspects)},
         "enlarged": float(np.mean((shapes < np.array(target)).any(1))),
     }
 
@@ -81,9 +72,8 @@ def sizes(looks: Sequence[Look], target: tuple[int, int]) -> dict[str, Any]:
 def duplicates(parts: Mapping[str, Sequence[bytes]], names: Mapping[str, Any]) -> dict[str, Any]:
     """Examples that are equal to the byte, within and between splits.
 
-    Args:
-      parts: digests by split; empty ones, of damaged files, are left out.
-      names: split -> function i -> the name of an example.
+    ``parts`` holds the digests by split, empty for damaged files, which are left out; ``names``
+    holds by split a function from an index to the example's name.
     """
     where: dict[bytes, list[tuple[str, int]]] = {}
     for split, values in parts.items():
@@ -116,10 +106,7 @@ def classes(label: np.ndarray, names: Sequence[str], count: int) -> dict[str, An
 def captions(texts: Sequence[str]) -> dict[str, Any]:
     """The lengths of captions in words."""
     words = np.array([len(text.split()) for text in texts])
-    return {
-        "different": len(set(texts)),
-        "words": _range(words),
-    }
+    return {"different": len(set(texts)), "words": _range(words)}
 
 
 def tokens(tokenizer: Any, texts: Sequence[str], length: int) -> dict[str, Any]:
@@ -150,10 +137,8 @@ class Moments:
         x = np.asarray(batch["x"], np.float64).reshape(-1, batch["x"].shape[-1])
         self._count += len(x)
         self._sum, self._square = self._sum + x.sum(0), self._square + (x**2).sum(0)
-        clipped = x.clip(-1, 1)
-        self.histogram = self.histogram + np.stack(
-            [np.histogram(channel, self.EDGES)[0] for channel in clipped.T]
-        )
+        counts = [np.histogram(channel, self.EDGES)[0] for channel in x.clip(-1, 1).T]
+        self.histogram = self.histogram + np.stack(counts)
 
     def result(self) -> dict[str, Any]:
         """Mean and standard deviation of each channel, and the deviation of all values together."""
@@ -168,8 +153,5 @@ class Moments:
 
 def _range(values: np.ndarray) -> dict[str, float]:
     """Smallest, middle and largest of integers."""
-    return {
-        "min": int(values.min()),
-        "median": float(np.median(values)),
-        "max": int(values.max()),
-    }
+    low, high = int(values.min()), int(values.max())
+    return {"min": low, "median": float(np.median(values)), "max": high}

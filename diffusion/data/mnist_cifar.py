@@ -5,6 +5,7 @@ Files that are not found are downloaded. TensorFlow is not needed.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import http.client
@@ -30,18 +31,13 @@ CACHE = Path("~", ".cache", "diffusion-jax", "data")
 
 MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 MNIST_FILES = {  # and their SHA-256
-    "train-images-idx3-ubyte.gz": (
-        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
-    ),
-    "train-labels-idx1-ubyte.gz": (
-        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"
-    ),
-    "t10k-images-idx3-ubyte.gz": (
-        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
-    ),
-    "t10k-labels-idx1-ubyte.gz": (
-        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
-    ),
+    f"{name}-ubyte.gz": digest
+    for name, digest in (
+        ("train-images-idx3", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+        ("train-labels-idx1", "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+        ("t10k-images-idx3", "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+        ("t10k-labels-idx1", "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+    )
 }
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/"
 CIFAR10_FILES = {
@@ -52,26 +48,17 @@ CIFAR10_NAMES += ("dog", "frog", "horse", "ship", "truck")
 
 
 def mnist(split: str, data_dir: str | Path | None = None, *, padding: int = 0) -> Source:
-    """MNIST: [28, 28, 1], or [32, 32, 1] with ``padding=2`` (black); ten classes.
+    """MNIST: [28, 28, 1], ten classes, 60,000 ``train`` and 10,000 ``test`` examples.
 
-    Args:
-      split: ``train`` (60,000) or ``test`` (10,000).
-      data_dir: a folder with the original ``*-ubyte.gz`` files, or TFDS's folder with MNIST
-        prepared in it. If it has neither, the files are downloaded into it. None stands for TFDS's
-        own folder, then ``CACHE``.
-      padding: black pixels added on each side.
-
-    Raises:
-      FileNotFoundError: MNIST is not there and cannot be downloaded; the message helps.
-      ValueError: a file is damaged.
+    ``padding`` adds black pixels on each side. ``data_dir`` is a folder with the original
+    ``*-ubyte.gz`` files, or TFDS's folder with MNIST prepared in it. If it has neither, the files
+    are downloaded into it. None stands for TFDS's own folder, then ``CACHE``.
     """
     check_split(split, "mnist")
     prefix = "train" if split == "train" else "t10k"
     files = [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
     folder = _folder(data_dir, "mnist")
-    x = None
-    if not (folder / files[0]).exists():
-        x, label = _prepared("mnist", split, data_dir)
+    x, label = _prepared("mnist", split, data_dir, folder / files[0])
     if x is None:
         x, label = (_read_idx(download(MNIST, f, MNIST_FILES, folder)) for f in files)
         x = x[..., None]
@@ -82,44 +69,27 @@ def mnist(split: str, data_dir: str | Path | None = None, *, padding: int = 0) -
 def cifar10(split: str, data_dir: str | Path | None = None) -> Source:
     """CIFAR-10: [32, 32, 3], ten classes, 50,000 ``train`` and 10,000 ``test`` examples.
 
-    Args:
-      split: ``train`` or ``test``.
-      data_dir: a folder with the original ``cifar-10-binary.tar.gz``, or TFDS's folder with the
-        set prepared in it. If it has neither, the file is downloaded into it. None stands for
-        TFDS's own folder, then ``CACHE``. Or a folder with ``cifar10_jpegq75.npz``, a copy
-        compressed as JPEG at quality 75 (arrays ``train_jpeg``, ``train_offsets``,
-        ``train_labels``, ``test_*``, ``classes``), which is lossy, about 30 dB; the source's
-        ``note`` says so.
-
-    Raises:
-      FileNotFoundError: CIFAR-10 is not there and cannot be downloaded; the message helps.
-      ValueError: a file is damaged.
+    ``data_dir`` is as for ``mnist``, with the original ``cifar-10-binary.tar.gz``. Or it has
+    ``cifar10_jpegq75.npz``, a copy compressed as JPEG at quality 75 (arrays ``train_jpeg``,
+    ``train_offsets``, ``train_labels``, ``test_*``, ``classes``), which is lossy, about 30 dB; the
+    source's ``note`` says so.
     """
     check_split(split, "cifar10")
     folder = _folder(data_dir, "cifar10")
     if (path := folder / "cifar10_jpegq75.npz").exists():
         return _cifar10_jpeg(path, split)
-    (name,), x = CIFAR10_FILES, None
-    if not (folder / name).exists():
-        x, label = _prepared("cifar10", split, data_dir)
+    (name,) = CIFAR10_FILES
+    x, label = _prepared("cifar10", split, data_dir, folder / name)
     if x is None:
         x, label = _read_cifar10(download(CIFAR10, name, CIFAR10_FILES, folder), split)
     return from_arrays("cifar10", x, label, class_names=CIFAR10_NAMES)
 
 
 def download(base: str, name: str, sums: Mapping[str, str], folder: Path) -> Path:
-    """The file ``base + name``, in ``folder``; downloaded unless it is there.
+    """The file ``name`` in ``folder``, downloaded from the URL ``base + name`` unless it is there.
 
-    Args:
-      base: of the URL.
-      name: of the file.
-      sums: SHA-256 of this file and of those that belong to it.
-      folder: of the file.
-
-    Raises:
-      FileNotFoundError: it cannot be downloaded; the message explains how to fetch all files by
-        other means.
-      ValueError: the downloaded file has other contents than expected.
+    ``sums`` holds the SHA-256 of this file and of those that belong to it. If it cannot be
+    downloaded, the error explains how to fetch all of them by other means.
     """
     path = folder / name
     if path.exists():
@@ -160,14 +130,16 @@ def _folder(data_dir: str | Path | None, name: str) -> Path:
 
 
 def _prepared(
-    name: str, split: str, data_dir: str | Path | None
+    name: str, split: str, data_dir: str | Path | None, original: Path
 ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """A small set that TFDS has prepared, decoded once; (None, None) if it has not."""
+    """A set that TFDS has prepared, decoded; (None, None) if it has not, or has the original."""
+    if original.exists():
+        return None, None
     try:
         source = tfds.source(name, split, data_dir)
     except tfds.NotPreparedError:
         return None, None
-    images = [source.pictures.get(i) for i in range(len(source))]
+    images = (source.pictures.get(i) for i in range(len(source)))
     x = np.stack([_decode(image) if isinstance(image, bytes) else image for image in images])
     return x, source.pictures.columns["label"][np.arange(len(source))]
 
@@ -210,4 +182,5 @@ def _cifar10_jpeg(path: Path, split: str) -> Source:
         names = tuple(str(c) for c in file["classes"])
     images = [_decode(data[a:b].tobytes()) for a, b in itertools.pairwise(offsets)]
     note = "CIFAR-10 from a lossy copy (JPEG, quality 75, about 30 dB)"
-    return from_arrays("cifar10", np.stack(images), label, class_names=names, note=note)
+    made = from_arrays("cifar10", np.stack(images), label, class_names=names)
+    return dataclasses.replace(made, note=note)

@@ -96,12 +96,7 @@ class Source:
 
 
 def read_npz(path: str | Path) -> Batch:
-    """All arrays of an ``.npz``, by name.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it cannot be read; gives the reason.
-    """
+    """All arrays of an ``.npz``, by name; a ValueError gives the reason why it cannot be read."""
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
@@ -129,19 +124,11 @@ def from_arrays(
     class_names: tuple[str, ...] = (),
     num_classes: int | None = None,
     levels: int = 0,
-    note: str = "",
 ) -> Source:
-    """A source over arrays in memory.
+    """A source over arrays in memory: x [N, ...] and class indices ``label`` [N], or None.
 
-    Args:
-      name: see ``Source``.
-      x: [N, ...]; uint8 is mapped from 0..255 to [-1, 1], floats are multiplied by ``scale``.
-      label: [N] int class indices, or None.
-      scale: for float data only.
-      class_names: one name per class.
-      num_classes: by default the number of names, or max(label) + 1 without names.
-      levels: of float data, see ``Source``; uint8 has 256.
-      note: see ``Source``.
+    uint8 is mapped from 0..255 to [-1, 1] and has 256 levels; floats are multiplied by ``scale``.
+    num_classes is by default the number of names, or max(label) + 1 without names.
     """
     if label is not None:
         if len(label) != len(x):
@@ -150,7 +137,7 @@ def from_arrays(
         num_classes = num_classes or len(class_names) or int(label.max(initial=-1)) + 1
     read = partial(_read_arrays, x, label, scale)
     levels = 256 if x.dtype == np.uint8 else levels
-    return Source(name, len(x), x.shape[1:], read, num_classes or 0, class_names, levels, note)
+    return Source(name, len(x), x.shape[1:], read, num_classes or 0, class_names, levels)
 
 
 def _read_arrays(x: np.ndarray, label: np.ndarray | None, scale: float, index: np.ndarray) -> Batch:
@@ -161,17 +148,16 @@ def _read_arrays(x: np.ndarray, label: np.ndarray | None, scale: float, index: n
 
 def with_columns(source: Source, columns: Batch, without: tuple[str, ...] = ()) -> Source:
     """The same examples with further values [N, ...] in each batch, and ``without`` others."""
-    more = {"read": partial(_joined, source.read, columns, without)}
-    if source.crop is not None:
-        more["crop"] = partial(_joined, source.crop, columns, without)
+    joined = partial(_joined, columns, without)
     if (pictures := source.pictures) is not None:
         kept = {key: values for key, values in pictures.columns.items() if key not in without}
-        more["pictures"] = dataclasses.replace(pictures, columns=kept | dict(columns))
-    return dataclasses.replace(source, **more)
+        pictures = dataclasses.replace(pictures, columns=kept | dict(columns))
+    read, crop = (f and partial(joined, f) for f in (source.read, source.crop))
+    return dataclasses.replace(source, read=read, crop=crop, pictures=pictures)
 
 
 def _joined(
-    read: Callable, columns: Batch, without: tuple[str, ...], index: np.ndarray, *at: np.ndarray
+    columns: Batch, without: tuple[str, ...], read: Callable, index: np.ndarray, *at: np.ndarray
 ) -> Batch:
     batch = {name: values for name, values in read(index, *at).items() if name not in without}
     return batch | {name: values[index] for name, values in columns.items()}
@@ -184,15 +170,10 @@ def subset(source: Source, index: np.ndarray) -> Source:
         get, name = (partial(_at, f, index) for f in (pictures.get, pictures.name))
         columns = {key: values[index] for key, values in pictures.columns.items()}
         pictures = Pictures(len(index), get, name, columns)
-    return dataclasses.replace(
-        source,
-        size=len(index),
-        read=partial(_read_subset, source.read, index),
-        captions=tuple(source.captions[i] for i in index) if source.captions else (),
-        crop=None if source.crop is None else partial(_read_subset, source.crop, index),
-        pictures=pictures,
-        buckets=(),
-    )
+    read, crop = (f and partial(_read_subset, f, index) for f in (source.read, source.crop))
+    captions = tuple(source.captions[i] for i in index) if source.captions else ()
+    changes = dict(read=read, crop=crop, captions=captions, pictures=pictures, buckets=())
+    return dataclasses.replace(source, size=len(index), **changes)
 
 
 def _at(function: Callable, index: np.ndarray, i: int) -> Any:
@@ -215,8 +196,7 @@ def digits(split: str) -> Source:
     """The 1,797 handwritten digits of scikit-learn: [8, 8, 1], ten classes, no download.
 
     The split is fixed: of every class, in an order shuffled with seed 0, a share of 500 / 1797
-    is held out, which makes 1,297 digits for ``train`` and 500 for ``test``. (The original
-    authors' separation by writer is not contained in scikit-learn's copy.)
+    is held out, which makes 1,297 digits for ``train`` and 500 for ``test``.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -231,12 +211,9 @@ def digits(split: str) -> Source:
 
 
 def latents(path: str | Path, *, scale: float = 1.0, num_classes: int | None = None) -> Source:
-    """Latents computed beforehand, from an ``.npz`` with ``latents`` and ``label``.
+    """Latents computed beforehand, times ``scale`` (0.18215 for Stable Diffusion 1 and 2).
 
-    Args:
-      path: file with ``latents`` [N, h, w, C] of any float type and ``label`` [N] int.
-      scale: factor applied when read (0.18215 for the Stable Diffusion 1 and 2 autoencoder).
-      num_classes: by default max(label) + 1.
+    The ``.npz`` at ``path`` holds ``latents`` [N, h, w, C] of any float type and ``label`` [N] int.
     """
     path = Path(path)
     if not path.exists():
@@ -244,8 +221,7 @@ def latents(path: str | Path, *, scale: float = 1.0, num_classes: int | None = N
             f"no latents at {path}: expected an .npz with 'latents' [N, h, w, C] and 'label' [N]"
         )
     file = read_npz(path)
-    missing = {"latents", "label"} - set(file)
-    if missing:
+    if missing := {"latents", "label"} - set(file):
         raise ValueError(f"{path} lacks {sorted(missing)}, it has {sorted(file)}")
     x, label = file["latents"], file["label"]
     if x.ndim != 4 or not np.issubdtype(x.dtype, np.floating):

@@ -6,6 +6,7 @@ makes such a set from images of your own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion.data import images
-from diffusion.data.image_source import from_pictures, unreadable
+from diffusion.data.image_source import from_pictures, named
 from diffusion.data.sources import Pictures, Source
 
 HELD_OUT = ("test", "validation", "val")
@@ -30,7 +31,7 @@ VERSION = "1.0.0"
 
 
 class NotPreparedError(FileNotFoundError):
-    """A set that TFDS knows is not prepared."""
+    """A set that TFDS knows is not prepared; the message explains how to prepare it."""
 
 
 def source(
@@ -48,33 +49,27 @@ def source(
     can be used.
 
     Args:
-      name: in TFDS's notation, "mnist" or "imagenet_resized/64x64". split: ``train``; ``test`` (or
-      else ``validation``, or else a share of ``train``); or any split
-        in TFDS's notation (``train[:90%]``).
+      name: in TFDS's notation, "mnist" or "imagenet_resized/64x64".
+      split: ``train``; ``test`` (or else ``validation``, or else the share ``held_out`` of
+        ``train``); or any split in TFDS's notation (``train[:90%]``).
       data_dir: TFDS's folder; None for its default.
-      held_out: the share of ``train``.
       known: other names that a user may mean; for the error message.
-
-    Raises:
-      ValueError: there is no such set, or it has no images.
-      NotPreparedError: it is not prepared; the message explains how to prepare it.
     """
     builder = _builder(name, data_dir, known)
     examples = _open(builder, name, split, data_dir, held_out)
     features = builder.info.features
     if "image" not in features:
         raise ValueError(f"{name} has no feature 'image', only {', '.join(features)}")
-    columns, num_classes, class_names = {}, 0, ()
+    columns, count, names = {}, 0, ()
     if "label" in features:
         columns["label"] = _Column(examples, "label")
-        num_classes, class_names = features["label"].num_classes, tuple(features["label"].names)
-    pictures = Pictures(
-        len(examples), partial(_image, examples), partial(_name, name, split), columns
-    )
+        count, names = features["label"].num_classes, tuple(features["label"].names)
+    at = partial("{}, {}, example {}".format, name, split)
+    pictures = Pictures(len(examples), partial(_image, examples), at, columns)
     shape = tuple(side or 0 for side in features["image"].shape)
     if 0 in shape[:2] or shape[2] not in (1, 3):
         shape = (0, 0, 1 if shape[2] == 1 else 3)
-    made = from_pictures(name, pictures, shape, class_names=class_names, num_classes=num_classes)
+    made = from_pictures(name, pictures, shape, class_names=names, num_classes=count)
     key = next((key for key in CAPTIONS if _is(features, key, "Text")), None)
     if key:
         texts = (examples[i][key] for i in range(len(examples)))
@@ -87,20 +82,8 @@ def prepare(name: str, data_dir: str | Path, splits: Mapping[str, Source], chann
     """Writes a TFDS set of your own to ``data_dir/name/1.0.0``; ``source`` reads it by its name.
 
     JPEGs and PNGs are copied, unless they are transparent, rotated or of an unusual mode; all other
-    images are stored as PNGs. Every image is decoded once, so that no damaged one gets in.
-
-    Args:
-      name: of the set: small letters, digits and underscores.
-      data_dir: TFDS's folder.
-      splits: the sources of its splits.
-      channels: 1 or 3.
-
-    Returns:
-      The folder of the set.
-
-    Raises:
-      ValueError: the name is not allowed, images are not of 8 bits, one is unreadable, or such a
-        set exists already.
+    images are stored as PNGs, with 1 or 3 channels. Every image is decoded once, so that no damaged
+    one gets in. ``splits`` are the sources of the set's splits. Returns the folder of the set.
     """
     import tensorflow_datasets
     from tensorflow_datasets.core.dataset_builders import adhoc_builder
@@ -156,10 +139,8 @@ def _examples(source: Source, channels: int) -> Iterator[tuple[int, dict[str, An
             row = {"image": _png(images.decode(x, channels=channels)), "name": str(i)}
             label = batch.get("label")
         else:
-            try:
-                row = {"image": _encoded(pictures.get(i), channels), "name": pictures.name(i)}
-            except images.UnreadableError as error:
-                raise unreadable(pictures, i, error) from error
+            image = named(pictures, i, partial(_encoded, channels=channels))
+            row = {"image": image, "name": pictures.name(i)}
             label = pictures.columns.get("label")
             label = None if label is None else label[np.array([i])]
         row |= {} if label is None else {"label": int(label[0])}
@@ -187,21 +168,18 @@ def _builder(name: str, data_dir: str | Path | None, known: tuple[str, ...]) -> 
     import tensorflow_datasets
     from tensorflow_datasets.core import read_only_builder, registered
 
-    options = {"data_dir": None if data_dir is None else str(data_dir)}
-    try:  # prepared files come before TFDS's own definition of that name
-        return read_only_builder.builder_from_files(name, **options, file_format="array_record")
-    except registered.DatasetNotFoundError:
-        pass
-    try:
-        return tensorflow_datasets.builder(name, **options, file_format="array_record")
-    except registered.DatasetNotFoundError:
-        every = (*known, *registered.list_imported_builders())
-        near = difflib.get_close_matches(name, every, n=1)
-        raise ValueError(
-            f"{name!r} is none of {', '.join(known)}, and TFDS neither knows such a set nor "
-            f"finds one prepared in {data_dir or 'its folder'}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-        ) from None
+    options = {"data_dir": data_dir and str(data_dir), "file_format": "array_record"}
+    # Prepared files come before TFDS's own definition of that name.
+    for make in (read_only_builder.builder_from_files, tensorflow_datasets.builder):
+        with contextlib.suppress(registered.DatasetNotFoundError):
+            return make(name, **options)
+    every = (*known, *registered.list_imported_builders())
+    near = difflib.get_close_matches(name, every, n=1)
+    raise ValueError(
+        f"{name!r} is none of {', '.join(known)}, and TFDS neither knows such a set nor "
+        f"finds one prepared in {data_dir or 'its folder'}."
+        + (f" Did you mean {near[0]!r}?" if near else "")
+    )
 
 
 def _open(builder: Any, name: str, split: str, data_dir: Any, held_out: float) -> Any:
@@ -244,9 +222,8 @@ def _split(split: str, splits: Mapping[str, Any], held_out: float) -> str:
 def _is(features: Mapping[str, Any], key: str, kind: str) -> bool:
     import tensorflow_datasets
 
-    return key in features and isinstance(
-        features[key], getattr(tensorflow_datasets.features, kind)
-    )
+    kind = getattr(tensorflow_datasets.features, kind)
+    return key in features and isinstance(features[key], kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +239,3 @@ class _Column:
 
 def _image(examples: Any, i: int) -> images.Picture:
     return examples[i]["image"]
-
-
-def _name(name: str, split: str, i: int) -> str:
-    return f"{name}, {split}, example {i}"

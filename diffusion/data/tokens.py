@@ -13,15 +13,8 @@ Tokenize = Callable[[Sequence[str]], dict[str, np.ndarray]]
 def tokenizer(transformer: Any, length: int) -> Tokenize:
     """Captions -> ``tokens`` [N, length] int32 and ``context_mask`` [N, length] bool.
 
-    Longer captions are cut and keep their end token. Shorter ones are padded; the mask is False at
-    the padding.
-
-    Args:
-      transformer: a tokenizer of ``transformers``.
-      length: of all captions in tokens, start and end included.
-
-    Raises:
-      ValueError: ``length`` leaves no room for a token, or the tokenizer has no padding token.
+    ``transformer`` is a tokenizer of ``transformers``; ``length`` counts start and end. Longer
+    captions are cut and keep their end token. Shorter ones are padded; the mask is False there.
     """
     if length < 3:
         raise ValueError(f"length must be at least 3 (start, a token, end), got {length}")
