@@ -1,5 +1,6 @@
 """Captioned images: what is read, how it is laid out, split and tokenised."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,10 @@ def test_compact_tokens_are_numbered_in_order_and_others_are_unknown():
     tokenizer = tiny_tokenizer()
     words = ["river", "dog", "house"]
     order = np.argsort([tokenizer(word)["input_ids"][1] for word in words])
-    compact, count = tokens.compact(tokens.tokenizer(tokenizer, 6), ["river dog", "house"])
-    assert count == 6  # unknown, three words, start, end
+    tokenize = tokens.tokenizer(tokenizer, 6)
+    used = tokens.vocabulary(tokenize, ["river dog", "house"])
+    assert len(used) == 5  # three words, start, end
+    compact = partial(tokens.compacted, tokenize, used)
     ids = 1 + np.argsort(order)
     found = compact(["house river red dog"])["tokens"][0]
     np.testing.assert_array_equal(found, [4, ids[2], ids[0], 0, ids[1], 5])
