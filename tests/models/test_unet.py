@@ -255,8 +255,8 @@ def test_the_null_class_is_an_extra_row():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"widths": (8, 9)}, r"widths=\(8, 9\); expected at least one level, of even widths"),
-        ({"widths": ()}, "expected at least one level"),
+        ({"widths": (8, 9)}, r"widths=\(8, 9\); expected even widths >= 2, one per level"),
+        ({"widths": ()}, r"widths=\(\); expected even widths"),
         ({"attention": (0, 1, 0)}, r"attention=\(0, 1, 0\) has 3 entries; expected one value or 2"),
         ({"attention": (0, "cross")}, "'cross' is neither 0"),
         ({"blocks": (1, 0)}, "expected at least 1 ResNet block"),
