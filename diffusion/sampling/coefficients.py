@@ -26,28 +26,19 @@ from diffusion.schedules import Schedule
 
 
 class Coefficients(NamedTuple):
-    """The free numbers of a table.
+    """The free numbers of a table."""
 
-    Attributes:
-      log_steps: [N] logarithms of the steps in time, up to a common factor.
-      earlier: [N, K - 1] weights of the earlier estimates, newest first; the current estimate has
-        1 minus their sum.
-    """
-
-    log_steps: Array
-    earlier: Array
+    log_steps: Array  # [N] logarithms of the steps in time, up to a common factor
+    earlier: Array  # [N, K - 1] weights of the earlier estimates, newest first
 
 
 def coefficients(solver: Solver, t_end: float = 0.0, memory: int = 4) -> Coefficients:
     """The coefficients of a multistep solver in data prediction (DDIM, DPM-Solver++ 2M or 3M).
 
     Args:
-      solver: its table.
+      solver: its table; one of another form, or that draws noise, is refused.
       t_end: the grid's last time.
       memory: K, the number of estimates that a step combines, 1 to 6.
-
-    Raises:
-      ValueError: for a solver of another form, or one that draws noise.
     """
     times = np.append(solver.level.t, t_end)
     if np.any(solver.noise) or np.any(np.diff(times) >= 0) or not 1 <= memory <= REGISTERS:
@@ -70,10 +61,8 @@ def build(learned: Coefficients, schedule: Schedule, t_start: float, t_end: floa
     """The table with these coefficients, from t_start to t_end; traceable and differentiable."""
     fractions = jnp.cumsum(jax.nn.softmax(learned.log_steps))[:-1]
     times = t_start + (t_end - t_start) * fractions
-    ends = jnp.asarray(t_start), jnp.asarray(t_end)
-    levels = schedule(jnp.concatenate([ends[0][None], times, ends[1][None]]))
-    now = NoiseLevel(*(a[:-1] for a in levels))
-    after = NoiseLevel(*(a[1:] for a in levels))
+    levels = schedule(jnp.concatenate([jnp.array([t_start]), times, jnp.array([t_end])]))
+    now, after = (NoiseLevel(*(a[part] for a in levels)) for part in (slice(-1), slice(1, None)))
     keep = after.sigma / now.sigma
     gain = after.alpha - now.alpha * keep
     rows, k = learned.earlier.shape

@@ -49,11 +49,8 @@ def langevin(
       x: [B, ...] at this level.
       level: leaves (), sigma > 0.
       keys: [B] typed keys.
-      steps: number of steps, each with one evaluation.
-      snr: r of the paper, which takes 0.16 (VE) and 0.01 to 0.05 (VP), by size of image.
-
-    Raises:
-      ValueError: for steps < 1 or snr <= 0.
+      steps: number of steps, >= 1, each with one evaluation.
+      snr: r > 0 of the paper, which takes 0.16 (VE) and 0.01 to 0.05 (VP), by size of image.
     """
 
     def size(score: Array, z: Array) -> Array:
@@ -74,8 +71,8 @@ def annealed_langevin(
     """Steps of size e = 2 (snr sigma)^2, the same for all x (Song & Ermon, 2019, alg. 1).
 
     It equals ``langevin`` where the score is mostly noise, |s| = |z| / sigma. It is safe in any
-    number of dimensions (snr < 1), but slow where the data are smoother than sigma. Arguments and
-    errors are those of ``langevin``.
+    number of dimensions (snr < 1), but slow where the data are smoother than sigma. Arguments are
+    those of ``langevin``.
     """
     return _walk(denoise, x, level, keys, steps, snr, lambda *_: 2 * (snr * level.sigma) ** 2)
 
@@ -104,10 +101,9 @@ def _walk(
 
 
 def check_predictor(solver: Solver, grid: NoiseLevel) -> None:
-    """Checks that each row of the solver goes from one node of the grid to the next.
+    """Raises ValueError for a solver with stages, whose steps a corrector would disturb.
 
-    Raises:
-      ValueError: for a solver with stages between nodes, whose steps a corrector would disturb.
+    Each row must go from one node of the grid to the next.
     """
     count, steps = solver.evaluations, len(grid.alpha) - 1
     pairs = [(solver.level.alpha, grid.alpha), (solver.level.sigma, grid.sigma)]

@@ -18,9 +18,9 @@ no signal at all (s = 0), and is smooth at the steps of a table. Along it (Chen 
 The prior, z_end ~ N(0, I), is the one that samplers start from.
 
 The ODE starts at sigma_min > 0. The result is therefore the model's density of x_0 + sigma_min eps
-at the data. It is a normalised density for every sigma_min and, for smooth data, within
-O(sigma_min^2) of that of x_0. Data with discrete values have no density: with sigma_min far below
-their spacing it is a comb. They are dequantised instead,
+at the data: a normalised density and, for smooth data, within O(sigma_min^2) of that of x_0. Data
+with discrete values have no density: with sigma_min far below their spacing it is a comb. They are
+dequantised instead,
 
     log P(x) >= E_q(u) [log p(x + u) - log q(u)],    u in x's bin, of width 2 / (levels - 1),
 
@@ -56,11 +56,10 @@ Divergence = Callable[[Field, Array, jax.Array], tuple[Array, Array]]
 
 
 class Likelihood(NamedTuple):
-    """The log-likelihood of each example, and its cost.
+    """The log-likelihood [B] of each example in nats, and its cost.
 
-    Attributes:
-      log_p: [B] in nats; NaN where the ODE was not solved within ``max_steps``.
-      evaluations: [B] evaluations of the ODE's right side, the denoiser with its derivative.
+    It is NaN where the ODE was not solved within ``max_steps``. ``evaluations`` [B] are those of
+    the ODE's right side, the denoiser with its derivative.
     """
 
     log_p: Array
@@ -128,9 +127,6 @@ def log_likelihood(
       sigma_max: last sigma / alpha, by default the schedule's, which may be infinite.
       rtol, atol: tolerances of z and of the log-determinant per dimension, each.
       max_steps: most steps per image, accepted and rejected.
-
-    Raises:
-      ValueError: for keys of another shape, or not 0 < sigma_min < sigma_max <= the schedule's.
     """
     import diffrax  # takes half a second, so it is imported only where it is used
 
@@ -142,7 +138,6 @@ def log_likelihood(
     dtype = jnp.result_type(float)
     start, end = (-np.arcsinh(1 / np.float64(r)) for r in (sigma_min, sigma_max))
     cos = -np.tanh(start)
-    controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm)
     denoise = unfused(denoise)  # the divergence differentiates forwards
 
     def one(x: Array, key: jax.Array, cond: Any) -> Likelihood:
@@ -150,8 +145,7 @@ def log_likelihood(
 
         def field(s: Array, z: Array) -> Array:
             level, scale = _level(schedule, s)
-            given = (scale * z)[None], level
-            result = denoise(*given) if cond is None else denoise(*given, cond)
+            result = denoise((scale * z)[None], level, *([] if cond is None else [cond]))
             return -jnp.tanh(s) * z - as_estimate(result).x0[0].astype(dtype)
 
         def right_side(s: Array, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
@@ -165,7 +159,7 @@ def log_likelihood(
             t1=jnp.asarray(end, dtype),
             dt0=jnp.asarray((end - start) / 100, dtype),
             y0=(cos * x, jnp.zeros((), dtype)),
-            stepsize_controller=controller,
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm),
             max_steps=max_steps,
             throw=False,
         )
@@ -182,11 +176,7 @@ def log_likelihood(
 def noise_range(
     schedule: Schedule, sigma_min: float | None, sigma_max: float | None
 ) -> tuple[float, float]:
-    """Both ends as sigma / alpha, with the defaults of ``log_likelihood`` in place of None.
-
-    Raises:
-      ValueError: unless 0 < sigma_min < sigma_max <= the schedule's.
-    """
+    """Both ends as sigma / alpha, with the defaults of ``log_likelihood`` in place of None."""
     with np.errstate(divide="ignore"):
         largest = float(schedule(schedule.t_max).ratio)
     low = grids.lowest_noise(schedule) if sigma_min is None else float(sigma_min)
@@ -258,9 +248,6 @@ def discrete_log_likelihood(
       sigma: deviation of ``truncated_normal``: the sigma_min of ``log_p``.
       dequantization: ``uniform`` or ``truncated_normal``.
       samples: K.
-
-    Raises:
-      ValueError: for levels < 2, samples < 1, sigma <= 0.
     """
     if levels < 2 or samples < 1 or not sigma > 0:
         raise ValueError(

@@ -16,19 +16,13 @@ from diffusion.conditioning import Conditioning
 from diffusion.denoiser import Denoise
 from diffusion.levels import Array
 from diffusion.sampling.coefficients import Coefficients, build, coefficients
-from diffusion.sampling.sample import image_keys, sample
+from diffusion.sampling.sample import image_keys, image_noise, sample
 from diffusion.sampling.tables import Solver
 from diffusion.schedules import Schedule
 
 
 class Lessons(NamedTuple):
-    """A teacher's samples and the noise that they come from; leaves batch-first.
-
-    Attributes:
-      noise: [P, ...] standard normal.
-      cond: conditioning.
-      target: [P, ...] the teacher's samples.
-    """
+    """A teacher's samples, ``target`` [P, ...], and the noise [P, ...] that they come from."""
 
     noise: Array
     cond: Conditioning
@@ -45,18 +39,9 @@ class Lessons(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """A learned solver and its root mean square distance to the teacher, on held-out lessons.
-
-    Attributes:
-      solver: the table, float64 NumPy.
-      start: the distance of the solver that learning started from.
-      error: the distance of the learned solver.
-      history: [(iteration, distance), ...].
-    """
+    """A learned solver, and [(iteration, root mean square distance on held-out lessons), ...]."""
 
     solver: Solver
-    start: float
-    error: float
     history: list[tuple[int, float]]
 
 
@@ -89,8 +74,7 @@ class Student:
     ) -> Lessons:
         """The teacher's samples for images 0..count-1 of a seed; cond has leaves [count, ...]."""
         keys = image_keys(seed, np.arange(count))
-        draw = jax.jit(jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape)))
-        noise = np.asarray(draw(keys))
+        noise = np.asarray(jax.jit(image_noise, static_argnums=1)(keys, shape))
         lessons = Lessons(noise, cond, noise)
         targets = []
         with tqdm(total=count, desc="teacher", unit="image", disable=not progress) as bar:
@@ -126,20 +110,14 @@ class Student:
 
         Args:
           schedule: gives the levels at the learned times.
-          start: the solver to begin with, deterministic and of one evaluation a step.
+          start: the solver to begin with (``coefficients``).
           lessons: what the loss is computed on.
-          held_out: the lessons that choose the result.
+          held_out: the lessons on which the table that is returned is best.
           t_end: the grid's last time.
           batch_size: lessons per iteration, at most all.
           iterations, learning_rate: of Adam; the rate falls along a cosine.
           memory: K, the number of estimates that each step combines.
           progress: whether to show a bar.
-
-        Returns:
-          The table that is best on the held-out lessons.
-
-        Raises:
-          ValueError: for a start that cannot be learned from, or too few lessons.
         """
         if len(lessons.noise) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than {len(lessons.noise)} lessons")
@@ -180,4 +158,4 @@ class Student:
                 bar.set_postfix_str(f"error {history[-1][1]:.4g}, at first {history[0][1]:.4g}")
                 if history[-1][1] <= min(error for _, error in history):
                     best = learned
-        return Learned(table(best), history[0][1], min(e for _, e in history), history)
+        return Learned(table(best), history)

@@ -14,10 +14,9 @@ first evaluation it is the initial noise. So a solver is one function ``grid -> 
 NumPy, and ``sample`` runs any of them. Its table is an argument of the jitted function: another
 sampler, grid or eta with as many evaluations does not compile again.
 
-A solver is written as its paper's algorithm, on symbols: ``X`` is the register y_0, ``Y[k]`` is
-y_k, ``D`` the denoiser's estimate, ``Z`` the row's noise. A symbol is a vector of coefficients over
-all of them, so that ``0.5 * X + 2 * D`` is that linear combination, in plain NumPy, and a row is
-the list of what the registers become:
+A solver is written as its paper's algorithm, on the symbols ``X``, ``Y[k]``, ``D`` and ``Z`` below.
+A symbol is a vector of coefficients over all of them, so that ``0.5 * X + 2 * D`` is that linear
+combination, in plain NumPy, and a row is the list of what the registers become:
 
     rows = [Row(now, [step(X, D, now, after)]) for now, after in pairwise(nodes(grid))]
 
@@ -133,12 +132,11 @@ def check_choice(name: str, value: object, choices: Sequence) -> None:
 
 
 def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
-    """The grid's N + 1 levels, one by one, from more to less noise.
-
-    With ``rising``, for inversion, they go from less to more noise.
+    """The grid's N + 1 levels, one by one.
 
     Raises:
-      ValueError: for a grid that does not go in this direction at every node.
+      ValueError: for a grid that does not go from more to less noise at every node or, with
+        ``rising``, for inversion, from less to more.
     """
     grid = NoiseLevel(*(np.asarray(a, np.float64) for a in grid))
     _, alpha, sigma = grid

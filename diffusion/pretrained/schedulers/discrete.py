@@ -16,7 +16,7 @@ from diffusion.pretrained.schedulers.scheduler import (
     Request,
     Sampler,
     alphas_cumprod,
-    on_estimate,
+    on_x0,
     stack,
     table_of,
     transform_of,
@@ -111,7 +111,7 @@ def ddim_inverse(c: SimpleNamespace, r: Request) -> Sampler:
         x0, _ = _estimates(x, output, now, c.prediction_type)
         return jnp.clip(x0, -c.clip_sample_range, c.clip_sample_range)
 
-    return sampler._replace(transform=partial(on_estimate, change=clipped))
+    return sampler._replace(transform=partial(on_x0, change=clipped))
 
 
 def pndm(c: SimpleNamespace, r: Request) -> Sampler:

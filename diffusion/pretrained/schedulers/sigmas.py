@@ -26,7 +26,7 @@ from diffusion.pretrained.schedulers.scheduler import (
     alphas_cumprod,
     log_sigma_1000,
     negative_edm,
-    on_estimate,
+    on_x0,
     part,
     table_of,
     transform_of,
@@ -265,5 +265,5 @@ def consistency(c: SimpleNamespace, r: Request) -> Sampler:
         grid,
         solver._replace(init=np.float64(c.sigma_max)),
         250 * np.log(solver.level.sigma),
-        partial(on_estimate, change=boundary),
+        partial(on_x0, change=boundary),
     )

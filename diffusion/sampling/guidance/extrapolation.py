@@ -3,10 +3,9 @@
     D = D_good + (w - 1) (D_good - D_bad)
 
 Which two they are makes the method: with and without the condition (classifier-free guidance),
-with it and with what is not wanted (negative prompts), a strong and a weak network
-(autoguidance), the network and the same with its attention disturbed. How they are combined is a
-``Rule``, chosen apart: ``linear`` as above, ``rescaled`` or ``adaptive_projected``. w = 1 is
-D_good, w = 0 is D_bad.
+with it and with another to avoid (negative prompts), a strong and a weak network (autoguidance),
+the network and the same with its attention disturbed. How they are combined is a ``Rule``, chosen
+apart: ``linear`` as above, ``rescaled`` or ``adaptive_projected``. w = 1 is D_good, w = 0 is D_bad.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from diffusion.conditioning import Conditioning, concatenate
 from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate, Stateful, as_estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction
-from diffusion.sampling.guidance.transform import dot, move, per_image, remembering, require
+from diffusion.sampling.guidance.transform import Scale, dot, move, per_image, require, weight
 
-Scale = Array | float | Callable[[NoiseLevel], Array]  # (), [B], or a function of the level
 Pair = Callable[[Array, NoiseLevel], tuple[Estimate, Estimate]]  # good, bad
 
 
@@ -33,8 +31,7 @@ class Rule(NamedTuple):
 
     Attributes:
       combine: (x, level, good, good - bad, w) -> x_0_hat, all [B, ...] (w broadcasts).
-      momentum: beta; the difference is replaced by its running sum d <- good - bad + beta d. None
-        needs no memory.
+      momentum: beta; the difference is replaced by its running sum d <- good - bad + beta d.
       away: further pairs (denoiser, s), each of which adds s (good - denoiser(x, level)).
     """
 
@@ -58,13 +55,13 @@ def rescaled(phi: Array | float = 0.7, space: Prediction = predictions.x0) -> Ru
 
     Args:
       phi: in [0, 1], () or [B]; 0 is ``linear``.
-      space: a prediction. eps can not be inverted at alpha = 0.
+      space: a prediction; eps cannot be inverted at alpha = 0.
     """
     require((phi >= 0) & (phi <= 1), f"phi must lie in [0, 1], got {phi}")
 
     def combine(x: Array, level: NoiseLevel, good: Array, difference: Array, w: Array) -> Array:
-        a, b, _ = space(level.expand(x.ndim))
         wide = level.expand(x.ndim)
+        a, b, _ = space(wide)
 
         def output(x0: Array) -> Array:
             return a * x0 + b * (x - wide.alpha * x0) / wide.sigma
@@ -89,9 +86,7 @@ def adaptive_projected(
 
     The difference is (1) summed up with (negative) momentum, (2) shortened to the norm
     ``norm_threshold``, (3) split into its part along the good estimate, which oversaturates and is
-    multiplied by eta, and the rest.
-
-    All three are () or [B].
+    multiplied by eta, and the rest. All three numbers are () or [B].
 
     Args:
       eta: 1 keeps all of the parallel part; with no threshold and momentum that is ``linear``.
@@ -122,9 +117,8 @@ def perturbed_attention(perturbed: Denoise, scale: Scale, rule: Rule | None = No
     """``rule``, plus scale (good - perturbed) (Ahn et al., 2024).
 
     ``perturbed`` is the good denoiser with the self-attention maps of some blocks replaced by the
-    identity: ``models.identity_maps.with_identity_maps``. Alone, without classifier-free guidance:
-    ``classifier_free(denoise, cond, cond, 1, rule=perturbed_attention(perturbed, 3.0))``, two
-    evaluations.
+    identity: ``models.identity_maps.with_identity_maps``. With scale 1 of ``classifier_free`` it is
+    the only guidance, in two evaluations.
     """
     rule = linear() if rule is None else rule
     return rule._replace(away=(*rule.away, (perturbed, scale)))
@@ -153,8 +147,8 @@ def classifier_free(
       cond: the conditioning, batch [B].
       null: what to steer away from, with the same fields: ``conditioning.null_like(cond, ...)``,
         or a negative prompt or label.
-      scale: () or [B], or a function of the level. 1 is purely conditional, and if it is the
-        Python number 1, ``null`` is not evaluated; 0 is ``null`` alone.
+      scale: 1 is purely conditional, and if it is the Python number 1, ``null`` is not evaluated;
+        0 is ``null`` alone.
       rule: by default ``linear()``. With momentum the result is ``Stateful``.
       split: two calls instead, which need half the memory.
       when: [R] bool, by number of the evaluation: where both are evaluated. In between ``cond`` is
@@ -163,7 +157,7 @@ def classifier_free(
       space: of a network's output, in which the difference stays the same.
     """
     good_alone = conditional(denoise, cond)
-    if _is_one(scale):
+    if is_one(scale):
         return _alone(good_alone, rule)
     if split:
         bad_alone = conditional(denoise, null)
@@ -172,11 +166,10 @@ def classifier_free(
 
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
         estimate = as_estimate(denoise(jnp.concatenate([x, x]), _tiled(level, 2), both))
-        halves = [None if leaf is None else jnp.split(leaf, 2) for leaf in estimate]
-        good, bad = (Estimate(*(h if h is None else h[i] for h in halves)) for i in (0, 1))
-        return good, bad
+        halves = jax.tree.map(lambda leaf: jnp.split(leaf, 2), estimate)
+        return jax.tree.transpose(jax.tree.structure(estimate), None, halves)
 
-    return _guide(pair if when is None else _seldom(pair, good_alone, when, space), scale, rule)
+    return _guide(pair, good_alone, scale, rule, when, space)
 
 
 def instruct(
@@ -221,24 +214,24 @@ def autoguidance(
     parameters should be arguments of what is jitted, as ``strong``'s are. ``when`` and ``space``
     are ``classifier_free``'s.
     """
-    if _is_one(scale):
+    if is_one(scale):
         return _alone(strong, rule)
 
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
         return as_estimate(strong(x, level)), as_estimate(weak(x, level))
 
-    return _guide(pair if when is None else _seldom(pair, strong, when, space), scale, rule)
+    return _guide(pair, strong, scale, rule, when, space)
 
 
 def _seldom(pair: Pair, good_alone: Denoise, when: Array, space: Prediction) -> Stateful:
     """``pair``, whose bad estimate is evaluated at some evaluations only.
 
-    Its memory: the number of the evaluation, how many had both, and good - bad in ``space`` at the
-    last of these.
+    Its memory: the number of the evaluation, how many had both, and the last difference in
+    ``space``.
     """
 
     def step(x: Array, level: NoiseLevel, memory: tuple) -> tuple[tuple, tuple]:
-        count, asked, difference = memory
+        count, evaluated, difference = memory
         c_out = jnp.asarray(predictions.precondition(space, level.expand(x.ndim)).c_out, x.dtype)
 
         def both(x: Array, difference: Array) -> tuple[Estimate, Estimate, Array]:
@@ -249,9 +242,9 @@ def _seldom(pair: Pair, good_alone: Denoise, when: Array, space: Prediction) -> 
             good = as_estimate(good_alone(x, level))
             return good, good.x0 - c_out * difference, difference
 
-        needed = jnp.asarray(when)[count] | (asked == 0)
+        needed = jnp.asarray(when)[count] | (evaluated == 0)
         good, bad, difference = jax.lax.cond(needed, both, one, x, difference)
-        return (good, Estimate(bad)), (count + 1, asked + needed, difference)
+        return (good, Estimate(bad)), (count + 1, evaluated + needed, difference)
 
     return Stateful(
         lambda x: (jnp.int32(0), jnp.int32(0), jnp.zeros_like(x)),
@@ -260,7 +253,8 @@ def _seldom(pair: Pair, good_alone: Denoise, when: Array, space: Prediction) -> 
     )
 
 
-def _is_one(scale: Scale) -> bool:
+def is_one(scale: Scale) -> bool:
+    """Whether only the good estimate is evaluated."""
     return isinstance(scale, int | float) and scale == 1
 
 
@@ -273,35 +267,42 @@ def _alone(good: Denoise, rule: Rule | None) -> Denoise:
         estimate = as_estimate(good(x, level))
         return estimate, estimate
 
-    return _guide(pair, 1.0, linear()._replace(away=rule.away))
+    return _guide(pair, good, 1.0, linear()._replace(away=rule.away))
 
 
-def _guide(pair: Pair | Stateful, scale: Scale, rule: Rule | None) -> Denoise | Stateful:
+def _guide(
+    pair: Pair,
+    good_alone: Denoise,
+    scale: Scale,
+    rule: Rule | None,
+    when: Array | None = None,
+    space: Prediction = predictions.x0,
+) -> Denoise | Stateful:
     combine, momentum, away = linear() if rule is None else rule
-    init, ask, skip = remembering(pair)
+    init, both, skip = (
+        Stateful(lambda x: None, lambda x, level, memory: (pair(x, level), memory))
+        if when is None
+        else _seldom(pair, good_alone, when, space)
+    )
 
     def evaluate(x: Array, level: NoiseLevel, memory: tuple) -> tuple[Estimate, tuple]:
         before, memory = memory
-        (good, bad), memory = ask(x, level, memory)
+        (good, bad), memory = both(x, level, memory)
         difference = good.x0 - bad.x0
         if momentum is not None:
             difference = difference + per_image(momentum, x) * before
-        x0 = combine(x, level, good.x0, difference, _weight(scale, level, x))
+        x0 = combine(x, level, good.x0, difference, weight(scale, level, x))
         for other, s in away:
-            x0 = x0 + _weight(s, level, x) * (good.x0 - as_estimate(other(x, level)).x0)
+            x0 = x0 + weight(s, level, x) * (good.x0 - as_estimate(other(x, level)).x0)
         return move(good, x0 - good.x0), (None if momentum is None else difference, memory)
 
-    if momentum is not None or isinstance(pair, Stateful):
+    if momentum is not None or when is not None:
         return Stateful(
             lambda x: (None if momentum is None else jnp.zeros_like(x), init(x)),
             evaluate,
             lambda memory: (memory[0], skip(memory[1])),
         )
     return lambda x, level: evaluate(x, level, (None, None))[0]
-
-
-def _weight(scale: Scale, level: NoiseLevel, x: Array) -> Array:
-    return per_image(scale(level) if callable(scale) else scale, x)
 
 
 def _tiled(level: NoiseLevel, n: int) -> NoiseLevel:

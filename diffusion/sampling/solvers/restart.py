@@ -26,14 +26,9 @@ def jumps(path: NoiseLevel, base: Callable[[NoiseLevel], Solver]) -> Solver:
     Bounds of learned variances are those of step and jump together.
 
     Args:
-      path: leaves [M], a grid whose sigma / alpha may also rise. Consecutive rises are one jump.
+      path: leaves [M], a grid whose sigma / alpha may also rise, but not at its ends. Consecutive
+        rises are one jump.
       base: grid -> Solver.
-
-    Returns:
-      The table, with the evaluations of all descents.
-
-    Raises:
-      ValueError: if the path begins or ends with a rise, or stays where it is.
     """
     path = NoiseLevel(*(np.asarray(leaf, np.float64) for leaf in path))
     rises = path.sigma[1:] * path.alpha[:-1] > path.sigma[:-1] * path.alpha[1:]
@@ -81,9 +76,6 @@ def repaint(
       base: a solver's name, with options if there are any: "ddim(eta=0.5)".
       jump_length: steps of a jump, >= 1.
       resamples: passes over each stretch, >= 1; 1 is the base alone.
-
-    Raises:
-      ValueError: for numbers out of range, or an unknown base.
     """
     count = len(nodes(grid)) - 1
     if not 1 <= jump_length < count:
@@ -125,10 +117,7 @@ def restart(
       low: sigma / alpha at an interval's lower end, moved to the grid's nearest inner node.
       high: sigma / alpha at the interval's upper end, above that node's.
       repeats: K >= 1.
-      steps: steps from high to low, spaced as ``grids.karras``; the paper's N_Restart - 1.
-
-    Raises:
-      ValueError: for numbers out of range, or an unknown base.
+      steps: steps >= 1 from high to low, spaced as ``grids.karras``; the paper's N_Restart - 1.
     """
     path = nodes(grid)
     inner = path[1:-1]
