@@ -28,12 +28,8 @@ Part = Mapping[str, Any]  # fields of an Acceleration
 class Acceleration:
     """Caching and token merging; by default neither.
 
-    Attributes:
-      cache: when networks' deep parts are refreshed; None: at each evaluation.
-      guidance: when what guidance steers away from is evaluated ([R] bool); None: at each.
-      keep: how much is evaluated every time; see ``models.reuse``.
-      merge: share of the tokens that are merged away; see ``models.token_merging``.
-      at_least: tokens of the smallest map whose tokens are merged.
+    ``cache`` and ``guidance`` say when networks' deep parts, and what guidance steers away from,
+    are evaluated; None means at each evaluation. For the others see ``cache`` and ``merge_tokens``.
     """
 
     cache: Schedule | When | None = None

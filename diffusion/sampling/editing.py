@@ -25,13 +25,9 @@ from diffusion.sampling.tables import Solver
 def noised(x0: Array, solver: Solver, keys: jax.Array) -> Array:
     """alpha x_0 + sigma eps at ``solver.level[0]``: ``x_init`` for a start from a picture.
 
-    The noise is ``sample``'s initial noise for these keys: with a solver that starts at alpha = 0,
-    sigma = 1 the result is that of a start from noise. x0 should be 0 at unknown pixels.
-
-    Args:
-      x0: [B, ...] pictures.
-      solver: of a grid that begins at the start: ``grids.partial(grid, strength)``.
-      keys: [B] typed keys.
+    The noise is ``sample``'s initial noise for these keys [B]: with a solver that starts at
+    alpha = 0, sigma = 1 the result is that of a start from noise. The pictures x0 [B, ...] should
+    be 0 at unknown pixels; the solver's grid is ``grids.partial(grid, strength)``.
     """
     first = NoiseLevel(*(jnp.asarray(leaf[0], x0.dtype) for leaf in solver.level))
     return diffuse(x0, image_noise(keys, x0.shape[1:]).astype(x0.dtype), first)
@@ -117,11 +113,8 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
     sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, with theta the angle between a
     and b (Shoemake, 1985; for x_T, DDIM, Song et al., 2020, section 5.3). Unlike a straight line it
     keeps the norm of noise. It is a straight line where a and b are parallel, and where they are
-    opposite, since the great circle is then not unique.
-
-    Args:
-      a, b: [B, ...] of one shape, not 0.
-      weight: () or [B].
+    opposite, since the great circle is then not unique. a and b are [B, ...] and not 0, weights ()
+    or [B].
     """
     axes, keep = tuple(range(1, a.ndim)), (-1,) + (1,) * (a.ndim - 1)
     u, v = (c / jnp.sqrt(jnp.sum(c**2, axes, keepdims=True)) for c in (a, b))

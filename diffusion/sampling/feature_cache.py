@@ -14,7 +14,6 @@ are evaluated, and nothing is saved.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -120,12 +119,8 @@ def cached(denoise: Denoise | Stateful, when: When, keep: int = 1) -> Stateful:
       denoise: calls networks in itself; not jitted by itself. Gradients of other networks
         (``classifier_guidance``) belong outside, as do thresholds.
       when: [R] bool, by number of the evaluation; or () float, the threshold of ``adaptive``.
-        Traced or not. The first evaluation is always a refresh; after R the last entry goes on to
-        count.
+        The first evaluation is always a refresh; after R the last entry goes on to count.
       keep: how much of each network is evaluated every time; see ``models.reuse``.
-
-    Raises:
-      ValueError: when used, for a network that has no such part.
     """
     init_inner, step, _ = remembering(denoise)
     compares = jnp.ndim(when) == 0
@@ -136,8 +131,7 @@ def cached(denoise: Denoise | Stateful, when: When, keep: int = 1) -> Stateful:
         _, features = jax.eval_shape(reuse.record(step, keep), x, level, memory)
         seen = ()
         if compares:
-            looked = partial(reuse.inputs, step, keep)
-            seen = jax.eval_shape(lambda f: looked(f)(x, level, memory), features)
+            seen = jax.eval_shape(lambda f: reuse.inputs(step, keep, f)(x, level, memory), features)
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (features, seen))
         return Memory(jnp.int32(0), jnp.int32(0), *empty, memory)
 

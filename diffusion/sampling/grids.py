@@ -124,11 +124,10 @@ def karras(
 ) -> NoiseLevel:
     """sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0.
 
-    Karras et al., 2022, eq. 5. Here sigma is the ratio sigma / alpha, on any schedule.
+    Karras et al., 2022, eq. 5. Here sigma is the ratio sigma / alpha, on any schedule. A single
+    step starts at sigma_max.
 
     Args:
-      schedule: defines t, and the common scale of alpha and sigma.
-      steps: N >= 1; a single step starts at sigma_max.
       rho: > 0; with a larger one, more steps lie at low noise.
       sigma_min: by default ``lowest_noise``.
       sigma_max: by default the schedule's largest ratio, or 80 where that level has practically no

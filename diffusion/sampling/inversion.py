@@ -76,7 +76,7 @@ def ddim(grid: NoiseLevel) -> Solver:
     data; N evaluations. eps = (x - alpha D) / sigma at that level is the network's output if it
     predicts eps. Order 1.
     """
-    pairs = _pairs(grid)
+    pairs = [*pairwise(nodes(grid))][::-1]  # (noisier, less noisy), the last step first
     rows = [Row(after, [eps_step(X, eps(after), before, after)]) for after, before in pairs]
     return table(rows)._replace(init=1.0)
 
@@ -94,7 +94,7 @@ def fixed_point(grid: NoiseLevel, iterations: int = 1) -> Solver:
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    pairs = _pairs(grid)
+    pairs = [*pairwise(nodes(grid))][::-1]
     first, clean = pairs[0]
     if first.alpha == 0:
         raise ValueError(
@@ -114,11 +114,6 @@ def fixed_point(grid: NoiseLevel, iterations: int = 1) -> Solver:
             ratio, gain = _velocity_step(level, pairs[i + 1][0])
             rows[-1] = Row(level, [ratio * new + gain * _velocity(level), ratio * new])
     return table(rows)._replace(init=first.alpha / clean.alpha)
-
-
-def _pairs(grid: NoiseLevel) -> list[tuple[NoiseLevel, NoiseLevel]]:
-    """(noisier, less noisy) for each step, the last step first."""
-    return [*pairwise(nodes(grid))][::-1]
 
 
 def _upwards(grid: NoiseLevel) -> tuple[list[NoiseLevel], float]:

@@ -44,13 +44,9 @@ def langevin(
     hardly vary, and ``annealed_langevin`` for few dimensions. The original's further factor
     alpha_t (alg. 5, variance-preserving), of one of 1000 steps, is about 1 and omitted.
 
-    Args:
-      denoise: (x, level) -> x_0_hat or an ``Estimate``.
-      x: [B, ...] at this level.
-      level: leaves (), sigma > 0.
-      keys: [B] typed keys.
-      steps: number of steps, >= 1, each with one evaluation.
-      snr: r > 0 of the paper, which takes 0.16 (VE) and 0.01 to 0.05 (VP), by size of image.
+    x [B, ...] is at this level, whose leaves are (), with sigma > 0; ``keys`` are [B] typed keys.
+    There are ``steps`` >= 1, each with one evaluation. ``snr`` > 0 is r of the paper, which takes
+    0.16 (VE) and 0.01 to 0.05 (VP), by size of image.
     """
 
     def size(score: Array, z: Array) -> Array:

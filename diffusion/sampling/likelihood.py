@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,32 +69,29 @@ class Likelihood(NamedTuple):
 
 def exact(f: Field, z: Array, key: jax.Array) -> tuple[Array, Array]:
     """f(z) and the trace of its Jacobian, from one derivative per entry of z."""
-    del key
     value, derivative = jax.linearize(f, z)
     basis = jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
     rows = jax.vmap(derivative)(basis).reshape(z.size, z.size)
     return value, jnp.trace(rows)
 
 
-def hutchinson(f: Field, z: Array, key: jax.Array, probes: int = 1) -> tuple[Array, Array]:
+def hutchinson(
+    f: Field, z: Array, key: jax.Array, probes: int = 1, draw: Callable = jax.random.rademacher
+) -> tuple[Array, Array]:
     """f(z) and v . J v, whose mean over v with entries +-1 is J's trace (Hutchinson, 1990).
 
     The same key gives the same v, as one solution of the ODE needs.
     """
-    return _mean_of_probes(f, z, jax.random.rademacher(key, (probes, *z.shape), z.dtype))
-
-
-def hutchinson_gaussian(f: Field, z: Array, key: jax.Array, probes: int = 1) -> tuple[Array, Array]:
-    """``hutchinson`` with standard normal v, whose variance is larger."""
-    return _mean_of_probes(f, z, jax.random.normal(key, (probes, *z.shape), z.dtype))
-
-
-def _mean_of_probes(f: Field, z: Array, v: Array) -> tuple[Array, Array]:
-    if len(v) == 1:
+    v = draw(key, (probes, *z.shape), z.dtype)
+    if probes == 1:
         value, derivative = jax.jvp(f, (z,), (v[0],))
         return value, jnp.vdot(v, derivative)
     value, derivative = jax.linearize(f, z)
-    return value, jnp.vdot(v, jax.vmap(derivative)(v)) / len(v)
+    return value, jnp.vdot(v, jax.vmap(derivative)(v)) / probes
+
+
+hutchinson_gaussian = partial(hutchinson, draw=jax.random.normal)
+"""``hutchinson`` with standard normal v, whose variance is larger."""
 
 
 def log_likelihood(
@@ -110,7 +108,7 @@ def log_likelihood(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> Likelihood:
-    """log p(x) of continuous data, in nats; traceable.
+    """log p(x) of continuous data x [B, ...], in nats; traceable.
 
     Tsitouras' 5(4) pair chooses the steps of each image: an image's result and its number of
     evaluations do not depend on the batch, which runs until the last image is done.
@@ -119,7 +117,6 @@ def log_likelihood(
       denoise: (x [1, ...], level with leaves ()) -> x_0_hat or an ``Estimate``, not clipped. It is
         called for one image at a time (under ``vmap``); what differs between images is in ``cond``.
       schedule: the one that the denoiser was trained on.
-      x: [B, ...].
       keys: [B] typed keys of the probes; ``exact`` needs none.
       cond: leaves [B, ...], such as a ``Conditioning``; then ``denoise(x, level, cond)``.
       divergence: ``exact``, for few dimensions, or an unbiased estimate.
@@ -203,14 +200,10 @@ def _norm(state: tuple[Array, Array]) -> Array:
     return jnp.maximum(jnp.sqrt(jnp.mean(z**2)), jnp.abs(log_det))
 
 
-Dequantization = Callable[[jax.Array, tuple[int, ...], float, float], tuple[Array, Array]]
-
-
 def uniform(
     key: jax.Array, shape: tuple[int, ...], width: float, sigma: float
 ) -> tuple[Array, Array]:
     """u of an image's shape, uniform in bins of this width, and log q(u)."""
-    del sigma
     u = width * (jax.random.uniform(key, shape, jnp.result_type(float)) - 0.5)
     return u, jnp.asarray(-math.prod(shape) * math.log(width), u.dtype)
 
@@ -232,7 +225,7 @@ def discrete_log_likelihood(
     levels: int,
     *,
     sigma: float,
-    dequantization: Dequantization = uniform,
+    dequantization: Callable[..., tuple[Array, Array]] = uniform,
     samples: int = 1,
 ) -> Likelihood:
     """A lower bound on log P(x), in nats, of values on ``levels`` even steps in [-1, 1].
@@ -241,9 +234,8 @@ def discrete_log_likelihood(
     2016).
 
     Args:
-      log_p: (x [B, ...], keys [B]) -> the ``Likelihood`` of continuous data.
+      log_p: (x [B, ...], typed keys [B]) -> the ``Likelihood`` of continuous data.
       x: [B, ...] on the steps k 2 / (levels - 1) - 1, k = 0..levels - 1.
-      keys: [B] typed keys.
       levels: 256 for 8-bit images.
       sigma: deviation of ``truncated_normal``: the sigma_min of ``log_p``.
       dequantization: ``uniform`` or ``truncated_normal``.

@@ -32,9 +32,6 @@ def gaussian_mixture(
       means: [K, ...] with x's shape after the first axis.
       stds: [K] >= 0, or one for all components; 0 for points.
       weights: [K], positive; they need not sum to 1. By default equal.
-
-    Returns:
-      A ``Denoise`` for x [B, ...], in x's dtype; levels with alpha >= 0, sigma > 0.
     """
     means = np.asarray(means)
     count = len(means)

@@ -73,7 +73,6 @@ def sample(
       denoise: takes levels with leaves (); the scan carries the memory of a ``Stateful`` one.
       solver: the table.
       keys: [B] typed keys (``image_keys``).
-      shape: of one image.
       x_init: [B, *shape] where to start instead of noise; it must be at ``solver.level[0]``.
       noises: [R + 1, B, *shape] standard normal numbers to use instead of drawing: the initial
         noise and each row's.

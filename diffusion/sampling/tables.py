@@ -38,16 +38,11 @@ REGISTERS = 6
 """Registers of every table; unused ones are zeros. Tables of as many evaluations thus have the same
 shape, and one compiled sampler serves them all."""
 
-Y = np.eye(REGISTERS + 3)[:REGISTERS]
-"""The registers, [m, m + 3]: rows of the identity, as are the symbols that follow."""
+*Y, D, RAW, Z = np.eye(REGISTERS + 3)
+"""The registers, the denoiser's estimate of x_0, the estimate before it was clipped or thresholded
+(the same as D if it was not), and standard normal noise, new in each row."""
 X = Y[0]
 """The current x, at which the denoiser is evaluated."""
-D = np.eye(REGISTERS + 3)[REGISTERS]
-"""The denoiser's estimate of x_0."""
-RAW = np.eye(REGISTERS + 3)[REGISTERS + 1]
-"""The estimate before it was clipped or thresholded; the same as D if it was not."""
-Z = np.eye(REGISTERS + 3)[REGISTERS + 2]
-"""Standard normal noise, new in each row."""
 
 Combination = np.ndarray  # [m + 3], a linear combination of these symbols
 

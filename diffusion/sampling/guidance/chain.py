@@ -50,24 +50,19 @@ _TASKS = {
 class Branches(NamedTuple):
     """What links are made of.
 
-    Attributes:
-      denoise: the model.
-      cond: what to steer towards, batch [B].
-      null: what to steer away from; None if the model knows no conditions, or for no guidance.
-      middle: conditioning that has the picture but not the text, for ``instruct``, whose ``null``
-        has neither.
-      prediction: what the model's output means, for ``rescale`` and for a cache of the guidance.
-      networks: others by name: "weak", a conditional denoiser; "classifier", (x, level) -> logits.
-      acceleration: what makes evaluations cheaper, for as many as the solver makes.
+    ``null`` is None if the model knows no conditions, or for no guidance. ``middle`` has the
+    picture but not the text, for ``instruct``, whose ``null`` has neither. ``prediction`` is for
+    ``rescale`` and for a cache of the guidance. ``networks`` are others by name: "weak", a
+    conditional denoiser; "classifier", (x, level) -> logits.
     """
 
-    denoise: ConditionalDenoise
-    cond: Conditioning
-    null: Conditioning | None = None
+    denoise: ConditionalDenoise  # the model
+    cond: Conditioning  # what to steer towards, batch [B]
+    null: Conditioning | None = None  # what to steer away from
     middle: Conditioning | None = None
-    prediction: Prediction = predictions.x0
+    prediction: Prediction = predictions.x0  # what the model's output means
     networks: Mapping[str, Callable] = {}
-    acceleration: Acceleration = NONE
+    acceleration: Acceleration = NONE  # for as many evaluations as the solver makes
 
     @property
     def plain(self) -> Denoise:
@@ -83,44 +78,30 @@ def _static(default: str | int | bool) -> str | int | bool:
 class Link:
     """A named transform with its numbers; all else is static.
 
-    Attributes:
-      name: of the function that makes it.
-      act: (link, rule, branches) -> the estimates of a PAIR, combined by ``rule``; the same -> a
-        RULE or ADDITION made of the rule before; (link, denoise, branches, links before) -> the
-        denoiser of any other.
-      numbers: by name.
-      place: PAIR, RULE, ADDITION or AFTER; links of a lower place come first.
-      network: the name of another network that it calls (``Branches.networks``), or "".
-      run: the workdir of that network.
-      remembers: whether its estimate depends on earlier evaluations.
-      alone: whether the pair that it makes is the model alone.
-      clips: whether it keeps x_0_hat in a range, and what it was as ``Estimate.unclipped``.
-      split, space, blocks: options of ``cfg``, ``rescale`` and ``perturbed_attention``.
+    ``act`` of a PAIR is (link, rule, branches) -> the denoiser that combines two estimates by the
+    rule; of a RULE or ADDITION, with the same arguments, the rule that it makes of the one before;
+    of all others (link, denoise, branches, links before it) -> denoiser.
     """
 
-    name: str = flax.struct.field(pytree_node=False)
+    name: str = flax.struct.field(pytree_node=False)  # of the function that makes it
     act: Callable = flax.struct.field(pytree_node=False)
     numbers: Mapping[str, Number]
-    place: int = _static(AFTER)
-    network: str = _static("")
-    run: str = _static("")
-    remembers: bool = _static(False)
-    alone: bool = _static(False)
-    clips: bool = _static(False)
-    split: bool = _static(False)
-    space: str = _static("")
-    blocks: str = _static("")
+    place: int = _static(AFTER)  # links of a lower place come first
+    network: str = _static("")  # the name of another network that it calls
+    run: str = _static("")  # that network's workdir
+    remembers: bool = _static(False)  # whether its estimate depends on earlier evaluations
+    alone: bool = _static(False)  # whether the pair that it makes is the model alone
+    clips: bool = _static(False)  # whether it keeps x_0_hat in a range
+    split: bool = _static(False)  # option of ``cfg``
+    space: str = _static("")  # option of ``rescale``
+    blocks: str = _static("")  # option of ``perturbed_attention``
 
 
 Chain = tuple[Link, ...]
 
 
 def guide(chain: Chain, branches: Branches) -> Denoise | Stateful:
-    """The guided denoiser.
-
-    Raises:
-      ValueError: an impossible order, or a link needs what ``branches`` does not have.
-    """
+    """The guided denoiser; a link that needs what ``branches`` does not have is refused."""
     check(chain)
     merged, networks = branches.acceleration.merged, dict(branches.networks)
     if "weak" in networks:

@@ -27,12 +27,10 @@ Pair = Callable[[Array, NoiseLevel], tuple[Estimate, Estimate]]  # good, bad
 
 
 class Rule(NamedTuple):
-    """How two estimates become one.
+    """How two estimates become one: combine(x, level, good, good - bad, w) -> x_0_hat [B, ...].
 
-    Attributes:
-      combine: (x, level, good, good - bad, w) -> x_0_hat, all [B, ...] (w broadcasts).
-      momentum: beta; the difference is replaced by its running sum d <- good - bad + beta d.
-      away: further pairs (denoiser, s), each of which adds s (good - denoiser(x, level)).
+    With ``momentum`` beta the difference is replaced by its running sum d <- good - bad + beta d.
+    Each of the pairs (denoiser, s) in ``away`` adds s (good - denoiser(x, level)).
     """
 
     combine: Callable[[Array, NoiseLevel, Array, Array, Array], Array]
@@ -45,17 +43,17 @@ def linear() -> Rule:
     return Rule(lambda x, level, good, difference, w: good + (w - 1) * difference)
 
 
+LINEAR = linear()
+
+
 def rescaled(phi: Array | float = 0.7, space: Prediction = predictions.x0) -> Rule:
     """``linear``, then brought back to the good estimate's standard deviation, per image.
 
     F <- phi F std(F_good) / std(F) + (1 - phi) F (Lin et al., 2023, "Common diffusion noise
-    schedules", section 3.4), so that large scales do not overexpose. F is the network's output
-    as ``space`` has it: the paper and diffusers take whatever the network predicts (so eps for
-    Stable Diffusion 1, v for 2), x0 rescales the image itself, whatever the network.
-
-    Args:
-      phi: in [0, 1], () or [B]; 0 is ``linear``.
-      space: a prediction; eps cannot be inverted at alpha = 0.
+    schedules", section 3.4), so that large scales do not overexpose; phi in [0, 1], () or [B]. F is
+    the network's output as the prediction ``space`` has it: the paper and diffusers take whatever
+    the network predicts (so eps for Stable Diffusion 1, v for 2), x0 rescales the image itself. eps
+    cannot be inverted at alpha = 0.
     """
     require((phi >= 0) & (phi <= 1), f"phi must lie in [0, 1], got {phi}")
 
@@ -113,14 +111,13 @@ def adaptive_projected(
     return Rule(combine, momentum)
 
 
-def perturbed_attention(perturbed: Denoise, scale: Scale, rule: Rule | None = None) -> Rule:
+def perturbed_attention(perturbed: Denoise, scale: Scale, rule: Rule = LINEAR) -> Rule:
     """``rule``, plus scale (good - perturbed) (Ahn et al., 2024).
 
     ``perturbed`` is the good denoiser with the self-attention maps of some blocks replaced by the
     identity: ``models.identity_maps.with_identity_maps``. With scale 1 of ``classifier_free`` it is
     the only guidance, in two evaluations.
     """
-    rule = linear() if rule is None else rule
     return rule._replace(away=(*rule.away, (perturbed, scale)))
 
 
@@ -135,7 +132,7 @@ def classifier_free(
     null: Conditioning,
     scale: Scale,
     *,
-    rule: Rule | None = None,
+    rule: Rule = LINEAR,
     split: bool = False,
     when: Array | None = None,
     space: Prediction = predictions.x0,
@@ -149,19 +146,16 @@ def classifier_free(
         or a negative prompt or label.
       scale: 1 is purely conditional, and if it is the Python number 1, ``null`` is not evaluated;
         0 is ``null`` alone.
-      rule: by default ``linear()``. With momentum the result is ``Stateful``.
+      rule: with momentum the result is ``Stateful``.
       split: two calls instead, which need half the memory.
       when: [R] bool, by number of the evaluation: where both are evaluated. In between ``cond`` is
         alone, and the difference is that of the last time (the cache of FasterCache, Lyu et al.,
         2024, without its extrapolation). The first evaluation always has both. None: each has.
       space: of a network's output, in which the difference stays the same.
     """
-    good_alone = conditional(denoise, cond)
-    if is_one(scale):
-        return _alone(good_alone, rule)
-    if split:
-        bad_alone = conditional(denoise, null)
-        return autoguidance(good_alone, bad_alone, scale, rule, when=when, space=space)
+    good, bad = conditional(denoise, cond), conditional(denoise, null)
+    if split or is_one(scale):
+        return autoguidance(good, bad, scale, rule, when=when, space=space)
     both = concatenate(cond, null)
 
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
@@ -169,7 +163,7 @@ def classifier_free(
         halves = jax.tree.map(lambda leaf: jnp.split(leaf, 2), estimate)
         return jax.tree.transpose(jax.tree.structure(estimate), None, halves)
 
-    return _guide(pair, good_alone, scale, rule, when, space)
+    return _guide(pair, good, scale, rule, when, space)
 
 
 def instruct(
@@ -202,7 +196,7 @@ def autoguidance(
     strong: Denoise,
     weak: Denoise,
     scale: Scale,
-    rule: Rule | None = None,
+    rule: Rule = LINEAR,
     *,
     when: Array | None = None,
     space: Prediction = predictions.x0,
@@ -214,8 +208,6 @@ def autoguidance(
     parameters should be arguments of what is jitted, as ``strong``'s are. ``when`` and ``space``
     are ``classifier_free``'s.
     """
-    if is_one(scale):
-        return _alone(strong, rule)
 
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
         return as_estimate(strong(x, level)), as_estimate(weak(x, level))
@@ -258,27 +250,20 @@ def is_one(scale: Scale) -> bool:
     return isinstance(scale, int | float) and scale == 1
 
 
-def _alone(good: Denoise, rule: Rule | None) -> Denoise:
-    """What is left at w = 1: the good estimate and what else the rule steers away from."""
-    if rule is None or not rule.away:
-        return good
-
-    def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
-        estimate = as_estimate(good(x, level))
-        return estimate, estimate
-
-    return _guide(pair, good, 1.0, linear()._replace(away=rule.away))
-
-
 def _guide(
     pair: Pair,
     good_alone: Denoise,
     scale: Scale,
-    rule: Rule | None,
-    when: Array | None = None,
-    space: Prediction = predictions.x0,
+    rule: Rule,
+    when: Array | None,
+    space: Prediction,
 ) -> Denoise | Stateful:
-    combine, momentum, away = linear() if rule is None else rule
+    if is_one(scale):  # what is left: the good estimate and what else the rule steers away from
+        if not rule.away:
+            return good_alone
+        pair, when = lambda x, level: [as_estimate(good_alone(x, level))] * 2, None
+        rule = LINEAR._replace(away=rule.away)
+    combine, momentum, away = rule
     init, both, skip = (
         Stateful(lambda x: None, lambda x, level, memory: (pair(x, level), memory))
         if when is None

@@ -37,18 +37,10 @@ def cfg(scale: Number, split: bool = False) -> Link:
 
 
 def _cfg(link: Link, rule: Rule, b: Branches) -> Denoiser:
-    if link.alone or b.null is None:
-        return guidance.classifier_free(b.denoise, b.cond, b.cond, 1, rule=rule)
-    return guidance.classifier_free(
-        b.denoise,
-        b.cond,
-        b.null,
-        link.numbers["scale"],
-        rule=rule,
-        split=link.split,
-        when=b.acceleration.guidance,
-        space=b.prediction,
-    )
+    alone = link.alone or b.null is None
+    null, scale = (b.cond, 1) if alone else (b.null, link.numbers["scale"])
+    options = {"split": link.split, "when": b.acceleration.guidance, "space": b.prediction}
+    return guidance.classifier_free(b.denoise, b.cond, null, scale, rule=rule, **options)
 
 
 def autoguidance(run: str, scale: Number) -> Link:
@@ -132,12 +124,8 @@ def _adaptive_projected(link: Link, rule: Rule, b: Branches) -> Rule:
 def perturbed_attention(scale: Number, blocks: str = "auto") -> Link:
     """Adds scale times the difference to an estimate without self-attention's maps.
 
-    See ``guidance.perturbed_attention``.
-
-    Args:
-      scale: 0 adds nothing.
-      blocks: regular expression, searched for in the attentions' paths; "auto" is a U-Net's mid
-        block or the middle block of a DiT.
+    See ``guidance.perturbed_attention``. ``blocks`` is a regular expression, searched for in the
+    attentions' paths; "auto" is a U-Net's mid block or the middle block of a DiT.
     """
     try:
         re.compile(blocks)
@@ -157,32 +145,26 @@ def _perturbed_attention(link: Link, rule: Rule, b: Branches) -> Rule:
 def resolve(chain: Chain, paths: Sequence[str]) -> Chain:
     """The chain with the blocks of ``perturbed_attention`` looked up in a network.
 
-    Args:
-      chain: the links.
-      paths: of the network's self-attentions (``identity_maps.self_attention_paths``).
-
-    Raises:
-      ValueError: the pattern matches none of them.
+    ``paths`` are of its self-attentions (``identity_maps.self_attention_paths``); the pattern must
+    match one of them.
     """
-    return tuple(_resolved(link, paths) if link.blocks else link for link in chain)
 
+    def resolved(link: Link) -> Link:
+        blocks = middle_block(paths) if link.blocks == "auto" else link.blocks
+        if not any(re.search(blocks, path) for path in paths):
+            raise ValueError(
+                f"blocks={link.blocks!r} names no self-attention of this network; it has "
+                f"{', '.join(paths) or 'none'}"
+            )
+        return link.replace(blocks=blocks)
 
-def _resolved(link: Link, paths: Sequence[str]) -> Link:
-    blocks = middle_block(paths) if link.blocks == "auto" else link.blocks
-    if not any(re.search(blocks, path) for path in paths):
-        raise ValueError(
-            f"blocks={link.blocks!r} names no self-attention of this network; it has "
-            f"{', '.join(paths) or 'none'}"
-        )
-    return link.replace(blocks=blocks)
+    return tuple(resolved(link) if link.blocks else link for link in chain)
 
 
 def classifier(run: str, scale: Number = 1.0) -> Link:
     """Guidance by the gradient of a classifier of noised data (``guidance.classifier_guidance``).
 
-    Args:
-      run: its workdir.
-      scale: 0 changes nothing.
+    ``run`` is the classifier's workdir.
     """
     numbers = _finite(scale=scale)
     return Link("classifier", _classifier, numbers, network="classifier", run=_run(run))

@@ -15,7 +15,6 @@ from diffusion.levels import Array, NoiseLevel
 
 Step = Callable[[Array, NoiseLevel, Any], tuple[Estimate, Any]]  # Stateful.step, with an Estimate
 Scale = Array | float | Callable[[NoiseLevel], Array]  # (), [B], or a function of the level
-LogProb = Callable[[Array, NoiseLevel], Array]  # (x_t [B, ...], level) -> log p(y | x_t) [B]
 
 
 def remembering(denoise: Denoise | Stateful) -> Stateful:
@@ -143,18 +142,14 @@ def _thresholded(
 
 
 def classifier_guidance(
-    denoise: Denoise | Stateful, log_prob: LogProb, scale: Scale = 1.0
+    denoise: Denoise | Stateful, log_prob: Callable[[Array, NoiseLevel], Array], scale: Scale = 1.0
 ) -> Denoise | Stateful:
     """D + scale (sigma^2 / alpha) grad_x log p(y | x_t) (Dhariwal & Nichol, 2021, alg. 2).
 
     There eps_hat moves by -scale sigma grad. With an unconditional denoiser, the true p(y | x_t)
     and scale 1 this is the conditional denoiser, for any schedule; where alpha = 0, x_t tells
-    nothing about y and nothing changes.
-
-    Args:
-      denoise: unconditional, or conditional (which they found better still).
-      log_prob: each image's log-likelihood of its own label (or prompt, or anything).
-      scale: 0 changes nothing.
+    nothing about y and nothing changes. They found a conditional one better still. ``log_prob`` is
+    (x_t [B, ...], level) -> each image's log-likelihood [B] of its own label (or anything).
     """
 
     def change(x: Array, level: NoiseLevel, estimate: Estimate) -> Estimate:

@@ -176,11 +176,12 @@ def lagrange_integrals(
 
 _GAUSS = np.polynomial.legendre.leggauss(64)
 
-Weights = Callable[[list[NoiseLevel], int, int], np.ndarray]
-
 
 def _adams(
-    grid: NoiseLevel, order: int, weights: Weights, orders: Sequence[int] | None = None
+    grid: NoiseLevel,
+    order: int,
+    weights: Callable[[list[NoiseLevel], int, int], np.ndarray],
+    orders: Sequence[int] | None = None,
 ) -> Solver:
     """x'/alpha' = x/alpha + sum_j weights_j eps_j, newest first; weights(path, i, k) -> [k]."""
     check_choice("order", order, (1, 2, 3, 4))

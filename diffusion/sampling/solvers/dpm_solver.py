@@ -123,7 +123,6 @@ def multistep(
     """The multistep family: N evaluations; each step uses the results of the last ``order`` ones.
 
     Args:
-      grid: N + 1 levels.
       order: 1 to 3.
       prediction: "x0" (DPM-Solver++) or "eps" (DPM-Solver).
       kind: of second-order steps, "midpoint" or "heun". Third-order steps have one kind.

@@ -58,7 +58,6 @@ def unipc(
     where the rho solve sum_k rho_k r_k^{n-1} = n! h phi_{n+1}(h) / B(h).
 
     Args:
-      grid: N + 1 levels.
       order: of the predictor, 1 to 4.
       kind: B(h) = h ("bh1") or e^h - 1 ("bh2").
       prediction: "x0" or "eps".

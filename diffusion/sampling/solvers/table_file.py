@@ -32,12 +32,7 @@ def save(path: str, solver: Solver) -> None:
 
 
 def load(path: str) -> Solver:
-    """Reads a table that ``save`` wrote.
-
-    Raises:
-      ValueError: for a file that is not a table.
-      FileNotFoundError: if there is no such file.
-    """
+    """Reads a table that ``save`` wrote; raises ValueError for a file that is not a table."""
     try:
         with np.load(path) as file:
             data = {name: file[name] for name in file.files}
