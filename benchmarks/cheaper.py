@@ -236,8 +236,9 @@ def operations(drawer: Drawer, params: Params) -> int:
         part = flops.count(lambda f: reuse.reuse(evaluate, keep, f)(), features)
     inside, link = np.ones(evaluations, bool), interval_of(drawer)
     if link is not None:
-        below = np.isinf(link.high) | (level.sigma <= np.nan_to_num(link.high) * level.alpha)
-        inside = (link.low * level.alpha <= level.sigma) & below
+        low, high = link.numbers["low"], link.numbers["high"]
+        below = np.isinf(high) | (level.sigma <= np.nan_to_num(high) * level.alpha)
+        inside = (low * level.alpha <= level.sigma) & below
     both = True if acceleration.guidance is None else acceleration.guidance
     calls = np.where(inside & drawer.paired & both, 2, 1)
     refresh = np.ones(evaluations, bool) if acceleration.cache is None else acceleration.cache

@@ -15,9 +15,8 @@ from diffusion.config.drawing import Drawing
 from diffusion.evaluation import convergence
 from diffusion.evaluation.figures import BLUE, GRAY, ORANGE, new_figure
 from diffusion.pipelines import draw
-from diffusion.sampling.coefficients import coefficients
 from diffusion.sampling.solvers.table_file import save
-from diffusion.sampling.student import Learned, Lessons, Student
+from diffusion.sampling.student import Learned, Lessons, Student, coefficients
 from diffusion.sampling.tables import Solver
 
 

@@ -235,7 +235,7 @@ def distilled(pipeline: Pipeline, inputs: Inputs, chain: Chain) -> tuple[Inputs,
     if getattr(pipeline.network, "guidance_width", None) is None or pair is None:
         return inputs, chain
     count = len(jax.tree.leaves(inputs.cond)[0])
-    scale = jnp.broadcast_to(jnp.asarray(pair.scale, jnp.float32), (count,))
+    scale = jnp.broadcast_to(jnp.asarray(pair.numbers["scale"], jnp.float32), (count,))
     return inputs._replace(cond=inputs.cond.replace(guidance=scale), null=None), chain[1:]
 
 

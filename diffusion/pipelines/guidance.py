@@ -97,12 +97,12 @@ def make(
             if not pipeline.conditioner.subject:
                 pipeline = replace(pipeline, conditioner=labels)
     with field(name):
+        links.check_levels(chain, sampler.solver.level, sampler.prediction)
         for link in chain:
-            link.check_levels(sampler.solver.level, sampler.prediction)
             if (link.name == "instruct") > edits:
                 raise ValueError("instruct is for networks that edit pictures (InstructPix2Pix)")
             if link.name == "perturbed_attention":
-                chain = chains.resolve(chain, _attentions(pipeline))
+                chain = links.resolve(chain, _attentions(pipeline))
         if edits and not any(link.name == "instruct" for link in chain):
             raise ValueError("this network follows text and picture: expected instruct(7.5, 1.5)")
     pair = chains.pair(chain)

@@ -28,12 +28,8 @@ Part = Mapping[str, Any]  # fields of an Acceleration
 class Acceleration:
     """Caching and token merging; by default neither.
 
-    Attributes:
-      cache: when networks' deep parts are refreshed; None: at each evaluation.
-      guidance: when what guidance steers away from is evaluated ([R] bool); None: at each.
-      keep: what is evaluated every time; see ``models.reuse``.
-      merge: share of the tokens that are merged away, in [0, 0.75]; see ``models.token_merging``.
-      at_least: tokens of the smallest map whose tokens are merged.
+    ``cache`` and ``guidance`` say when networks' deep parts, and what guidance steers away from,
+    are evaluated; None means at each evaluation. For the others see ``cache`` and ``merge_tokens``.
     """
 
     cache: Schedule | When | None = None
@@ -48,11 +44,7 @@ class Acceleration:
         return self.cache is not None or self.guidance is not None
 
     def at(self, evaluations: int) -> Acceleration:
-        """With each schedule's refreshes for so many evaluations: what the sampler is given.
-
-        Raises:
-          ValueError: a schedule does not fit so many evaluations.
-        """
+        """With each schedule's refreshes for so many evaluations: what the sampler is given."""
         cache, guidance = (s and s(evaluations) for s in (self.cache, self.guidance))
         if guidance is not None and jnp.ndim(guidance) == 0:
             raise ValueError("guidance_cache takes no threshold; choose every, dense or at")
@@ -89,10 +81,8 @@ NONE = Acceleration()
 def cache(schedule: Schedule, keep: int = 1) -> Part:
     """Networks' deep parts are evaluated at the refreshes of ``schedule`` and reused in between.
 
-    Args:
-      schedule: ``every``, ``dense``, ``at`` or ``adaptive`` of ``feature_cache``.
-      keep: skip connections of a U-Net, or blocks of a DiT, that are evaluated every time; 0 reuses
-        the whole output.
+    ``keep`` skip connections of a U-Net, or blocks of a DiT, are evaluated every time; 0 reuses the
+    whole output.
     """
     _check_schedule("cache", schedule)
     if keep < 0:
@@ -107,11 +97,9 @@ def guidance_cache(schedule: Schedule) -> Part:
 
 
 def merge_tokens(ratio: float, at_least: int = 1024) -> Part:
-    """Tokens are merged in self-attentions over images.
+    """In self-attentions over images, a ratio in [0, 0.75] of the tokens is merged away.
 
-    Args:
-      ratio: share of the tokens that are merged away, in [0, 0.75].
-      at_least: maps of fewer tokens stay as they are.
+    Maps of fewer than ``at_least`` tokens stay as they are.
     """
     if not 0 <= ratio <= token_merging.MOST:
         raise ValueError(f"ratio must lie in [0, {token_merging.MOST}], got {ratio}")
@@ -121,11 +109,7 @@ def merge_tokens(ratio: float, at_least: int = 1024) -> Part:
 
 
 def accelerate(*parts: Part) -> Acceleration:
-    """All of them together.
-
-    Raises:
-      ValueError: two of one kind, or both caches.
-    """
+    """All of them together: each kind once at most, and one of the two caches."""
     fields = [name for part in parts for name in part]
     if len(set(fields)) < len(fields):
         raise ValueError("expected each of cache, guidance_cache and merge_tokens once at most")

@@ -9,7 +9,6 @@ noise. ``solvers.repaint`` resamples, ``measurements`` serve super-resolution an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 
 from diffusion.denoiser import Denoise, Estimate, Stateful
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.sampling.guidance.transform import Step, lift
+from diffusion.sampling.guidance.transform import Step, lift, on_estimate
 from diffusion.sampling.measurements import Measure
 from diffusion.sampling.sample import image_noise, sample
 from diffusion.sampling.tables import Solver
@@ -26,13 +25,9 @@ from diffusion.sampling.tables import Solver
 def noised(x0: Array, solver: Solver, keys: jax.Array) -> Array:
     """alpha x_0 + sigma eps at ``solver.level[0]``: ``x_init`` for a start from a picture.
 
-    The noise is ``sample``'s initial noise for these keys: with a solver that starts at alpha = 0,
-    sigma = 1 the result is that of a start from noise. x0 should be 0 at unknown pixels.
-
-    Args:
-      x0: [B, ...] pictures.
-      solver: of a grid that begins at the start: ``grids.partial(grid, strength)``.
-      keys: [B] typed keys.
+    The noise is ``sample``'s initial noise for these keys [B]: with a solver that starts at
+    alpha = 0, sigma = 1 the result is that of a start from noise. The pictures x0 [B, ...] should
+    be 0 at unknown pixels; the solver's grid is ``grids.partial(grid, strength)``.
     """
     first = NoiseLevel(*(jnp.asarray(leaf[0], x0.dtype) for leaf in solver.level))
     return diffuse(x0, image_noise(keys, x0.shape[1:]).astype(x0.dtype), first)
@@ -44,8 +39,7 @@ def image_to_image(
     """Adds noise to pictures x0 [B, ...] up to the solver's first level and samples from there.
 
     SDEdit (Meng et al., 2021): ``solver(grids.partial(grid, strength))``. A low strength keeps the
-    picture's layout, strength 1 almost nothing. ``sample`` itself, with its other options, does the
-    same for ``x_init=noised(x0, solver, keys)``.
+    picture's layout, strength 1 almost nothing.
     """
     return sample(denoise, solver, keys, x0.shape[1:], x_init=noised(x0, solver, keys))
 
@@ -65,7 +59,6 @@ def inpaint(
     of known pixels become the posterior's.
 
     Args:
-      denoise: the model's denoiser.
       known: [B, ...] or broadcastable; its values where mask = 0 have no effect.
       mask: broadcastable to x, 1 at known pixels, 0 at others; values between mix the two.
       noise: [B, ...] noise of the known pixels. With it x itself is mixed before each evaluation,
@@ -76,26 +69,22 @@ def inpaint(
     """
     if noise is not None:
 
-        def wrap(step: Step) -> Step:
-            def mixed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-                x_known = diffuse(known, noise, level).astype(x.dtype)
-                seen = jnp.where(level.t < start, mask * x_known + (1 - mask) * x, x)
-                return step(seen, level, memory)
+        def mixed(step: Step, x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+            x_known = diffuse(known, noise, level).astype(x.dtype)
+            seen = jnp.where(level.t < start, mask * x_known + (1 - mask) * x, x)
+            return step(seen, level, memory)
 
-            return mixed
-
-        return lift(denoise, wrap)
+        return lift(denoise, mixed)
 
     def mix(m: Array, x0: Array) -> Array:
         return m * jnp.where(m > 0, known, 0).astype(x0.dtype) + (1 - m) * x0
 
-    def change(estimate: Estimate) -> Estimate:
-        m = jnp.asarray(mask, estimate.x0.dtype)
-        nu = None if estimate.nu is None else (1 - m) * estimate.nu
-        unclipped = None if estimate.unclipped is None else mix(m, estimate.unclipped)
-        return Estimate(mix(m, estimate.x0), nu, unclipped)
+    def change(x: Array, level: NoiseLevel, e: Estimate) -> Estimate:
+        m = jnp.asarray(mask, e.x0.dtype)
+        nu = None if e.nu is None else (1 - m) * e.nu
+        return Estimate(mix(m, e.x0), nu, None if e.unclipped is None else mix(m, e.unclipped))
 
-    return _on_estimate(denoise, change)
+    return on_estimate(denoise, change)
 
 
 def consistent(
@@ -104,36 +93,18 @@ def consistent(
     """D := D + A^+ (y - A D), which agrees with a noiseless measurement y = A x_0.
 
     DDNM (Wang et al., 2022, eq. 13): the model decides only in the null space of the linear
-    measurement. No gradient is taken. ``inpaint`` is the case of a mask.
-
-    Args:
-      denoise: the model's denoiser.
-      y: [B, ...] the measurement.
-      measure: A, linear, such as ``measurements.average_pool``.
-      inverse: A^+ with A A^+ y = y, such as ``measurements.repeat_pixels``.
+    measurement, such as ``measurements.average_pool`` with the inverse ``repeat_pixels``. No
+    gradient is taken. ``inpaint`` is the case of a mask.
     """
 
     def project(x0: Array) -> Array:
         return x0 + inverse(y - measure(x0))
 
-    def change(estimate: Estimate) -> Estimate:
-        unclipped = None if estimate.unclipped is None else project(estimate.unclipped)
-        return estimate._replace(x0=project(estimate.x0), unclipped=unclipped)
+    def change(x: Array, level: NoiseLevel, e: Estimate) -> Estimate:
+        unclipped = None if e.unclipped is None else project(e.unclipped)
+        return Estimate(project(e.x0), e.nu, unclipped)
 
-    return _on_estimate(denoise, change)
-
-
-def _on_estimate(
-    denoise: Denoise | Stateful, change: Callable[[Estimate], Estimate]
-) -> Denoise | Stateful:
-    def wrap(step: Step) -> Step:
-        def changed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            estimate, memory = step(x, level, memory)
-            return change(estimate), memory
-
-        return changed
-
-    return lift(denoise, wrap)
+    return on_estimate(denoise, change)
 
 
 def slerp(a: Array, b: Array, weight: Array | float) -> Array:
@@ -142,11 +113,8 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
     sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, with theta the angle between a
     and b (Shoemake, 1985; for x_T, DDIM, Song et al., 2020, section 5.3). Unlike a straight line it
     keeps the norm of noise. It is a straight line where a and b are parallel, and where they are
-    opposite, since the great circle is then not unique.
-
-    Args:
-      a, b: [B, ...] of one shape, not 0.
-      weight: () or [B].
+    opposite, since the great circle is then not unique. a and b are [B, ...] and not 0, weights ()
+    or [B].
     """
     axes, keep = tuple(range(1, a.ndim)), (-1,) + (1,) * (a.ndim - 1)
     u, v = (c / jnp.sqrt(jnp.sum(c**2, axes, keepdims=True)) for c in (a, b))
@@ -167,11 +135,7 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
 
 
 def between(a: Array, b: Array, count: int) -> Array:
-    """[count, B, ...]: evenly spaced along ``slerp`` from a to b, for x_T or latents.
-
-    Raises:
-      ValueError: for count < 2.
-    """
+    """[count >= 2, B, ...]: evenly spaced along ``slerp`` from a to b, for x_T or latents."""
     if count < 2:
         raise ValueError(f"count must be at least 2, the two ends, got {count}")
     return jnp.stack([slerp(a, b, w) for w in jnp.linspace(0, 1, count)])

@@ -6,53 +6,41 @@ to refresh is either a schedule, an array [R] that is data to the compiled sampl
 
     denoise = cached(guidance.classifier_free(...), every(3)(evaluations), keep=1)
 
-or a threshold, by which it is decided as it goes. The result is a ``Stateful`` denoiser, with which
-``sample`` runs one of two branches at each evaluation: in a scan, ``lax.cond`` evaluates only the
-one. Under ``vmap`` it becomes a select, both are evaluated, and nothing is saved.
+or a threshold, by which it is decided as it goes. ``sample`` runs one of two branches at each
+evaluation: in a scan, ``lax.cond`` evaluates only the one. Under ``vmap`` it becomes a select, both
+are evaluated, and nothing is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.denoiser import Denoise, Estimate, Stateful, as_estimate
+from diffusion.denoiser import Denoise, Estimate, Stateful
 from diffusion.levels import Array, NoiseLevel
 from diffusion.models import reuse
+from diffusion.sampling.guidance.transform import remembering
 
 When = Array | np.ndarray | np.float32  # refreshes [R] bool, or a threshold () float
 Schedule = Callable[[int], When]  # number of evaluations R -> when to refresh
 
 
 class Memory(NamedTuple):
-    """What a cached denoiser remembers.
+    """What a cached denoiser remembers."""
 
-    Attributes:
-      count: () evaluations so far.
-      refreshed: () of them, those that evaluated everything.
-      features: of the last refresh.
-      seen: what a threshold compares, at the last refresh; empty without one.
-      inner: the memory of the denoiser that is cached.
-    """
-
-    count: Array
-    refreshed: Array
-    features: reuse.Features
-    seen: reuse.Features
-    inner: Any
+    count: Array  # () evaluations so far
+    refreshed: Array  # () of them, those that evaluated everything
+    features: reuse.Features  # of the last refresh
+    seen: reuse.Features  # what a threshold compares, at the last refresh; empty without one
+    inner: Any  # the memory of the denoiser that is cached
 
 
 def every(n: int) -> Schedule:
-    """Refreshes [R] at each n-th evaluation, beginning with the first (DeepCache's 1:N).
-
-    Raises:
-      ValueError: for n < 1.
-    """
+    """Refreshes [R] at each n-th evaluation, beginning with the first (DeepCache's 1:N)."""
     _check_n(n)
     return lambda evaluations: np.arange(evaluations) % n == 0
 
@@ -66,10 +54,7 @@ def dense(n: int, center: float = 0.5, power: float = 1.4) -> Schedule:
     Args:
       n: evaluations per refresh, on average.
       center: share of the evaluations, in [0, 1]; 0 is the noisy end.
-      power: 1 is ``every``, up to rounding.
-
-    Raises:
-      ValueError: for values out of range.
+      power: >= 1; 1 is ``every``, up to rounding.
     """
     _check_n(n)
     if not 0 <= center <= 1 or not power >= 1:
@@ -90,20 +75,14 @@ def dense(n: int, center: float = 0.5, power: float = 1.4) -> Schedule:
 
 
 def at(rows: Sequence[int]) -> Schedule:
-    """Refreshes [R] at the evaluations of these numbers, from 0; the first one is always.
-
-    Raises:
-      ValueError: for what is no sequence of whole numbers, and, when called, for numbers that are
-        no evaluation's.
-    """
+    """Refreshes [R] at the evaluations of these numbers, from 0; the first one is always."""
     if not isinstance(rows, Sequence) or isinstance(rows, str):
         raise ValueError(f"expected the numbers of evaluations, as in at((0, 2, 5)), got {rows!r}")
 
     def refreshes(evaluations: int) -> np.ndarray:
-        wrong = [r for r in rows if not isinstance(r, int) or not 0 <= r < evaluations]
-        if wrong:
-            last = evaluations - 1
-            raise ValueError(f"there is no evaluation {wrong[0]!r}; expected 0 to {last}")
+        for r in rows:
+            if not isinstance(r, int) or not 0 <= r < evaluations:
+                raise ValueError(f"there is no evaluation {r!r}; expected 0 to {evaluations - 1}")
         refresh = np.zeros(evaluations, bool)
         refresh[[0, *rows]] = True
         return refresh
@@ -117,9 +96,6 @@ def adaptive(threshold: float) -> Schedule:
     |I - I_ref|_1 > threshold |I_ref|_1: I is what the first blocks add to the tokens (first-block
     cache), a U-Net's last kept skip connection or, with keep = 0, the network's input
     (``reuse.inputs``), I_ref the same at the last refresh.
-
-    Raises:
-      ValueError: for a negative threshold.
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must be >= 0, got {threshold}")
@@ -143,40 +119,11 @@ def cached(denoise: Denoise | Stateful, when: When, keep: int = 1) -> Stateful:
       denoise: calls networks in itself; not jitted by itself. Gradients of other networks
         (``classifier_guidance``) belong outside, as do thresholds.
       when: [R] bool, by number of the evaluation; or () float, the threshold of ``adaptive``.
-        Traced or not. The first evaluation is always a refresh; after R the last entry goes on to
-        count.
+        The first evaluation is always a refresh; after R the last entry goes on to count.
       keep: how much of each network is evaluated every time; see ``models.reuse``.
-
-    Raises:
-      ValueError: when used, for a network that has no such part.
     """
-    if jnp.ndim(when) == 0:
-        return _cached(denoise, keep, partial(_moved, when), compares=True)
-    return _cached(denoise, keep, lambda memory, look: (jnp.asarray(when)[memory.count], ()), False)
-
-
-def _moved(
-    threshold: Array, memory: Memory, look: Callable[[], reuse.Features]
-) -> tuple[Array, reuse.Features]:
-    def size(tree: reuse.Features) -> Array:
-        return sum(jnp.abs(a).astype(jnp.float32).sum() for a in jax.tree.leaves(tree))
-
-    seen = look()
-    change = size(jax.tree.map(jnp.subtract, seen, memory.seen))
-    return (change > threshold * size(memory.seen)) | (jnp.asarray(threshold) <= 0), seen
-
-
-def _cached(
-    denoise: Denoise | Stateful, keep: int, due: Callable[..., tuple], compares: bool
-) -> Stateful:
-    if isinstance(denoise, Stateful):
-        init_inner, inner = denoise.init, denoise.step
-    else:
-        init_inner, inner = lambda x: None, lambda x, level, memory: (denoise(x, level), memory)
-
-    def step(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-        result, memory = inner(x, level, memory)
-        return as_estimate(result), memory
+    init_inner, step, _ = remembering(denoise)
+    compares = jnp.ndim(when) == 0
 
     def init(x: Array) -> Memory:
         level = NoiseLevel(*[jnp.ones((), jnp.result_type(float))] * 3)
@@ -184,14 +131,17 @@ def _cached(
         _, features = jax.eval_shape(reuse.record(step, keep), x, level, memory)
         seen = ()
         if compares:
-            looked = partial(reuse.inputs, step, keep)
-            seen = jax.eval_shape(lambda f: looked(f)(x, level, memory), features)
+            seen = jax.eval_shape(lambda f: reuse.inputs(step, keep, f)(x, level, memory), features)
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (features, seen))
         return Memory(jnp.int32(0), jnp.int32(0), *empty, memory)
 
     def evaluate(x: Array, level: NoiseLevel, memory: Memory) -> tuple[Estimate, Memory]:
-        look = partial(reuse.inputs(step, keep, memory.features), x, level, memory.inner)
-        needed, seen = due(memory, look)
+        if compares:
+            seen = reuse.inputs(step, keep, memory.features)(x, level, memory.inner)
+            change = _size(jax.tree.map(jnp.subtract, seen, memory.seen))
+            needed = (change > when * _size(memory.seen)) | (jnp.asarray(when) <= 0)
+        else:
+            seen, needed = (), jnp.asarray(when)[memory.count]
         needed |= memory.refreshed == 0
 
         def full(memory: Memory) -> tuple[Estimate, Memory]:
@@ -207,6 +157,10 @@ def _cached(
         return jax.lax.cond(needed, full, cheap, memory)
 
     return Stateful(init, evaluate, lambda memory: memory._replace(count=memory.count + 1))
+
+
+def _size(tree: reuse.Features) -> Array:
+    return sum(jnp.abs(a).astype(jnp.float32).sum() for a in jax.tree.leaves(tree))
 
 
 CHOICES = {f.__name__: f for f in (every, dense, at, adaptive)}

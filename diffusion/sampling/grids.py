@@ -3,7 +3,8 @@
 A grid is data, a stacked ``NoiseLevel`` of float64 NumPy arrays [N + 1]; solvers turn it into a
 table. All but ``from_times`` and ``from_sigmas`` end at clean data, (1, 0), so that N steps are N
 evaluations of a one-stage solver. With ``clean=False``, where a grid has that option, N steps end
-at the smallest noise level instead.
+at the smallest noise level instead. Numbers out of the ranges that are given, and grids that do not
+fit the schedule, raise ValueError.
 
 Evenly spaced times are even in the schedule's own time: in the steps of a ``Table``, in sigma
 itself on ``EDM``, where ``karras`` is the usual choice.
@@ -26,9 +27,6 @@ def uniform(schedule: Schedule, steps: int) -> NoiseLevel:
 
     The grid starts at the schedule's noisiest level, which zero terminal SNR, flows and few-step
     models need.
-
-    Raises:
-      ValueError: if steps is not a whole number >= 1.
     """
     return from_times(schedule, schedule.t_max * np.linspace(1, 0, _check(steps) + 1))
 
@@ -38,9 +36,6 @@ def leading(schedule: Table, steps: int, offset: int = 0) -> NoiseLevel:
 
     This is DDIM's and, with offset = 1, Stable Diffusion's spacing. The grid starts up to a stride
     below the noisiest level. Step k lies at t = (k + 1) / T.
-
-    Raises:
-      ValueError: for a schedule without steps, more steps than it has, or an offset beyond its end.
     """
     if not isinstance(schedule, Table):
         raise ValueError(
@@ -59,12 +54,9 @@ def leading(schedule: Table, steps: int, offset: int = 0) -> NoiseLevel:
 def linspace(
     schedule: Schedule, steps: int, t_min: float | None = None, clean: bool = True
 ) -> NoiseLevel:
-    """N times evenly spaced from t_max to t_min, then clean.
+    """N times evenly spaced from t_max to t_min in (0, t_max], then clean.
 
     t_min is by default a table's first step and 0.001 t_max on other schedules (Song et al., 2021).
-
-    Raises:
-      ValueError: for more steps than a table has, or t_min outside (0, t_max].
     """
     if isinstance(schedule, Table):
         _check_table(schedule, steps)
@@ -79,16 +71,12 @@ def linspace(
 def beta(schedule: Schedule, steps: int, a: float = 0.6, b: float = 0.6) -> NoiseLevel:
     """Times t_max F^-1(1 - i/N), F the Beta(a, b) distribution's (Lee et al., 2024).
 
-    With a, b < 1 the times are dense at both ends; a = b = 1 is ``uniform``.
-
-    Raises:
-      ValueError: for a or b <= 0.
+    With a, b < 1 the times are dense at both ends; a = b = 1 is ``uniform``. Both are > 0.
     """
     if not (a > 0 and b > 0):
         raise ValueError(f"a and b must be positive, got a={a} and b={b}")
-    return from_times(
-        schedule, schedule.t_max * special.betaincinv(a, b, np.linspace(1, 0, _check(steps) + 1))
-    )
+    times = special.betaincinv(a, b, np.linspace(1, 0, _check(steps) + 1))
+    return from_times(schedule, schedule.t_max * times)
 
 
 def flow_shift(schedule: Schedule, steps: int, shift: float = 3.0) -> NoiseLevel:
@@ -96,9 +84,6 @@ def flow_shift(schedule: Schedule, steps: int, shift: float = 3.0) -> NoiseLevel
 
     SD3 (Esser et al., 2024, eq. 23): t' = shift t / (1 + (shift - 1) t) on the rectified flow. This
     is for schedules without signal at t_max; for others there is ``Schedule.shifted``.
-
-    Raises:
-      ValueError: for shift <= 0, or a schedule with signal at t_max.
     """
     if schedule(schedule.t_max).alpha > 0:
         raise ValueError(
@@ -107,8 +92,7 @@ def flow_shift(schedule: Schedule, steps: int, shift: float = 3.0) -> NoiseLevel
         )
     if not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}")
-    times = schedule.t_max * np.linspace(1, 0, _check(steps) + 1)
-    level = schedule(times)
+    level = uniform(schedule, steps)
     moved = schedule.invert(level.alpha, shift * level.sigma)
     return from_times(schedule, np.minimum(moved, schedule.t_max))
 
@@ -123,9 +107,6 @@ def flow_shift_for(
     """``flow_shift`` by the number of tokens, with shift = e^mu (FLUX).
 
     mu is linear in the tokens: base_shift at 256 (a 256 px image), max_shift at 4096 (1024 px).
-
-    Raises:
-      ValueError: for tokens < 1, or as in ``flow_shift``.
     """
     if not tokens >= 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
@@ -143,19 +124,15 @@ def karras(
 ) -> NoiseLevel:
     """sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0.
 
-    Karras et al., 2022, eq. 5. Here sigma is the ratio sigma / alpha, on any schedule.
+    Karras et al., 2022, eq. 5. Here sigma is the ratio sigma / alpha, on any schedule. A single
+    step starts at sigma_max.
 
     Args:
-      schedule: defines t, and alpha and sigma with exactly these ratios.
-      steps: N >= 1; a single step starts at sigma_max.
       rho: > 0; with a larger one, more steps lie at low noise.
       sigma_min: by default ``lowest_noise``.
       sigma_max: by default the schedule's largest ratio, or 80 where that level has practically no
         signal (alpha < 0.001: cosine, zero terminal SNR, flows) and a huge or infinite ratio.
       clean: whether the last step goes to clean data; if not, N steps end at sigma_min.
-
-    Raises:
-      ValueError: for steps < 1, rho <= 0, or not 0 < sigma_min < sigma_max <= the schedule's.
     """
     if not rho > 0:
         raise ValueError(f"rho must be positive, got {rho}")
@@ -173,8 +150,7 @@ def exponential(
 ) -> NoiseLevel:
     """N levels evenly spaced in log(sigma / alpha), then clean: uniform in log SNR.
 
-    This is DPM-Solver's (Lu et al., 2022) and k-diffusion's spacing. Arguments and errors are those
-    of ``karras``.
+    This is DPM-Solver's (Lu et al., 2022) and k-diffusion's spacing; arguments as ``karras``.
     """
     low, high = _range(schedule, sigma_min, sigma_max)
     ramp = np.geomspace(high, low, _levels(steps, clean))
@@ -182,27 +158,17 @@ def exponential(
 
 
 def from_times(schedule: Schedule, times: Sequence[float] | np.ndarray) -> NoiseLevel:
-    """The levels at given times [N + 1], decreasing within [0, t_max].
-
-    The grid may start below t_max (image to image) and end above 0 (at the last time).
-
-    Raises:
-      ValueError: for fewer than two times, or times that do not decrease strictly in the range.
-    """
+    """The levels at given times [N + 1], N >= 1, strictly decreasing within [0, t_max]."""
     times = np.asarray(times, np.float64)
     _check_nodes("times", times, schedule.t_max)
     return schedule(times)
 
 
 def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> NoiseLevel:
-    """The levels with the given sigma / alpha [N + 1], decreasing, finite, >= 0.
+    """The levels with the given sigma / alpha [N + 1], N >= 1, strictly decreasing, >= 0.
 
-    The ratios are kept exactly; t, and the common scale of alpha and sigma, come from inverting
-    the schedule.
-
-    Raises:
-      ValueError: for fewer than two ratios, or ratios that do not decrease strictly from at most
-        the schedule's largest.
+    The ratios are kept exactly and must not exceed the schedule's largest; t, and the common scale
+    of alpha and sigma, come from inverting the schedule.
     """
     ratio = np.asarray(sigmas, np.float64)
     _check_nodes("sigmas", ratio, np.inf)
@@ -217,10 +183,7 @@ def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> Noi
 def partial(grid: NoiseLevel, strength: float) -> NoiseLevel:
     """The last int(strength N) steps of a grid of N: image to image (SDEdit, Meng et al., 2021).
 
-    diffusers counts them so. strength = 1 is the whole grid, from its noisiest node.
-
-    Raises:
-      ValueError: for a strength outside (0, 1], or so small that no step is left.
+    diffusers counts them so. strength = 1 is the whole grid; at least one step must be left.
     """
     count = len(grid.sigma) - 1
     if not 0 < strength <= 1 or int(count * strength) < 1:

@@ -46,10 +46,8 @@ def euler(grid: NoiseLevel) -> Solver:
     """x' = alpha' D + sigma' eps, D and eps from the less noisy end of each step (DDIM, upwards).
 
     Song et al., 2020, sections 4.3 and 5.4. Nothing is evaluated at clean data: on a grid that ends
-    there, alpha x_0 is taken for x at the node before, with N - 1 evaluations. Order 1.
-
-    Raises:
-      ValueError: for a grid of one step to clean data.
+    there, of at least two steps, alpha x_0 is taken for x at the node before, with N - 1
+    evaluations. Order 1.
     """
     path, scale = _upwards(grid)
     rows = [Row(now, [step(X, D, now, after)]) for now, after in pairwise(path)]
@@ -78,7 +76,7 @@ def ddim(grid: NoiseLevel) -> Solver:
     data; N evaluations. eps = (x - alpha D) / sigma at that level is the network's output if it
     predicts eps. Order 1.
     """
-    pairs = _pairs(grid)
+    pairs = [*pairwise(nodes(grid))][::-1]  # (noisier, less noisy), the last step first
     rows = [Row(after, [eps_step(X, eps(after), before, after)]) for after, before in pairs]
     return table(rows)._replace(init=1.0)
 
@@ -91,18 +89,12 @@ def fixed_point(grid: NoiseLevel, iterations: int = 1) -> Solver:
     starts with the velocity of the step before. One iteration returns to the picture with order 2
     (``ddim`` and ``euler`` have order 1), and each further one adds an order if the steps are short
     enough for convergence; 50 steps were too few in the table above. A clean end and a start at
-    alpha = 0 need no special step.
-
-    Args:
-      grid: N + 1 levels.
-      iterations: evaluations a step, >= 1.
-
-    Raises:
-      ValueError: for iterations < 1, or a grid that is one step from alpha = 0.
+    alpha = 0 need no special step, but a single step from alpha = 0 to the end cannot be undone.
+    ``iterations`` >= 1 are the evaluations a step.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    pairs = _pairs(grid)
+    pairs = [*pairwise(nodes(grid))][::-1]
     first, clean = pairs[0]
     if first.alpha == 0:
         raise ValueError(
@@ -122,11 +114,6 @@ def fixed_point(grid: NoiseLevel, iterations: int = 1) -> Solver:
             ratio, gain = _velocity_step(level, pairs[i + 1][0])
             rows[-1] = Row(level, [ratio * new + gain * _velocity(level), ratio * new])
     return table(rows)._replace(init=first.alpha / clean.alpha)
-
-
-def _pairs(grid: NoiseLevel) -> list[tuple[NoiseLevel, NoiseLevel]]:
-    """(noisier, less noisy) for each step, the last step first."""
-    return [*pairwise(nodes(grid))][::-1]
 
 
 def _upwards(grid: NoiseLevel) -> tuple[list[NoiseLevel], float]:

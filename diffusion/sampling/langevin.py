@@ -44,16 +44,9 @@ def langevin(
     hardly vary, and ``annealed_langevin`` for few dimensions. The original's further factor
     alpha_t (alg. 5, variance-preserving), of one of 1000 steps, is about 1 and omitted.
 
-    Args:
-      denoise: (x, level) -> x_0_hat or an ``Estimate``.
-      x: [B, ...] at this level.
-      level: leaves (), sigma > 0.
-      keys: [B] typed keys.
-      steps: number of steps, each with one evaluation.
-      snr: r of the paper, which takes 0.16 (VE) and 0.01 to 0.05 (VP), by size of image.
-
-    Raises:
-      ValueError: for steps < 1 or snr <= 0.
+    x [B, ...] is at this level, whose leaves are (), with sigma > 0; ``keys`` are [B] typed keys.
+    There are ``steps`` >= 1, each with one evaluation. ``snr`` > 0 is r of the paper, which takes
+    0.16 (VE) and 0.01 to 0.05 (VP), by size of image.
     """
 
     def size(score: Array, z: Array) -> Array:
@@ -74,8 +67,8 @@ def annealed_langevin(
     """Steps of size e = 2 (snr sigma)^2, the same for all x (Song & Ermon, 2019, alg. 1).
 
     It equals ``langevin`` where the score is mostly noise, |s| = |z| / sigma. It is safe in any
-    number of dimensions (snr < 1), but slow where the data are smoother than sigma. Arguments and
-    errors are those of ``langevin``.
+    number of dimensions (snr < 1), but slow where the data are smoother than sigma. Arguments are
+    those of ``langevin``.
     """
     return _walk(denoise, x, level, keys, steps, snr, lambda *_: 2 * (snr * level.sigma) ** 2)
 
@@ -104,10 +97,9 @@ def _walk(
 
 
 def check_predictor(solver: Solver, grid: NoiseLevel) -> None:
-    """Checks that each row of the solver goes from one node of the grid to the next.
+    """Raises ValueError for a solver with stages, whose steps a corrector would disturb.
 
-    Raises:
-      ValueError: for a solver with stages between nodes, whose steps a corrector would disturb.
+    Each row must go from one node of the grid to the next.
     """
     count, steps = solver.evaluations, len(grid.alpha) - 1
     pairs = [(solver.level.alpha, grid.alpha), (solver.level.sigma, grid.sigma)]

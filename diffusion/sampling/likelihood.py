@@ -18,9 +18,9 @@ no signal at all (s = 0), and is smooth at the steps of a table. Along it (Chen 
 The prior, z_end ~ N(0, I), is the one that samplers start from.
 
 The ODE starts at sigma_min > 0. The result is therefore the model's density of x_0 + sigma_min eps
-at the data. It is a normalised density for every sigma_min and, for smooth data, within
-O(sigma_min^2) of that of x_0. Data with discrete values have no density: with sigma_min far below
-their spacing it is a comb. They are dequantised instead,
+at the data: a normalised density and, for smooth data, within O(sigma_min^2) of that of x_0. Data
+with discrete values have no density: with sigma_min far below their spacing it is a comb. They are
+dequantised instead,
 
     log P(x) >= E_q(u) [log p(x + u) - log q(u)],    u in x's bin, of width 2 / (levels - 1),
 
@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +57,10 @@ Divergence = Callable[[Field, Array, jax.Array], tuple[Array, Array]]
 
 
 class Likelihood(NamedTuple):
-    """The log-likelihood of each example, and its cost.
+    """The log-likelihood [B] of each example in nats, and its cost.
 
-    Attributes:
-      log_p: [B] in nats; NaN where the ODE was not solved within ``max_steps``.
-      evaluations: [B] evaluations of the ODE's right side, the denoiser with its derivative.
+    It is NaN where the ODE was not solved within ``max_steps``. ``evaluations`` [B] are those of
+    the ODE's right side, the denoiser with its derivative.
     """
 
     log_p: Array
@@ -69,32 +69,29 @@ class Likelihood(NamedTuple):
 
 def exact(f: Field, z: Array, key: jax.Array) -> tuple[Array, Array]:
     """f(z) and the trace of its Jacobian, from one derivative per entry of z."""
-    del key
     value, derivative = jax.linearize(f, z)
     basis = jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
     rows = jax.vmap(derivative)(basis).reshape(z.size, z.size)
     return value, jnp.trace(rows)
 
 
-def hutchinson(f: Field, z: Array, key: jax.Array, probes: int = 1) -> tuple[Array, Array]:
+def hutchinson(
+    f: Field, z: Array, key: jax.Array, probes: int = 1, draw: Callable = jax.random.rademacher
+) -> tuple[Array, Array]:
     """f(z) and v . J v, whose mean over v with entries +-1 is J's trace (Hutchinson, 1990).
 
     The same key gives the same v, as one solution of the ODE needs.
     """
-    return _mean_of_probes(f, z, jax.random.rademacher(key, (probes, *z.shape), z.dtype))
-
-
-def hutchinson_gaussian(f: Field, z: Array, key: jax.Array, probes: int = 1) -> tuple[Array, Array]:
-    """``hutchinson`` with standard normal v, whose variance is larger."""
-    return _mean_of_probes(f, z, jax.random.normal(key, (probes, *z.shape), z.dtype))
-
-
-def _mean_of_probes(f: Field, z: Array, v: Array) -> tuple[Array, Array]:
-    if len(v) == 1:
+    v = draw(key, (probes, *z.shape), z.dtype)
+    if probes == 1:
         value, derivative = jax.jvp(f, (z,), (v[0],))
         return value, jnp.vdot(v, derivative)
     value, derivative = jax.linearize(f, z)
-    return value, jnp.vdot(v, jax.vmap(derivative)(v)) / len(v)
+    return value, jnp.vdot(v, jax.vmap(derivative)(v)) / probes
+
+
+hutchinson_gaussian = partial(hutchinson, draw=jax.random.normal)
+"""``hutchinson`` with standard normal v, whose variance is larger."""
 
 
 def log_likelihood(
@@ -111,7 +108,7 @@ def log_likelihood(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> Likelihood:
-    """log p(x) of continuous data, in nats; traceable.
+    """log p(x) of continuous data x [B, ...], in nats; traceable.
 
     Tsitouras' 5(4) pair chooses the steps of each image: an image's result and its number of
     evaluations do not depend on the batch, which runs until the last image is done.
@@ -120,7 +117,6 @@ def log_likelihood(
       denoise: (x [1, ...], level with leaves ()) -> x_0_hat or an ``Estimate``, not clipped. It is
         called for one image at a time (under ``vmap``); what differs between images is in ``cond``.
       schedule: the one that the denoiser was trained on.
-      x: [B, ...].
       keys: [B] typed keys of the probes; ``exact`` needs none.
       cond: leaves [B, ...], such as a ``Conditioning``; then ``denoise(x, level, cond)``.
       divergence: ``exact``, for few dimensions, or an unbiased estimate.
@@ -128,9 +124,6 @@ def log_likelihood(
       sigma_max: last sigma / alpha, by default the schedule's, which may be infinite.
       rtol, atol: tolerances of z and of the log-determinant per dimension, each.
       max_steps: most steps per image, accepted and rejected.
-
-    Raises:
-      ValueError: for keys of another shape, or not 0 < sigma_min < sigma_max <= the schedule's.
     """
     import diffrax  # takes half a second, so it is imported only where it is used
 
@@ -142,7 +135,6 @@ def log_likelihood(
     dtype = jnp.result_type(float)
     start, end = (-np.arcsinh(1 / np.float64(r)) for r in (sigma_min, sigma_max))
     cos = -np.tanh(start)
-    controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm)
     denoise = unfused(denoise)  # the divergence differentiates forwards
 
     def one(x: Array, key: jax.Array, cond: Any) -> Likelihood:
@@ -150,8 +142,7 @@ def log_likelihood(
 
         def field(s: Array, z: Array) -> Array:
             level, scale = _level(schedule, s)
-            given = (scale * z)[None], level
-            result = denoise(*given) if cond is None else denoise(*given, cond)
+            result = denoise((scale * z)[None], level, *([] if cond is None else [cond]))
             return -jnp.tanh(s) * z - as_estimate(result).x0[0].astype(dtype)
 
         def right_side(s: Array, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
@@ -165,7 +156,7 @@ def log_likelihood(
             t1=jnp.asarray(end, dtype),
             dt0=jnp.asarray((end - start) / 100, dtype),
             y0=(cos * x, jnp.zeros((), dtype)),
-            stepsize_controller=controller,
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm),
             max_steps=max_steps,
             throw=False,
         )
@@ -182,11 +173,7 @@ def log_likelihood(
 def noise_range(
     schedule: Schedule, sigma_min: float | None, sigma_max: float | None
 ) -> tuple[float, float]:
-    """Both ends as sigma / alpha, with the defaults of ``log_likelihood`` in place of None.
-
-    Raises:
-      ValueError: unless 0 < sigma_min < sigma_max <= the schedule's.
-    """
+    """Both ends as sigma / alpha, with the defaults of ``log_likelihood`` in place of None."""
     with np.errstate(divide="ignore"):
         largest = float(schedule(schedule.t_max).ratio)
     low = grids.lowest_noise(schedule) if sigma_min is None else float(sigma_min)
@@ -213,14 +200,10 @@ def _norm(state: tuple[Array, Array]) -> Array:
     return jnp.maximum(jnp.sqrt(jnp.mean(z**2)), jnp.abs(log_det))
 
 
-Dequantization = Callable[[jax.Array, tuple[int, ...], float, float], tuple[Array, Array]]
-
-
 def uniform(
     key: jax.Array, shape: tuple[int, ...], width: float, sigma: float
 ) -> tuple[Array, Array]:
     """u of an image's shape, uniform in bins of this width, and log q(u)."""
-    del sigma
     u = width * (jax.random.uniform(key, shape, jnp.result_type(float)) - 0.5)
     return u, jnp.asarray(-math.prod(shape) * math.log(width), u.dtype)
 
@@ -242,7 +225,7 @@ def discrete_log_likelihood(
     levels: int,
     *,
     sigma: float,
-    dequantization: Dequantization = uniform,
+    dequantization: Callable[..., tuple[Array, Array]] = uniform,
     samples: int = 1,
 ) -> Likelihood:
     """A lower bound on log P(x), in nats, of values on ``levels`` even steps in [-1, 1].
@@ -251,16 +234,12 @@ def discrete_log_likelihood(
     2016).
 
     Args:
-      log_p: (x [B, ...], keys [B]) -> the ``Likelihood`` of continuous data.
+      log_p: (x [B, ...], typed keys [B]) -> the ``Likelihood`` of continuous data.
       x: [B, ...] on the steps k 2 / (levels - 1) - 1, k = 0..levels - 1.
-      keys: [B] typed keys.
       levels: 256 for 8-bit images.
       sigma: deviation of ``truncated_normal``: the sigma_min of ``log_p``.
       dequantization: ``uniform`` or ``truncated_normal``.
       samples: K.
-
-    Raises:
-      ValueError: for levels < 2, samples < 1, sigma <= 0.
     """
     if levels < 2 or samples < 1 or not sigma > 0:
         raise ValueError(

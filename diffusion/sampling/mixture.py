@@ -30,14 +30,8 @@ def gaussian_mixture(
 
     Args:
       means: [K, ...] with x's shape after the first axis.
-      stds: [K], or one for all components; 0 for points.
+      stds: [K] >= 0, or one for all components; 0 for points.
       weights: [K], positive; they need not sum to 1. By default equal.
-
-    Returns:
-      A ``Denoise`` for x [B, ...], in x's dtype; levels with alpha >= 0, sigma > 0.
-
-    Raises:
-      ValueError: for stds < 0, weights <= 0, or another number of weights than of means.
     """
     means = np.asarray(means)
     count = len(means)

@@ -16,7 +16,7 @@ class Monitor:
     """A callback for ``make_sampler``, to be used within ``watch``.
 
     A sampler with a callback compiles in every process, since JAX does not keep such programs in
-    its cache. That is worth its time for long runs.
+    its cache: it is for long runs.
 
     Args:
       devices: number of devices that the sampler uses; each reports its share of the batch.

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from diffusion.conditioning import Conditioning
-from diffusion.denoiser import ConditionalDenoise, Denoise, Stateful, as_estimate
+from diffusion.denoiser import ConditionalDenoise, Denoise, Stateful
 from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling.guidance import conditional
+from diffusion.sampling.guidance.transform import remembering
 from diffusion.sampling.langevin import Corrector
 from diffusion.sampling.tables import Solver
 from diffusion.sharding import examples_stay, is_cut
@@ -26,15 +25,10 @@ Callback = Callable[..., None]  # (evaluation (), x_0_hat [B, ...], *callback_ar
 
 
 class Trajectory(NamedTuple):
-    """The denoiser's inputs and results.
+    """The denoiser's input x at each of the solver's levels, and its estimates of x_0."""
 
-    Attributes:
-      x: [R, B, ...] its input in each evaluation, at the solver's ``level``.
-      x0: [R, B, ...] its estimate of x_0.
-    """
-
-    x: Array
-    x0: Array
+    x: Array  # [R, B, ...]
+    x0: Array  # [R, B, ...]
 
 
 def image_keys(seed: int, indices: Sequence[int] | Array) -> jax.Array:
@@ -76,29 +70,22 @@ def sample(
     evaluations, unless the trajectory is returned or gradients are taken.
 
     Args:
-      denoise: (x [B, *shape], level with leaves ()) -> x_0_hat or an ``Estimate``; or a
-        ``Stateful`` denoiser, whose memory (momentum, cached features) the scan carries.
+      denoise: takes levels with leaves (); the scan carries the memory of a ``Stateful`` one.
       solver: the table.
       keys: [B] typed keys (``image_keys``).
-      shape: of one image.
       x_init: [B, *shape] where to start instead of noise; it must be at ``solver.level[0]``.
       noises: [R + 1, B, *shape] standard normal numbers to use instead of drawing: the initial
         noise and each row's.
       corrector: applied to x after each row but the last, at the next row's level: predictor-
-        corrector sampling, with a solver of one evaluation per step (``langevin``). Row r's keys
-        are fold r of each image's fold 2^31.
-      callback: called on the host after each evaluation with its number and x_0_hat, for progress
-        bars and previews.
-      callback_arguments: further arguments of the callback.
+        corrector sampling, with a solver of one evaluation per step (``langevin``) and a denoiser
+        without memory. Row r's keys are fold r of each image's fold 2^31.
+      callback: called on the host after each evaluation with its number, x_0_hat and
+        ``callback_arguments``, for progress bars and previews.
       trajectory: whether to return every evaluation as well.
 
     Returns:
       x [B, *shape] at the grid's last level, in float32 (float64 if JAX has it enabled); with
       ``trajectory`` the pair (x, Trajectory).
-
-    Raises:
-      ValueError: for keys that are not typed keys [B], x_init of another shape, or a corrector
-        together with a ``Stateful`` denoiser.
     """
     if corrector is not None and isinstance(denoise, Stateful):
         raise ValueError(
@@ -112,6 +99,7 @@ def sample(
     if x_init is not None and x_init.shape != size:
         raise ValueError(f"x_init must have shape {size}, got {x_init.shape}")
 
+    init, step, _ = remembering(denoise)
     dtype = jnp.result_type(float)
     solver = jax.tree.map(lambda a: jnp.asarray(a, dtype), solver)
 
@@ -129,11 +117,7 @@ def sample(
         registers, memory = state
         r, level, A, b, b_raw, noise, noise_upper = row
         x = registers[0]
-        if isinstance(denoise, Stateful):
-            result, memory = denoise.step(x, level, memory)
-        else:
-            result = denoise(x, level)
-        x0, nu, unclipped = as_estimate(result)
+        (x0, nu, unclipped), memory = step(x, level, memory)
         x0 = x0.astype(dtype)
         if callback is not None:
             jax.debug.callback(callback, r, x0, *callback_arguments)
@@ -152,11 +136,9 @@ def sample(
         return (new, memory), Trajectory(x, x0) if trajectory else None
 
     x = solver.init * draw_noise(0) if x_init is None else jnp.asarray(x_init, dtype)
-    memory = denoise.init(x) if isinstance(denoise, Stateful) else None
-    m = solver.b.shape[-1]
-    registers = jnp.zeros((m, *size), dtype).at[0].set(x)
+    registers = jnp.zeros((solver.b.shape[-1], *size), dtype).at[0].set(x)
     rows = (jnp.arange(solver.evaluations), *solver[:-1])
-    (registers, _), path = jax.lax.scan(evaluate, (registers, memory), rows)
+    (registers, _), path = jax.lax.scan(evaluate, (registers, init(x)), rows)
     return (registers[0], path) if trajectory else registers[0]
 
 
@@ -200,16 +182,14 @@ def make_sampler(
     gathered at once.
 
     Args:
-      denoiser: params -> conditional denoiser: an objective's ``denoiser``. ``params`` is any
-        pytree, as in ``lambda both: objective.denoiser(*both)`` with frozen parameters. Only
-        ``guide`` uses the result, so that it may be several denoisers (autoguidance).
+      denoiser: params -> conditional denoiser; ``params`` is any pytree. Only ``guide`` uses the
+        result, so that it may be several denoisers.
       shape: of one image.
       guide: (denoise, cond, *arguments) -> Denoise. For classifier-free guidance:
         ``lambda d, cond, scale: classifier_free(d, cond, null_like(cond, label=10), scale)``.
       devices: by default all local ones.
-      corrector: as ``sample``'s.
-      callback: as ``sample``'s. It is called for each device's share of the batch, in any order;
-        its third argument is the share's number ().
+      corrector, callback: as ``sample``'s. The callback is called for each device's share of the
+        batch, in any order; its third argument is the share's number ().
 
     Returns:
       (params, solver, keys [B], cond, *arguments, x_init=None) -> images [B, *shape], jitted.
@@ -222,16 +202,11 @@ def make_sampler(
 
     def local(params, solver, keys, cond, arguments, x_init):
         denoise = guide(denoiser(params), cond, *arguments)
-        return sample(
-            denoise,
-            solver,
-            keys,
-            shape,
-            x_init=x_init,
-            corrector=corrector,
-            callback=callback,
-            callback_arguments=() if callback is None else (jax.lax.axis_index("batch"),),
-        )
+        options = {"x_init": x_init, "corrector": corrector}
+        if callback is not None:
+            share = (jax.lax.axis_index("batch"),)
+            options |= {"callback": callback, "callback_arguments": share}
+        return sample(denoise, solver, keys, shape, **options)
 
     @jax.jit
     def draw(params, solver, keys, cond, arguments, x_init):
@@ -249,17 +224,9 @@ def make_sampler(
     @jax.jit
     def draw_cut(params, solver, keys, cond, arguments, x_init):
         with examples_stay(NamedSharding(mesh, split), len(keys)):
-            denoise = guide(denoiser(params), cond, *arguments)
-            return sample(denoise, solver, keys, shape, x_init=x_init, corrector=corrector)
+            return local(params, solver, keys, cond, arguments, x_init)
 
-    def padded(
-        params: Any,
-        solver: Solver,
-        keys: jax.Array,
-        cond: Conditioning,
-        *arguments: Array,
-        x_init: Array | None = None,
-    ):
+    def padded(params, solver, keys, cond, *arguments, x_init=None):
         count = len(keys)
         batch = (keys, cond, arguments, x_init)
         extra = -count % len(devices)
@@ -279,51 +246,3 @@ def make_sampler(
         return draw(jax.device_put(params, everywhere), solver, *batch)[:count]
 
     return padded
-
-
-def sample_many(
-    draw: Draw,
-    params: Any,
-    solver: Solver,
-    cond: Conditioning,
-    count: int,
-    *arguments: Array | float,
-    batch_size: int,
-    seed: int = 0,
-    progress: bool = True,
-) -> np.ndarray:
-    """Images 0..count-1 of a seed, drawn in batches by ``make_sampler``'s function.
-
-    Args:
-      draw: the compiled sampler.
-      params: its weights.
-      solver: the table.
-      cond: conditioning for all images, leaves [count, ...]; ``Conditioning()`` for none.
-      count: number of images.
-      *arguments: those of the guidance, each a scalar or [count, ...].
-      batch_size: images per call; the last batch is filled up, so that nothing compiles twice.
-      seed: image i's key is ``image_keys(seed, i)``.
-      progress: whether to show a bar.
-
-    Returns:
-      [count, ...] float32.
-
-    Raises:
-      ValueError: for count or batch_size < 1, or conditioning for another number of images.
-    """
-    if count < 1 or batch_size < 1:
-        raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
-    for leaf in jax.tree.leaves((cond, arguments)):
-        if jnp.ndim(leaf) and len(leaf) != count:
-            raise ValueError(f"conditioning is for {len(leaf)} images, but count is {count}")
-    images = []
-    with tqdm(total=count, unit="image", desc="sampling", disable=not progress) as bar:
-        for start in range(0, count, batch_size):
-            index = np.minimum(np.arange(start, start + batch_size), count - 1)
-            batch, extra = jax.tree.map(
-                lambda a, index=index: a[index] if jnp.ndim(a) else a, (cond, arguments)
-            )
-            drawn = draw(params, solver, image_keys(seed, index), batch, *extra)
-            images.append(np.asarray(drawn)[: count - start])
-            bar.update(len(images[-1]))
-    return np.concatenate(images)

@@ -14,10 +14,9 @@ first evaluation it is the initial noise. So a solver is one function ``grid -> 
 NumPy, and ``sample`` runs any of them. Its table is an argument of the jitted function: another
 sampler, grid or eta with as many evaluations does not compile again.
 
-A solver is written as its paper's algorithm, on symbols: ``X`` is the register y_0, ``Y[k]`` is
-y_k, ``D`` the denoiser's estimate, ``Z`` the row's noise. A symbol is a vector of coefficients over
-all of them, so that ``0.5 * X + 2 * D`` is that linear combination, in plain NumPy, and a row is
-the list of what the registers become:
+A solver is written as its paper's algorithm, on the symbols ``X``, ``Y[k]``, ``D`` and ``Z`` below.
+A symbol is a vector of coefficients over all of them, so that ``0.5 * X + 2 * D`` is that linear
+combination, in plain NumPy, and a row is the list of what the registers become:
 
     rows = [Row(now, [step(X, D, now, after)]) for now, after in pairwise(nodes(grid))]
 
@@ -39,16 +38,11 @@ REGISTERS = 6
 """Registers of every table; unused ones are zeros. Tables of as many evaluations thus have the same
 shape, and one compiled sampler serves them all."""
 
-Y = np.eye(REGISTERS + 3)[:REGISTERS]
-"""The registers, [m, m + 3]: rows of the identity, as are the symbols that follow."""
+*Y, D, RAW, Z = np.eye(REGISTERS + 3)
+"""The registers, the denoiser's estimate of x_0, the estimate before it was clipped or thresholded
+(the same as D if it was not), and standard normal noise, new in each row."""
 X = Y[0]
 """The current x, at which the denoiser is evaluated."""
-D = np.eye(REGISTERS + 3)[REGISTERS]
-"""The denoiser's estimate of x_0."""
-RAW = np.eye(REGISTERS + 3)[REGISTERS + 1]
-"""The estimate before it was clipped or thresholded; the same as D if it was not."""
-Z = np.eye(REGISTERS + 3)[REGISTERS + 2]
-"""Standard normal noise, new in each row."""
 
 Combination = np.ndarray  # [m + 3], a linear combination of these symbols
 
@@ -133,12 +127,11 @@ def check_choice(name: str, value: object, choices: Sequence) -> None:
 
 
 def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
-    """The grid's N + 1 levels, one by one, from more to less noise.
-
-    With ``rising``, for inversion, they go from less to more noise.
+    """The grid's N + 1 levels, one by one.
 
     Raises:
-      ValueError: for a grid that does not go in this direction at every node.
+      ValueError: for a grid that does not go from more to less noise at every node or, with
+        ``rising``, for inversion, from less to more.
     """
     grid = NoiseLevel(*(np.asarray(a, np.float64) for a in grid))
     _, alpha, sigma = grid

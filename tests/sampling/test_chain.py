@@ -285,10 +285,10 @@ def test_links_without_what_they_need():
     ],
 )
 def test_the_middle_block(paths, blocks):
-    link = chains.resolve((links.perturbed_attention(1.0),), paths)[0]
+    link = links.resolve((links.perturbed_attention(1.0),), paths)[0]
     assert link.blocks == blocks
     with pytest.raises(ValueError, match=r"blocks='attic' names no self-attention .* it has "):
-        chains.resolve((links.perturbed_attention(1.0, "attic"),), paths)
+        links.resolve((links.perturbed_attention(1.0, "attic"),), paths)
 
 
 NUMBERS = [
@@ -317,7 +317,7 @@ def test_numbers_out_of_range(make, message):
 
 def test_a_space_that_says_nothing_at_pure_noise():
     levels = NoiseLevel(*np.float32([[1.0, 0.5], [0.0, 0.7], [1.0, 0.7]]))
-    rescale(0.7).check_levels(levels, predictions.v)
+    links.check_levels((rescale(0.7),), levels, predictions.v)
     for link, prediction in ((rescale(0.7, "eps"), predictions.v), (rescale(), predictions.eps)):
         with pytest.raises(ValueError, match="says nothing about x_0 at alpha = 0"):
-            link.check_levels(levels, prediction)
+            links.check_levels((link,), levels, prediction)

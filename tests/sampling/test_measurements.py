@@ -22,12 +22,6 @@ def test_average_pool_and_its_inverse():
     np.testing.assert_allclose((u * project(v)).sum(), (v * project(u)).sum(), rtol=1e-4)
 
 
-def test_gray_and_its_inverse():
-    y = m.grayscale(X)
-    np.testing.assert_allclose(y[..., 0], X @ np.float32(m.LUMA), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(m.grayscale(m.spread_gray(y)), y, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("std", [0.5, 1.7])
 def test_gaussian_blur_is_scipys(std):
     reach = int(np.ceil(3 * std))
@@ -39,15 +33,8 @@ def test_gaussian_blur_is_scipys(std):
     np.testing.assert_allclose(blur(np.ones_like(X), std), 1, rtol=1e-5)
 
 
-def test_masked():
-    mask = np.arange(12)[None, None, :, None] < 5
-    y = m.masked(X, mask)
-    np.testing.assert_array_equal(y[:, :, :5], X[:, :, :5])
-    assert not np.any(y[:, :, 5:])
-
-
 def test_all_are_differentiable():
-    for measure in (lambda x: m.average_pool(x, 2), lambda x: m.gaussian_blur(x, 1.0), m.grayscale):
+    for measure in (lambda x: m.average_pool(x, 2), lambda x: m.gaussian_blur(x, 1.0)):
         gradient = jax.jit(jax.grad(lambda x, f=measure: (f(x) ** 2).sum()))(X)
         assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
 
@@ -58,8 +45,6 @@ def test_all_are_differentiable():
         (lambda: m.average_pool(X, 5), "must divide the picture's 8 x 12, got 5"),
         (lambda: m.gaussian_blur(X, 0.0), "std must be positive"),
         (lambda: m.gaussian_blur(X, 3.0), "less than the picture's 8 x 12"),
-        (lambda: m.grayscale(X[..., :1]), r"expected 3 channel\(s\)"),
-        (lambda: m.spread_gray(X), r"expected 1 channel\(s\)"),
     ],
 )
 def test_errors(call, message):

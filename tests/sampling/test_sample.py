@@ -15,7 +15,7 @@ from diffusion.denoiser import Estimate
 from diffusion.sampling import grids, solvers
 from diffusion.sampling.guidance import classifier_free
 from diffusion.sampling.mixture import gaussian_mixture
-from diffusion.sampling.sample import image_keys, make_sampler, sample, sample_many
+from diffusion.sampling.sample import image_keys, make_sampler, sample
 from diffusion.sampling.tables import REGISTERS
 from diffusion.sharding import is_cut
 from diffusion.training import parallel
@@ -176,18 +176,6 @@ def test_parameters_that_are_cut_over_the_devices_stay_so():
     np.testing.assert_allclose(watched(cut, table, keys, cond), images, rtol=1e-4, atol=1e-5)
 
 
-def test_many_images_do_not_depend_on_the_batch_size(capsys):
-    draw = make_sampler(toy, SHAPE, guide, devices=jax.local_devices()[:2])
-    arguments = (draw, PARAMS, solvers.ddpm(GRID), Conditioning(label=LABELS), 11, 2.0)
-    images = sample_many(*arguments, batch_size=4, seed=3)
-    assert images.shape == (11, *SHAPE) and "11/11" in capsys.readouterr().err
-    other = sample_many(*arguments, batch_size=6, seed=3, progress=False)
-    np.testing.assert_allclose(images, other, atol=1e-5)
-    assert capsys.readouterr().err == ""
-    first = sample_many(*arguments, batch_size=4, seed=4, progress=False)
-    assert np.abs(first - images).max() > 0.01
-
-
 def test_trajectory_and_x_init():
     keys = image_keys(0, range(8))
     x_init = run(only_noise(), keys)
@@ -260,11 +248,3 @@ def test_bfloat16_denoiser_keeps_float32_state():
 def test_errors(keys, x_init, message):
     with pytest.raises(ValueError, match=message):
         sample(MIXTURE, solvers.ddim(GRID), keys, SHAPE, x_init=x_init)
-
-
-def test_errors_of_many():
-    draw = make_sampler(toy, SHAPE)
-    with pytest.raises(ValueError, match="for 11 images, but count is 5"):
-        sample_many(draw, PARAMS, solvers.ddim(GRID), Conditioning(label=LABELS), 5, batch_size=2)
-    with pytest.raises(ValueError, match="must be >= 1, got 0 and 2"):
-        sample_many(draw, PARAMS, solvers.ddim(GRID), Conditioning(), 0, batch_size=2)

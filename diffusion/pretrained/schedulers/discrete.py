@@ -97,7 +97,7 @@ def ddim_inverse(c: SimpleNamespace, r: Request) -> Sampler:
         x0, _ = _estimates(x, output, now, c.prediction_type)
         return jnp.clip(x0, -c.clip_sample_range, c.clip_sample_range)
 
-    return sampler._replace(transform=partial(scheduler.on_estimate, change=clipped))
+    return sampler._replace(transform=partial(scheduler.on_x0, change=clipped))
 
 
 def pndm(c: SimpleNamespace, r: Request) -> Sampler:

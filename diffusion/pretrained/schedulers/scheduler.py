@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ from diffusion.denoiser import Denoise, Estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction
 from diffusion.sampling.guidance import clip, dynamic_threshold
-from diffusion.sampling.guidance.transform import Step, lift
+from diffusion.sampling.guidance.transform import on_estimate
 from diffusion.sampling.tables import Solver
 from diffusion.schedules import Schedule, Table
 
@@ -226,21 +226,16 @@ def threshold(denoise: Denoise, quantile: float, largest: float) -> Denoise:
     diffusers: x_0_hat is then clipped to [-largest, largest] and divided by it."""
     if largest >= 1:
         return dynamic_threshold(denoise, quantile, largest)
-    return on_estimate(denoise, lambda x, level, x0: jnp.clip(x0, -largest, largest) / largest)
+    return on_x0(denoise, lambda x, level, x0: jnp.clip(x0, -largest, largest) / largest)
 
 
-def on_estimate(denoise: Denoise, change: Callable[[Array, NoiseLevel, Array], Array]) -> Denoise:
+def on_x0(denoise: Denoise, change: Callable[[Array, NoiseLevel, Array], Array]) -> Denoise:
     """x_0_hat := change(x, level, x_0_hat); ``unclipped`` keeps the value before."""
 
-    def wrap(step: Step) -> Step:
-        def changed(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            estimate, memory = step(x, level, memory)
-            new = change(x, level.expand(x.ndim), estimate.x0)
-            return Estimate(new, estimate.nu, estimate.x0), memory
+    def changed(x: Array, level: NoiseLevel, e: Estimate) -> Estimate:
+        return Estimate(change(x, level.expand(x.ndim), e.x0), e.nu, e.x0)
 
-        return changed
-
-    return lift(denoise, wrap)
+    return on_estimate(denoise, changed)
 
 
 def transform_of(c: SimpleNamespace) -> Callable[[Denoise], Denoise]:

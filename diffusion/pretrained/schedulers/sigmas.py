@@ -236,5 +236,5 @@ def consistency(c: SimpleNamespace, r: Request) -> Sampler:
         grid,
         solver._replace(init=np.float64(c.sigma_max)),
         250 * np.log(solver.level.sigma),
-        partial(scheduler.on_estimate, change=boundary),
+        partial(scheduler.on_x0, change=boundary),
     )

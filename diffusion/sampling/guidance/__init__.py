@@ -2,10 +2,11 @@
 
 x_t is the same in all terms, so guiding x_0_hat is the same as guiding eps or v. Where a method
 remembers earlier evaluations the result is a ``Stateful`` denoiser, which ``sample`` takes too.
-All work on levels with leaves () and [B], and on each image by itself.
+All work on levels with leaves () and [B], and on each image by itself. Numbers out of the ranges
+that are given raise ValueError.
 """
+# ruff: noqa: F401
 
-from diffusion.sampling.guidance.classifier import classifier_guidance
 from diffusion.sampling.guidance.extrapolation import (
     Rule,
     adaptive_projected,
@@ -17,7 +18,6 @@ from diffusion.sampling.guidance.extrapolation import (
     perturbed_attention,
     rescaled,
 )
-from diffusion.sampling.guidance.interval import interval
 from diffusion.sampling.guidance.reconstruction import (
     dps,
     moment_matched,
@@ -25,25 +25,9 @@ from diffusion.sampling.guidance.reconstruction import (
     reconstruction,
     video,
 )
-from diffusion.sampling.guidance.threshold import clip, dynamic_threshold
-
-__all__ = [
-    "Rule",
-    "adaptive_projected",
-    "autoguidance",
-    "classifier_free",
-    "classifier_guidance",
-    "clip",
-    "conditional",
-    "dps",
-    "dynamic_threshold",
-    "instruct",
-    "interval",
-    "linear",
-    "moment_matched",
-    "perturbed_attention",
-    "pigdm",
-    "reconstruction",
-    "rescaled",
-    "video",
-]
+from diffusion.sampling.guidance.transform import (
+    classifier_guidance,
+    clip,
+    dynamic_threshold,
+    interval,
+)

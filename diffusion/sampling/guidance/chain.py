@@ -22,21 +22,23 @@ order. ``check`` refuses what has no meaning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
+
+import flax.struct
 
 from diffusion import predictions
 from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, Denoise, Stateful
-from diffusion.levels import NoiseLevel
+from diffusion.levels import Array
 from diffusion.predictions import Prediction
 from diffusion.sampling import guidance
 from diffusion.sampling.acceleration import NONE, Acceleration
-from diffusion.sampling.guidance.extrapolation import Rule
+
+Number = Array | float  # (), or [B]: one per image
 
 PAIR, RULE, ADDITION, AFTER = range(4)
-
 
 _TASKS = {
     PAIR: "guides the model itself",
@@ -48,24 +50,19 @@ _TASKS = {
 class Branches(NamedTuple):
     """What links are made of.
 
-    Attributes:
-      denoise: the model.
-      cond: what to steer towards, batch [B].
-      null: what to steer away from; None if the model knows no conditions, or for no guidance.
-      middle: conditioning that has the picture but not the text, for ``instruct``, whose ``null``
-        has neither.
-      prediction: what the model's output means, for ``rescale`` and for a cache of the guidance.
-      networks: others by name: "weak", a conditional denoiser; "classifier", (x, level) -> logits.
-      acceleration: what makes evaluations cheaper, for as many as the solver makes.
+    ``null`` is None if the model knows no conditions, or for no guidance. ``middle`` has the
+    picture but not the text, for ``instruct``, whose ``null`` has neither. ``prediction`` is for
+    ``rescale`` and for a cache of the guidance. ``networks`` are others by name: "weak", a
+    conditional denoiser; "classifier", (x, level) -> logits.
     """
 
-    denoise: ConditionalDenoise
-    cond: Conditioning
-    null: Conditioning | None = None
+    denoise: ConditionalDenoise  # the model
+    cond: Conditioning  # what to steer towards, batch [B]
+    null: Conditioning | None = None  # what to steer away from
     middle: Conditioning | None = None
-    prediction: Prediction = predictions.x0
+    prediction: Prediction = predictions.x0  # what the model's output means
     networks: Mapping[str, Callable] = {}
-    acceleration: Acceleration = NONE
+    acceleration: Acceleration = NONE  # for as many evaluations as the solver makes
 
     @property
     def plain(self) -> Denoise:
@@ -73,69 +70,54 @@ class Branches(NamedTuple):
         return guidance.conditional(self.denoise, self.cond)
 
 
-class Link:
-    """What a chain asks of each of its links.
+def _static(default: str | int | bool) -> str | int | bool:
+    return flax.struct.field(pytree_node=False, default=default)
 
-    Attributes:
-      name: of the function that makes it.
-      place: PAIR, RULE, ADDITION or AFTER; links of a lower place come first.
-      network: the name of another network that it calls (``Branches.networks``), or "".
-      remembers: whether its estimate depends on earlier evaluations.
-      alone: whether the pair that it makes is the model alone.
-      in_one_call: whether it makes its pair with one call on twice the batch.
-      clips: whether it keeps x_0_hat in a range, and what it was as ``Estimate.unclipped``.
+
+@flax.struct.dataclass
+class Link:
+    """A named transform with its numbers; all else is static.
+
+    ``act`` of a PAIR is (link, rule, branches) -> the denoiser that combines two estimates by the
+    rule; of a RULE or ADDITION, with the same arguments, the rule that it makes of the one before;
+    of all others (link, denoise, branches, links before it) -> denoiser.
     """
 
-    name = network = ""
-    place = AFTER
-    remembers = alone = in_one_call = clips = False
-
-    def pair(self, rule: Rule, b: Branches) -> Denoise | Stateful:
-        """A PAIR's two estimates, combined by ``rule``."""
-        raise NotImplementedError
-
-    def rule(self, rule: Rule, b: Branches) -> Rule:
-        """How two estimates are combined, from what the links before say."""
-        raise NotImplementedError
-
-    def after(self, denoise: Denoise | Stateful, b: Branches, before: Chain) -> Denoise | Stateful:
-        """The transform of ``denoise``, which is what the links ``before`` give."""
-        raise NotImplementedError
-
-    def check_levels(self, level: NoiseLevel, prediction: Prediction) -> None:
-        """Raises ValueError if it means nothing at some of the levels."""
-
-    def resolved(self, paths: Sequence[str]) -> Link:
-        """The link for a network with these self-attentions."""
-        return self
+    name: str = flax.struct.field(pytree_node=False)  # of the function that makes it
+    act: Callable = flax.struct.field(pytree_node=False)
+    numbers: Mapping[str, Number]
+    place: int = _static(AFTER)  # links of a lower place come first
+    network: str = _static("")  # the name of another network that it calls
+    run: str = _static("")  # that network's workdir
+    remembers: bool = _static(False)  # whether its estimate depends on earlier evaluations
+    alone: bool = _static(False)  # whether the pair that it makes is the model alone
+    clips: bool = _static(False)  # whether it keeps x_0_hat in a range
+    split: bool = _static(False)  # option of ``cfg``
+    space: str = _static("")  # option of ``rescale``
+    blocks: str = _static("")  # option of ``perturbed_attention``
 
 
 Chain = tuple[Link, ...]
 
 
 def guide(chain: Chain, branches: Branches) -> Denoise | Stateful:
-    """The guided denoiser.
-
-    Raises:
-      ValueError: an impossible order, or a link needs what ``branches`` does not have.
-    """
+    """The guided denoiser; a link that needs what ``branches`` does not have is refused."""
     check(chain)
     merged, networks = branches.acceleration.merged, dict(branches.networks)
     if "weak" in networks:
         networks["weak"] = merged(networks["weak"])
     b = branches._replace(denoise=merged(branches.denoise), networks=networks)
+    rule = guidance.linear()
     for link in chain:
         if link.network and link.network not in networks:
             raise ValueError(f"{link.name} needs another network, which is not given")
-    rule = guidance.linear()
-    for link in chain:
         if link.place in (RULE, ADDITION):
-            rule = link.rule(rule, b)
+            rule = link.act(link, rule, b)
     first = pair(chain)
-    guided = b.acceleration.cached(b.plain if first is None else first.pair(rule, b))
+    guided = b.acceleration.cached(b.plain if first is None else first.act(first, rule, b))
     for i, link in enumerate(chain):
         if link.place == AFTER:
-            guided = link.after(guided, b, chain[:i])
+            guided = link.act(link, guided, b, chain[:i])
     return guided
 
 
@@ -170,16 +152,3 @@ def check(chain: Chain) -> None:
             raise ValueError(f"{link.name} {_TASKS[link.place]}; instruct makes three estimates")
     if first is not None and first.name == "interval":
         raise ValueError("interval limits what stands before it, and nothing does")
-
-
-def resolve(chain: Chain, paths: Sequence[str]) -> Chain:
-    """The chain with the blocks of ``perturbed_attention`` looked up in a network.
-
-    Args:
-      chain: the links.
-      paths: of the network's self-attentions (``identity_maps.self_attention_paths``).
-
-    Raises:
-      ValueError: the pattern matches none of them.
-    """
-    return tuple(link.resolved(paths) for link in chain)

@@ -3,10 +3,9 @@
     D = D_good + (w - 1) (D_good - D_bad)
 
 Which two they are makes the method: with and without the condition (classifier-free guidance),
-with it and with what is not wanted (negative prompts), a strong and a weak network
-(autoguidance), the network and the same with its attention disturbed. How they are combined is a
-``Rule``, chosen apart: ``linear`` as above, ``rescaled`` or ``adaptive_projected``. w = 1 is
-D_good, w = 0 is D_bad.
+with it and with another to avoid (negative prompts), a strong and a weak network (autoguidance),
+the network and the same with its attention disturbed. How they are combined is a ``Rule``, chosen
+apart: ``linear`` as above, ``rescaled`` or ``adaptive_projected``. w = 1 is D_good, w = 0 is D_bad.
 """
 
 from __future__ import annotations
@@ -22,20 +21,16 @@ from diffusion.conditioning import Conditioning, concatenate
 from diffusion.denoiser import ConditionalDenoise, Denoise, Estimate, Stateful, as_estimate
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction
-from diffusion.sampling.guidance.transform import dot, move, per_image, remembering, require
+from diffusion.sampling.guidance.transform import Scale, dot, move, per_image, require, weight
 
-Scale = Array | float | Callable[[NoiseLevel], Array]  # (), [B], or a function of the level
 Pair = Callable[[Array, NoiseLevel], tuple[Estimate, Estimate]]  # good, bad
 
 
 class Rule(NamedTuple):
-    """How two estimates become one.
+    """How two estimates become one: combine(x, level, good, good - bad, w) -> x_0_hat [B, ...].
 
-    Attributes:
-      combine: (x, level, good, good - bad, w) -> x_0_hat, all [B, ...] (w broadcasts).
-      momentum: beta; the difference is replaced by its running sum d <- good - bad + beta d. None
-        needs no memory.
-      away: further pairs (denoiser, s), each of which adds s (good - denoiser(x, level)).
+    With ``momentum`` beta the difference is replaced by its running sum d <- good - bad + beta d.
+    Each of the pairs (denoiser, s) in ``away`` adds s (good - denoiser(x, level)).
     """
 
     combine: Callable[[Array, NoiseLevel, Array, Array, Array], Array]
@@ -48,23 +43,23 @@ def linear() -> Rule:
     return Rule(lambda x, level, good, difference, w: good + (w - 1) * difference)
 
 
+LINEAR = linear()
+
+
 def rescaled(phi: Array | float = 0.7, space: Prediction = predictions.x0) -> Rule:
     """``linear``, then brought back to the good estimate's standard deviation, per image.
 
     F <- phi F std(F_good) / std(F) + (1 - phi) F (Lin et al., 2023, "Common diffusion noise
-    schedules", section 3.4), so that large scales do not overexpose. F is the network's output
-    as ``space`` has it: the paper and diffusers take whatever the network predicts (so eps for
-    Stable Diffusion 1, v for 2), x0 rescales the image itself, whatever the network.
-
-    Args:
-      phi: in [0, 1], () or [B]; 0 is ``linear``.
-      space: a prediction. eps can not be inverted at alpha = 0.
+    schedules", section 3.4), so that large scales do not overexpose; phi in [0, 1], () or [B]. F is
+    the network's output as the prediction ``space`` has it: the paper and diffusers take whatever
+    the network predicts (so eps for Stable Diffusion 1, v for 2), x0 rescales the image itself. eps
+    cannot be inverted at alpha = 0.
     """
     require((phi >= 0) & (phi <= 1), f"phi must lie in [0, 1], got {phi}")
 
     def combine(x: Array, level: NoiseLevel, good: Array, difference: Array, w: Array) -> Array:
-        a, b, _ = space(level.expand(x.ndim))
         wide = level.expand(x.ndim)
+        a, b, _ = space(wide)
 
         def output(x0: Array) -> Array:
             return a * x0 + b * (x - wide.alpha * x0) / wide.sigma
@@ -89,9 +84,7 @@ def adaptive_projected(
 
     The difference is (1) summed up with (negative) momentum, (2) shortened to the norm
     ``norm_threshold``, (3) split into its part along the good estimate, which oversaturates and is
-    multiplied by eta, and the rest.
-
-    All three are () or [B].
+    multiplied by eta, and the rest. All three numbers are () or [B].
 
     Args:
       eta: 1 keeps all of the parallel part; with no threshold and momentum that is ``linear``.
@@ -118,15 +111,13 @@ def adaptive_projected(
     return Rule(combine, momentum)
 
 
-def perturbed_attention(perturbed: Denoise, scale: Scale, rule: Rule | None = None) -> Rule:
+def perturbed_attention(perturbed: Denoise, scale: Scale, rule: Rule = LINEAR) -> Rule:
     """``rule``, plus scale (good - perturbed) (Ahn et al., 2024).
 
     ``perturbed`` is the good denoiser with the self-attention maps of some blocks replaced by the
-    identity: ``models.identity_maps.with_identity_maps``. Alone, without classifier-free guidance:
-    ``classifier_free(denoise, cond, cond, 1, rule=perturbed_attention(perturbed, 3.0))``, two
-    evaluations.
+    identity: ``models.identity_maps.with_identity_maps``. With scale 1 of ``classifier_free`` it is
+    the only guidance, in two evaluations.
     """
-    rule = linear() if rule is None else rule
     return rule._replace(away=(*rule.away, (perturbed, scale)))
 
 
@@ -141,7 +132,7 @@ def classifier_free(
     null: Conditioning,
     scale: Scale,
     *,
-    rule: Rule | None = None,
+    rule: Rule = LINEAR,
     split: bool = False,
     when: Array | None = None,
     space: Prediction = predictions.x0,
@@ -153,30 +144,26 @@ def classifier_free(
       cond: the conditioning, batch [B].
       null: what to steer away from, with the same fields: ``conditioning.null_like(cond, ...)``,
         or a negative prompt or label.
-      scale: () or [B], or a function of the level. 1 is purely conditional, and if it is the
-        Python number 1, ``null`` is not evaluated; 0 is ``null`` alone.
-      rule: by default ``linear()``. With momentum the result is ``Stateful``.
+      scale: 1 is purely conditional, and if it is the Python number 1, ``null`` is not evaluated;
+        0 is ``null`` alone.
+      rule: with momentum the result is ``Stateful``.
       split: two calls instead, which need half the memory.
       when: [R] bool, by number of the evaluation: where both are evaluated. In between ``cond`` is
         alone, and the difference is that of the last time (the cache of FasterCache, Lyu et al.,
         2024, without its extrapolation). The first evaluation always has both. None: each has.
       space: of a network's output, in which the difference stays the same.
     """
-    good_alone = conditional(denoise, cond)
-    if _is_one(scale):
-        return _alone(good_alone, rule)
-    if split:
-        bad_alone = conditional(denoise, null)
-        return autoguidance(good_alone, bad_alone, scale, rule, when=when, space=space)
+    good, bad = conditional(denoise, cond), conditional(denoise, null)
+    if split or is_one(scale):
+        return autoguidance(good, bad, scale, rule, when=when, space=space)
     both = concatenate(cond, null)
 
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
         estimate = as_estimate(denoise(jnp.concatenate([x, x]), _tiled(level, 2), both))
-        halves = [None if leaf is None else jnp.split(leaf, 2) for leaf in estimate]
-        good, bad = (Estimate(*(h if h is None else h[i] for h in halves)) for i in (0, 1))
-        return good, bad
+        halves = jax.tree.map(lambda leaf: jnp.split(leaf, 2), estimate)
+        return jax.tree.transpose(jax.tree.structure(estimate), None, halves)
 
-    return _guide(pair if when is None else _seldom(pair, good_alone, when, space), scale, rule)
+    return _guide(pair, good, scale, rule, when, space)
 
 
 def instruct(
@@ -209,7 +196,7 @@ def autoguidance(
     strong: Denoise,
     weak: Denoise,
     scale: Scale,
-    rule: Rule | None = None,
+    rule: Rule = LINEAR,
     *,
     when: Array | None = None,
     space: Prediction = predictions.x0,
@@ -221,24 +208,22 @@ def autoguidance(
     parameters should be arguments of what is jitted, as ``strong``'s are. ``when`` and ``space``
     are ``classifier_free``'s.
     """
-    if _is_one(scale):
-        return _alone(strong, rule)
 
     def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
         return as_estimate(strong(x, level)), as_estimate(weak(x, level))
 
-    return _guide(pair if when is None else _seldom(pair, strong, when, space), scale, rule)
+    return _guide(pair, strong, scale, rule, when, space)
 
 
 def _seldom(pair: Pair, good_alone: Denoise, when: Array, space: Prediction) -> Stateful:
     """``pair``, whose bad estimate is evaluated at some evaluations only.
 
-    Its memory: the number of the evaluation, how many had both, and good - bad in ``space`` at the
-    last of these.
+    Its memory: the number of the evaluation, how many had both, and the last difference in
+    ``space``.
     """
 
     def step(x: Array, level: NoiseLevel, memory: tuple) -> tuple[tuple, tuple]:
-        count, asked, difference = memory
+        count, evaluated, difference = memory
         c_out = jnp.asarray(predictions.precondition(space, level.expand(x.ndim)).c_out, x.dtype)
 
         def both(x: Array, difference: Array) -> tuple[Estimate, Estimate, Array]:
@@ -249,9 +234,9 @@ def _seldom(pair: Pair, good_alone: Denoise, when: Array, space: Prediction) -> 
             good = as_estimate(good_alone(x, level))
             return good, good.x0 - c_out * difference, difference
 
-        needed = jnp.asarray(when)[count] | (asked == 0)
+        needed = jnp.asarray(when)[count] | (evaluated == 0)
         good, bad, difference = jax.lax.cond(needed, both, one, x, difference)
-        return (good, Estimate(bad)), (count + 1, asked + needed, difference)
+        return (good, Estimate(bad)), (count + 1, evaluated + needed, difference)
 
     return Stateful(
         lambda x: (jnp.int32(0), jnp.int32(0), jnp.zeros_like(x)),
@@ -260,48 +245,49 @@ def _seldom(pair: Pair, good_alone: Denoise, when: Array, space: Prediction) -> 
     )
 
 
-def _is_one(scale: Scale) -> bool:
+def is_one(scale: Scale) -> bool:
+    """Whether only the good estimate is evaluated."""
     return isinstance(scale, int | float) and scale == 1
 
 
-def _alone(good: Denoise, rule: Rule | None) -> Denoise:
-    """What is left at w = 1: the good estimate and what else the rule steers away from."""
-    if rule is None or not rule.away:
-        return good
-
-    def pair(x: Array, level: NoiseLevel) -> tuple[Estimate, Estimate]:
-        estimate = as_estimate(good(x, level))
-        return estimate, estimate
-
-    return _guide(pair, 1.0, linear()._replace(away=rule.away))
-
-
-def _guide(pair: Pair | Stateful, scale: Scale, rule: Rule | None) -> Denoise | Stateful:
-    combine, momentum, away = linear() if rule is None else rule
-    init, ask, skip = remembering(pair)
+def _guide(
+    pair: Pair,
+    good_alone: Denoise,
+    scale: Scale,
+    rule: Rule,
+    when: Array | None,
+    space: Prediction,
+) -> Denoise | Stateful:
+    if is_one(scale):  # what is left: the good estimate and what else the rule steers away from
+        if not rule.away:
+            return good_alone
+        pair, when = lambda x, level: [as_estimate(good_alone(x, level))] * 2, None
+        rule = LINEAR._replace(away=rule.away)
+    combine, momentum, away = rule
+    init, both, skip = (
+        Stateful(lambda x: None, lambda x, level, memory: (pair(x, level), memory))
+        if when is None
+        else _seldom(pair, good_alone, when, space)
+    )
 
     def evaluate(x: Array, level: NoiseLevel, memory: tuple) -> tuple[Estimate, tuple]:
         before, memory = memory
-        (good, bad), memory = ask(x, level, memory)
+        (good, bad), memory = both(x, level, memory)
         difference = good.x0 - bad.x0
         if momentum is not None:
             difference = difference + per_image(momentum, x) * before
-        x0 = combine(x, level, good.x0, difference, _weight(scale, level, x))
+        x0 = combine(x, level, good.x0, difference, weight(scale, level, x))
         for other, s in away:
-            x0 = x0 + _weight(s, level, x) * (good.x0 - as_estimate(other(x, level)).x0)
+            x0 = x0 + weight(s, level, x) * (good.x0 - as_estimate(other(x, level)).x0)
         return move(good, x0 - good.x0), (None if momentum is None else difference, memory)
 
-    if momentum is not None or isinstance(pair, Stateful):
+    if momentum is not None or when is not None:
         return Stateful(
             lambda x: (None if momentum is None else jnp.zeros_like(x), init(x)),
             evaluate,
             lambda memory: (memory[0], skip(memory[1])),
         )
     return lambda x, level: evaluate(x, level, (None, None))[0]
-
-
-def _weight(scale: Scale, level: NoiseLevel, x: Array) -> Array:
-    return per_image(scale(level) if callable(scale) else scale, x)
 
 
 def _tiled(level: NoiseLevel, n: int) -> NoiseLevel:

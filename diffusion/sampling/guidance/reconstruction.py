@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from diffusion.denoiser import Denoise, Estimate, Stateful
 from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling.guidance.transform import Step, dot, lift, move, per_image, score_to_x0
+from diffusion.sampling.measurements import Measure
 
-Measure = Callable[[Array], Array]
 Precision = Callable[[NoiseLevel, Array], Array]  # (level, ||y - A(x_0_hat)|| [B]) -> () or [B]
 
 
@@ -33,30 +33,20 @@ def reconstruction(
 ) -> Denoise | Stateful:
     """D + (sigma^2 / alpha) p J^T (y - A(D)), with J the Jacobian of A(D(x_t)).
 
-    The gradient of -p/2 ||y - A(x_0_hat(x_t))||^2, p held fixed, as in DPS (Chung et al., 2022,
-    alg. 1), PiGDM (Song et al., 2023) and video diffusion's reconstruction guidance (Ho et al.,
-    2022, eq. 7), which are the choices of p below. A need only be differentiable.
+    The gradient of -p/2 ||y - A(x_0_hat(x_t))||^2, p held fixed. A need only be differentiable.
 
     Args:
       denoise: the prior's denoiser, differentiable in x.
       measure: A, [B, ...] -> [B, ...], each image by itself.
       y: what was measured, with ``measure``'s shape.
       precision: p >= 0, how sure x_t makes of the measurement: ``dps``, ``pigdm`` or ``video``.
-
-    Raises:
-      ValueError: when evaluated, if y does not have the measurement's shape.
     """
 
-    def wrap(step: Step) -> Step:
-        def guided(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            residual, pull, estimate, memory = _linearise(step, measure, y, x, level, memory)
-            p = precision(level, jnp.sqrt(dot(residual, residual)))
-            (gradient,) = pull(per_image(p, residual) * residual)
-            return move(estimate, score_to_x0(level, gradient)), memory
+    def gradient(residual: Array, pull: Callable, level: NoiseLevel, x0: Array) -> Array:
+        p = precision(level, jnp.sqrt(dot(residual, residual)))
+        return pull(per_image(p, residual) * residual)[0]
 
-        return guided
-
-    return lift(denoise, wrap)
+    return _guided(denoise, measure, y, gradient)
 
 
 def moment_matched(
@@ -69,34 +59,25 @@ def moment_matched(
     """D + V A^T (A V A^T + noise_std^2)^-1 (y - A(D)), V Tweedie's covariance, A linearised at D.
 
     Exact for a Gaussian prior and a linear A; nothing to tune (Boys et al., 2023; MMPS, Rozet et
-    al., 2024). The system is solved by conjugate gradients, each image's by itself; every
-    iteration is a backward pass through the denoiser. As many iterations as y has numbers solve it
-    exactly, a few do for images.
-
-    Args:
-      denoise, measure, y: as in ``reconstruction``.
-      noise_std: of the measurement's noise, > 0.
-      iterations: of conjugate gradients, >= 1.
+    al., 2024). The system is solved by conjugate gradients, each image's by itself; every one of
+    the ``iterations`` >= 1 is a backward pass through the denoiser. As many as y has numbers solve
+    it exactly, a few do for images. ``noise_std`` > 0 is that of the measurement; the other
+    arguments are those of ``reconstruction``.
     """
     if not noise_std > 0:
         raise ValueError(f"noise_std must be positive (0.01, say), got {noise_std}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
 
-    def wrap(step: Step) -> Step:
-        def guided(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
-            residual, pull, estimate, memory = _linearise(step, measure, y, x, level, memory)
-            _, push = jax.linearize(measure, estimate.x0)
+    def gradient(residual: Array, pull: Callable, level: NoiseLevel, x0: Array) -> Array:
+        _, push = jax.linearize(measure, x0)
 
-            def covariance(p: Array) -> Array:
-                return push(score_to_x0(level, pull(p)[0])) + noise_std**2 * p
+        def covariance(p: Array) -> Array:
+            return push(score_to_x0(level, pull(p)[0])) + noise_std**2 * p
 
-            (gradient,) = pull(_conjugate_gradients(covariance, residual, iterations))
-            return move(estimate, score_to_x0(level, gradient)), memory
+        return pull(_conjugate_gradients(covariance, residual, iterations))[0]
 
-        return guided
-
-    return lift(denoise, wrap)
+    return _guided(denoise, measure, y, gradient)
 
 
 def dps(zeta: Array | float | Callable[[NoiseLevel], Array] = 1.0) -> Precision:
@@ -143,17 +124,23 @@ def video(weight: float = 1.0) -> Precision:
     return lambda level, norm: weight * (level.alpha / level.sigma) ** 2
 
 
-def _linearise(step: Step, measure: Measure, y: Array, x: Array, level: NoiseLevel, memory: Any):
-    """y - A(D), the product with J^T, D and the new memory."""
+def _guided(
+    denoise: Denoise | Stateful, measure: Measure, y: Array, gradient: Callable[..., Array]
+) -> Denoise | Stateful:
+    """Moves the score by gradient(y - A(D), the product with J^T, level, D)."""
 
-    def predict(x: Array) -> tuple[Array, tuple[Estimate, Any]]:
-        estimate, after = step(x, level, memory)
-        return measure(estimate.x0), (estimate, after)
+    def evaluate(step: Step, x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
+        def predict(x: Array) -> tuple[Array, tuple[Estimate, Any]]:
+            estimate, after = step(x, level, memory)
+            return measure(estimate.x0), (estimate, after)
 
-    predicted, pull, (estimate, after) = jax.vjp(predict, x, has_aux=True)
-    if predicted.shape != jnp.shape(y):
-        raise ValueError(f"y has shape {jnp.shape(y)}, but measure gives {predicted.shape}")
-    return y - predicted, pull, estimate, after
+        predicted, pull, (estimate, after) = jax.vjp(predict, x, has_aux=True)
+        if predicted.shape != jnp.shape(y):
+            raise ValueError(f"y has shape {jnp.shape(y)}, but measure gives {predicted.shape}")
+        score = gradient(y - predicted, pull, level, estimate.x0)
+        return move(estimate, score_to_x0(level, score)), after
+
+    return lift(denoise, evaluate)
 
 
 def _conjugate_gradients(apply: Callable[[Array], Array], b: Array, iterations: int) -> Array:

@@ -1,6 +1,7 @@
 """All solvers: functions ``grid -> Solver``, with the names that a config calls them by.
 
-Solvers that evaluate between the grid's nodes also take the schedule.
+Solvers that evaluate between the grid's nodes also take the schedule. Options out of the ranges
+given, and a grid that does not go from more to less noise, raise ValueError.
 """
 # ruff: noqa: F401
 

@@ -48,9 +48,6 @@ def lms(grid: NoiseLevel, order: int = 4) -> Solver:
     """k-diffusion's LMS: Adams-Bashforth with uneven steps, eps a polynomial in sigma/alpha.
 
     It is the same as DEIS's rho-AB (Zhang & Chen, 2022). Orders 1 to 4.
-
-    Raises:
-      ValueError: for an order outside 1..4.
     """
 
     def weights(path: list[NoiseLevel], i: int, k: int) -> np.ndarray:
@@ -63,11 +60,8 @@ def lms(grid: NoiseLevel, order: int = 4) -> Solver:
 def deis(grid: NoiseLevel, order: int = 3, orders: Sequence[int] | None = None) -> Solver:
     """DEIS with eps a polynomial in log(sigma/alpha) (Zhang & Chen, 2022; diffusers' "logrho").
 
-    Orders 1 to 4; the last step has order 1 if it goes to clean data. ``orders`` [N]
-    lowers the order of single steps.
-
-    Raises:
-      ValueError: for an order outside 1..4.
+    Orders 1 to 4; the last step has order 1 if it goes to clean data. ``orders`` [N] lowers the
+    order of single steps.
     """
 
     def weights(path: list[NoiseLevel], i: int, k: int) -> np.ndarray:
@@ -83,10 +77,8 @@ def deis(grid: NoiseLevel, order: int = 3, orders: Sequence[int] | None = None) 
 def ipndm(grid: NoiseLevel, order: int = 4) -> Solver:
     """iPNDM: Adams-Bashforth with the weights of even steps, in sigma/alpha (Zhang & Chen, 2022).
 
-    Order 2 on smooth grids; orders above help only where sigma/alpha is nearly evenly spaced.
-
-    Raises:
-      ValueError: for an order outside 1..4.
+    Orders 1 to 4. Order 2 on smooth grids; a higher one helps only where sigma/alpha is nearly
+    evenly spaced.
     """
 
     def weights(path: list[NoiseLevel], i: int, k: int) -> np.ndarray:
@@ -184,11 +176,12 @@ def lagrange_integrals(
 
 _GAUSS = np.polynomial.legendre.leggauss(64)
 
-Weights = Callable[[list[NoiseLevel], int, int], np.ndarray]
-
 
 def _adams(
-    grid: NoiseLevel, order: int, weights: Weights, orders: Sequence[int] | None = None
+    grid: NoiseLevel,
+    order: int,
+    weights: Callable[[list[NoiseLevel], int, int], np.ndarray],
+    orders: Sequence[int] | None = None,
 ) -> Solver:
     """x'/alpha' = x/alpha + sum_j weights_j eps_j, newest first; weights(path, i, k) -> [k]."""
     check_choice("order", order, (1, 2, 3, 4))

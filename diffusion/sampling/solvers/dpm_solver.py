@@ -27,7 +27,7 @@ from itertools import pairwise
 import numpy as np
 
 from diffusion.levels import NoiseLevel
-from diffusion.sampling.solvers.one_step import ancestral
+from diffusion.sampling.solvers.one_step import ancestral, ancestral_table
 from diffusion.sampling.solvers.runge_kutta import log_middle
 from diffusion.sampling.tables import (
     Combination,
@@ -83,7 +83,7 @@ def dpm_solver(
 ) -> Solver:
     """DPM-Solver in its multistep form: noise prediction, orders 1 to 3; N evaluations.
 
-    eta = 1 is the SDE's form, which exists in orders 1 and 2 and cannot start at alpha = 0.
+    eta = 1 is the SDE's form, in orders 1 and 2.
     """
     return multistep(grid, order, prediction="eps", kind=kind, eta=eta)
 
@@ -123,19 +123,15 @@ def multistep(
     """The multistep family: N evaluations; each step uses the results of the last ``order`` ones.
 
     Args:
-      grid: N + 1 levels.
       order: 1 to 3.
       prediction: "x0" (DPM-Solver++) or "eps" (DPM-Solver).
       kind: of second-order steps, "midpoint" or "heun". Third-order steps have one kind.
-      eta: share of the reverse SDE's noise, 0 for the ODE.
+      eta: share of the reverse SDE's noise, 0 for the ODE; 0 or 1 in noise prediction, which with
+        1 has no order 3 and cannot start at alpha = 0.
       orders: [N] the order of each step instead of ``order``, as far as the history allows.
       curvature: factor of the second difference in third-order steps. 2 makes it the second
         derivative; the published code, diffusers and k-diffusion have 1, and so order 2.
       rising: whether the grid goes from less to more noise (inversion); eta must then be 0.
-
-    Raises:
-      ValueError: for an unknown order, kind or prediction, or noise prediction with eta and order 3
-        or a start at alpha = 0.
     """
     _check(order, prediction, kind, eta)
     if rising and eta:
@@ -145,11 +141,11 @@ def multistep(
     orders = [order] * (len(path) - 1) if orders is None else orders
     rows = []
     for i, (now, after) in enumerate(pairwise(path)):
+        h = lam[i + 1] - lam[i]
         known = sum(np.isfinite(lam[max(i - 2, 0) : i + 1]))  # evaluations at finite lambda
-        k = min(orders[i], i + 1, known) if np.isfinite(lam[i + 1] - lam[i]) else 1
+        k = min(orders[i], i + 1, known) if np.isfinite(h) else 1
         m0 = estimate(now, prediction)
         d = [m0]
-        h = lam[i + 1] - lam[i]
         if k > 1:
             r0 = (lam[i] - lam[i - 1]) / h
             d.append((m0 - Y[1]) / r0)
@@ -182,10 +178,7 @@ def singlestep(
       grid: N + 1 levels. Where lambda is evenly spaced, stages lie at 1/2, or 1/3 and 2/3.
       order: 1 to 3.
       prediction, kind, eta: as in ``multistep``; third-order steps have both kinds.
-      orders: [N] other blocks than these, as in 1, 2, 3, 1, 2, 1.
-
-    Raises:
-      ValueError: as in ``multistep``, or for orders that do not count up from 1 in each block.
+      orders: [N] other blocks than these, each counting up from 1, as in 1, 2, 3, 1, 2, 1.
     """
     _check(order, prediction, kind, eta)
     path = nodes(grid)
@@ -228,16 +221,15 @@ def dpmpp_2s_ancestral(
 
     Order 2 for eta = 0. 2N - 1 evaluations: two a step, one for the step to clean data.
     """
-    rows = []
-    for now, after in pairwise(nodes(grid)):
-        down, up = ancestral(now, after, eta)
-        if down.sigma == 0 or now.alpha == 0:
-            rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
-            continue
+
+    def stages(now: NoiseLevel, down: NoiseLevel, after: NoiseLevel, std: float) -> list[Row]:
         middle = log_middle(now, down, schedule)
-        rows.append(Row(now, [step(X, D, now, middle), X]))
-        rows.append(Row(middle, [step(Y[1], D, now, down) + s_noise * up * Z]))
-    return table(rows)
+        return [
+            Row(now, [step(X, D, now, middle), X]),
+            Row(middle, [step(Y[1], D, now, down) + std * Z]),
+        ]
+
+    return ancestral_table(grid, eta, s_noise, stages)
 
 
 def dpmpp_sde(
@@ -248,21 +240,19 @@ def dpmpp_sde(
     The stage's noise is a part of the step's: both are increments of one Brownian path whose time
     is sigma / alpha.
     """
-    rows = []
-    for now, after in pairwise(nodes(grid)):
-        down, up = ancestral(now, after, eta)
-        if after.sigma == 0 or now.alpha == 0:
-            rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
-            continue
+
+    def stages(now: NoiseLevel, down: NoiseLevel, after: NoiseLevel, std: float) -> list[Row]:
         middle = log_middle(now, after, schedule)
         stage, up_stage = ancestral(now, middle, eta)
         share = np.sqrt((now.ratio - middle.ratio) / (now.ratio - after.ratio))
-        rows.append(
-            Row(now, [step(X, D, now, stage) + s_noise * up_stage * Z, X, s_noise * up * share * Z])
-        )
-        rest = s_noise * up * np.sqrt(1 - share**2)
-        rows.append(Row(middle, [step(Y[1], D, now, down) + Y[2] + rest * Z]))
-    return table(rows)
+        staged = step(X, D, now, stage) + s_noise * up_stage * Z
+        rest = std * np.sqrt(1 - share**2)
+        return [
+            Row(now, [staged, X, std * share * Z]),
+            Row(middle, [step(Y[1], D, now, down) + Y[2] + rest * Z]),
+        ]
+
+    return ancestral_table(grid, eta, s_noise, stages)
 
 
 def _advance(

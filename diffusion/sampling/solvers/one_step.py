@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -14,16 +15,13 @@ from diffusion.schedules import Schedule
 def ddim(grid: NoiseLevel, eta: float = 0.0, keep_eps: bool = False) -> Solver:
     """x' = alpha' D + sqrt(sigma'^2 - s^2) eps + s z, with s = eta times the posterior's deviation.
 
-    Song et al., 2020, eq. 12 and 16, on any schedule; N evaluations. eta = 0 is deterministic,
-    eta = 1 is ``ddpm``.
+    Song et al., 2020, eq. 12 and 16, on any schedule; N evaluations. eta lies in [0, 1]: 0 is
+    deterministic, 1 is ``ddpm``.
 
     eps = (x - alpha D) / sigma is computed from the clipped D, if D is clipped, as in ADM's code.
     With ``keep_eps`` it is computed from the unclipped D, which is diffusers' default: then x' is
     off the line through x by alpha (clipped - unclipped D) in every step, and many steps do not
     converge.
-
-    Raises:
-      ValueError: for eta outside [0, 1], or a grid that does not go from more to less noise.
     """
     estimate = RAW if keep_eps else D
     return table([ddim_row(*pair, eta, estimate) for pair in pairwise(nodes(grid))])
@@ -43,8 +41,8 @@ def euler(grid: NoiseLevel) -> Solver:
 
     In k-diffusion's space, d(x/alpha)/d(sigma/alpha) = eps; in a flow's, x / (alpha + sigma) over
     sigma / (alpha + sigma), the derivative is the velocity eps - D. Along both, the path with D and
-    eps held fixed is a straight line, so that Euler's step is DDIM's in either: EDM's and
-    k-diffusion's Euler and a flow's Euler are this one formula, of order 1.
+    eps held fixed is a straight line: EDM's, k-diffusion's and a flow's Euler are this one formula,
+    of order 1.
     """
     return table([Row(now, [step(X, D, now, after)]) for now, after in pairwise(nodes(grid))])
 
@@ -52,25 +50,35 @@ def euler(grid: NoiseLevel) -> Solver:
 def euler_ancestral(grid: NoiseLevel, eta: float = 1.0, s_noise: float = 1.0) -> Solver:
     """k-diffusion's Euler ancestral: an Euler step below the next level, and noise up to it.
 
-    sigma_down^2 + sigma_up^2 = sigma'^2, with sigma_up = eta times the posterior's deviation; the
-    noise added is s_noise sigma_up. With s_noise = 1 it is the same as ``ddim`` with this eta.
+    sigma_down^2 + sigma_up^2 = sigma'^2, with sigma_up = eta in [0, 1] times the posterior's
+    deviation; the noise added is s_noise sigma_up. With s_noise = 1 it is ``ddim`` with this eta.
+    """
+    return ancestral_table(grid, eta, s_noise)
 
-    Raises:
-      ValueError: for eta outside [0, 1].
+
+def ancestral_table(
+    grid: NoiseLevel,
+    eta: float,
+    s_noise: float,
+    stages: Callable[[NoiseLevel, NoiseLevel, NoiseLevel, float], list[Row]] | None = None,
+) -> Solver:
+    """The table whose steps go below the next level, and up to it with noise.
+
+    ``stages(now, down, after, deviation of the noise)`` gives a step's rows, where the step does
+    not start at alpha = 0 or end at clean data; those steps are Euler's, as are all without it.
     """
     rows = []
     for now, after in pairwise(nodes(grid)):
         down, up = ancestral(now, after, eta)
-        rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
+        if stages is None or after.sigma == 0 or now.alpha == 0:
+            rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
+        else:
+            rows += stages(now, down, after, s_noise * up)
     return table(rows)
 
 
 def ancestral(now: NoiseLevel, after: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
-    """The level below ``after`` to step down to, and the deviation of the noise up to ``after``.
-
-    Raises:
-      ValueError: for eta outside [0, 1].
-    """
+    """The level below ``after`` to step down to, and the deviation of the noise up to ``after``."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     up = eta * np.sqrt(posterior(now, after)[1])
@@ -123,11 +131,8 @@ def tcd(grid: NoiseLevel, schedule: Schedule, gamma: float = 0.3) -> Solver:
     """Strategic stochastic sampling of a trajectory consistency model (Zheng et al., 2024, alg. 4).
 
     Each step goes along the ODE (D and eps fixed) to s = (1 - gamma) t', and from there up to t'
-    with noise. gamma = 0 is deterministic, ``ddim``; gamma = 1 jumps to clean data and is
+    with noise. gamma lies in [0, 1]: 0 is deterministic, ``ddim``; 1 jumps to clean data and is
     multistep consistency sampling.
-
-    Raises:
-      ValueError: for gamma outside [0, 1].
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")

@@ -58,15 +58,11 @@ def unipc(
     where the rho solve sum_k rho_k r_k^{n-1} = n! h phi_{n+1}(h) / B(h).
 
     Args:
-      grid: N + 1 levels.
       order: of the predictor, 1 to 4.
       kind: B(h) = h ("bh1") or e^h - 1 ("bh2").
       prediction: "x0" or "eps".
       orders: [N] the order of each step instead of ``order``, as far as the history allows.
       corrected: [N] whether each step is corrected; by default every step that can be.
-
-    Raises:
-      ValueError: for an unknown order, kind or prediction.
     """
     check_choice("order", order, (1, 2, 3, 4))
     check_choice("kind", kind, ("bh1", "bh2"))
@@ -111,20 +107,15 @@ def sa_solver(
 ) -> Solver:
     """SA-Solver (Xue et al., 2023, alg. 1): stochastic Adams methods; N evaluations.
 
-    It solves the SDE with tau times the reverse SDE's noise where low <= sigma/alpha <= high, and
-    the ODE (tau = 0) elsewhere. The defaults are those of the paper's appendix E for pixels.
-
-    Raises:
-      ValueError: for tau < 0, or orders outside 1..4 (predictor) and 1..5 (corrector).
+    It solves the SDE with tau >= 0 times the reverse SDE's noise where low <= sigma/alpha <= high,
+    and the ODE (tau = 0) elsewhere. The defaults are those of the paper's appendix E for pixels.
     """
     if tau < 0:
         raise ValueError(f"tau must be >= 0, got {tau}")
-    path = nodes(grid)
-    taus = [tau if low * a.alpha <= a.sigma <= high * a.alpha else 0.0 for a in path[:-1]]
-    count = len(path) - 1
-    return stochastic_adams(
-        grid, taus, [predictor_order] * count, [corrector_order] * count, simplified=False
-    )
+    start = nodes(grid)[:-1]
+    taus = [tau if low * a.alpha <= a.sigma <= high * a.alpha else 0.0 for a in start]
+    orders = [predictor_order] * len(start), [corrector_order] * len(start)
+    return stochastic_adams(grid, taus, *orders, simplified=False)
 
 
 def stochastic_adams(
@@ -144,19 +135,14 @@ def stochastic_adams(
         x' = (sigma'/sigma) e^{-tau^2 h} x + (1 + tau^2) sigma' e^{-tau^2 lambda'}
              int e^{(1 + tau^2) l} D(l) dl + sigma' sqrt(1 - e^{-2 tau^2 h}) z.
 
-    Orders are lowered to what the history allows. With ``simplified``, second-order steps take
-    h^2 / 2 for the integral over the difference, int e^{...} (l - lambda) dl, as the published code
-    does; the order is the same.
-
-    Raises:
-      ValueError: for orders outside 1..4 (predictor) and 1..5 (corrector).
+    Orders, 1 to 4 of the predictor and 1 to 5 of the corrector, are lowered to what the history
+    allows. With ``simplified``, second-order steps take h^2 / 2 for the integral over the
+    difference, int e^{...} (l - lambda) dl, as the published code does; the order is the same.
     """
-    if not all(1 <= k <= HISTORY for k in predictor_orders):
-        raise ValueError(f"predictor orders must lie in 1..{HISTORY}, got {list(predictor_orders)}")
-    if not all(1 <= k <= HISTORY + 1 for k in corrector_orders):
-        raise ValueError(
-            f"corrector orders must lie in 1..{HISTORY + 1}, got {list(corrector_orders)}"
-        )
+    both = (("predictor", predictor_orders, HISTORY), ("corrector", corrector_orders, HISTORY + 1))
+    for name, orders, highest in both:
+        if not all(1 <= k <= highest for k in orders):
+            raise ValueError(f"{name} orders must lie in 1..{highest}, got {list(orders)}")
     check_choice("prediction", prediction, ("x0", "eps"))
     path = nodes(grid)
     lam = np.array([log_ratio(level) for level in path])

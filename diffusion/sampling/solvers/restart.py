@@ -22,18 +22,9 @@ from diffusion.schedules import Schedule
 def jumps(path: NoiseLevel, base: Callable[[NoiseLevel], Solver]) -> Solver:
     """Follows a path of levels: down by ``base``, up by the forward process.
 
-    ``base`` takes each descent as a grid of its own: multistep methods start anew after a jump.
-    Bounds of learned variances are those of step and jump together.
-
-    Args:
-      path: leaves [M], a grid whose sigma / alpha may also rise. Consecutive rises are one jump.
-      base: grid -> Solver.
-
-    Returns:
-      The table, with the evaluations of all descents.
-
-    Raises:
-      ValueError: if the path begins or ends with a rise, or stays where it is.
+    The path, leaves [M], is a grid whose sigma / alpha may also rise, but not at its ends;
+    consecutive rises are one jump. ``base`` takes each descent as a grid of its own: multistep
+    methods start anew after a jump. Bounds of learned variances are those of step and jump.
     """
     path = NoiseLevel(*(np.asarray(leaf, np.float64) for leaf in path))
     rises = path.sigma[1:] * path.alpha[:-1] > path.sigma[:-1] * path.alpha[1:]
@@ -75,15 +66,8 @@ def repaint(
     the ceil(N / jump_length) - 1 places, (resamples - 1) jump_length more: 2,410 for the paper's
     N = 250.
 
-    Args:
-      grid: N + 1 levels, N > jump_length.
-      schedule: for bases that take one.
-      base: a solver's name, with options if there are any: "ddim(eta=0.5)".
-      jump_length: steps of a jump, >= 1.
-      resamples: passes over each stretch, >= 1; 1 is the base alone.
-
-    Raises:
-      ValueError: for numbers out of range, or an unknown base.
+    ``base`` is a solver's name, with options if there are any: "ddim(eta=0.5)". jump_length lies in
+    1..N - 1, resamples is >= 1, and 1 is the base alone.
     """
     count = len(nodes(grid)) - 1
     if not 1 <= jump_length < count:
@@ -119,16 +103,11 @@ def restart(
     Heun's 18 steps take 43 evaluations.
 
     Args:
-      grid: N + 1 levels.
-      schedule: defines the levels within an interval.
       base: name of the ODE's solver, with options if there are any.
       low: sigma / alpha at an interval's lower end, moved to the grid's nearest inner node.
       high: sigma / alpha at the interval's upper end, above that node's.
       repeats: K >= 1.
-      steps: steps from high to low, spaced as ``grids.karras``; the paper's N_Restart - 1.
-
-    Raises:
-      ValueError: for numbers out of range, or an unknown base.
+      steps: steps >= 1 from high to low, spaced as ``grids.karras``; the paper's N_Restart - 1.
     """
     path = nodes(grid)
     inner = path[1:-1]

@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from diffusion.levels import NoiseLevel
-from diffusion.sampling.solvers.one_step import ancestral
+from diffusion.sampling.solvers.one_step import ancestral_table
 from diffusion.sampling.tables import D, Row, Solver, X, Y, Z, far, nodes, step, table
 from diffusion.schedules import Schedule
 
@@ -28,7 +28,7 @@ def heun(grid: NoiseLevel) -> Solver:
     Steps from sigma/alpha > 1000 are taken in ``flow_heun``'s space.
     """
     steps = pairwise(nodes(grid))
-    return table([row for now, after in steps for row in heun_rows(now, after, _kappa(now))])
+    return table([row for now, after in steps for row in heun_rows(now, after, float(far(now)))])
 
 
 def flow_heun(grid: NoiseLevel) -> Solver:
@@ -53,10 +53,6 @@ def heun_rows(now: NoiseLevel, after: NoiseLevel, kappa: float) -> list[Row]:
         Row(now, [euler, base]),
         Row(after, [Y[1] + half * (X - s_after * D) / after.sigma]),
     ]
-
-
-def _kappa(now: NoiseLevel) -> float:
-    return 1.0 if far(now) else 0.0
 
 
 def midpoint(grid: NoiseLevel, schedule: Schedule) -> Solver:
@@ -88,15 +84,11 @@ def dpm2_ancestral(
 
     The levels and the noise are those of ``euler_ancestral``, the evaluations those of ``dpm2``.
     """
-    rows = []
-    for now, after in pairwise(nodes(grid)):
-        down, up = ancestral(now, after, eta)
-        if down.sigma == 0 or now.alpha == 0:
-            rows.append(Row(now, [step(X, D, now, down) + s_noise * up * Z]))
-        else:
-            middle = log_middle(now, down, schedule)
-            rows += _midpoint(now, middle, down, kappa=0.0, std=s_noise * up)
-    return table(rows)
+
+    def stages(now: NoiseLevel, down: NoiseLevel, after: NoiseLevel, std: float) -> list[Row]:
+        return _midpoint(now, log_middle(now, down, schedule), down, kappa=0.0, std=std)
+
+    return ancestral_table(grid, eta, s_noise, stages)
 
 
 def log_middle(now: NoiseLevel, after: NoiseLevel, schedule: Schedule) -> NoiseLevel:
@@ -129,9 +121,6 @@ def edm(
     factor 1 + gamma with gamma = min(churn / N, sqrt(2) - 1), and Heun's step starts from there.
     2N - 1 evaluations to clean data. The defaults are those of their table 5 for ImageNet-64;
     churn = 0 is ``heun``.
-
-    Raises:
-      ValueError: for churn < 0.
     """
     if churn < 0:
         raise ValueError(f"churn must be >= 0, got {churn}")
@@ -149,7 +138,7 @@ def edm(
     rows = []
     start, _ = raised(path[0])  # the initial noise is of the raised level
     for after in path[1:]:
-        rows += heun_rows(start, after, _kappa(start))
+        rows += heun_rows(start, after, float(far(start)))
         if after is path[-1]:
             break
         start, std = raised(after)

@@ -12,9 +12,6 @@ def from_file(grid: NoiseLevel, path: str = "") -> Solver:
     """The table in the ``.npz`` file ``path``, with its own levels.
 
     Of the grid, only the number of steps matters: it must be the table's number of evaluations.
-
-    Raises:
-      ValueError: if the table has another number of evaluations, or path names no table.
     """
     if not path:
         raise ValueError("from_file needs the path of a table, as in from_file(path='learned.npz')")
@@ -35,12 +32,7 @@ def save(path: str, solver: Solver) -> None:
 
 
 def load(path: str) -> Solver:
-    """Reads a table that ``save`` wrote.
-
-    Raises:
-      ValueError: for a file that is not a table.
-      FileNotFoundError: if there is no such file.
-    """
+    """Reads a table that ``save`` wrote; raises ValueError for a file that is not a table."""
     try:
         with np.load(path) as file:
             data = {name: file[name] for name in file.files}
