@@ -133,7 +133,10 @@ def read(folder: str | Path) -> Description:
         if content["autoencoder"] and (own := path.with_name("autoencoder")).is_dir():
             content["autoencoder"] = str(own)
         return Description(**content)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
+    except (
+        *(json.JSONDecodeError, UnicodeDecodeError, RecursionError),
+        *(KeyError, TypeError, AttributeError),
+    ) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 

@@ -111,8 +111,7 @@ def bound(steps: int = 0, draws: int = 0, nu: float = 0.0) -> Estimator:
 
     Args:
       steps: T; 0 means the steps of a table, and 1000 for other schedules. They are evenly spaced
-      in
-        a table's time, for other schedules in log SNR.
+        in a table's time, for other schedules in log SNR.
       draws: number of these steps, drawn at random, that each example evaluates; 0 means all.
       nu: position of variances that are not learned, see ``variational_bound``.
 

@@ -37,12 +37,16 @@ def checked(drawn: Drawn, data: Data) -> np.ndarray:
     """The samples, if they are finite and of the data's shape.
 
     Raises:
-      ValueError: they are not, or there are fewer than two.
+      ValueError: they are not, there are fewer than two, or not each has a subject.
     """
     x, shape = np.asarray(drawn.x, np.float32), data.held_out.shape
     if len(x) < 2 or x.shape[1:] != shape:
         raise ValueError(
             f"expected at least two samples [N, {', '.join(map(str, shape))}], got {x.shape}"
+        )
+    if len(drawn.subjects) != len(x):
+        raise ValueError(
+            f"expected a subject for each of the {len(x)} samples, got {len(drawn.subjects)}"
         )
     if not np.isfinite(x).all():
         bad = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())
