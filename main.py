@@ -6,7 +6,8 @@
 
 MODEL is a run's workdir, a folder as diffusers saves it, a .safetensors file or a hub id. A run
 knows its own configuration: without --config, it is that of the run in --workdir or
---config.model.path. Any field can be overridden: --config.objective.prediction=eps
+--config.model.path. To train anew with it: --config=runs/digits/config.json. Any field can be
+overridden: --config.objective.prediction=eps
 
 Trains over several processes where SLURM, Open MPI or Kubernetes started them, or where each is
 given --coordinator=HOST:PORT --num_processes=N --process_id=I.
@@ -32,6 +33,7 @@ from ml_collections import ConfigDict, config_flags
 
 ROOT = Path(__file__).parent
 DEBUG = "(with TRACEBACK=1 in the environment: where in the code)"
+CONFIG = "config.json"
 
 
 class Command(NamedTuple):
@@ -149,18 +151,10 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
     """The config of a file, or without one that of the run, or the default."""
     if "config" in given:
         return _load(given["config"])
-    from configs import base
-
-    config = base.get_config()
     model, workdir = given.get("config.model.path", ""), given.get("workdir", "")
     for path in (model, workdir):
-        if path and (Path(path) / "config.json").is_file():
-            from diffusion.runs import workdir as workdirs
-
-            try:
-                config.update(workdirs.read_config(path))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                sys.exit(f"error: {path}/config.json is not one of this version: {error}")
+        if path and (Path(path) / CONFIG).is_file():
+            config = _of_run(path)
             if path == model:
                 config.model.path = model
             return config
@@ -171,6 +165,23 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
             "diffusers folder, a .safetensors file or a hub id"
             + (f" (there is no run in {workdir})" if workdir else "")
         )
+    from configs import base
+
+    return base.get_config()
+
+
+def _of_run(workdir: str | Path) -> ConfigDict:
+    """The config that a run was started with."""
+    from configs import base
+    from diffusion.runs import workdir as workdirs
+
+    config = base.get_config()
+    try:
+        config.update(workdirs.read_config(workdir))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except (KeyError, TypeError, AttributeError) as error:
+        sys.exit(f"error: {Path(workdir) / CONFIG} is of another version of this project: {error}")
     return config
 
 
@@ -203,6 +214,8 @@ def _load(path: str) -> ConfigDict:
     if not os.path.isfile(file):
         names = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py"))]
         sys.exit(f"error: --config={path}: there is no such file{_near(file, names)}")
+    if Path(file).name == CONFIG:
+        return _of_run(Path(file).parent)
     try:
         module = runpy.run_path(file)
         if "get_config" not in module:

@@ -200,20 +200,21 @@ def drawer(
     c = config.sampler
     sampler = samplers.make(pipeline, c.solver, c.grid, c.steps, at=AT)
     corrector = samplers.make_corrector(c.corrector, sampler, AT)
+    made = guidance.make(
+        pipeline,
+        sampler,
+        c.guidance,
+        negative=negative(config),
+        accelerations=c.acceleration,
+        schedule=schedule,
+        corrected=corrector is not None,
+        at=AT,
+    )
     with field("config.samples"):
-        made = guidance.make(
-            pipeline,
-            sampler,
-            c.guidance,
-            negative=negative(config),
-            accelerations=c.acceleration,
-            schedule=schedule,
-            corrected=corrector is not None,
-            at=AT,
-        )
         for subject in subjects(config):
             made.pipeline.conditioner.check(subject)
-        if negative(config) is not None:
+    if negative(config) is not None:
+        with field(f"config.samples.negative={negative(config)!r}"):
             made.pipeline.conditioner.check(negative(config))
     result = Drawer(
         made.pipeline,

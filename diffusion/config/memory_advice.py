@@ -75,7 +75,7 @@ def _running(config: ConfigDict, mode: str) -> Iterator[tuple[str, str]]:
         pieces = config.train.accumulate * devices
         if config.train.batch_size > pieces:
             yield "train.accumulate", "more pieces of a batch, one after another; the same update"
-    if config.model.dtype == "float32":
+    if config.model.dtype in ("auto", "float32"):
         yield "model.dtype", "bfloat16 halves what is computed"
     if mode in TRAINS:
         remat = f"model.{name}.remat" if "remat" in config.model.get(name, {}) else "model.remat"
@@ -93,7 +93,8 @@ def _running(config: ConfigDict, mode: str) -> Iterator[tuple[str, str]]:
 
 def _generating(config: ConfigDict) -> Iterator[tuple[str, str]]:
     yield "sampler.batch_size", "fewer pictures at a time"
-    if config.model.dtype != "bfloat16":
+    on_cpu = jax.default_backend() == "cpu"
+    if config.model.dtype == "float32" or (config.model.dtype == "auto" and on_cpu):
         yield "model.dtype", "bfloat16 halves everything"
     yield "model.tile", "pixels, as 512: decodes in tiles"
     yield "samples.height", "smaller pictures, with width"

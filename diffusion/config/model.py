@@ -32,7 +32,6 @@ def describe(config: ConfigDict, train: Source, held_out: Source) -> Description
     c, name = config.objective, config.objective.name
     if name not in OBJECTIVES:
         raise specs.unknown(f"{AT}name", name, OBJECTIVES)
-    network = _network(config, train)
     labelled = name == "classification" or (name != "autoencoding" and c.conditional)
     classes = train.num_classes if labelled else 0
     if name == "classification" and not classes:
@@ -40,6 +39,7 @@ def describe(config: ConfigDict, train: Source, held_out: Source) -> Description
             f"{AT}name='classification' needs labels, which config.data.name="
             f"{config.data.name!r} does not have"
         )
+    network = _network(config, train)
     captioned = labelled and train.encode is not None
     fields = dict(config.model.get(config.model.name, {}))
     if network == "classifier":

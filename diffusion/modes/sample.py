@@ -34,9 +34,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     subjects = model.subjects(config.samples.count or 100)
     x = model.drawer.draw(params, subjects, model.negative)
     shown, kind = pipeline.codec.decode_all(params, x), pipeline.conditioner.subject
+    kind = "caption" if kind == "text" else kind
     arrays = {"x": x} | ({} if shown is x else {"image": shown})
     if kind:
-        arrays["caption" if kind == "text" else kind] = np.array(subjects)
+        arrays[kind] = np.array(subjects)
     np.savez(folder / "samples.npz", **arrays)
     gallery.save_grid(folder / "grid.png", pipeline, shown, subjects, columns)
     settings = {name: str(value) for name, value in config.sampler.to_dict().items()}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusion import ema, specs
+from diffusion.errors import field
 from diffusion.runs import posthoc, restore
 
 WORTH_A_WARNING = 0.1  # relative residual; on random walks errors of a few per cent
@@ -49,7 +50,8 @@ def _posthoc_constant(workdir: str, step: int | str, decay: float) -> tuple[Any,
 
 
 def _mixed(workdir: str, step: int | str, target: Any, called: str) -> tuple[Any, int, str]:
-    params, how = posthoc.reconstruct(workdir, target, None if step == "newest" else step)
+    with field("average"):
+        params, how = posthoc.reconstruct(workdir, target, None if step == "newest" else step)
     text = (
         f"parameters averaged after the fact with {called} up to step {how.step}, from "
         f"{how.snapshots} snapshots; the profile's relative residual is {how.residual:.1e}"

@@ -13,7 +13,7 @@ from configs import base
 from diffusion import pretrained
 from diffusion.config.experiment import build
 from diffusion.data import sources
-from diffusion.modes import train as training
+from diffusion.modes import sample, train
 from diffusion.runs.restore import restore_ema
 
 
@@ -38,7 +38,7 @@ def config():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoencoder")
-    training.train(config(), str(folder))
+    train.run(config(), str(folder))
     return folder
 
 
@@ -49,6 +49,12 @@ def test_a_run_leaves_pictures_metrics_and_the_model(trained):
     assert {"reconstruction", "kl", "adversary", "logits_real"} <= lines[1].keys()
     for name in ("reconstructions.png", "loss.png", "samples/step_0000004.png"):
         assert Image.open(trained / name).width > 100
+
+
+def test_what_draws_nothing_is_refused(trained):
+    c = config()
+    with pytest.raises(ValueError, match=r"--workdir=.*'autoencoder' draws nothing.*/autoencoder"):
+        sample.run(c, str(trained))
 
 
 def test_the_model_is_diffusers_with_latents_of_unit_variance(trained):

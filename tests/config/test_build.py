@@ -1,17 +1,20 @@
-"""Every mistake in a config stops before compilation, naming the field and what would be valid."""
+"""From a config to an experiment: fields that do not fit together stop it, and are named.
 
-import itertools
-import re
+What a single function refuses is tested beside it; here is one case for each kind of field, to see
+that its message names the field.
+"""
 
 import jax
+import numpy as np
 import pytest
-from diffusion.config.sampler import make_solver
 
 from configs import (
     cifar10_ddpm,
     cifar10_edm,
     cifar10_flow,
+    consistency2d,
     digits,
+    digits_classifier,
     imagenet256_dit_xl2,
     mnist,
     toy2d,
@@ -19,7 +22,6 @@ from configs import (
 from diffusion.config import experiment as builder
 from diffusion.config.experiment import build
 from diffusion.data import sources
-from diffusion.sampling import grids, solvers
 
 
 def with_fields(config, **overrides):
@@ -28,53 +30,76 @@ def with_fields(config, **overrides):
     return config
 
 
-MISTAKES = [
-    (dict(data__name="digitz"), r"config\.data\.name='digitz'"),
+SPECS = [  # a field of each kind, with a value that its function or constructor refuses
+    (dict(model__name="dit", model__dit__heads=5), r"config\.model\.dit: heads=5 must divide"),
+    (dict(model__unet__widths=("a", 3)), r"config\.model\.unet: an option has a wrong type"),
+    (dict(objective__schedule="cosin"), r"objective\.schedule: unknown 'cosin'.*mean 'cosine'"),
+    (dict(objective__schedule="shifted(cosine, -1)"), r"objective\.schedule='shifted.*-1"),
+    (dict(objective__prediction="epsilon"), r"config\.objective\.prediction: unknown 'epsilon'"),
+    (dict(objective__c_noise="index"), r"config\.objective\.c_noise: unknown 'index'"),
+    (dict(objective__times="logitnormal"), r"config\.objective\.times: .*mean 'logit_normal'"),
+    (dict(objective__weighting="min_snr(gamma='a')"), r"objective\.weighting: .*expected float"),
+    (dict(objective__distance="l3"), r"config\.objective\.distance: unknown 'l3'"),
+    (dict(optimizer__name="adamax"), r"config\.optimizer: unknown optimizer 'adamax'"),
+    (dict(ema="constant(decay=1.5)"), r"config\.ema: an EMA's decay must lie in \[0, 1\)"),
+    (dict(parallel="zero"), r"config\.parallel: unknown parallel='zero'; choose one of pmap, fsdp"),
+    (dict(sampler__average="emma"), r"config\.sampler: average: unknown 'emma'.*mean 'ema'"),
+    (dict(sampler__solver="dpm"), r"config\.sampler\.solver: unknown 'dpm'"),
+    (dict(sampler__grid="karass"), r"config\.sampler\.grid: unknown 'karass'"),
+    (dict(sampler__guidance="cgf(2)"), r"config\.sampler\.guidance: unknown 'cgf'"),
+    (dict(sampler__acceleration="cash()"), r"config\.sampler\.acceleration: unknown 'cash'"),
+    (dict(sampler__corrector="langevine"), r"config\.sampler\.corrector: unknown 'langevine'"),
+    (dict(samples__labels=(3, 10)), r"config\.samples: there is no class 10"),
+    (dict(evaluation__metrics="nearst()"), r"config\.evaluation\.metrics: .*mean 'nearest'"),
     (
-        dict(model__name="vit"),
-        r"config\.model\.name: unknown 'vit'; choose one of dit, mlp, pretrained, unet",
+        dict(train__snapshot_every=5, train__snapshot_sigma_rel=(0.5,)),
+        r"config\.train\.snapshot_sigma_rel: sigma_rel must lie in",
     ),
-    (dict(model__name="mlp"), r"config\.model\.name='mlp' does not take images.*unet or dit"),
+]
+
+FIELDS = [  # the configuration's own
+    (dict(model__name="vit"), r"model\.name: unknown 'vit'; choose one of dit, mlp, pretrained, u"),
     (dict(model__dtype="float16"), r"config\.model\.dtype: unknown 'float16'; .*Did you mean"),
+    (dict(objective__name="clasification"), r"config\.objective\.name: unknown 'clasification'"),
+    (dict(train__batch_size=127), r"config\.train\.batch_size=127 is not divisible by 4.*124 or"),
     (
-        dict(model__name="dit", model__dit__heads=5),
-        r"config\.model\.dit: heads=5 must divide width=128.*nearest: 4 or 8",
+        dict(train__snapshot_every=5, train__snapshot_sigma_rel=(0.1, 0.1)),
+        r"config\.train\.snapshot_sigma_rel: expected one or more different widths",
     ),
     (
-        dict(model__name="dit", model__dit__patch=3),
-        r"(?s)8.*patch=3.*nearest",
+        dict(objective__name="consistency", consistency__solver="rk4"),
+        r"config\.consistency\.solver: unknown 'rk4'; choose one of euler, heun",
     ),
+    (
+        dict(objective__name="consistency", consistency__target="emma"),
+        r"config\.consistency\.target: unknown 'emma'.*mean 'ema'",
+    ),
+    (
+        dict(objective__name="consistency", consistency__teacher="nowhere"),
+        r"config\.consistency\.teacher='nowhere': nowhere is not the workdir of a run",
+    ),
+]
+
+COMBINATIONS = [
+    (dict(model__name="mlp"), r"config\.model\.name='mlp' does not take images.*unet or dit"),
+    (dict(model__name="dit", model__dit__patch=3), r"(?s)8.*patch=3.*nearest"),
     (
         dict(model__unet__widths=(16, 16, 16, 16, 16), model__unet__attention=0),
         r"config\.model\.unet: image size 8 is not divisible by 16.*nearest: 16",
     ),
-    (dict(model__unet__norm_groups=7), r"config\.model\.unet: .*norm_groups=7"),
-    (
-        dict(objective__schedule="cosin"),
-        r"config\.objective\.schedule: unknown 'cosin'.*Did you mean 'cosine'",
-    ),
-    (
-        dict(objective__schedule="linear(beta_ende=0.1)"),
-        r"linear has no option 'beta_ende'; its options: beta_start, beta_end, steps",
-    ),
-    (
-        dict(objective__prediction="epsilon"),
-        r"config\.objective\.prediction: unknown 'epsilon'; choose one of edm, eps, flow, v, x0",
-    ),
-    (dict(objective__times="logitnormal"), r"Did you mean 'logit_normal'"),
-    (dict(objective__weighting="min_snr(gamma='a')"), r"wrong type; expected float"),
     (
         dict(objective__prediction="eps", objective__schedule="rectified_flow"),
-        r"config\.objective\.prediction='eps' says nothing about x_0 at alpha = 0.*choose x0, v",
+        r"the model's prediction says nothing about x_0 at alpha = 0, .* config\.sampler\.grid; ",
     ),
     (
         dict(objective__prediction="eps", objective__schedule="zero_terminal_snr(scaled_linear)"),
-        r"config\.objective\.prediction='eps' says nothing",
+        r"prediction says nothing",
     ),
     (
         dict(objective__schedule="rectified_flow", objective__c_noise="log_sigma"),
-        r"config\.objective\.c_noise='log_sigma' is infinite",
+        r"the model's c_noise is infinite",
     ),
+    (dict(objective__t_min=1.0), r"config\.objective\.t_min=1\.0 must lie below .*1\.0"),
     (
         dict(objective__terms="variational_bound()"),
         r"config\.objective\.terms='variational_bound\(\)': it bounds a chain of discrete steps",
@@ -87,112 +112,59 @@ MISTAKES = [
         dict(objective__name="consistency", objective__prediction="x0"),
         r"config\.objective\.prediction='x0' does not give x back.*choose v, flow, edm or eps",
     ),
-    (
-        dict(objective__name="consistency", consistency__solver="rk4"),
-        r"config\.consistency\.solver: unknown 'rk4'; choose one of euler, heun",
-    ),
-    (
-        dict(objective__name="consistency", consistency__teacher="nowhere"),
-        r"config\.consistency\.teacher='nowhere' is not the workdir of a run",
-    ),
     (dict(consistency__teacher="nowhere"), r"teacher='nowhere' teaches .*'consistency', not 'den"),
-    (
-        dict(objective__name="consistency", consistency__target="emma"),
-        r"config\.consistency\.target: unknown 'emma'.*mean 'ema'",
-    ),
-    (dict(objective__label_dropout=1.5), r"config\.objective\.label_dropout must lie in \[0, 1\]"),
     (
         dict(objective__label_dropout=0.0),
         r"config\.sampler\.guidance=\('cfg\(1\.5\)', 'clip\(\)'\) needs a model",
     ),
-    (dict(optimizer__name="adamax"), r"config\.optimizer: unknown optimizer 'adamax'"),
-    (dict(optimizer__decay="step"), r"config\.optimizer: unknown decay 'step'"),
-    (dict(ema="constant(decay=1.5)"), r"config\.ema: an EMA's decay must lie in \[0, 1\)"),
-    (dict(parallel="zero"), r"config\.parallel: unknown parallel='zero'; choose one of pmap, fsdp"),
-    (dict(train__batch_size=127), r"config\.train\.batch_size=127 is not divisible by 4.*124 or"),
-    (dict(train__steps=0), r"config\.train\.steps must be positive, got 0"),
-    (dict(train__keep_best=-1), r"config\.train\.keep_best must be >= 0, got -1"),
-    (dict(train__init_from="no/such/run"), r"config\.train\.init_from='no/such/run' is not"),
     (
-        dict(train__snapshot_every=5, train__snapshot_sigma_rel=(0.1, 0.1)),
-        r"config\.train\.snapshot_sigma_rel: expected one or more different widths",
+        dict(train__keep_best=2, train__best="validation_loss"),
+        r"config\.train\.best='validation_loss' needs config\.train\.validate_every",
     ),
-    (
-        dict(train__snapshot_every=5, train__snapshot_sigma_rel=(0.5,)),
-        r"config\.train\.snapshot_sigma_rel: sigma_rel must lie in",
-    ),
-    (dict(sampler__average="emma"), r"config\.sampler\.average: unknown 'emma'.*mean 'ema'"),
-    (dict(sampler__checkpoint="last"), r"config\.sampler\.checkpoint must be newest, best or"),
-    (dict(sampler__solver="dpm"), r"config\.sampler\.solver: unknown 'dpm'"),
-    (dict(sampler__solver="ddim(eta=2.0)"), r"config\.sampler\.solver='ddim\(eta=2.0\)': eta must"),
-    (
-        dict(sampler__corrector="langevin", sampler__solver="heun"),
-        r"config\.sampler\.corrector='langevin', solver='heun': .*one evaluation per step",
-    ),
-    (
-        dict(
-            sampler__corrector="langevin",
-            sampler__solver="ddpm",
-            sampler__guidance="cfg(2), adaptive_projected",
-        ),
-        r"config\.sampler\.corrector='langevin' cannot correct with adaptive_projected",
-    ),
-    (dict(sampler__corrector="langevin(steps=0)"), r"config\.sampler\.corrector=.*steps >= 1"),
-    (dict(evaluation__likelihood="odes"), r"config\.evaluation\.likelihood: unknown.*mean 'ode'"),
-    (
-        dict(evaluation__likelihood="ode(divergence='exat')"),
-        r"config\.evaluation\.likelihood=.*unknown 'exat'.*mean 'exact'",
-    ),
-    (dict(evaluation__likelihood_count=0), r"config\.evaluation\.likelihood_count must be"),
-    (
-        dict(sampler__grid="leading", sampler__steps=2000),
-        r"config\.sampler\.grid='leading', steps=2000: .*more than the 1000",
-    ),
-    (dict(sampler__steps=0), r"config\.sampler\.steps must be positive, got 0"),
-    (
-        dict(sampler__grid="uniform(steps=5)"),
-        r"config\.sampler\.grid: uniform has no option 'steps'; its options: none",
-    ),
-    (
-        dict(sampler__grid="from_times"),
-        r"config\.sampler\.grid='from_times': from_times needs times, as in from_times\(times=",
-    ),
-    (dict(sampler__grid="from_sigmas(sigma=[9, 0])"), r"no option 'sigma'; its options: sigmas"),
-    (
-        dict(sampler__grid="from_times(times=[0.5, 0.7, 0])"),
-        r"config\.sampler\.grid='from_times.*': times must decrease strictly, got 0\.5 then 0\.7",
-    ),
-    (
-        dict(sampler__grid="from_sigmas(sigmas=[1e9, 1, 0])"),
-        r"config\.sampler\.grid='from_sigmas.*lies beyond the schedule's sigma_max = 20291",
-    ),
-    (
-        dict(sampler__grid="karras(sigma_min='a')"),
-        r"config\.sampler\.grid=.*an option has a wrong type or size: '<' not supported",
-    ),
-    (
-        dict(sampler__grid="karras(rho=0.001)"),
-        r"config\.sampler\.grid='karras\(rho=0.001\)'.*out of range",
-    ),
-    (
-        dict(sampler__solver="midpoint(schedule=3)"),
-        r"config\.sampler\.solver: midpoint has no option 'schedule'; its options: none",
-    ),
-    (
-        dict(sampler__solver="dpm_solver(order=3)", sampler__steps=2),
-        r"config\.sampler\.solver='dpm_solver\(order=3\)': order=3 needs.*sampler\.steps=2",
-    ),
-    (
-        dict(sampler__solver="edm(s_noise=1e999)"),
-        r"config\.sampler\.solver='edm\(s_noise=1e999\)': its coefficients are not finite",
-    ),
+    (dict(objective__name="autoencoding"), r"config\.model\.name='unet': .* trains an autoencoder"),
 ]
 
 
-@pytest.mark.parametrize("overrides, message", MISTAKES, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    "overrides, message", SPECS + FIELDS + COMBINATIONS, ids=lambda value: str(value)[:50]
+)
 def test_mistakes_are_named(overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         build(with_fields(digits.get_config(), **overrides))
+
+
+@pytest.mark.parametrize(
+    "module, overrides, message",
+    [
+        (
+            toy2d,
+            dict(data__flip=True),
+            r"config\.data\.flip=True mirrors images, and two_moo",
+        ),
+        (
+            toy2d,
+            dict(objective__name="classification"),
+            r"config\.objective\.name='classification' needs labels",
+        ),
+        (
+            digits_classifier,
+            dict(model__name="dit"),
+            r"config\.model\.name='dit': a classifier is the encoder of a unet",
+        ),
+        (
+            digits_classifier,
+            dict(objective__terms="uncertainty()"),
+            r"config\.objective\.terms=.*change the loss of config\.objective\.name='denoising'",
+        ),
+        (consistency2d, dict(consistency__teacher=""), r"config\.train\.init_from='runs/toy2d'"),
+    ],
+)
+def test_what_does_not_fit_the_objective_is_named(module, overrides, message):
+    config = module.get_config()
+    if module is consistency2d:  # the teacher's reference is cut
+        config.consistency = config.consistency.copy_and_resolve_references()
+    with pytest.raises(ValueError, match=message):
+        build(with_fields(config, **overrides))
 
 
 @pytest.mark.parametrize(
@@ -216,63 +188,17 @@ def test_combinations_build(overrides):
 
 
 def test_unconditional_runs_without_guidance():
-    config = with_fields(digits.get_config(), objective__conditional=False)
-    experiment = build(config)
-    assert experiment.num_classes == 0
+    experiment = build(with_fields(digits.get_config(), objective__conditional=False))
+    assert experiment.description.num_classes == 0 and not experiment.drawer.paired
     assert "no effect" in experiment.notes[0]
 
 
-@pytest.fixture(scope="module")
-def objective():
-    return build(digits.get_config()).objective
-
-
-# Solvers that jump back need more steps, a table from a file needs its own number of them.
-ANY_STEPS = sorted(set(solvers.CHOICES) - {"from_file", "repaint", "restart"})
-
-
-@pytest.mark.parametrize("name", ANY_STEPS)
-def test_every_solver_takes_every_grid_from_one_step_on(objective, name):
-    given = ["from_times(times=[1, 0.6, 0.3, 0])", "from_sigmas(sigmas=[80, 5, 0.5, 0])"]
-    named = [grid for grid in grids.CHOICES if not grid.startswith(("from_", "flow_"))]
-    for grid, steps in [*itertools.product(named, (1, 2, 5)), *itertools.product(given, [7])]:
-        fields = dict(sampler__solver=name, sampler__grid=grid, sampler__steps=steps)
-        solver = make_solver(with_fields(digits.get_config(), **fields), objective)
-        steps = 3 if grid in given else steps
-        assert solver.evaluations >= steps
-
-
-@pytest.mark.parametrize("name", ["restart", "repaint(jump_length=2, resamples=3)"])
-def test_solvers_that_jump_back(objective, name):
-    fields = dict(sampler__solver=name, sampler__grid="karras", sampler__steps=20)
-    solver = make_solver(with_fields(digits.get_config(), **fields), objective)
-    assert solver.evaluations > 20
-
-
-@pytest.mark.parametrize("grid", ["flow_shift(shift=2.0)", "flow_shift_for(tokens=1024)"])
-def test_grids_of_flows(grid):
-    fields = dict(sampler__grid=grid, objective__schedule="rectified_flow")
-    times = build(with_fields(digits.get_config(), **fields)).solver.level.t
-    assert times[0] == 1 and 1 > times[10] > 0.5
-    with pytest.raises(ValueError, match="needs no signal at t_max"):
-        build(with_fields(digits.get_config(), sampler__grid=grid))
-
-
-@pytest.mark.parametrize(
-    "grid, notes",
-    [
-        ("from_sigmas(sigmas=[80, 5, 0])", ["the levels of 2 steps"]),
-        (
-            "from_times(times=[0.5, 0.3, 0.1])",
-            ["the levels of 2 steps", "starts at sigma / alpha = 1.01", "keep noise of .* = 0.169"],
-        ),
-    ],
-)
-def test_what_is_odd_about_given_levels_is_noted(grid, notes):
-    said = build(with_fields(digits.get_config(), sampler__grid=grid)).notes
-    assert len(said) == len(notes)
-    for note, pattern in zip(said, notes):
-        assert re.search(pattern, note)
+def test_a_classifier_and_a_denoiser_describe_their_models():
+    found = build(digits_classifier.get_config())
+    assert found.drawer is None and found.description.network == "classifier"
+    found = build(digits.get_config())
+    assert found.description.network == "unet" and found.description.null
+    assert found.description.sampler == ("dpmpp_2m", "uniform", 20, ("cfg(1.5)", "clip()"))
 
 
 def test_toy2d_builds():
@@ -294,7 +220,7 @@ def test_configs_of_larger_data_build(monkeypatch, module, shape, classes, milli
     """Without the data: a stand-in of their shape, parameters counted without being made."""
     config = module.get_config()
     height = shape[0] + 2 * config.data.padding
-    x = jax.numpy.zeros((4, height, height, shape[-1]))
+    x = np.zeros((4, height, height, shape[-1]))
     source = sources.from_arrays("stand-in", x, label=range(4), num_classes=classes)
     monkeypatch.setattr(builder, "make_source", lambda *_: source)
     experiment = build(config)

@@ -5,22 +5,21 @@ import json
 import jax
 import numpy as np
 import pytest
-from diffusion.modes.drawer import Drawer
 from PIL import Image
 from tiny_tokenizer import tiny_tokenizer
 
 from configs import emoji_text_to_image
 from diffusion import pretrained
 from diffusion.conditioning import from_batch, null_like
-from diffusion.config import latents
+from diffusion.config import drawing, latents
 from diffusion.config.data import make_images
 from diffusion.config.experiment import build
 from diffusion.denoiser import as_estimate
 from diffusion.levels import NoiseLevel
 from diffusion.models.autoencoder import AutoencoderKL
-from diffusion.modes import others
-from diffusion.modes import train as training
+from diffusion.modes import sample, train
 from diffusion.pretrained.models import shapes
+from diffusion.sampling.guidance.chain import Branches, guide
 
 COLOURS, THINGS = ("red", "blue", "black", "green"), ("cat", "house", "sea", "river")
 CAPTIONS = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
@@ -56,22 +55,23 @@ def config(tmp_path_factory):
 
 
 def test_a_run_leaves_pictures_of_held_out_captions(config, tmp_path):
-    training.train(config, str(tmp_path))
+    train.run(config, str(tmp_path))
     for name in ("samples.png", "trajectory.png", "loss.png"):
         assert (tmp_path / name).stat().st_size > 0
     judged = json.loads((tmp_path / "evaluation.json").read_text())
-    held_out = judged["retrieval"]["captions"]
-    assert 2 <= held_out <= 4 and judged["captions"]["count"] == 2 * held_out
+    held_out = judged["retrieval_captions"]
+    assert 2 <= held_out <= 4 and judged["captions_count"] == 2 * held_out
 
     c = config.copy_and_resolve_references()
-    c.samples.captions = ("a red cat", "blue sea")
-    c.samples.negative = "black"
-    others.sample(c, str(tmp_path))
+    with c.ignore_type():
+        c.samples.update(prompt=("a red cat", "blue sea"), negative="black")
+    sample.run(c, str(tmp_path))
     drawn = np.load(tmp_path / "samples" / "samples.npz")
     assert drawn["x"].shape == (4, 4, 4, 2) and drawn["image"].shape == (4, 8, 8, 3)
     assert drawn["caption"].tolist() == 2 * ["a red cat", "blue sea"]
     # What is shown is the decoded latents.
-    decoded = latents.Autoencoder(c.data.autoencoder).decode(drawn["x"])
+    codec, params = latents.codec(c.data.autoencoder)
+    decoded = np.asarray(codec.decode(params, drawn["x"]))
     np.testing.assert_allclose(drawn["image"], decoded.clip(-1, 1), atol=1e-5)
     image = Image.open(tmp_path / "samples" / "000001.png")
     assert image.size == (8, 8) and image.text["caption"] == "blue sea"
@@ -83,21 +83,19 @@ def test_guidance_steers_from_the_negative_or_the_empty_caption(config):
     c = config.copy_and_resolve_references()
     c.sampler.guidance = "cfg(3.0)"
 
+    def echo(x, level, cond):
+        return x * 0 + cond.tokens[:, 1:3].mean(1)[:, None, None, None]
+
     def guided(negative, caption="red cat"):
         c.samples.negative = negative
         experiment = build(c)
-        encode = experiment.train.encode
-        cond = from_batch(encode([caption]))
-
-        def echo(x, level, cond):
-            return x * 0 + cond.tokens[:, 1:3].mean(1)[:, None, None, None]
-
-        guide = experiment.guidance
-        denoise = guide.guide({"model": echo}, cond, guide.chain)
+        encode, drawer = experiment.train.encode, experiment.drawer
+        cond, null = drawer.conditioning({}, [caption], drawing.negative(c))
         level = NoiseLevel(*np.float32([0.5, 0.5, 0.5]))
-        value = float(as_estimate(denoise(np.ones((1, 4, 4, 2), np.float32), level)).x0.mean())
+        x = np.ones((1, 4, 4, 2), np.float32)
+        value = as_estimate(guide(drawer.chain, Branches(echo, cond, null))(x, level)).x0.mean()
         own, bad = (float(encode([t])["tokens"][0, 1:3].mean()) for t in (caption, negative))
-        return value, bad + 3 * (own - bad)
+        return float(value), bad + 3 * (own - bad)
 
     for negative in ("", "blue sea"):
         value, expected = guided(negative)
@@ -117,12 +115,15 @@ def test_dropped_captions_are_the_empty_caption(config):
 
 
 def test_captions_are_drawn_in_turn_and_held_out_by_default(config):
-    drawer = Drawer(build(config))
-    held_out = set(drawer.experiment.held_out.captions)
-    count = len(drawer.captions)
-    assert set(drawer.captions) == held_out and count == len(held_out)
-    assert drawer.labels(count + 2).tolist() == [*range(count), 0, 1]
-    cond = drawer.conditioning(count + 1)
+    experiment = build(config)
+    drawer = experiment.drawer
+    held_out = set(experiment.held_out.captions)
+    suggested = list(drawer.pipeline.conditioner.suggestions)
+    count = len(suggested)
+    assert set(suggested) == held_out and count == len(held_out)
+    subjects = drawer.subjects(count + 2)
+    assert subjects == [*suggested, *suggested[:2]]
+    cond, _ = drawer.conditioning({}, subjects)
     np.testing.assert_array_equal(cond.tokens[0], cond.tokens[count])
     assert (cond.tokens[0] != cond.tokens[1]).any()
 
@@ -134,10 +135,10 @@ def test_captions_are_drawn_in_turn_and_held_out_by_default(config):
         (
             "samples.negative",
             0,
-            r"config\.samples\.negative=0: this model takes captions",
+            r"config\.samples\.negative=0: the model takes captions",
         ),
         ("data.flip", True, r"config\.data\.flip=True: latents of a mirrored image"),
-        ("data.autoencoder", "nowhere", r"config\.data\.autoencoder='nowhere': there is no such"),
+        ("data.autoencoder", "nowhere", r"config\.data\.autoencoder='nowhere': there is no folder"),
         ("model.text.heads", 5, r"config\.model\.text: .*heads"),
     ],
 )
@@ -154,5 +155,5 @@ def test_a_negative_caption_needs_captions(config):
     c.objective.conditional = False
     c.model.dit.update(cross_attention=False, pooled=False)
     c.samples.negative = "red"
-    with pytest.raises(ValueError, match=r"negative='red': this model knows no captions"):
+    with pytest.raises(ValueError, match=r"negative='red': this model knows neither labels"):
         build(c)

@@ -165,22 +165,27 @@ def test_gif_has_a_frame_per_state_and_rests_on_the_last(tmp_path):
 def test_trajectories_of_another_rank_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\[S, N, H, W, C\], got \(3, 8, 8, 1\)"):
         figures.trajectory_gif(tmp_path / "t.gif", np.zeros((3, 8, 8, 1)))
-    with pytest.raises(ValueError, match=r"\[S, K, 2\]"):
-        points = np.zeros((5, 2))
-        figures.density_figure(tmp_path / "d.png", points + 1, points, points)
+    with pytest.raises(ValueError, match=r"\[S, K, 2\], got \(5, 2\)"):
+        figures.path_figure(tmp_path / "p.png", np.zeros((5, 2)))
 
 
-def test_density_figure_draws_two_or_three_panels(tmp_path):
+def test_density_figure_has_a_panel_for_each_set(tmp_path):
     data = rng.uniform(-1, 1, (500, 2))
-    xs = np.linspace(3, 1, 6)[:, None, None] * data[None, :50]
+    figures.density_figure(tmp_path / "one.png", data)
     figures.density_figure(tmp_path / "two.png", data, data)
-    figures.density_figure(tmp_path / "three.png", data, data, xs, title="uniform")
-    two, three = drawn(tmp_path / "two.png"), drawn(tmp_path / "three.png")
-    assert (two.shape, three.shape) == ((600, 1110), (600, 1665))
+    one, two = drawn(tmp_path / "one.png"), drawn(tmp_path / "two.png")
+    assert (one.shape, two.shape) == ((600, 555), (600, 1110))
     # Same points, same picture: the two density panels hold as much ink.
     left, right = two[:, :555].sum(), two[:, 555:].sum()
     assert left == pytest.approx(right, rel=0.1)
-    assert three[:, 1110:].sum() > 5000
-    figures.density_figure(tmp_path / "other.png", data, data[:5])
+    figures.density_figure(tmp_path / "other.png", data[:5], data)
     other = drawn(tmp_path / "other.png")
     assert other[:, 555:].sum() < 0.5 * other[:, :555].sum()
+
+
+def test_path_figure_draws_the_first_lines(tmp_path):
+    xs = np.linspace(3, 1, 6)[:, None, None] * rng.uniform(-1, 1, (50, 2))
+    figures.path_figure(tmp_path / "all.png", xs)
+    figures.path_figure(tmp_path / "few.png", xs, lines=3)
+    every, few = drawn(tmp_path / "all.png"), drawn(tmp_path / "few.png")
+    assert every.shape == (660, 660) and every.sum() > few.sum() + 5000

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from commands import assert_nothing_lost, assert_told, command, contents
+from commands import assert_names, assert_nothing_lost, command, contents
 from PIL import Image
 
 SMALL = ["--config.model.unet.widths=(8,)", "--config.model.unet.attention=0"]
@@ -13,18 +13,18 @@ SMALL += ["--config.model.unet.mid_attention=0", "--config.train.batch_size=8"]
 
 
 def train(tmp_path, name, *arguments):
-    """Trains on tmp_path/data as the data set ``name``; what is told. Data stay as they are."""
+    """Trains on tmp_path/data as the data set ``name``; what the error says. Data stay."""
     data, workdir = tmp_path / "data", tmp_path / "run"
     before = contents(tmp_path)
     root = next((p for p in (data.with_suffix(".npz"), data) if p.exists()), data)
-    told, _ = command(
+    error, _ = command(
         *(f"--workdir={workdir}", f"--config.data.name={name}", f"--config.data.dir={root}"),
         *SMALL,
         *arguments,
         config="configs/digits.py",
     )
     assert_nothing_lost(tmp_path, before)
-    return told
+    return error
 
 
 def truncate(path):
@@ -89,7 +89,7 @@ def images(tmp_path):
 def test_an_image(images, damage):
     path = images / "data" / "train" / "b" / "3.png"
     damage(path)
-    assert_told(train(images, "folder", "--config.data.size=8"), path.with_suffix(""))
+    assert_names(train(images, "folder", "--config.data.size=8"), path.with_suffix(""))
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, text, floats])
@@ -98,7 +98,7 @@ def test_an_image_is_left_out_by_choice(images, damage, monkeypatch):
     monkeypatch.setattr("diffusion.modes.inspect.SECONDS", 0.0)
     path = images / "data" / "train" / "b" / "3.png"
     damage(path)
-    told, printed = command(
+    error, printed = command(
         *(f"--workdir={images / 'run'}", "--mode=inspect", "--config.data.name=folder"),
         *(
             f"--config.data.dir={images / 'data'}",
@@ -108,7 +108,7 @@ def test_an_image_is_left_out_by_choice(images, damage, monkeypatch):
         *("--config.data.on_error=skip", "--config.train.batch_size=4"),
         config="configs/digits.py",
     )
-    assert told is None
+    assert error is None
     assert f"{path.with_suffix('')}" in printed
 
 
@@ -163,7 +163,7 @@ def sizes(root):
 )
 def test_a_folder(images, change, names):
     change(images / "data")
-    assert_told(train(images, "folder"), "config.data.", *names)
+    assert_names(train(images, "folder"), "config.data.", *names)
 
 
 ROWS = [{"file_name": f"{i}.png", "text": f"number {i}"} for i in range(6)]
@@ -206,7 +206,7 @@ def test_captions(tmp_path, name):
         Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "data" / f"{i}.png")
     file = tmp_path / "data" / "metadata.jsonl"
     file.write_bytes(lines if isinstance(lines, bytes) else "\n".join(lines).encode())
-    assert_told(train(tmp_path, "folder"), "config.data.dir", "metadata.jsonl", *names)
+    assert_names(train(tmp_path, "folder"), "config.data.dir", "metadata.jsonl", *names)
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
@@ -236,7 +236,7 @@ ARRAYS = {
 def test_arrays(tmp_path, name):
     arrays, *names = ARRAYS[name]
     np.savez(tmp_path / "data.npz", **arrays)
-    assert_told(train(tmp_path, "arrays"), "config.data.dir", "data.npz", *names)
+    assert_names(train(tmp_path, "arrays"), "config.data.dir", "data.npz", *names)
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, text, os.unlink, pipe])
@@ -248,4 +248,4 @@ def test_a_file_of_arrays(tmp_path, name, damage):
     more |= {"label": np.zeros(99, int)} if name == "latents" else {}
     np.savez(file, **{"x" if name == "arrays" else "images": noise}, **more)
     damage(file)
-    assert_told(train(tmp_path, name, f"--config.data.dir={file}"), "config.data.", "data.npz")
+    assert_names(train(tmp_path, name, f"--config.data.dir={file}"), "config.data.", "data.npz")

@@ -1,10 +1,10 @@
-"""What a run left, damaged: told in a plain sentence, and what is whole stays."""
+"""What a run left, damaged: refused in a plain sentence, and what is whole stays."""
 
 import json
 import shutil
 
 import pytest
-from commands import assert_nothing_lost, assert_told, command, contents
+from commands import assert_names, assert_nothing_lost, command, contents
 
 TINY = ["--config.model.mlp.width=8", "--config.model.mlp.depth=1", "--config.train.batch_size=8"]
 TINY += ["--config.train.checkpoint_every=2", "--config.optimizer.warmup=1"]
@@ -15,10 +15,9 @@ def done(tmp_path_factory):
     """A run of 4 steps with checkpoints of 2 and 4; pictures are not what is tested here."""
     folder = tmp_path_factory.mktemp("done") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("pictures.finish", "judge.evaluate"):
-            patch.setattr(f"diffusion.modes.{name}", lambda *_: None)
-        told, _ = command(f"--workdir={folder}", *TINY, "--config.train.steps=4")
-    assert told is None
+        patch.setattr("diffusion.config.results.Samples.finish", lambda *_: None)
+        error, _ = command(f"--workdir={folder}", *TINY, "--config.train.steps=4")
+    assert error is None
     return folder
 
 
@@ -61,8 +60,8 @@ def test_every_checkpoint(run, file, damage, mode):
         largest = max(data, key=lambda p: p.stat().st_size)
         damage(largest if file == "largest" else folder / file)
     before = contents(run)
-    told, _ = go_on(run, f"--mode={mode}")
-    assert_told(told, "no checkpoint is whole", run / "checkpoints")
+    error, _ = go_on(run, f"--mode={mode}")
+    assert_names(error, "no checkpoint is whole", run / "checkpoints")
     assert_nothing_lost(run, before)
 
 
@@ -82,17 +81,29 @@ def test_the_config(run, change, mode):
     file = run / "config.json"
     file.write_bytes(CONFIGS[change](file.read_text()).encode(errors="surrogateescape"))
     before = contents(run)
-    told, _ = go_on(run, f"--mode={mode}")
-    assert_told(told, file, "damaged")
+    error, _ = go_on(run, f"--mode={mode}")
+    assert_names(error, file, "damaged")
+    assert_nothing_lost(run, before)
+
+
+@pytest.mark.parametrize("change", [*CONFIGS, "another version"])
+def test_the_model(run, change):
+    file = run / "model.json"
+    text = file.read_text()
+    made = CONFIGS.get(change, lambda text: text.replace('"format": 1', '"format": 0'))(text)
+    file.write_bytes(made.encode(errors="surrogateescape"))
+    before = contents(run)
+    error, _ = command(f"--workdir={run}", "--mode=sample", config=None)
+    assert_names(error, file, "damaged" if change in CONFIGS else "another version")
     assert_nothing_lost(run, before)
 
 
 @pytest.mark.parametrize("field, value", [("seed", 3), ("model.mlp.width", 16)])
 def test_another_config(run, field, value):
     before = contents(run)
-    told, _ = go_on(run, f"--config.{field}={value}")
-    assert_told(told, run, "another configuration")
-    assert field in told and str(value) in told
+    error, _ = go_on(run, f"--config.{field}={value}")
+    assert_names(error, run, "another configuration")
+    assert field in error and str(value) in error
     assert_nothing_lost(run, before)
 
 
@@ -100,26 +111,25 @@ def test_another_config(run, field, value):
 def test_the_mark_of_a_run_that_is_done(run, text):
     (run / "done").write_bytes(text.encode(errors="surrogateescape"))
     before = contents(run)
-    told, _ = go_on(run)
-    assert_told(told, run / "done", "number")
+    error, _ = go_on(run)
+    assert_names(error, run / "done", "number")
     assert_nothing_lost(run, before)
 
 
 def test_another_checkpoint_than_there_is(run):
-    told, _ = go_on(run, "--mode=sample", "--config.sampler.checkpoint=3")
-    assert_told(told, "no checkpoint of step 3", "[2, 4]")
+    error, _ = go_on(run, "--mode=sample", "--config.sampler.checkpoint=3")
+    assert_names(error, "no checkpoint of step 3", "[2, 4]")
 
 
 def test_the_newest_checkpoint_and_the_log(run, monkeypatch):
     """The run goes on from the checkpoint before, having said so."""
-    for name in ("pictures.finish", "judge.evaluate"):
-        monkeypatch.setattr(f"diffusion.modes.{name}", lambda *_: None)
+    monkeypatch.setattr("diffusion.config.results.Samples.finish", lambda *_: None)
     cut(run / "checkpoints" / "4" / "about.json")
     log = run / "metrics.jsonl"
     log.write_bytes(log.read_bytes() + b'{"step": 4, "lo\xff\xfe\n[]\n3\nnull\n')
     before = {k: v for k, v in contents(run / "checkpoints").items() if k.parts[0] == "4"}
-    told, printed = go_on(run, "--config.train.log_every=1")
-    assert told is None
+    error, printed = go_on(run, "--config.train.log_every=1")
+    assert error is None
     assert "the checkpoint of step 4 is damaged: about.json" in printed
     assert "going on after step 2 of 6" in printed
     assert_nothing_lost(run / "checkpoints", before, moved=[("4", "damaged_4")])

@@ -1,6 +1,7 @@
 """Looking at data, preparing them, and training on aspect-ratio buckets, as main.py does."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from diffusion.config import data, latents
 from diffusion.config.data import make_source
 from diffusion.config.experiment import build
 from diffusion.models.autoencoder import AutoencoderKL
-from diffusion.modes import others
+from diffusion.modes import inspect, prepare
 from diffusion.pretrained.models import shapes
 from diffusion.training import optimizers
 from diffusion.training.loop import fit
@@ -56,7 +57,7 @@ def test_inspect_tells_and_shows(scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("diffusion.modes.inspect.SECONDS", 0.1)
     monkeypatch.setattr(data, "CHECKED", tmp_path / "checked")
     c = config(scenes, tokens=6, buckets="aspect(step=4)", crop="random", flip=True)
-    others.inspect(c, str(tmp_path))
+    inspect.run(c, str(tmp_path))
     report = json.loads((tmp_path / "inspect.json").read_text())
     assert sum(report["examples"].values()) == 23
     (bad,) = [name for found in report["damaged"].values() for name in found]
@@ -96,7 +97,7 @@ def test_inspect_of_data_that_are_no_files(tmp_path, name, monkeypatch, capsys):
     monkeypatch.setattr("diffusion.modes.inspect.SECONDS", 0.05)
     c = digits.get_config()
     c.data.name = name
-    others.inspect(c, str(tmp_path))
+    inspect.run(c, str(tmp_path))
     report = json.loads((tmp_path / "inspect.json").read_text())
     if name == "digits":
         assert report["classes"]["count"] == 10
@@ -113,9 +114,9 @@ def test_prepare_makes_a_set_that_is_read_by_name(scenes, tmp_path, capsys, monk
     monkeypatch.setattr(data, "CHECKED", tmp_path / "checked")
     c = config(scenes)
     with pytest.raises(ValueError, match=r"05\.png cannot be read"):
-        others.prepare(c, str(tmp_path / "sets" / "scenes"))
+        prepare.run(c, str(tmp_path / "sets" / "scenes"))
     c.data.on_error = "skip"
-    others.prepare(c, str(tmp_path / "sets" / "scenes"))
+    prepare.run(c, str(tmp_path / "sets" / "scenes"))
     said = capsys.readouterr().out
     assert "--config.data.name=scenes" in said and f"--config.data.dir={tmp_path}/sets" in said
     again = config(scenes, name="scenes", dir=str(tmp_path / "sets"))
@@ -124,7 +125,7 @@ def test_prepare_makes_a_set_that_is_read_by_name(scenes, tmp_path, capsys, monk
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
     with pytest.raises(ValueError, match=r"--workdir=.*exists already"):
-        others.prepare(c, str(tmp_path / "sets" / "scenes"))
+        prepare.run(c, str(tmp_path / "sets" / "scenes"))
 
 
 @pytest.fixture(scope="module")
@@ -156,17 +157,17 @@ def test_latents_in_buckets(bucketed):
     train, images = make_source(bucketed.data, "train"), data.make_images(bucketed.data, "train")
     assert train.shape == (8, 8, 2)
     assert {part.shape for part in train.buckets} == {(6, 10, 2), (8, 8, 2), (10, 6, 2)}
-    net = latents.autoencoder(bucketed.data)
+    encode = partial(latents.encode, bucketed.data.autoencoder)
     for part, image in zip(train.buckets, images.buckets):
         every = np.arange(len(part))
         found = part.read(every)
         np.testing.assert_array_equal(found["tokens"], train.encode(part.captions)["tokens"])
-        expected = net.encode(image.read(every)["x"])
+        expected = encode(image.read(every)["x"])
         np.testing.assert_allclose(found["x"], expected["x"], atol=1e-5)
         np.testing.assert_allclose(found["x_std"], expected["x_std"], atol=1e-5)
     # Of the whole, squares, which are computed when they are asked for.
     some = np.array([3, 0])
-    expected = net.encode(images.read(some)["x"])["x"]
+    expected = encode(images.read(some)["x"])["x"]
     np.testing.assert_allclose(train.read(some)["x"], expected, atol=1e-5)
 
 
@@ -176,7 +177,7 @@ def test_training_takes_every_bucket(bucketed, tmp_path):
     c.data.update(tokenizer="", autoencoder="", dtype="bfloat16")
     train, seen = data.make_images(c.data, "train"), []
 
-    def loss(params, frozen, batch, key, train):
+    def loss(params, context, batch, key):
         seen.append((batch["x"].shape, batch["x"].dtype))
         return jnp.mean((params["mean"] - batch["x"]) ** 2), {}
 
@@ -189,7 +190,7 @@ def test_training_takes_every_bucket(bucketed, tmp_path):
             yield batch
 
     state = fit(
-        objective=SimpleNamespace(init=init, loss=loss),
+        objective=SimpleNamespace(init=init, loss=loss, step=None),
         optimizer=optimizers.make("sgd", 0.1, steps=6),
         emas={},
         batches=batches,

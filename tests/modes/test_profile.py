@@ -38,7 +38,7 @@ def test_a_profile_of_points(tmp_path, capsys):
     config = toy2d.get_config()
     config.model.mlp.depth, config.model.mlp.width, config.train.batch_size = 1, 16, 32
     config.profile.steps, config.profile.warmup = 2, 1
-    profile.profile(config, str(tmp_path))
+    profile.run(config, str(tmp_path))
     summary = json.loads((tmp_path / "profile" / "summary.json").read_text())
     assert summary["images_per_second"] == pytest.approx(32 / summary["step_seconds"])
     assert 0 < summary["waiting_for_data"] < 1

@@ -30,11 +30,15 @@ Metric = Callable[[Any, Any, Data, Draw], dict[str, Any]]
 
 
 def checked(drawn: Drawn, data: Data) -> np.ndarray:
-    """The samples, if there are at least two, finite and of the data's shape."""
+    """The samples, if there are at least two, finite, of the data's shape, each with a subject."""
     x, shape = np.asarray(drawn.x, np.float32), data.held_out.shape
     if len(x) < 2 or x.shape[1:] != shape:
         raise ValueError(
             f"expected at least two samples [N, {', '.join(map(str, shape))}], got {x.shape}"
+        )
+    if len(drawn.subjects) != len(x):
+        raise ValueError(
+            f"expected a subject for each of the {len(x)} samples, got {len(drawn.subjects)}"
         )
     if not np.isfinite(x).all():
         bad = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())

@@ -87,7 +87,7 @@ def test_terms_are_those_that_learned_variances_are_trained_on():
     draw = jax.vmap(lambda key, r: jax.random.normal(jax.random.fold_in(key, r), (3,)), (0, None))
     noise_of = jax.jit(draw)
     bound = jax.jit(partial(variational_bound, denoise, grid, levels=256))(x, keys)
-    loss, total = jax.jit(partial(VariationalBound(steps=steps), table)), 0
+    loss, total = jax.jit(VariationalBound(table, steps=steps).bits), 0
     for r in range(steps):
         level = table(jnp.full(2, (steps - r) / steps))
         noise = noise_of(keys, r)

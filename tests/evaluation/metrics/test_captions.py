@@ -3,7 +3,6 @@
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from diffusion.data import sources
 from diffusion.denoiser import ddpm_index
 from diffusion.evaluation.metrics.caption_gap import caption_gap
 from diffusion.evaluation.metrics.retrieval import retrieval
-from diffusion.objectives.denoising import Denoising
+from diffusion.pipelines.conditioners import Captions
+from diffusion.pipelines.pipeline import Pipeline
 
 CAPTIONS = ("0", "1", "2", "2", "3")
 
@@ -47,11 +47,17 @@ def source():
 
 
 def gap_of(gain):
-    objective = Denoising(
-        Reader(gain), schedules.cosine(), predictions.x0, ddpm_index, stratify=64, dropout=0.5
+    pipeline = Pipeline(
+        "run",
+        Reader(gain),
+        schedules.cosine(),
+        predictions.x0,
+        ddpm_index,
+        (2, 2, 1),
+        conditioner=Captions(tokenize),
     )
-    params = objective.init(jax.random.key(0), source().read(np.arange(2)))
-    return caption_gap(objective, params, source(), draws=2, batch_size=3)
+    params = {"network": {"unused": np.zeros(1)}}
+    return caption_gap(pipeline, params, source(), draws=2, batch_size=3)
 
 
 def test_a_model_that_reads_its_captions_has_a_gap():

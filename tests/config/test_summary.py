@@ -5,30 +5,30 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import digits
+from diffusion.config import summary
 from diffusion.config.experiment import build
-from diffusion.modes import summary
 from diffusion.training import parallel
 
 
-def told(workdir, layout="pmap", **fields):
+def described(workdir, layout="pmap", **fields):
     config = digits.get_config()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     experiment = build(config)
-    described = summary.describe(experiment)
+    found = summary.describe(experiment)
     shardings = parallel.make(layout, jax.devices()).shardings
-    return described, summary.tell(experiment, described, workdir, shardings).splitlines()
+    return found, summary.text(experiment, found, workdir, shardings).splitlines()
 
 
 @pytest.fixture(scope="module")
 def dit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dit")
     fields = dict(model__name="dit", model__dit__depth=1, model__dit__width=32)
-    return *told(folder, **fields), (folder / "parameters.txt").read_text().splitlines()
+    return *described(folder, **fields), (folder / "parameters.txt").read_text().splitlines()
 
 
 def test_the_table_holds_every_parameter(dit):
-    described, lines, table = dit
-    leaves = jax.tree.leaves(described.state.params)
+    found, lines, table = dit
+    leaves = jax.tree.leaves(found.state.params)
     count = sum(leaf.size for leaf in leaves)
     assert len(table) == len(leaves) + 1 and table[-1] == f"{count:,} in all"
     sizes = [int(re.search(r"\)\s+([\d,]+)", row)[1].replace(",", "")) for row in table[:-1]]
@@ -39,16 +39,16 @@ def test_the_table_holds_every_parameter(dit):
 
 
 def test_work_and_memory(dit):
-    described, lines, _ = dit
-    assert f"{described.forward / 1e9:.3g} GFLOP per image forward" in lines[-1]
-    parameters = 4 * sum(leaf.size for leaf in jax.tree.leaves(described.state.params)) / 1e6
+    found, lines, _ = dit
+    assert f"{found.forward / 1e9:.3g} GFLOP per image forward" in lines[-1]
+    parameters = 4 * sum(leaf.size for leaf in jax.tree.leaves(found.state.params)) / 1e6
     assert f"parameters {parameters:.3g} MB, optimiser {2 * parameters:.3g} MB" in lines[-1]
     assert summary.peak(digits.get_config()) is None  # nobody knows a CPU's
 
 
 def test_many_blocks_are_one_row(tmp_path):
     fields = dict(model__name="dit", model__dit__depth=13, model__dit__width=32)
-    _, lines = told(tmp_path, "fsdp", **fields)
+    _, lines = described(tmp_path, "fsdp", **fields)
     (row,) = (line for line in lines if "blocks_*" in line)
     assert "network/blocks_* (13)" in row
     assert len(lines) <= summary.ROWS + 2

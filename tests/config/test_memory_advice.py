@@ -3,7 +3,7 @@ import re
 import jax
 import pytest
 
-from configs import digits, imagenet256_dit_xl2, stable_diffusion
+from configs import base, digits, imagenet256_dit_xl2
 from diffusion.config import memory_advice
 
 ERRORS = {  # as jaxlib and NumPy say it, and the bytes
@@ -55,11 +55,11 @@ def test_only_fields_that_would_help_are_named():
     config = imagenet256_dit_xl2.get_config()
     config.model.dtype, config.model.dit.remat = "bfloat16", True
     config.optimizer.name = "sgd"
-    said = memory_advice.message(MemoryError(), config, "train")
-    assert not re.search(r"dtype|remat|optimizer", said)
-    said = memory_advice.message(MemoryError(), stable_diffusion.get_config(), "generate")
-    assert re.search(r"config\.tile=0(?s:.*)config\.height=0", said)
-    assert "train" not in said and "batch_size" not in said
+    text = memory_advice.message(MemoryError(), config, "train")
+    assert not re.search(r"dtype|remat|optimizer", text)
+    text = memory_advice.message(MemoryError(), base.get_config(), "generate")
+    assert re.search(r"config\.model\.tile=0(?s:.*)config\.samples\.height=0", text)
+    assert "train" not in text and "config.sampler.batch_size=0" in text
 
 
 def test_other_errors_pass():

@@ -9,12 +9,12 @@ import pytest
 import tiny_encoders
 
 from configs import digits, digits_classifier, toy2d
-from diffusion.config import alignment as aligning
-from diffusion.config import terms
+from diffusion.config import alignment, model, terms
+from diffusion.config.data import make_source
 from diffusion.config.experiment import build
 from diffusion.objectives.couplings import optimal_transport
 from diffusion.pipelines import description
-from diffusion.runs import averages
+from diffusion.pipelines.from_run import Run
 
 NORMAL = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3]}
 
@@ -40,22 +40,23 @@ def encoders(tmp_path_factory):
     tiny_encoders.clip_vision(num_hidden_layers=1).save_pretrained(root / "clip")
     tiny_encoders.clip_text(num_hidden_layers=1).save_pretrained(root / "text")
     (root / "dinov2" / "preprocessor_config.json").write_text(json.dumps(NORMAL))
-    (root / "classifier" / "checkpoints" / "1").mkdir(parents=True)
-    description.write(root / "classifier", build(small(digits_classifier)).description)
+    c = small(digits_classifier)
+    data = (make_source(c.data, split) for split in ("train", "test"))
+    (root / "classifier").mkdir()
+    description.write(root / "classifier", model.describe(c, *data))
     return root
 
 
 @pytest.fixture
 def classifiers_params(monkeypatch):
-    objective = build(small(digits_classifier)).objective
-    params = jax.tree.map(
-        lambda s: 0.3 * np.random.default_rng(0).standard_normal(s.shape, np.float32),
-        jax.eval_shape(
-            objective.init, jax.random.key(0), {"x": np.zeros((1, 8, 8, 1), np.float32)}
-        ),
-    )
-    monkeypatch.setattr(averages, "parameters", lambda *_: (params, 1, "averaged parameters"))
-    return params
+    def restored(run):
+        objective = description.classification(run.description)
+        batch = {"x": np.zeros((1, 8, 8, 1), np.float32)}
+        shapes = jax.eval_shape(objective.init, jax.random.key(0), batch)
+        rng = np.random.default_rng(0)
+        return jax.tree.map(lambda s: 0.3 * rng.standard_normal(s.shape, np.float32), shapes), 1
+
+    monkeypatch.setattr(Run, "restored", property(restored))
 
 
 def test_vision_transformers_see_images_as_they_were_trained_to(encoders):
@@ -63,19 +64,19 @@ def test_vision_transformers_see_images_as_they_were_trained_to(encoders):
     sizes = {"dinov2": (4, 4), "clip": (3, 3)}  # of 8 pixels a patch; CLIP's own 24 / 8
     for name, grid in sizes.items():
         objective = build(small(model__name="dit", **aligned(encoders / name)))
-        (alignment,), params = objective.objective.terms, objective.frozen["alignment"]
-        assert (alignment.block, alignment.weight, alignment.stop) == (1, 0.5, None)
-        encoder = alignment.encoder
+        (term,), params = objective.objective.terms, objective.frozen["alignment"]
+        assert (term.block, term.weight, term.stop) == (1, 0.5, None)
+        encoder = term.encoder
         assert jax.eval_shape(lambda x, e=encoder, p=params: e(p, x, (4, 4)), images).shape == (
             2,
             *grid,
             32,
         )
         np.testing.assert_allclose(
-            encoder.mean, NORMAL["image_mean"] if name == "dinov2" else aligning.CLIP_NORMAL[0]
+            encoder.mean, NORMAL["image_mean"] if name == "dinov2" else alignment.CLIP_NORMAL[0]
         )
     # Of one channel as of three, shifted and scaled by the mean and deviation of the file.
-    seen, encoder = [], aligning.Patches(None, NORMAL["image_mean"], NORMAL["image_std"])
+    seen, encoder = [], alignment.Patches(None, NORMAL["image_mean"], NORMAL["image_std"])
 
     class Seen:
         patch, channels, width = 8, 3, 3
@@ -97,13 +98,16 @@ def test_vision_transformers_see_images_as_they_were_trained_to(encoders):
 def test_a_classifier_gives_the_features_in_its_middle(encoders, classifiers_params):
     config = small(**aligned(encoders / "classifier", ", stop=7"))
     experiment = build(config)
-    (alignment,) = experiment.objective.terms
-    assert (alignment.block, alignment.stop, alignment.projector.features) == (3, 7, 6)
+    (term,) = experiment.objective.terms
+    assert (term.block, term.stop, term.projector.features) == (3, 7, 6)
     shapes = jax.eval_shape(
         experiment.objective.init, jax.random.key(0), {"x": np.zeros((1, 8, 8, 1), np.float32)}
         | {"label": np.zeros(1, np.int32)},
     )  # fmt: skip
     assert shapes["alignment"]["Dense_2"]["kernel"].shape == (5, 6)
+    # The pipeline has nothing of it.
+    trained = {"network": {"w": 1}, "alignment": {"w": 2}}
+    assert experiment.params(trained) == {"network": {"w": 1}}
 
 
 def test_latents_have_their_images_beside_them(encoders):
@@ -120,10 +124,7 @@ def test_latents_have_their_images_beside_them(encoders):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (
-            aligned("nowhere"),
-            r"config\.objective\.terms=.*encoder='nowhere'.*there is no folder 'nowhere'",
-        ),
+        (aligned("nowhere"), r"config\.objective\.terms=.*there is no folder 'nowhere'"),
         (aligned("@text"), r"config\.objective\.terms=.*a ClipText is no encoder"),
         (
             aligned("@dinov2", ", block=4"),

@@ -1,20 +1,18 @@
-"""Commands as main.py runs them, in this process: what is told, and that nothing is lost."""
+"""Commands as main.py runs them, in this process: what an error says, and that nothing is lost."""
 
 import contextlib
 import io
 import os
 import re
-import sys
 from pathlib import Path
 from unittest import mock
 
 import jax
-from absl import flags
 
 import main
 
-ROOT = Path(__file__).parents[2]
-# What belongs in a traceback, not in what a user is told first.
+ROOT = Path(__file__).parents[1]
+# What belongs in a traceback, not in the first line that a user reads.
 INTERNALS = re.compile(
     r"Traceback|KeyError|IndexError|AttributeError|TypeError|object at 0x|<class|<function|"
     r"\b(orbax|jaxlib|numpy|flax|tensorstore|ml_collections|absl|zipfile|zlib|pickle)\b|"
@@ -25,48 +23,45 @@ LEFTOVERS = re.compile(r"\.partial$|\.saving$|orbax-checkpoint-tmp|\.tmp$")
 
 
 def command(*arguments, config="configs/toy2d.py"):
-    """(what an error told or None, what was printed); an exception is one that a user would see."""
-    values = flags.FLAGS
-    sys.modules.pop("config_config", None)  # else what a file lacks is there from the last one
-    for name in list(values):
-        if name.startswith("config."):
-            delattr(values, name)
-    values["config"].unparse()
-    values.unparse_flags()
-    for name in ("workdir", "mode"):
-        values[name].unparse()
+    """(what the error says or None, what was printed); without ``config`` none is given."""
+    error, printed = None, io.TextIOWrapper(io.BytesIO(), write_through=True)
+    given = [f"--config={ROOT / config}"] if config else []
     cache = jax.config.jax_compilation_cache_dir
-    told, printed, given = None, io.TextIOWrapper(io.BytesIO(), write_through=True), sys.argv
-    sys.argv = ["main.py", f"--config={ROOT / config}", *map(str, arguments)]  # the config reads it
     try:
         with (
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
             mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=""),  # none, to find none
         ):
-            main.main(main.parse(sys.argv))
+            main.main(["main.py", *given, *map(str, arguments)])
     except SystemExit as end:
-        told = end.code
+        error = end.code
     finally:
-        sys.argv = given
         jax.config.update("jax_compilation_cache_dir", cache)
-    return told, printed.buffer.getvalue().decode()
+    return error, printed.buffer.getvalue().decode()
 
 
-def first_sentence(told):
+def succeed(*arguments, config="configs/toy2d.py"):
+    """What was printed by a command that ends without an error."""
+    error, printed = command(*arguments, config=config)
+    assert error is None, f"{error}\n{printed}"
+    return printed
+
+
+def first_sentence(error):
     """The first line, which has to be plain."""
-    assert isinstance(told, str), f"nothing is told, only {told!r}"
-    line = told.splitlines()[0]
-    assert line.startswith("error: ") and len(line) > 25, told
+    assert isinstance(error, str), f"there is no message, only {error!r}"
+    line = error.splitlines()[0]
+    assert line.startswith("error: ") and len(line) > 25, error
     assert not INTERNALS.search(line), line
     return line
 
 
-def assert_told(told, *names):
+def assert_names(error, *names):
     """All of the names stand in the first sentence."""
-    line = first_sentence(told)
+    line = first_sentence(error)
     for name in names:
-        assert str(name) in line, f"{name!r} is not in: {told}"
+        assert str(name) in line, f"{name!r} is not in: {error}"
 
 
 def contents(folder):

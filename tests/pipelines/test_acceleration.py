@@ -1,18 +1,18 @@
 """config.sampler.acceleration: caches and merged tokens draw, impossible ones are refused."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
-from diffusion.modes.drawer import Drawer
 
-from configs import digits
-from diffusion.config import acceleration
-from diffusion.config.experiment import build
+from diffusion import denoiser, predictions, schedules
+from diffusion.conditioning import Conditioning
 from diffusion.models.dit import DiT
 from diffusion.models.mlp import MLP
 from diffusion.models.unet import UNet
+from diffusion.pipelines import draw, guidance, samplers
+from diffusion.pipelines.conditioners import Labels
+from diffusion.pipelines.drawer import Drawer
+from diffusion.pipelines.pipeline import Pipeline
 from diffusion.sampling import feature_cache
 from diffusion.sampling.acceleration import Acceleration
 from diffusion.sampling.feature_cache import every
@@ -21,73 +21,81 @@ from diffusion.training import flops
 
 UNET = UNet(widths=(4, 8), blocks=1, norm_groups=2, attention=(0, "self"))
 DIT = DiT(width=16, depth=4, heads=2, patch=2)
+SMALL = UNet(
+    widths=(4, 4),
+    blocks=1,
+    norm_groups=2,
+    num_heads=2,
+    attention=("self", 0),
+    mid_attention=0,
+    num_classes=10,
+    out_channels=1,
+)
 
 
-def small(**fields):
-    c = digits.get_config()
-    c.model.unet.update(widths=(4, 4), norm_groups=2, num_heads=2, attention=("self", 0))
-    c.model.unet.mid_attention = 0
-    c.sampler.steps, c.sampler.batch_size, c.sampler.guidance = 3, 2, "cfg(2), clip()"
-    c.sampler.update(fields)
-    return c
+def made(acceleration="", guided="cfg(2), clip()", network=UNET):
+    """The sampler and the guidance of three steps of a network of digits."""
+    model = schedules.cosine(), predictions.v, denoiser.ddpm_index, (8, 8, 1)
+    pipeline = Pipeline("run", network, *model, conditioner=Labels(10))
+    sampler = samplers.make(pipeline, steps=3)
+    options = dict(accelerations=acceleration, at="config.sampler.")
+    return sampler, guidance.make(pipeline, sampler, guided, **options)
 
 
-def drawer(**fields):
+def drawer(acceleration="", guided="cfg(2), clip()"):
     """With random parameters, the same for all."""
-    experiment = build(small(**fields))
-    batch = {"x": np.zeros((1, 8, 8, 1), np.float32), "label": np.zeros(1, np.int32)}
-    shapes = jax.eval_shape(experiment.objective.init, jax.random.key(0), batch)
+    sampler, found = made(acceleration, guided, SMALL)
+    x, cond = np.zeros((1, 8, 8, 1), np.float32), Conditioning(label=np.zeros(1, np.int32))
+    shapes = jax.eval_shape(SMALL.init, jax.random.key(0), x, np.zeros(1, np.float32), cond)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape, np.float32), shapes)
-    return Drawer(experiment), params
+    options = dict(acceleration=found.acceleration, batch_size=2)
+    return Drawer(found.pipeline, sampler, found.chain, **options), {"network": params["params"]}
 
 
 def test_a_cache_draws():
-    (plain, params), (cached, _) = drawer(), drawer(acceleration="cache(every(1))")
-    full = plain.draw(params, 2)[0]
-    np.testing.assert_allclose(cached.draw(params, 2)[0], full, atol=1e-5)
-    # Data of the compiled sampler: another schedule is another config, but the same program.
-    other = Acceleration(cache=every(3))
-    made = dataclasses.replace(cached.experiment.guidance, acceleration=other)
-    cached.experiment = dataclasses.replace(cached.experiment, guidance=made)
-    assert np.abs(cached.draw(params, 2)[0] - full).max() > 1e-3
+    (plain, params), (cached, _) = drawer(), drawer("cache(every(1))")
+    full = plain.draw(params, [0, 1])
+    np.testing.assert_allclose(cached.draw(params, [0, 1]), full, atol=1e-5)
+    # When to refresh is data of the compiled sampler: another schedule is the same program.
+    cached.acceleration = Acceleration(cache=every(3))
+    assert np.abs(cached.draw(params, [0, 1]) - full).max() > 1e-3
 
 
-def cost(**fields):
+def cost(acceleration="", guided="cfg(2), clip()"):
     """Operations of a sampler that is traced, the costliest branch of each evaluation."""
-    made, params = drawer(**fields)
-    e = made.experiment
-    weights = {"model": params, "acceleration": e.guidance.acceleration.at(e.solver.evaluations)}
+    made, params = drawer(acceleration, guided)
+    program, solver = draw.program(made.pipeline, made.sampler), made.sampler.solver
+    cond, null = made.conditioning(params, [0, 1])
 
     def run(weights, keys):
-        networks, cond = e.guidance.networks(weights), made.conditioning(2)
-        denoise = e.guidance.guide(networks, cond, e.guidance.chain)
-        return sample(denoise, e.solver, keys, e.train.shape)
+        denoise = program.guided(weights, cond, null, made.chain)
+        return sample(denoise, solver, keys, made.pipeline.shape)
 
+    weights = draw.weights(params, solver.evaluations, acceleration=made.acceleration)
     return flops.count(run, weights, image_keys(0, np.arange(2)))
 
 
 def test_combinations_are_traced():
     full, inside = cost(), "cfg(2), interval(low=0.1), clip()"
-    both = "cache(every(2)), merge_tokens(0.5, at_least=64)"
-    assert cost(acceleration=both, guidance=inside) < full
+    assert cost("cache(every(2)), merge_tokens(0.5, at_least=64)", inside) < full
     remembering = "cfg(2), adaptive_projected(momentum=-0.5), interval(low=0.1), clip()"
-    assert cost(acceleration="guidance_cache(every(2))", guidance=remembering) == full
-
-
-def made(text, network=UNET):
-    return acceleration.make(small(acceleration=text), {"": network}, 3)
+    assert cost("guidance_cache(every(2))", remembering) == full
 
 
 def test_schedules_are_made_for_each_solver():
     """A sweep's have other numbers of evaluations than the config's."""
-    assert list(made("cache(every(2))").at(5).cache) == [True, False, True, False, True]
-    refreshes = made("guidance_cache(dense(2, center=0.3))").at(9).guidance
+
+    def accelerated(text):
+        return made(text)[1].acceleration
+
+    assert list(accelerated("cache(every(2))").at(5).cache) == [True, False, True, False, True]
+    refreshes = accelerated("guidance_cache(dense(2, center=0.3))").at(9).guidance
     np.testing.assert_array_equal(refreshes, feature_cache.dense(2, 0.3)(9))
-    assert made("") == made(()) == Acceleration()
-    assert made("cache(adaptive(0.1), keep=0)").at(7).cache == np.float32(0.1)
+    assert accelerated("") == accelerated(()) == Acceleration()
+    assert accelerated("cache(adaptive(0.1), keep=0)").at(7).cache == np.float32(0.1)
     with pytest.raises(ValueError, match=r"no evaluation 2"):
-        made("cache(at((0, 2)))").at(2)
+        accelerated("cache(at((0, 2)))").at(2)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +122,10 @@ def test_schedules_are_made_for_each_solver():
 )
 def test_what_cannot_be(network, text, message):
     with pytest.raises(ValueError, match=message):
-        made(text, network)
+        made(text, network=network)
 
 
-def test_notes_and_correctors():
-    text = "guidance_cache(every(2)), merge_tokens(0.5)"
-    notes = build(small(acceleration=text, guidance="clip()")).notes
+def test_what_has_no_effect_is_noted():
+    notes = made("guidance_cache(every(2)), merge_tokens(0.5)", "clip()", SMALL)[1].notes
     assert any("64 tokens, at_least=1024" in note for note in notes)
     assert any("nothing is guided" in note for note in notes)
-    with pytest.raises(ValueError, match=r"corrector.*cannot correct with"):
-        build(small(solver="ddim", corrector="langevin", acceleration="cache(every(2))"))
