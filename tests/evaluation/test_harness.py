@@ -10,7 +10,7 @@ from diffusion.data import densities, sources
 from diffusion.evaluation import harness
 from diffusion.evaluation.metrics.metric import Data, Drawn
 from diffusion.evaluation.views import VIEWS
-from diffusion.pipelines.codec import Identity
+from diffusion.pipelines.codec import Codec
 from diffusion.pipelines.conditioners import Captions, Labels, Unconditional
 
 OF_DIGITS = ("recognition('digits_svc')", "frechet('digits_svc')", "nearest()")
@@ -18,7 +18,7 @@ OF_DIGITS = ("recognition('digits_svc')", "frechet('digits_svc')", "nearest()")
 
 def pipeline(view="images", conditioner=None):
     conditioner = conditioner or Unconditional()
-    return SimpleNamespace(view=VIEWS[view], codec=Identity(), conditioner=conditioner)
+    return SimpleNamespace(view=VIEWS[view], codec=Codec(), conditioner=conditioner)
 
 
 @pytest.fixture(scope="module")
