@@ -11,13 +11,13 @@ from diffusion.evaluation import harness
 from diffusion.evaluation.metrics.metric import Data, Drawn
 from diffusion.evaluation.views import VIEWS
 from diffusion.pipelines.codec import Codec
-from diffusion.pipelines.conditioners import Captions, Labels, Unconditional
+from diffusion.pipelines.conditioners import Captions, Conditioner, Labels
 
 OF_DIGITS = ("recognition('digits_svc')", "frechet('digits_svc')", "nearest()")
 
 
 def pipeline(view="images", conditioner=None):
-    conditioner = conditioner or Unconditional()
+    conditioner = conditioner or Conditioner()
     return SimpleNamespace(view=VIEWS[view], codec=Codec(), conditioner=conditioner)
 
 
