@@ -6,6 +6,10 @@
 
 The student begins with the teacher's parameters. Without a teacher, ``--config.consistency.teacher=
 --config.train.init_from=``, this is consistency training.
+
+Hardware: 2 CPU cores, 3,000 steps, 11 minutes while they were busy with other work. Result on two
+moons, 10,000 points each: sliced Wasserstein distance 0.0122 to fresh points with one evaluation
+and 0.0096 with two; the teacher by Euler's method has 0.410 and 0.258, two real sets 0.0090.
 """
 
 from ml_collections import ConfigDict, FieldReference

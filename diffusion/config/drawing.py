@@ -239,10 +239,15 @@ def chosen(
     """The subjects of ``count`` samples, in turn: those of config.samples, or the model's own.
 
     A model of texts takes ``captions``, if there are any, instead of its own.
+
+    Raises:
+      ValueError: a model of texts has none of its own, and none are given.
     """
-    given = subjects(config)
-    if not given and drawer.pipeline.conditioner.subject == "text":
-        given = captions
+    given, conditioner = subjects(config), drawer.pipeline.conditioner
+    if not given and conditioner.subject == "text":
+        given = captions or conditioner.suggestions
+        if not given:
+            raise ValueError("config.samples.prompt is empty: say what should be drawn")
     return drawer.subjects(count, given)
 
 

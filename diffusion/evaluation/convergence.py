@@ -251,7 +251,7 @@ def _finish(ax: Axes, measure: Measure, evaluations: Sequence[int], cost: str) -
         log_axis(ax, (1, 1.5, 2, 3, 5, 7))
     if measure.key == "recognised":
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-    if measure.real is not None:
+    if measure.real is not None and not (measure.log and measure.real <= 0):
         ax.axhline(measure.real, color=GRAY, linewidth=1, linestyle=":", zorder=1)
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         style = {"va": "bottom", "fontsize": 8, "color": MUTED}

@@ -5,23 +5,28 @@ import json
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
+from tiny_runs import CAPTIONS
 
 from configs import base
 from diffusion.modes import evaluate, learn, sample, sweep
 
-CAPTIONS = ["a red cat", "a blue cat", "a red house", "a blue house", "a dog", "a horse"]
-
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """Of a tiny Stable Diffusion, with captioned pictures."""
+def folder(tmp_path_factory):
+    """A tiny Stable Diffusion, and captioned pictures."""
     folder = tmp_path_factory.mktemp("pretrained")
     tiny.whole(folder=folder / "sd")
-    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
-    np.savez(folder / "pairs.npz", images=images, caption=np.array(4 * CAPTIONS))
+    images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8)
+    np.savez(folder / "pairs.npz", images=images, caption=np.array(2 * CAPTIONS))
+    return folder
+
+
+@pytest.fixture
+def config(folder):
+    """Draws from the model, with these data."""
     c = base.get_config()
     c.model.path = str(folder / "sd")
-    c.data.update(name="captioned", dir=str(folder / "pairs.npz"), size=16, held_out=0.4)
+    c.data.update(name="captioned", dir=str(folder / "pairs.npz"), size=16, held_out=0.2)
     c.sampler.update(steps=4, batch_size=4, guidance="cfg(3)")
     c.samples.update(count=4, columns=2)
     c.evaluation.count = 4
@@ -33,21 +38,19 @@ def config(tmp_path_factory):
 
 
 def test_evaluate(config, tmp_path):
-    c = config.copy_and_resolve_references()
-    c.evaluation.metrics = ("caption_gap(draws=1)", "retrieval()", "nearest()")
-    evaluate.run(c, str(tmp_path))
+    config.evaluation.metrics = ("caption_gap(draws=1)", "retrieval()", "nearest()")
+    evaluate.run(config, str(tmp_path))
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["retrieval_pictures"] == 4 and 2 <= found["retrieval_captions"] <= 4
-    assert found["captions_count"] == 4 * found["retrieval_captions"]
+    assert found["captions_count"] == 2 * found["retrieval_captions"]
     assert all(np.isfinite(v) for v in found.values() if isinstance(v, float))
     assert found["captions_loss"] > 0 and found["nearest_train"] > 0
     assert found["captions_loss"] != found["captions_loss_other"]
 
 
 def test_sweep(config, tmp_path):
-    c = config.copy_and_resolve_references()
-    c.evaluation.metrics = ("nearest()",)
-    sweep.run(c, str(tmp_path))
+    config.evaluation.metrics = ("nearest()",)
+    sweep.run(config, str(tmp_path))
     text = (tmp_path / "sweep.json").read_text()
     for name in ("ddim", "EulerDiscreteScheduler"):
         assert name in text and name in (tmp_path / "sweep.md").read_text()
@@ -56,13 +59,14 @@ def test_sweep(config, tmp_path):
 
 
 def test_learned_solvers_are_drawn_with(config, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.samples\.prompt is empty"):
+        learn.run(config, str(tmp_path))
+    config.samples.prompt = "a red cat"
     learn.run(config, str(tmp_path))
     row = json.loads((tmp_path / "learned.json").read_text())["rows"][0]
     assert row["evaluations"] == 4 and row["learned"] > 0 and row["best_fixed"] > 0
-    c = config.copy_and_resolve_references()
-    c.sampler.solver = f"from_file(path='{tmp_path / 'learned_4.npz'}')"
-    c.samples.prompt = "a red cat"
-    sample.run(c, str(tmp_path))
+    config.sampler.solver = f"from_file(path='{tmp_path / 'learned_4.npz'}')"
+    sample.run(config, str(tmp_path))
     drawn = np.load(tmp_path / "samples" / "samples.npz")
     assert drawn["x"].shape == (4, 8, 8, 4) and drawn["image"].shape == (4, 16, 16, 3)
     assert drawn["caption"].tolist() == 4 * ["a red cat"]

@@ -308,9 +308,9 @@ def test_multistep_along_a_rising_grid():
     down = sample(denoise, multistep(inner, 2), keys, (SIZE,), x_init=up)
     assert np.abs(np.asarray(up - x)).max() > 0.1
     np.testing.assert_allclose(down, x, atol=0.01)
-    with pytest.raises(ValueError, match="without noise, got eta=1"):
+    with pytest.raises(ValueError, match="eta must be 0 on a rising grid"):
         multistep(reverse, 2, rising=True, eta=1.0)
-    with pytest.raises(ValueError, match="increase strictly along a rising grid; node 0"):
+    with pytest.raises(ValueError, match="must increase strictly; node 0"):
         multistep(inner, 2, rising=True)
 
 

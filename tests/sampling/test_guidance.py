@@ -176,7 +176,7 @@ def test_split_calls(split):
         seen.append(len(x))
         return denoise(x, level, cond)
 
-    cfg(None, 2.0, LEVEL, split, counting)
+    cfg(guidance.linear(), 2.0, LEVEL, split, counting)
     assert seen == ([3, 3] if split else [6])
 
 
@@ -336,7 +336,7 @@ def test_guidance_moves_what_was_before_clipping_too():
         x0 = denoise(x, level, cond)
         return Estimate(jnp.clip(x0, -0.3, 0.3), None, x0)
 
-    estimate = cfg(None, 2.0, LEVEL, base=clipped)
+    estimate = cfg(guidance.linear(), 2.0, LEVEL, base=clipped)
     plain = clipped(X, LEVEL, COND)
     np.testing.assert_allclose(
         estimate.unclipped - estimate.x0, plain.unclipped - plain.x0, atol=1e-6

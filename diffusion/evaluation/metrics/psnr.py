@@ -8,10 +8,8 @@ from diffusion.levels import Array
 
 
 def psnr(x: Array, reference: Array, span: float = 2.0) -> Array:
-    """10 log10(span^2 / mean squared error) in dB, [B] for pictures [B, ...]; inf if equal.
-
-    span is the width of the pictures' range, 2 for [-1, 1].
-    """
+    """10 log10(span^2 / mean squared error) in dB, [B] for pictures [B, ...] in a range of width
+    ``span``, which is 2 for [-1, 1]; inf if equal."""
     x, reference = jnp.asarray(x), jnp.asarray(reference)
     if x.shape != reference.shape:
         raise ValueError(f"pictures have shape {x.shape}, their references {reference.shape}")
