@@ -83,14 +83,9 @@ class Drawing:
         return chosen(self.config, self.drawer, count, captions)
 
     def table(self, solver: str, grid: str, steps: int, name: str) -> Solver:
-        """The table of another solver than that of config.sampler.
+        """The table of another solver than that of config.sampler; ``name`` is for its errors.
 
-        Args:
-          solver, grid, steps: as in config.sampler.
-          name: what errors call the solver.
-
-        Raises:
-          ValueError: it is impossible, or more than another table: it clips differently, say.
+        Raises ValueError for one that differs in more than its table, such as in clipping.
         """
         pipeline, own = self.pipeline, self.drawer.sampler
         made = samplers.make(pipeline, solver, grid, steps, at=AT, solver_name=name)
@@ -102,13 +97,7 @@ class Drawing:
         return made.solver
 
     def draw(self, count: int, captions: Sequence[str] = (), solver: Solver | None = None) -> Drawn:
-        """Samples as the data are.
-
-        Args:
-          count: how many.
-          captions: see ``subjects``.
-          solver: another table than that of config.sampler.
-        """
+        """``count`` samples as the data are, by config.sampler or another table."""
         return drawn(self.config, self.drawer, self.params, count, captions, solver)
 
 
@@ -259,7 +248,7 @@ def drawn(
     captions: Sequence[str] = (),
     solver: Solver | None = None,
 ) -> Drawn:
-    """Samples as the data are; see ``Drawing.draw``."""
+    """``count`` samples as the data are, by the drawer's table or another; see ``chosen``."""
     subjects = chosen(config, drawer, count, captions)
     x = drawer.draw(params, subjects, negative(config), solver=solver)
     return Drawn(drawer.pipeline.codec.decode_all(params, x), subjects)

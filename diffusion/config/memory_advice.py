@@ -21,15 +21,7 @@ class OutOfMemoryError(MemoryError):
 
 @contextmanager
 def explained(config: ConfigDict, mode: str) -> Iterator[None]:
-    """Turns XLA's and Python's errors of memory into one that names fields of the config.
-
-    Args:
-      config: as given to ``main.py``.
-      mode: of ``main.py``.
-
-    Raises:
-      OutOfMemoryError: instead of the error.
-    """
+    """Turns XLA's and Python's errors of memory into one that names fields of the config."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:

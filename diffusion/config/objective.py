@@ -62,13 +62,8 @@ def denoising(
 ) -> Denoising:
     """The objective of a denoiser or a consistency model, without terms and teacher.
 
-    Those want other networks or the data: ``terms.attach`` and ``consistency.attach`` add them.
-
-    Args:
-      config: the whole config.
-      pipeline: the model.
-      nulls: fields of the null conditioning.
-      shape: of an example.
+    Those need other networks or the data: ``terms.attach`` and ``consistency.attach`` add them.
+    ``nulls`` are fields of the null conditioning, ``shape`` is that of an example.
     """
     c, at = config.objective, "config.objective"
     context = {"sigma_data": config.data.std, "schedule": pipeline.schedule}

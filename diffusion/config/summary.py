@@ -69,13 +69,9 @@ def text(
     workdir: Path,
     shardings: Callable[[Any], Any],
 ) -> str:
-    """In words, for the terminal; every parameter goes into ``workdir/parameters.txt``.
+    """The summary for the terminal; every parameter goes into ``workdir/parameters.txt``.
 
-    Args:
-      experiment: the run.
-      description: the run's, from ``describe``.
-      workdir: of the run.
-      shardings: of the layout (``training.parallel``).
+    ``shardings`` are those of the layout (``training.parallel``).
     """
     train, config, state = experiment.train, experiment.config, description.state
     devices, several = jax.devices(), jax.process_count()

@@ -45,11 +45,6 @@ def attach(
 ) -> tuple[Denoising, Source, dict[str, Any]]:
     """The objective with its terms, the data with what these need, and their frozen parameters.
 
-    Args:
-      config: the whole config.
-      objective: without terms.
-      train: the training data.
-
     Raises:
       ValueError: a term is unknown or named twice, or does not fit; the message names the field.
     """

@@ -101,12 +101,9 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def operations(trace: Path, count: int, origin: dict[str, str]) -> list[dict[str, Any]]:
-    """The ``SHOWN`` operations of a trace with the longest times in all, longest first.
+    """The ``SHOWN`` operations of a trace (.xplane.pb) with the longest total times, longest first.
 
-    Args:
-      trace: an .xplane.pb file.
-      count: of steps times devices, by which times are divided.
-      origin: where operations come from, by name.
+    ``count`` is of steps times devices; ``origin`` is the part of the model, by operation.
     """
     seconds, calls = defaultdict(float), defaultdict(int)
     for events in _lines(jax.profiler.ProfileData.from_file(str(trace))):

@@ -41,12 +41,9 @@ class Translated:
 
 
 def weak(path: str, pipeline: Pipeline, schedule: str = "") -> Companion:
-    """A weaker model of the same data, for autoguidance.
+    """A weaker model of the same data, for autoguidance, from its workdir.
 
-    Args:
-      path: its workdir.
-      pipeline: that it guides.
-      schedule: the pipeline's, as a spec; another run's of the same spec is taken as it is.
+    ``schedule`` is the spec of the pipeline's; a run's of the same spec needs no translation.
 
     Raises:
       ValueError, FileNotFoundError: there is no such run, or it is one of other data.

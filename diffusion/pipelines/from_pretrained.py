@@ -176,9 +176,7 @@ def open_pipeline(
         [modules[encoder] for encoder in encoders],
         tokenizers,
         tile=tile,
-        low_res=_scheduler(folder / "low_res_scheduler")
-        if "low_res_scheduler" in present
-        else None,
+        low_res=_scheduler(folder / LOW_RES) if LOW_RES in present else None,
         options=index.options,
     )
     return Opened(pipeline, models, dtype, Path(path_or_id).name)
@@ -246,13 +244,10 @@ def save_pretrained(
     A run becomes a DDIMPipeline, or with a transformer on latents a DiTPipeline, where diffusers
     has such networks and schedules.
 
-    Args:
-      folder: new, or a pipeline's.
-      pipeline, params: what to write.
-      dtype: of the weights; by default their own.
+    ``folder`` is new, or a pipeline's; ``dtype`` is of the weights, by default their own.
 
     Raises:
-      ValueError: for what diffusers has nothing for; the message names it.
+      ValueError: diffusers has nothing for a part of it, which the message names.
     """
     folder = Path(folder)
     if pipeline.scheduler is None:

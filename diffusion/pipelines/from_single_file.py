@@ -41,8 +41,7 @@ def open_checkpoint(
       tokenizer: makes CLIP's tokenizer, which is not in the file, with the given padding:
         ``lambda pad: clip_tokenizer("bpe_simple_vocab_16e6.txt.gz", pad=pad)``.
       prediction_type, ema, modules: see ``open_single_file``.
-      dtype: of parameters and computation.
-      tile: pixels of the tiles in which large pictures are decoded; 0: whole.
+      dtype, tile: see ``pipelines.open_any``.
 
     Raises:
       ValueError: for another kind of file, or one in which a part is missing.
@@ -77,16 +76,10 @@ def save_checkpoint(
     params: Params,
     dtype: DTypeLike | None = None,
 ) -> None:
-    """Writes a pipeline as one file in the original naming.
+    """Writes a pipeline as one file in the original naming, of a family of ``FAMILIES``.
 
-    Args:
-      path: the file.
-      family: which kind of checkpoint, a key of ``pretrained.single_file.families.FAMILIES``.
-      pipeline, params: what to write.
-      dtype: of the weights; by default their own.
-
-    Raises:
-      ValueError: for networks that such files do not hold.
+    ``dtype`` is of the weights, by default their own. Raises ValueError for networks that such
+    files do not hold.
     """
     parts = {
         "unet": (pipeline.network, params["network"]),

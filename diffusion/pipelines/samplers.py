@@ -146,15 +146,10 @@ def make_corrector(text: str, sampler: Sampler, at: str = "") -> langevin.Correc
 def hand_over(
     base: Mapping[str, Any], refiner: Mapping[str, Any], steps: int, fraction: float
 ) -> tuple[Sampler, Sampler]:
-    """Samplers of two models that share one run: the base takes the first ``fraction`` of the time.
+    """Samplers of two models that share ``steps``, of their scheduler configs.
 
-    Args:
-      base, refiner: their scheduler configs.
-      steps: of the whole run.
-      fraction: of the schedule, in (0, 1); diffusers' denoising_end and denoising_start.
-
-    Raises:
-      ValueError: one of the two would have no step.
+    The base model takes the first ``fraction`` of the schedule, in (0, 1): diffusers' denoising_end
+    and denoising_start. Raises ValueError where one of the two would have no step.
     """
     first = from_diffusers(base, steps)
     last = from_diffusers(refiner, steps)
