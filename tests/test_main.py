@@ -271,6 +271,8 @@ def test_documented_commands_are_found():
 @pytest.fixture(scope="module")
 def runs(digits, points, classifier):
     """The runs of the documents, of which only some are trained; others have but a config.json."""
+    for name in ("digit.png", "mask.png"):
+        Image.new("L", (8, 8), 255).save(name)
     for words in filter(is_training, DOCUMENTED.values()):
         made = main.parse(["main.py", *words])
         if not workdirs.steps(made.workdir) and not made.workdir.startswith("/"):
@@ -289,7 +291,7 @@ def test_documented_commands(runs, text):
     assert made.mode in main.modes() and isinstance(made.config, ConfigDict)
     model = made.config.model.path or made.workdir
     if made.mode == "generate":
-        if model in RUNS and not made.config.samples.image:
+        if model in RUNS:
             label = ["--config.samples.prompt=", "--config.samples.labels=(3,)"]
             succeed(*words, *label, "--workdir=generated", config=None)
         return
@@ -316,11 +318,11 @@ def test_help_names_every_mode_and_config():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--mode=train needs --config"),
+        ([], "--mode=train needs --config, such as --config=configs/digits.py"),
         (["--mode=trian", "--workdir=new"], "--mode=trian: there is no such mode. Did you mean tr"),
         (["--config=configs/digit.py", "--workdir=new"], "Did you mean configs/digits.py?"),
         (["--config=configs/digits.py"], "--workdir is needed"),
-        (["--mode=sample"], "--workdir"),
+        (["--mode=sample"], "--workdir=RUN, or --config.model.path=MODEL"),
         (["--mode=sample", "--workdir=new"], "there is no run in new"),
         (["--mode=inspect", "--workdir=new"], "--mode=inspect needs --config"),
         (["--mode=sample", "--config=configs/digits.py", "--workdir=new"], "--workdir='new'"),
@@ -352,5 +354,5 @@ def test_mistakes_in_fields(argument, message, place):
 def test_the_file_itself_runs():
     """A mistake ends the process with one line, before JAX is imported."""
     done = subprocess.run([sys.executable, ROOT / "main.py"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: --mode=train needs --config")

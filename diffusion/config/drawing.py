@@ -262,15 +262,17 @@ def batch_size(config: ConfigDict, pipeline: Pipeline) -> int:
 def subjects(config: ConfigDict) -> list[Subject]:
     """What config.samples asks for: prompts, captions or labels; none if nothing is given."""
     c = config.samples
-    if c.prompt and len(c.labels):
+    if c.prompt and c.labels not in ((), ""):
         raise ValueError("config.samples.prompt and config.samples.labels: give one of the two")
     given = c.prompt if c.prompt else c.labels
+    if given == "":
+        return []
     if isinstance(given, str) and given.startswith("@"):
         path = Path(given[1:])
         if not path.is_file():
             raise FileNotFoundError(f"config.samples.prompt={given!r}: there is no such file")
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    return [given] if isinstance(given, (str, int)) else list(given)
+    return list(given) if isinstance(given, (tuple, list)) else [given]
 
 
 def negative(config: ConfigDict) -> Subject | None:

@@ -201,6 +201,7 @@ def test_what_does_not_fit_the_model_is_named(runs):
         ({"samples__negative": "red"}, r"samples\.negative='red': there is no class 'red'"),
         ({"samples__prompt": "a cat"}, r"config\.samples: there is no class 'a cat'"),
         ({"samples__prompt": "3", "samples__labels": (3,)}, "give one of the two"),
+        ({"samples__labels": 3.5}, "there is no class 3.5"),
         ({"samples__prompt": "@no.txt"}, r"config\.samples\.prompt='@no\.txt': there is no such"),
         (flow | {"sampler__guidance": "cfg(2), rescale(space='eps')"}, "says nothing about x_0"),
         (
@@ -252,6 +253,8 @@ def test_settings_without_effect_are_noted():
 def test_subjects_are_prompts_or_labels_or_lines_of_a_file(tmp_path):
     config = small(digits)
     assert drawing.subjects(config) == [] and drawing.negative(config) is None
+    config.samples.labels = 0
+    assert drawing.subjects(config) == [0]
     config.samples.labels = (3, 5)
     assert drawing.subjects(config) == [3, 5] and drawer(config)[0].subjects(3, [3, 5]) == [3, 5, 3]
     (tmp_path / "lines").write_text("a cat\n\n a dog \n")

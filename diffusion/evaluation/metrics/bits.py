@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion import predictions
 from diffusion.conditioning import Conditioning
@@ -149,6 +149,7 @@ def evaluate_bits(
 
     specs = {"in_specs": (whole, split, split, split), "out_specs": split}
     run = jax.jit(jax.shard_map(local, mesh=mesh, check_vma=False, **specs))
+    params = jax.device_put(params, NamedSharding(mesh, whole))
     size = -(-min(batch_size, count) // len(devices)) * len(devices)
     results = {}
     for name, source in sources.items():
