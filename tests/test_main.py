@@ -254,7 +254,7 @@ RUNS = ("runs/digits", "runs/digits_classifier", "runs/toy2d", "runs/consistency
 
 
 def is_training(words):
-    return not any(word.startswith("--mode") for word in words)
+    return not any(word.startswith(("--mode", "--help")) for word in words)
 
 
 def test_documented_commands_are_found():

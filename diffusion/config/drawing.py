@@ -124,7 +124,7 @@ def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
     fine_tuned = c.name == "pretrained" and workdir and is_run(workdir)
     if workdir and (fine_tuned or not c.path):
         if Path(workdir, workdirs.CONFIG).exists():
-            check(config, workdir, (*FREE, "train.*", "log.*", "profile.*"))
+            check(config, workdir, (*FREE, "train.*", "optimizer.*", "log.*", "profile.*"))
         path, name = workdir, f"--workdir={workdir}"
     else:
         path = c.path
