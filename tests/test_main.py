@@ -325,7 +325,7 @@ def test_help_names_every_mode_and_config():
         (["--mode=sample"], "--workdir=RUN, or --config.model.path=MODEL"),
         (["--mode=sample", "--workdir=new"], "there is no run in new"),
         (["--mode=inspect", "--workdir=new"], "--mode=inspect needs --config"),
-        (["--mode=sample", "--config=configs/digits.py", "--workdir=new"], "--workdir='new'"),
+        (["--mode=sample", "--config=configs/digits.py", "--workdir=new"], "is not the workdir of"),
     ],
 )
 def test_mistakes_in_what_to_do(arguments, message):

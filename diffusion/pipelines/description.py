@@ -141,7 +141,7 @@ def read(folder: str | Path) -> Description:
                 raise KeyError(name)
         return dataclasses.replace(d, fields=dict(d.fields), text=dict(d.text))
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is damaged: it does not describe a model") from error
 
 
 def schedule(d: Description, at: str = "") -> Schedule:

@@ -24,7 +24,7 @@ def test_devices_out_of_memory(text, size):
     ):
         raise jax.errors.JaxRuntimeError(text)
     first, *others = str(raised.value).splitlines()
-    asked = "" if size is None else f": {size:.3g} GiB"
+    asked = "" if size is None else f": an allocation of {size:.3g} GiB failed"
     assert first.startswith(f"out of memory: this process has not enough{asked}")
     fields = [
         found[1] for found in (re.match(r"  config\.([\w.]+)=", line) for line in others) if found

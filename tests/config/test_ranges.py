@@ -72,9 +72,9 @@ def test_mistakes_are_named(name, value, message):
 def test_wandb_must_be_there(monkeypatch):
     config = base.get_config()
     config.log.wandb = "project"
-    monkeypatch.setattr(ranges.tracker, "installed", lambda: False)
+    monkeypatch.setattr(ranges, "wandb_installed", lambda: False)
     with pytest.raises(ValueError, match=r"config\.log\.wandb='project' needs .*pip install wandb"):
         ranges.check(config)
-    monkeypatch.setattr(ranges.tracker, "installed", lambda: True)
+    monkeypatch.setattr(ranges, "wandb_installed", lambda: True)
     ranges.check(config)
     assert "wandb" not in sys.modules

@@ -1,5 +1,7 @@
 """config.sampler.acceleration: caches and merged tokens draw, impossible ones are refused."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def test_a_cache_draws():
     full = plain.draw(params, [0, 1])
     np.testing.assert_allclose(cached.draw(params, [0, 1]), full, atol=1e-5)
     # When to refresh is data of the compiled sampler: another schedule is the same program.
-    cached.acceleration = Acceleration(cache=every(3))
+    cached = dataclasses.replace(cached, acceleration=Acceleration(cache=every(3)))
     assert np.abs(cached.draw(params, [0, 1]) - full).max() > 1e-3
 
 

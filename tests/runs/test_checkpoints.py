@@ -108,19 +108,6 @@ def test_some_settings_may_change(tmp_path):
         check_config(tmp_path, other, changeable=("steps",))
 
 
-def test_a_field_added_since_counts_as_its_default(tmp_path):
-    save_config(tmp_path, CONFIG)
-    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    newer = CONFIG | {"model": CONFIG["model"] | {"depth": 3}, "sizes": (1, 2)}
-    with pytest.raises(ValueError, match=r"model\.depth: \(absent\) there, 3 here"):
-        check_config(tmp_path, newer)
-    defaults = newer | {"name": "x"}
-    assert check_config(tmp_path, newer, defaults=defaults) == []
-    with pytest.raises(ValueError, match=r"model\.depth: 4 there, 3 here"):
-        check_config(tmp_path, newer, defaults={"model": {"depth": 4}} | {"sizes": (1, 2)})
-    assert read_config(tmp_path, defaults) == CONFIG | defaults
-
-
 def test_another_config_can_be_accepted(tmp_path):
     save_config(tmp_path, CONFIG)
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
