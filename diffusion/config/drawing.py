@@ -123,6 +123,8 @@ def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
     # A fine-tuned run's path is that of the model that it began with.
     fine_tuned = c.name == "pretrained" and workdir and is_run(workdir)
     if workdir and (fine_tuned or not c.path):
+        if not is_run(workdir):
+            raise FileNotFoundError(f"there is no run in {workdir}; or name config.model.path")
         if Path(workdir, workdirs.CONFIG).exists():
             check(config, workdir, (*FREE, "train.*", "optimizer.*", "log.*", "profile.*"))
         path, name = workdir, f"--workdir={workdir}"

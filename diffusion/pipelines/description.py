@@ -141,7 +141,8 @@ def read(folder: str | Path) -> Description:
                 raise KeyError(name)
         return dataclasses.replace(d, fields=dict(d.fields), text=dict(d.text))
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged: it does not describe a model") from error
+        unknown = f" ({error})" if isinstance(error, KeyError) else ""
+        raise ValueError(f"{path} is damaged: it does not describe a model{unknown}") from error
 
 
 def schedule(d: Description, at: str = "") -> Schedule:

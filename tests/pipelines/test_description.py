@@ -85,11 +85,11 @@ def test_what_is_damaged_or_of_another_version_is_named(tmp_path):
     path = tmp_path / description.FILE
     content = json.loads(path.read_text())
     for text, message in [
-        ("{", r"model\.json is damaged \(JSONDecodeError"),
+        ("{", r"model\.json is damaged: it does not describe a model"),
         (json.dumps({**content, "format": 99}), r"of another version .* expected 1"),
-        (json.dumps({**content, "colour": 1}), r"damaged \(TypeError.*colour"),
-        (json.dumps({k: v for k, v in content.items() if k != "shape"}), "damaged .*shape"),
-        (json.dumps({**content, "network": "unett"}), "damaged .*unett"),
+        (json.dumps({**content, "colour": 1}), "damaged"),
+        (json.dumps({k: v for k, v in content.items() if k != "shape"}), "damaged"),
+        (json.dumps({**content, "network": "unett"}), "damaged.*unett"),
         (json.dumps({**content, "fields": 3}), "damaged"),
         ("[1]", "damaged"),
     ]:

@@ -146,7 +146,7 @@ def test_training_begins_with_the_pipelines_network(made):
     "field, value, message",
     [
         ("objective.schedule", "linear", r"config\.objective\.schedule='linear' is not the pipe"),
-        ("objective.prediction", "flow", r"config\.objective\.prediction='flow': .*predicts one of eps"),
+        ("objective.prediction", "flow", r"config\.objective\.prediction='flow': .* one of eps"),
         ("objective.c_noise", "thousand_t", r"config\.objective\.c_noise='thousand_t' is not"),
         ("model.path", "", r"config\.model\.path must name"),
         ("data.cache", "", r"config\.data\.cache must name a folder"),

@@ -8,7 +8,7 @@ from linear_run import EMAS, Linear, assert_identical, batch_of
 
 from diffusion.runs.checkpoints import Checkpoints
 from diffusion.runs.restore import restore_ema
-from diffusion.runs.workdir import check_config, read_config, record_start, save_config
+from diffusion.runs.workdir import check_config, record_start, save_config
 from diffusion.training import optimizers, parallel
 from diffusion.training.state import create
 from diffusion.training.step import make_train_step
