@@ -148,10 +148,11 @@ def test_emoji_and_tiles_as_a_config_names_them():
     np.testing.assert_array_equal(
         train.encode([train.captions[3]])["tokens"][0], train[3]["tokens"]
     )
-    start, end = train.vocabulary - 2, train.vocabulary - 1
+    # Token ids in use are numbered from 1 in order, so CLIP's start and end come last.
+    start, end = len(train.vocabulary) - 1, len(train.vocabulary)
     assert batch["tokens"][0, 0] == start and batch["tokens"][0, -1] == end
     assert batch["x"].min() >= -1 and batch["x"].max() <= 1
-    assert train.vocabulary == test.vocabulary == train.all()["tokens"].max() + 1
+    assert train.vocabulary == test.vocabulary and train.all()["tokens"].max() == end
     # Held-out captions are made of words that were seen: nearly all of their tokens are known.
     assert (test.all()["tokens"] == 0).mean() < 0.001
 
@@ -161,5 +162,7 @@ def test_emoji_and_tiles_as_a_config_names_them():
 def test_an_absent_tokenizer_is_named(path):
     c = base.get_config().data
     c.update(name="emoji", dir=str(REAL / "emoji"), tokenizer=path)
-    with pytest.raises((ValueError, FileNotFoundError), match=r"data\.tokenizer='nowhere.*no such"):
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=r"data\.tokenizer='nowhere.*there is no"
+    ):
         make_source(c, "train")
