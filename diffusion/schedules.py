@@ -51,6 +51,13 @@ class Schedule:
         xp, (alpha, sigma) = _asarrays(alpha, sigma)
         return self._time(alpha, sigma, xp)
 
+    def argument(self, level: NoiseLevel) -> Array:
+        """The time t at which this schedule is ``level``, one of its own levels, in every leaf.
+
+        That is ``level.t``, except on a ``Shifted`` schedule, whose levels have the moved time.
+        """
+        return level.t
+
     def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
         """alpha(t) and sigma(t), by NumPy or jax.numpy."""
         raise NotImplementedError
@@ -73,7 +80,8 @@ class Schedule:
 
         Simple diffusion (Hoogeboom et al., 2023) writes it as log SNR + 2 log(1 / shift), SD3
         (Esser et al., 2024, eq. 23) as t' = shift t / (1 + (shift - 1) t), which is the same on
-        the rectified flow. The level's ``t`` is the moved one, the input of SD3's network.
+        the rectified flow. The level's ``t`` is the moved one, the input of SD3's network;
+        ``argument`` gives back the time before the move.
         """
         return Shifted(self, float(shift))
 
@@ -88,6 +96,8 @@ class Shifted(Schedule):
     def __post_init__(self):
         if not self.shift > 0:
             raise ValueError(f"shift must be positive, got {self.shift}")
+        if isinstance(self.base, Table) and self.shift > 1 and self.base.alphas[-1] > 0:
+            raise ValueError("times cannot move beyond a table's last step; use table.shifted()")
 
     @property
     def t_max(self) -> float:
@@ -96,6 +106,11 @@ class Shifted(Schedule):
     def __call__(self, t: Array | float) -> NoiseLevel:
         level = self.base(t)
         return self.base(self.base.invert(level.alpha, self.shift * level.sigma))
+
+    def argument(self, level: NoiseLevel) -> Array:
+        """``Schedule.argument``: the time whose move gives ``level``."""
+        t = self.invert(level.alpha, level.sigma)
+        return namespace(t).minimum(t, self.t_max)
 
     def _time(self, alpha: Array, sigma: Array, xp: ModuleType) -> Array:
         return self.base.invert(self.shift * alpha, sigma)

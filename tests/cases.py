@@ -18,6 +18,9 @@ SCHEDULES = {
     "trigonometric_flow": schedules.TrigonometricFlow(),
     "shifted_flow": schedules.RectifiedFlow().shifted(3.0),
     "shifted_cosine": schedules.cosine().shifted(2.0),
+    "shifted_twice": schedules.RectifiedFlow().shifted(0.5).shifted(4.0),
+    "shifted_vp_sde": schedules.VPSDE().shifted(3.0),
+    "moved_table": schedules.Shifted(schedules.linear(), 0.5),
 }
 
 VARIANCE_PRESERVING = [

@@ -6,18 +6,21 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion import specs
 from diffusion.conditioning import null_like
 from diffusion.config import consistency
-from diffusion.errors import field
+from diffusion.errors import field, wrong_types
 from diffusion.objectives import couplings, distances, times, weightings
 from diffusion.objectives import noise as noises
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.pipelines.pipeline import Pipeline
-from diffusion.schedules import Table
+from diffusion.schedules import Schedule, Table
+
+AT = "config.objective."
 
 
 def _shared(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
@@ -31,10 +34,35 @@ def _shared(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "schedule": schedule,
         "prediction": pipeline.prediction,
         "c_noise": pipeline.c_noise,
-        "times": specs.function(c.times, times.CHOICES, f"{at}.times", steps),
+        "times": _times(c.times, schedule, steps),
         "stratify": config.train.batch_size if c.stratified else None,
         "t_min": c.t_min,
     }
+
+
+def _times(text: str, schedule: Schedule, steps: dict[str, int]) -> times.TimeDistribution:
+    distribution = specs.function(text, times.CHOICES, AT + "times", steps)
+    with field(f"{AT}times={text!r}"), wrong_types():
+        distribution(jnp.array([0.25, 0.75]), schedule)  # its options are checked in the call
+    return distribution
+
+
+def _weighting(config: ConfigDict, pipeline: Pipeline) -> weightings.Weighting:
+    """That of the config, whose factors must be finite at both ends of the schedule."""
+    c, schedule = config.objective, pipeline.schedule
+    context = {"sigma_data": config.data.std, "schedule": schedule}
+    weighting = specs.function(c.weighting, weightings.CHOICES, AT + "weighting", context)
+    ends = schedule(jnp.array([max(c.t_min, 1e-5 * schedule.t_max), schedule.t_max]))
+    with field(f"{AT}weighting={c.weighting!r}"), wrong_types():
+        for end, weight in zip(
+            ("least", "most"), weightings.weights(weighting, pipeline.prediction, ends)
+        ):
+            if not weight < weightings.INFINITE:
+                raise ValueError(
+                    f"the weight is infinite where there is {end} noise, with {AT}prediction="
+                    f"{c.prediction!r} on {AT}schedule={c.schedule!r}; v is finite there"
+                )
+    return weighting
 
 
 def check(config: ConfigDict) -> None:
@@ -66,12 +94,11 @@ def denoising(
     ``nulls`` are fields of the null conditioning, ``shape`` is that of an example.
     """
     c, at = config.objective, "config.objective"
-    context = {"sigma_data": config.data.std, "schedule": pipeline.schedule}
     with field(f"{at}.noise={c.noise!r}"):
         noise = specs.value(c.noise, noises.CHOICES, f"{at}.noise")
     fields = {
         **_shared(config, pipeline),
-        "weighting": specs.function(c.weighting, weightings.CHOICES, f"{at}.weighting", context),
+        "weighting": _weighting(config, pipeline),
         "distance": specs.function(c.distance, distances.CHOICES, f"{at}.distance"),
         "coupling": _coupling(config, "label" in nulls, shape),
         "null": partial(null_like, **nulls),

@@ -89,8 +89,7 @@ class Denoising:
         rngs = {"dropout": jax.random.fold_in(key_network, index[0])}
         noised, output = self._noised(params, batch, x_t, level, cond, context.train, rngs)
         distance = self.distance(output, predictions.target(self.prediction, level, x0, noise))
-        c_out = predictions.precondition(self.prediction, level).c_out
-        loss = self.weighting(level, c_out) * distance
+        loss = weightings.weights(self.weighting, self.prediction, level) * distance
         metrics = {"distance": distance.mean()}
         for term in self.terms:
             loss, measured = term(loss, params.get(term.name), context, noised)

@@ -6,6 +6,7 @@ uniform numbers are drawn, independently or stratified, is thereby a separate ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -57,20 +58,25 @@ def uniform(u: Array, schedule: Schedule) -> Array:
 
 
 def discrete(u: Array, schedule: Schedule, steps: int = 1000) -> Array:
-    """t uniform in {1/T, ..., 1} t_max for T = steps: the table's own times (DDPM)."""
+    """t uniform in {1/T, ..., 1} t_max for T = steps >= 1: the table's own times (DDPM)."""
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1, such as 1000")
     return jnp.ceil(u * steps) / steps * schedule.t_max
 
 
 def logit_normal(u: Array, schedule: Schedule, mean: float = 0.0, std: float = 1.0) -> Array:
-    """logit(t / t_max) ~ N(mean, std^2) (SD3, Esser et al., 2024, eq. 19)."""
+    """logit(t / t_max) ~ N(mean, std^2), std > 0 (SD3, Esser et al., 2024, eq. 19)."""
+    _check_normal(mean, std)
     return jax.nn.sigmoid(mean + std * ndtri(u)) * schedule.t_max
 
 
 def mode(u: Array, schedule: Schedule, scale: float = 1.29) -> Array:
     """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), heavy in the middle (SD3, eq. 20).
 
-    Monotone for -1 <= scale <= 2 / (pi - 2) = 1.75.
+    Monotone, as it must be, for -1 <= scale <= 2 / (pi - 2) = 1.75.
     """
+    if not -1 <= scale <= 2 / (math.pi - 2):
+        raise ValueError(f"scale={scale} must lie in [-1, {2 / (math.pi - 2):.4g}]")
     return (1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)) * schedule.t_max
 
 
@@ -80,9 +86,16 @@ def cosmap(u: Array, schedule: Schedule) -> Array:
 
 
 def log_normal(u: Array, schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Array:
-    """log(sigma / alpha) ~ N(mean, std^2), cut at the schedule's end (EDM, Karras et al., 2022)."""
+    """log(sigma / alpha) ~ N(mean, std^2), std > 0, cut at the schedule's end (EDM, Karras et al.,
+    2022)."""
+    _check_normal(mean, std)
     ratio = jnp.exp(mean + std * ndtri(u))
     return jnp.minimum(schedule.invert(jnp.ones_like(ratio), ratio), schedule.t_max)
+
+
+def _check_normal(mean: float, std: float) -> None:
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise ValueError(f"mean={mean} and std={std} must be finite numbers, std > 0")
 
 
 def by_quartile(

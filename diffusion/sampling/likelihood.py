@@ -189,9 +189,9 @@ def _level(schedule: Schedule, s: Array) -> tuple[NoiseLevel, Array]:
     """The schedule's level at tan(theta / 2) = e^s, and sqrt(alpha^2 + sigma^2) there."""
     cos, sin = -jnp.tanh(s), 1 / jnp.cosh(s)
     t = jnp.minimum(schedule.invert(cos, sin), schedule.t_max)
-    _, alpha, sigma = schedule(t)
-    scale = jnp.hypot(alpha, sigma)
-    return NoiseLevel(t, scale * cos, scale * sin), scale
+    level = schedule(t)
+    scale = jnp.hypot(level.alpha, level.sigma)
+    return NoiseLevel(level.t, scale * cos, scale * sin), scale
 
 
 def _norm(state: tuple[Array, Array]) -> Array:

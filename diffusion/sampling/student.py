@@ -39,13 +39,15 @@ class Coefficients(NamedTuple):
     earlier: Array  # [N, K - 1] weights of the earlier estimates, newest first
 
 
-def coefficients(solver: Solver, t_end: float = 0.0, memory: int = 4) -> Coefficients:
+def coefficients(
+    solver: Solver, schedule: Schedule, t_end: float = 0.0, memory: int = 4
+) -> Coefficients:
     """The coefficients of a multistep solver in data prediction (DDIM, DPM-Solver++ 2M or 3M).
 
     A table of another form, or that draws noise, is refused. ``t_end`` is the grid's last time,
     ``memory`` K, the number of estimates that a step combines, 1 to 6.
     """
-    times = np.append(solver.level.t, t_end)
+    times = np.append(schedule.argument(solver.level), t_end)
     if np.any(solver.noise) or np.any(np.diff(times) >= 0) or not 1 <= memory <= REGISTERS:
         raise ValueError(
             "learning starts from a deterministic solver with one evaluation a step, and memory in "
@@ -178,7 +180,7 @@ class Student:
         """
         if len(lessons.noise) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than {len(lessons.noise)} lessons")
-        t_start = float(start.level.t[0])
+        t_start = float(schedule.argument(start.level)[0])
         optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
 
         def loss(learned: Coefficients, weights: Any, batch: Lessons) -> Array:
@@ -200,7 +202,7 @@ class Student:
             built = build(learned, schedule, t_start, t_end)
             return jax.tree.map(lambda a: np.asarray(a, np.float64), built)
 
-        learned = jax.tree.map(jnp.float32, coefficients(start, t_end, memory))
+        learned = jax.tree.map(jnp.float32, coefficients(start, schedule, t_end, memory))
         state, best = optimizer.init(learned), learned
         history = [(0, self.error(table(learned), held_out, batch_size))]
         whole = len(lessons.noise) // batch_size * batch_size  # all batches have one size

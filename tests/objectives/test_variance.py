@@ -39,6 +39,17 @@ def test_bound_of_the_true_posterior_variance_is_the_kl_of_the_means():
     assert float(bound.bits(t, x0, x_t, x0, zero + 1)[0]) > 0
 
 
+def test_bound_knows_a_shifted_level():
+    """Whose t is the moved one."""
+    schedule = schedules.RectifiedFlow().shifted(3.0)
+    x0, zero = jnp.full((1, 1, 5), 0.3), jnp.zeros((1, 1, 5))
+    noised = Noised({"x": x0}, zero + 0.5, schedule(jnp.array([0.4])), x0 - 0.2, zero - 1, {})
+    loss, _ = VariationalBound(schedule, weight=1.0)(zero[0, 0, :1], None, Context(), noised)
+    _, beta_tilde, _, c_x0 = posterior(schedule(np.array(0.4)), schedule(np.array(0.399)))
+    expected = 1000 * (c_x0 * 0.2) ** 2 / (2 * beta_tilde) / np.log(2)
+    assert float(loss[0]) == pytest.approx(expected, rel=1e-2)
+
+
 def test_last_step_is_a_likelihood_in_bins():
     levels = 256
     grid = jnp.linspace(-1, 1, levels)

@@ -64,13 +64,13 @@ def test_edm_weighting_with_edm_prediction_is_one():
     np.testing.assert_allclose(weightings.edm(level, c_out), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vp_sde", "cosine", "rectified_flow", "edm"])
+@pytest.mark.parametrize("name", ["vp_sde", "cosine", "rectified_flow", "edm", "shifted_flow"])
 def test_elbo_equals_the_bound_of_a_gaussian(name):
     """For data N(0, s^2) and its exact denoiser, 1/2 int -SNR'(t) mmse dt is known in closed form:
     mmse = 1 / (1/s^2 + SNR), so the integral over [t_0, t_1] is a difference of logs."""
     schedule, s = SCHEDULES[name], 0.6
     ends = np.array([0.02, 0.9]) * schedule.t_max
-    snr0, snr1 = np.asarray(schedule(ends).snr)
+    snr0, snr1 = np.asarray(schedule(ends).snr)  # for a shifted schedule too
     exact = 0.5 * np.log((1 / s**2 + snr0) / (1 / s**2 + snr1))
     # uniform times, on a fine grid, as a share of the whole range
     t = np.geomspace(*ends, 40_001)
@@ -79,6 +79,36 @@ def test_elbo_equals_the_bound_of_a_gaussian(name):
     mmse = 1 / (1 / s**2 + np.asarray(schedule(t).snr))
     integral = np.trapezoid(np.asarray(weight, np.float64) * mmse / schedule.t_max, t)
     assert integral == pytest.approx(exact, rel=5e-3)
+
+
+@pytest.mark.parametrize("t, expected", [(0.2, 11.11), (0.5, 0.4444), (0.8, 0.0434)])
+def test_elbo_of_a_shifted_flow(t, expected):
+    """SNR = ((1 - t) / 3t)^2, so that -1/2 dSNR/dt = (1 - t) / 9 t^3."""
+    schedule = SCHEDULES["shifted_flow"]
+    level = level_at(schedule, np.array([t]))
+    weight = weightings.elbo(level, jnp.ones(1), schedule=schedule)
+    assert float(weight[0]) == pytest.approx((1 - t) / 9 / t**3, rel=1e-5)
+    assert float(weight[0]) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", weightings.CHOICES)
+def test_weights_at_both_ends_are_the_limits(name, prediction):
+    """The float32 weight at t = 0 and t_max is that of float64 close to them, and never NaN."""
+    row = PREDICTIONS[prediction]
+    for schedule in SCHEDULES.values():
+        weighting = weightings.CHOICES[name]
+        weighting = partial(weighting, schedule=schedule) if name == "elbo" else weighting
+        found = weightings.weights(weighting, row, level_at(schedule, np.array([0.0, 1.0])))
+        with jax.enable_x64(True):
+            level = schedule(np.array([0.0, 1.0]) * schedule.t_max)
+            near = NoiseLevel(jnp.asarray(level.t), *(jnp.maximum(a, 1e-12) for a in level[1:]))
+            limit = weighting(near, predictions.precondition(row, near).c_out)
+        for weight, right in zip(np.asarray(found, np.float64), np.asarray(limit)):
+            if right > 1e10:
+                assert weight > 1e10, "the limit is infinite"
+            else:
+                assert weight == pytest.approx(right, rel=2e-3, abs=1e-10), schedule
 
 
 def test_distances():

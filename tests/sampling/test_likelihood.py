@@ -38,7 +38,7 @@ def gaussian_data(mean):
 
 @pytest.mark.parametrize(
     "schedule",
-    [schedules.linear(), schedules.VPSDE(), schedules.EDM(), FLOW],
+    [schedules.linear(), schedules.VPSDE(), schedules.EDM(), FLOW, FLOW.shifted(3.0)],
     ids=lambda schedule: type(schedule).__name__,
 )
 def test_gaussian_on_every_kind_of_schedule(schedule):

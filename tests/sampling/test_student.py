@@ -17,13 +17,15 @@ from diffusion.sampling.student import Coefficients, Student, build, coefficient
 START = [solvers.ddim, solvers.dpmpp_2m, solvers.dpmpp_3m]
 
 
-@pytest.mark.parametrize("name", ["scaled_linear", "vp_sde", "edm", "rectified_flow"])
+@pytest.mark.parametrize(
+    "name", ["scaled_linear", "vp_sde", "edm", "rectified_flow", "shifted_flow"]
+)
 @pytest.mark.parametrize("start", START)
 def test_starts_where_the_solver_is(start, name):
     schedule = SCHEDULES[name]
     solver = start(grids.uniform(schedule, 6))
     with jax.enable_x64(True):
-        same = build(coefficients(solver), schedule, schedule.t_max)
+        same = build(coefficients(solver, schedule), schedule, schedule.t_max)
     np.testing.assert_allclose(same.level.t, solver.level.t, rtol=1e-12)
     np.testing.assert_allclose(same.A[:, 0], solver.A[:, 0], atol=1e-9)
     np.testing.assert_allclose(same.b[:, 0], (solver.b + solver.b_raw)[:, 0], atol=1e-9)
@@ -83,5 +85,6 @@ def test_a_table_can_be_kept(tmp_path):
     ],
 )
 def test_what_cannot_be_learned_from(solver, message):
+    schedule = schedules.cosine()
     with pytest.raises(ValueError, match=message):
-        coefficients(solver(grids.uniform(schedules.cosine(), 5)))
+        coefficients(solver(grids.uniform(schedule, 5)), schedule)

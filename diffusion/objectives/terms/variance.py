@@ -49,11 +49,12 @@ class VariationalBound:
     def __call__(self, loss: Array, params: None, context: Context, noised: Noised) -> Measured:
         """The loss of each example with its bound, and the mean bound."""
         nu = (noised.variance + 1) / 2
-        vlb = self.bits(noised.level.t, noised.batch["x"], noised.x_t, noised.x0_hat, nu)
+        t = self.schedule.argument(noised.level)
+        vlb = self.bits(t, noised.batch["x"], noised.x_t, noised.x0_hat, nu)
         return loss + self.weight * vlb, {"vlb": vlb.mean()}
 
     def bits(self, t: Array, x0: Array, x_t: Array, x0_hat: Array, nu: Array) -> Array:
-        """T times the bound's term at times t [B], in bits per dimension, [B].
+        """T times the bound's term at the schedule's times t [B], in bits per dimension, [B].
 
         That is KL(q(x_s | x_t, x_0) || p(x_s | x_t)) with s = t - 1/T, and at the last step,
         where s = 0, the negative log-likelihood of x_0 in bins of width 2 / (levels - 1).

@@ -145,7 +145,8 @@ def pndm(grid: NoiseLevel, schedule: Schedule) -> Solver:
             e = eps(now)
             rows.append(Row(now, [eps_step(X, _mix(e, 4), now, after), e, Y[1], Y[2]]))
             continue
-        middle, k = schedule((now.t + after.t) / 2), k + 1
+        middle = schedule((schedule.argument(now) + schedule.argument(after)) / 2)
+        k += 1
         # Y[1:4] hold the derivatives at the nodes, newest first; Y[4] the base, Y[5] the sum.
         e = eps(now)
         rows.append(Row(now, [eps_step(X, e, now, middle), e, Y[1], Y[2], X, e / 6]))

@@ -131,13 +131,14 @@ def tcd(grid: NoiseLevel, schedule: Schedule, gamma: float = 0.3) -> Solver:
     """Strategic stochastic sampling of a trajectory consistency model (Zheng et al., 2024, alg. 4).
 
     Each step goes along the ODE (D and eps fixed) to s = (1 - gamma) t', and from there up to t'
-    with noise. gamma lies in [0, 1]: 0 is deterministic, ``ddim``; 1 jumps to clean data and is
-    multistep consistency sampling.
+    with noise; both are times that ``schedule`` is called with. gamma lies in [0, 1]: 0 is
+    deterministic, ``ddim``; 1 jumps to clean data and is multistep consistency sampling.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
-    pairs = pairwise(nodes(grid))
-    return table([tcd_row(now, schedule((1 - gamma) * after.t), after) for now, after in pairs])
+    pairs = list(pairwise(nodes(grid)))
+    below = [schedule((1 - gamma) * schedule.argument(after)) for _, after in pairs]
+    return table([tcd_row(now, low, after) for (now, after), low in zip(pairs, below)])
 
 
 def tcd_row(now: NoiseLevel, below: NoiseLevel, after: NoiseLevel) -> Row:
