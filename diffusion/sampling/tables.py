@@ -27,6 +27,7 @@ zero terminal SNR) and at a last node without noise (sigma = 0), where nothing i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -126,6 +127,12 @@ def check_choice(name: str, value: object, choices: Sequence) -> None:
         raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
 
 
+def check_entries(name: str, given: Sequence, path: Sequence[NoiseLevel]) -> None:
+    """Raises ValueError unless ``given`` has an entry for each step along the path."""
+    if not isinstance(given, Sequence) or len(given) != len(path) - 1:
+        raise ValueError(f"{name} must have {len(path) - 1} entries, one per step, got {given!r}")
+
+
 def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
     """The grid's N + 1 levels, one by one.
 
@@ -155,6 +162,21 @@ def log_ratio(level: NoiseLevel) -> float:
     """lambda = log(alpha / sigma), half the log SNR; -inf at alpha = 0, inf at sigma = 0."""
     with np.errstate(divide="ignore"):
         return np.log(level.alpha) - np.log(level.sigma)
+
+
+def steady_orders(lam: Sequence[float], jump: float) -> list[int]:
+    """[N] how many estimates, newest first, each step of a multistep method may use.
+
+    The step from lam[i] may use those before which no step is shorter than 1 / ``jump`` of it.
+    """
+    if not jump > 0:
+        raise ValueError(f"jump must be positive, got {jump}; inf leaves all orders as they are")
+    steps = np.diff(lam)
+    orders = []
+    for i in range(len(steps)):
+        short = [j for j in range(i) if jump < math.inf and steps[i] > jump * steps[j]]
+        orders.append(i - short[-1] if short else i + 1)
+    return orders
 
 
 def far(level: NoiseLevel) -> bool:

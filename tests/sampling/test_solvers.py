@@ -1,5 +1,6 @@
 """Solvers, against what is known exactly: flows of mixtures, moments of Gaussians, points."""
 
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -27,7 +28,7 @@ exact_denoise = jax.jit(MIXTURE)
 
 NOISE_PREDICTION_SDES = [
     name for name in STOCHASTIC if name in ("dpm_solver-1.0", "_stochastic_adams-1.0-3-3-eps")
-]  # their noise is right only in the limit, and diverges at alpha = 0
+]  # between the ends their noise is right only in the limit of many steps
 
 
 @pytest.mark.parametrize("schedule", ["vp_sde", "edm", "rectified_flow", "sub_vp_sde"])
@@ -43,6 +44,68 @@ def test_moments_of_a_gaussian_converge(name, schedule):
             abs(mean - end.alpha * m) + abs(variance - (end.alpha * s) ** 2 - end.sigma**2)
         )
     assert errors[1] < 0.03 and errors[1] < max(0.4 * errors[0], 1e-9), errors
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "zero_terminal_snr", "rectified_flow", "edm"])
+@pytest.mark.parametrize("name", NOISE_PREDICTION_SDES)
+def test_noise_prediction_ends_clean(name, schedule):
+    """Also from alpha = 0 and from a huge ratio, in the steps that other solvers take there."""
+    grid = grids.karras if schedule == "edm" else grids.uniform
+    table = ALL[name](grid(SCHEDULES[schedule], 60), SCHEDULES[schedule])
+    mean, variance = moments(table, 0.7, 0.0)
+    np.testing.assert_allclose([mean, variance], [0.7, 0], atol=1e-6)
+    mean, variance = moments(table, 0.7, 0.5)
+    assert mean == pytest.approx(0.7, abs=0.03) and np.sqrt(variance) == pytest.approx(0.5, 0.05)
+
+
+@pytest.mark.parametrize("gamma, steps, std", [(0.0, 10, 0.370), (0.0, 40, 0.465), (0.3, 40, 0.43)])
+def test_tcd_on_a_shifted_flow(gamma, steps, std):
+    schedule = SCHEDULES["shifted_flow"]
+    grid = grids.uniform(schedule, steps)
+    table = solvers.tcd(grid, schedule, gamma=gamma)
+    if gamma == 0:
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-7), table, solvers.ddim(grid))
+    _, variance = moments(table, 0.0, 0.5)
+    assert np.sqrt(variance) == pytest.approx(std, abs=0.01)
+
+
+def test_stages_between_the_nodes_of_a_shifted_flow_lie_between_them():
+    schedule = SCHEDULES["shifted_flow"]
+    grid = grids.uniform(schedule, 8)
+    ratio = solvers.pndm(grid, schedule).level.ratio  # the first step has no signal to start from
+    for i, (now, after) in enumerate(pairwise(grid.ratio[1:4])):
+        assert np.all((after < ratio[2 + 4 * i : 4 + 4 * i]) & (ratio[2 + 4 * i : 4 + 4 * i] < now))
+
+
+@pytest.mark.parametrize(
+    "solver", ["dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "sa_solver"]
+)
+def test_jumps_of_lambda_lower_the_order_on_demand(solver):
+    """``leading`` ends with steps many times as long as those before."""
+    grid = grids.leading(SCHEDULES["linear"], 40)
+    with_it, without = (
+        np.sqrt(moments(getattr(solvers, solver)(grid, jump=jump), 0.0, 0.5)[1])
+        for jump in (2.0, np.inf)
+    )
+    assert with_it == pytest.approx(0.5, abs=0.045) and abs(without - 0.5) > 0.035
+    even = grids.exponential(SCHEDULES["linear"], 40)
+    same = [getattr(solvers, solver)(even, jump=jump) for jump in (2.0, np.inf)]
+    jax.tree.map(np.testing.assert_array_equal, *same)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda grid: solvers.deis(grid, orders=(1, 2)),
+        lambda grid: solvers.unipc(grid, orders=(1,)),
+        lambda grid: solvers.unipc(grid, corrected=(True,)),
+        lambda grid: solvers.unipc(grid, orders=3),
+        lambda grid: solvers.dpmpp_2m(grid, jump=0.0),
+    ],
+)
+def test_options_of_each_step(make):
+    with pytest.raises(ValueError, match=r"must have 5 entries|jump must be positive"):
+        make(grids.uniform(SCHEDULES["cosine"], 5))
 
 
 @pytest.mark.parametrize(
@@ -125,10 +188,6 @@ def test_ddpm_variances_are_the_papers():
 def test_tables_are_finite_and_never_evaluate_clean_data(name):
     for schedule in SCHEDULES.values():
         grid = grids.uniform(schedule, 5)
-        if name in NOISE_PREDICTION_SDES and grid.alpha[0] == 0:
-            with pytest.raises(ValueError, match="cannot start at alpha = 0"):
-                ALL[name](grid, schedule)
-            continue
         table = ALL[name](grid, schedule)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(table))
         assert np.all(table.level.sigma > 0)

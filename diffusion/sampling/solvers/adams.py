@@ -26,6 +26,7 @@ from diffusion.sampling.tables import (
     X,
     Y,
     check_choice,
+    check_entries,
     eps,
     eps_step,
     far,
@@ -187,6 +188,8 @@ def _adams(
     """x'/alpha' = x/alpha + sum_j weights_j eps_j, newest first; weights(path, i, k) -> [k]."""
     check_choice("order", order, (1, 2, 3, 4))
     path = nodes(grid)
+    if orders is not None:
+        check_entries("orders", orders, path)
     rows, known = [], 0
     for i, (now, after) in enumerate(pairwise(path)):
         if now.alpha == 0:

@@ -16,11 +16,21 @@ A polynomial, d0 + (v/h) d1 + (v/h)^2 d2 / 2, replaces D (or eps) in the integra
 earlier evaluations ("multistep") or through those of a block of steps ("singlestep"). There are two
 kinds of order 2: "heun" integrates d1 exactly, "midpoint" takes it at v = h/2.
 
-A step that starts at alpha = 0 or ends at sigma = 0 has h = inf and order 1.
+A step that starts at alpha = 0 or ends at sigma = 0 has h = inf and order 1. In noise prediction
+the SDE's variance would grow without bound there: such a step, and one from sigma/alpha > 1000, is
+that of data prediction.
+
+Multistep methods extrapolate, and err where a step in lambda is much longer than the one before, as
+at the end of the grids ``leading`` and ``linspace`` on most schedules. For Gaussian data of
+deviation 0.5, the schedule linear and 40 steps of ``leading``, 2M gives 0.54, 3M 0.39 and 3M SDE
+1.66; so do k-diffusion's formulas. With ``jump``, a step uses no estimate from before one that is
+shorter than 1 / ``jump`` of it: jump=2 gives 0.50, 0.50 and 0.54. karras, exponential and uniform
+do not need it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -42,50 +52,57 @@ from diffusion.sampling.tables import (
     far,
     log_ratio,
     nodes,
+    steady_orders,
     step,
     table,
 )
 from diffusion.schedules import Schedule
 
 
-def dpmpp_2m(grid: NoiseLevel, kind: str = "midpoint") -> Solver:
+def dpmpp_2m(grid: NoiseLevel, kind: str = "midpoint", jump: float = math.inf) -> Solver:
     """DPM-Solver++ 2M: order 2, multistep, data prediction (Lu et al., 2022b, alg. 2).
 
     N evaluations. The first step has order 1, as has the last if it goes to clean data, and the
     second if the grid starts at alpha = 0.
     """
-    return multistep(grid, 2, kind=kind)
+    return multistep(grid, 2, kind=kind, jump=jump)
 
 
-def dpmpp_3m(grid: NoiseLevel) -> Solver:
+def dpmpp_3m(grid: NoiseLevel, jump: float = math.inf) -> Solver:
     """DPM-Solver++ 3M: order 3, multistep, data prediction; N evaluations.
 
     The second difference has the factor 2, which the published code lacks (see ``multistep``).
     """
-    return multistep(grid, 3)
+    return multistep(grid, 3, jump=jump)
 
 
-def dpmpp_2m_sde(grid: NoiseLevel, kind: str = "midpoint", eta: float = 1.0) -> Solver:
+def dpmpp_2m_sde(
+    grid: NoiseLevel, kind: str = "midpoint", eta: float = 1.0, jump: float = math.inf
+) -> Solver:
     """SDE-DPM-Solver++ 2M (Lu et al., 2022b, section 5); N evaluations.
 
     eta scales the noise, as in k-diffusion; eta = 0 is ``dpmpp_2m``.
     """
-    return multistep(grid, 2, kind=kind, eta=eta)
+    return multistep(grid, 2, kind=kind, eta=eta, jump=jump)
 
 
-def dpmpp_3m_sde(grid: NoiseLevel, eta: float = 1.0) -> Solver:
+def dpmpp_3m_sde(grid: NoiseLevel, eta: float = 1.0, jump: float = math.inf) -> Solver:
     """k-diffusion's DPM-Solver++(3M) SDE; N evaluations; eta = 0 is ``dpmpp_3m``."""
-    return multistep(grid, 3, kind="heun", eta=eta)
+    return multistep(grid, 3, kind="heun", eta=eta, jump=jump)
 
 
 def dpm_solver(
-    grid: NoiseLevel, order: int = 2, kind: str = "midpoint", eta: float = 0.0
+    grid: NoiseLevel,
+    order: int = 2,
+    kind: str = "midpoint",
+    eta: float = 0.0,
+    jump: float = math.inf,
 ) -> Solver:
     """DPM-Solver in its multistep form: noise prediction, orders 1 to 3; N evaluations.
 
     eta = 1 is the SDE's form, in orders 1 and 2.
     """
-    return multistep(grid, order, prediction="eps", kind=kind, eta=eta)
+    return multistep(grid, order, prediction="eps", kind=kind, eta=eta, jump=jump)
 
 
 def dpm_solver_singlestep(grid: NoiseLevel, order: int = 3, kind: str = "midpoint") -> Solver:
@@ -119,6 +136,7 @@ def multistep(
     orders: Sequence[int] | None = None,
     curvature: float = 2.0,
     rising: bool = False,
+    jump: float = math.inf,
 ) -> Solver:
     """The multistep family: N evaluations; each step uses the results of the last ``order`` ones.
 
@@ -127,11 +145,12 @@ def multistep(
       prediction: "x0" (DPM-Solver++) or "eps" (DPM-Solver).
       kind: of second-order steps, "midpoint" or "heun". Third-order steps have one kind.
       eta: share of the reverse SDE's noise, 0 for the ODE; 0 or 1 in noise prediction, which with
-        1 has no order 3 and cannot start at alpha = 0.
+        1 has no order 3.
       orders: [N] the order of each step instead of ``order``, as far as the history allows.
       curvature: factor of the second difference in third-order steps. 2 makes it the second
         derivative; the published code, diffusers and k-diffusion have 1, and so order 2.
       rising: whether the grid goes from less to more noise (inversion); eta must then be 0.
+      jump: > 0; see above.
     """
     _check(order, prediction, kind, eta)
     if rising and eta:
@@ -139,11 +158,12 @@ def multistep(
     path = nodes(grid, rising)
     lam = [log_ratio(level) for level in path]
     orders = [order] * (len(path) - 1) if orders is None else orders
+    near = steady_orders(lam, jump)
     rows = []
     for i, (now, after) in enumerate(pairwise(path)):
         h = lam[i + 1] - lam[i]
         known = sum(np.isfinite(lam[max(i - 2, 0) : i + 1]))  # evaluations at finite lambda
-        k = min(orders[i], i + 1, known) if np.isfinite(h) else 1
+        k = min(orders[i], near[i], known) if np.isfinite(h) else 1
         m0 = estimate(now, prediction)
         d = [m0]
         if k > 1:
@@ -266,6 +286,8 @@ def _advance(
 ) -> Combination:
     """The module's formulas, for d = [d0], [d0, d1] or [d0, d1, d2]."""
     h = log_ratio(after) - log_ratio(now)
+    if prediction == "eps" and eta and (after.sigma == 0 or far(now)):
+        prediction, d = "x0", [D]
     if prediction == "x0":
         u = (1 + eta) * h
         decay = (now.alpha * after.sigma / (after.alpha * now.sigma)) ** eta if eta else 1.0
@@ -279,10 +301,6 @@ def _advance(
             new = new - after.alpha * ((np.expm1(-u) + u) / u**2 - 0.5) * d[2]
         return new + std * Z
     if now.alpha == 0:
-        if eta:
-            raise ValueError(
-                "noise prediction with eta=1 cannot start at alpha = 0; use dpmpp_2m_sde"
-            )
         return step(X, D, now, after)
     grow = after.alpha * now.sigma / now.alpha - after.sigma  # sigma' (e^h - 1)
     new = after.alpha / now.alpha * x - (1 + eta) * grow * d[0]

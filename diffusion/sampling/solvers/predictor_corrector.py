@@ -10,6 +10,7 @@ prediction, neither is one from sigma/alpha > 1000.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from math import factorial
 
@@ -27,11 +28,13 @@ from diffusion.sampling.tables import (
     Y,
     Z,
     check_choice,
+    check_entries,
     eps_step,
     estimate,
     far,
     log_ratio,
     nodes,
+    steady_orders,
     step,
     table,
 )
@@ -47,6 +50,7 @@ def unipc(
     *,
     orders: Sequence[int] | None = None,
     corrected: Sequence[bool] | None = None,
+    jump: float = math.inf,
 ) -> Solver:
     """UniPC (Zhao et al., 2023, alg. 5 to 8): N evaluations; the corrector adds one to the order.
 
@@ -63,6 +67,8 @@ def unipc(
       prediction: "x0" or "eps".
       orders: [N] the order of each step instead of ``order``, as far as the history allows.
       corrected: [N] whether each step is corrected; by default every step that can be.
+      jump: a step more than this times as long as an earlier one, in log(alpha/sigma), does not
+        use the estimate before that (see ``dpm_solver``).
     """
     check_choice("order", order, (1, 2, 3, 4))
     check_choice("kind", kind, ("bh1", "bh2"))
@@ -72,12 +78,17 @@ def unipc(
     count = len(path) - 1
     orders = [order] * count if orders is None else orders
     corrected = [True] * count if corrected is None else corrected
+    check_entries("orders", orders, path)
+    check_entries("corrected", corrected, path)
+    near = steady_orders(lam, jump)
     sign = -1 if prediction == "x0" else 1
 
     def advance(i: int, x: Combination, past: list[Combination]):
         now, after = path[i], path[i + 1]
         h = lam[i + 1] - lam[i]
-        k = min(orders[i], i + 1 - int(not np.isfinite(lam[0])))
+        k = min(orders[i], near[i], i + 1 - int(not np.isfinite(lam[0])))
+        if now.alpha == 0 and prediction == "eps":
+            return step(x, D, now, after), None
         first = (step if prediction == "x0" else eps_step)(x, past[0], now, after)
         if not np.isfinite(h):
             return first, None
@@ -104,18 +115,20 @@ def sa_solver(
     high: float = 1.0,
     predictor_order: int = 3,
     corrector_order: int = 4,
+    jump: float = math.inf,
 ) -> Solver:
     """SA-Solver (Xue et al., 2023, alg. 1): stochastic Adams methods; N evaluations.
 
     It solves the SDE with tau >= 0 times the reverse SDE's noise where low <= sigma/alpha <= high,
-    and the ODE (tau = 0) elsewhere. The defaults are those of the paper's appendix E for pixels.
+    and the ODE (tau = 0) elsewhere. The defaults are those of the paper's appendix E for pixels;
+    for ``jump`` see ``dpm_solver``.
     """
-    if tau < 0:
-        raise ValueError(f"tau must be >= 0, got {tau}")
+    if not 0 <= tau < math.inf:
+        raise ValueError(f"tau must be a finite number >= 0, got {tau}")
     start = nodes(grid)[:-1]
     taus = [tau if low * a.alpha <= a.sigma <= high * a.alpha else 0.0 for a in start]
     orders = [predictor_order] * len(start), [corrector_order] * len(start)
-    return stochastic_adams(grid, taus, *orders, simplified=False)
+    return stochastic_adams(grid, taus, *orders, simplified=False, jump=jump)
 
 
 def stochastic_adams(
@@ -126,6 +139,7 @@ def stochastic_adams(
     *,
     prediction: str = "x0",
     simplified: bool = True,
+    jump: float = math.inf,
 ) -> Solver:
     """SA-Solver with a tau and two orders for each step, [N] each.
 
@@ -146,9 +160,7 @@ def stochastic_adams(
     check_choice("prediction", prediction, ("x0", "eps"))
     path = nodes(grid)
     lam = np.array([log_ratio(level) for level in path])
-    skipped = int(not np.isfinite(lam[0]))
-    if skipped and prediction == "eps" and taus[0]:
-        raise ValueError("noise prediction with tau > 0 cannot start at alpha = 0")
+    skipped, near = int(not np.isfinite(lam[0])), steady_orders(lam, jump)
 
     def weights(points: np.ndarray, i: int) -> np.ndarray:
         """The weights of the estimates at these lambdas, in the step from node i."""
@@ -168,18 +180,24 @@ def stochastic_adams(
     def advance(i: int, x: Combination, past: list[Combination]):
         now, after, tau2 = path[i], path[i + 1], taus[i] ** 2
         h = lam[i + 1] - lam[i]
-        if prediction == "eps":
+        finite, noise_prediction = np.isfinite(h), prediction == "eps"
+        if noise_prediction and tau2 and (far(now) or not finite):
+            # The variance would grow without bound: the step is that of data prediction.
+            finite = noise_prediction = False
+        if noise_prediction and now.alpha == 0:
+            return step(x, D, now, after), None
+        if noise_prediction:
             grow = after.alpha / now.alpha
             keep, std = grow, taus[i] * np.sqrt(max((grow * now.sigma) ** 2 - after.sigma**2, 0))
         else:
             decay = (now.alpha * after.sigma / (after.alpha * now.sigma)) ** tau2 if tau2 else 1.0
             keep = decay * after.sigma / now.sigma
             std = after.sigma * np.sqrt(-np.expm1(-2 * tau2 * h)) if tau2 else 0.0
-        if not np.isfinite(h):
-            if prediction == "eps":
-                return eps_step(x, past[0], now, after) + std * Z, None
-            return keep * x + after.alpha * past[0] + (std * Z - keep * now.alpha * past[0]), None
-        known = i + 1 - skipped
+        if not finite and noise_prediction:
+            return eps_step(x, past[0], now, after), None
+        if not finite:
+            return keep * x + (after.alpha - keep * now.alpha) * D + std * Z, None
+        known = min(i + 1 - skipped, near[i])
         k = min(predictor_orders[i], known)
         new = keep * x + std * Z + _dot(weights(lam[i::-1][:k], i), past)
         k = min(corrector_orders[i], known + 1)
@@ -204,10 +222,7 @@ def _predict_correct(path: list[NoiseLevel], advance: Advance, prediction: str) 
         newest = estimate(now, prediction)
         x = X if weight is None else Y[1] + weight * newest
         past = [newest, *Y[2:]]
-        if now.alpha == 0 and prediction == "eps":
-            new, correction = step(X, D, now, path[i + 1]), None
-        else:
-            new, correction = advance(i, x, past)
+        new, correction = advance(i, x, past)
         if prediction == "eps" and far(now):
             correction = None
         partial, weight = (np.zeros_like(X), None) if correction is None else correction
