@@ -1,11 +1,28 @@
-"""How errors name config fields."""
+"""How errors name options and config fields."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
+
+
+def check_range(
+    name: str, value: float, low: float = -math.inf, high: float = math.inf, above: bool = False
+) -> None:
+    """Raises ValueError unless ``value`` is a finite number from low to high, not low if above."""
+    holds = (low < value if above else low <= value) and value <= high and abs(value) < math.inf
+    if holds:
+        return
+    if high < math.inf:
+        must = f"lie in {'(' if above else '['}{low:.4g}, {high:.6g}]"
+    elif low > -math.inf:
+        must = f"be a finite number {'>' if above else '>='} {low:g}"
+    else:
+        must = "be a finite number"
+    raise ValueError(f"{name} must {must}, got {value}")
 
 
 @contextlib.contextmanager

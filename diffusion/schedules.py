@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel, namespace
 
 
@@ -94,8 +95,7 @@ class Shifted(Schedule):
     shift: float
 
     def __post_init__(self):
-        if not self.shift > 0:
-            raise ValueError(f"shift must be positive, got {self.shift}")
+        check_range("shift", self.shift, 0, above=True)
         if isinstance(self.base, Table) and self.shift > 1 and self.base.alphas[-1] > 0:
             raise ValueError("times cannot move beyond a table's last step; use table.shifted()")
 
@@ -172,8 +172,7 @@ class Table(Schedule):
     def shifted(self, shift: float) -> Table:
         """``Schedule.shifted`` by a change of the table: moved times would end before its last
         step, or be dense there."""
-        if not shift > 0:
-            raise ValueError(f"shift must be positive, got {shift}")
+        check_range("shift", shift, 0, above=True)
         norm = np.hypot(self.alphas, shift * self.sigmas)
         return Table(self.alphas / norm, shift * self.sigmas / norm)
 
@@ -194,16 +193,23 @@ def _from_alpha_bar(alpha_bar: np.ndarray, max_beta: float) -> Table:
 
 def linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000) -> Table:
     """Betas evenly spaced (DDPM, Ho et al., 2020)."""
+    _check_steps(steps)
     return from_betas(np.linspace(beta_start, beta_end, steps))
 
 
 def scaled_linear(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> Table:
     """Square roots of the betas evenly spaced (latent diffusion, Stable Diffusion's defaults)."""
+    _check_steps(steps)
+    check_range("beta_start", beta_start, 0, 1)
+    check_range("beta_end", beta_end, 0, 1)
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2)
 
 
 def cosine(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Table:
     """alpha_bar = cos^2((t + s) / (1 + s) * pi / 2), normalised (Nichol & Dhariwal, 2021)."""
+    _check_steps(steps)
+    check_range("offset", offset, 0)
+    check_range("max_beta", max_beta, 0, 1, above=True)
     t = np.linspace(0, 1, steps + 1)
     return _from_alpha_bar(np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2, max_beta)
 
@@ -216,6 +222,10 @@ def sigmoid(
     max_beta: float = 0.999,
 ) -> Table:
     """alpha_bar falls along a sigmoid, start to end, at temperature tau (Jabri et al., 2022)."""
+    _check_steps(steps)
+    check_range("tau", tau, 0, above=True)
+    if not start < end:
+        raise ValueError(f"start={start} must be less than end={end}")
     logistic = 1 / (1 + np.exp(-np.linspace(start, end, steps + 1) / tau))
     return _from_alpha_bar((logistic[-1] - logistic) / (logistic[-1] - logistic[0]), max_beta)
 
@@ -225,6 +235,11 @@ def zero_terminal_snr(table: Table) -> Table:
 
     The first step is kept. The last is exactly (0, 1), so eps-prediction cannot start there.
     """
+    if not isinstance(table, Table) or table.steps < 2:
+        raise ValueError(
+            "zero_terminal_snr changes a table of at least two steps: linear, scaled_linear, "
+            f"cosine or sigmoid; got {table}"
+        )
     first, last = table.alphas[0], table.alphas[-1]
     alphas = (table.alphas - last) * (first / (first - last))
     return Table(alphas, np.sqrt(1 - alphas**2))
@@ -236,6 +251,11 @@ class VPSDE(Schedule):
 
     beta_min: float = 0.1
     beta_max: float = 20.0
+
+    def __post_init__(self):
+        check_range("beta_min", self.beta_min, 0)
+        check_range("beta_max", self.beta_max, self.beta_min)
+        check_range("beta_max", self.beta_max, 0, above=True)
 
     def _log_alpha(self, t: Array) -> Array:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -275,6 +295,10 @@ class VE(Schedule):
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
+    def __post_init__(self):
+        check_range("sigma_min", self.sigma_min, 0, above=True)
+        check_range("sigma_max", self.sigma_max, self.sigma_min, above=True)
+
     def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
         growth = 2 * np.log(self.sigma_max / self.sigma_min)
         return xp.ones_like(t), self.sigma_min * xp.sqrt(xp.expm1(growth * t))
@@ -290,6 +314,9 @@ class EDM(Schedule):
 
     sigma_max: float = 80.0
 
+    def __post_init__(self):
+        check_range("sigma_max", self.sigma_max, 0, above=True)
+
     @property
     def t_max(self) -> float:
         return self.sigma_max
@@ -302,6 +329,7 @@ class EDM(Schedule):
 
     def shifted(self, shift: float) -> EDM:
         """``Schedule.shifted``: sigma_max is multiplied, and every sigma keeps its time."""
+        check_range("shift", shift, 0, above=True)
         return EDM(self.sigma_max * shift)
 
 
@@ -329,12 +357,25 @@ class TrigonometricFlow(Schedule):
         return xp.arctan2(sigma, alpha) * (2 / np.pi)
 
 
-CHOICES = {f.__name__: f for f in (linear, scaled_linear, cosine, sigmoid, zero_terminal_snr)} | {
+def shifted(schedule: Schedule, shift: float) -> Schedule:
+    """``Schedule.shifted``, as a function."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"expected a schedule and a number, as in shifted(cosine, 2), not {schedule}"
+        )
+    return schedule.shifted(shift)
+
+
+def _check_steps(steps: int) -> None:
+    check_range("steps", steps, 1, 100_000)
+
+
+_FUNCTIONS = (linear, scaled_linear, cosine, sigmoid, zero_terminal_snr, shifted)
+CHOICES = {f.__name__: f for f in _FUNCTIONS} | {
     "vp_sde": VPSDE,
     "sub_vp_sde": SubVPSDE,
     "ve": VE,
     "edm": EDM,
     "rectified_flow": RectifiedFlow,
     "trigonometric_flow": TrigonometricFlow,
-    "shifted": lambda schedule, shift: schedule.shifted(shift),
 }

@@ -90,7 +90,7 @@ def value(
     _check_options(name, bound.arguments, signature.parameters, field, with_required=True)
     try:
         return target(*positional, **options)
-    except (TypeError, ArithmeticError) as error:
+    except (TypeError, AttributeError, IndexError, ArithmeticError) as error:
         raise ValueError(
             f"{field}={text!r}: an option has a wrong type or size: {error}"
         ) from error

@@ -147,5 +147,5 @@ def test_bad_tables_and_shifts_are_refused():
         schedules.Table(np.array([0.5, 0.5]), np.array([0.75**0.5, 0.75**0.5]))
     with pytest.raises(ValueError, match="must be 1"):
         schedules.Table(np.array([0.9, 0.5]), np.array([0.9, 0.9]))
-    with pytest.raises(ValueError, match="shift must be positive"):
+    with pytest.raises(ValueError, match="shift must be a finite number > 0"):
         schedules.RectifiedFlow().shifted(-1.0)

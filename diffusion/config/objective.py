@@ -47,6 +47,13 @@ def _times(text: str, schedule: Schedule, steps: dict[str, int]) -> times.TimeDi
     return distribution
 
 
+def _distance(text: str) -> distances.Distance:
+    distance = specs.function(text, distances.CHOICES, AT + "distance")
+    with field(f"{AT}distance={text!r}"), wrong_types():
+        distance(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
+    return distance
+
+
 def _weighting(config: ConfigDict, pipeline: Pipeline) -> weightings.Weighting:
     """That of the config, whose factors must be finite at both ends of the schedule."""
     c, schedule = config.objective, pipeline.schedule
@@ -99,7 +106,7 @@ def denoising(
     fields = {
         **_shared(config, pipeline),
         "weighting": _weighting(config, pipeline),
-        "distance": specs.function(c.distance, distances.CHOICES, f"{at}.distance"),
+        "distance": _distance(c.distance),
         "coupling": _coupling(config, "label" in nulls, shape),
         "null": partial(null_like, **nulls),
         "dropout": c.label_dropout if nulls else 0.0,

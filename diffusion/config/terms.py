@@ -29,6 +29,11 @@ def _variational_bound(weight: float = 1e-3, *, setting: alignment.Setting) -> V
             "scaled_linear, cosine, sigmoid) and times='discrete', got "
             f"schedule={c.schedule!r}, times={c.times!r}"
         )
+    steps = setting.objective.times.keywords["steps"]
+    if steps != schedule.steps:
+        raise ValueError(
+            f"times={c.times!r} must be the schedule's {schedule.steps} steps: times='discrete'"
+        )
     return VariationalBound(schedule, weight, schedule.steps, setting.train.levels or 256)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from diffusion.errors import check_range
 from diffusion.levels import Array
 
 Distance = Callable[[Array, Array], Array]
@@ -27,7 +28,8 @@ def l1(output: Array, target: Array) -> Array:
 
 def pseudo_huber(output: Array, target: Array, c: float = 0.03) -> Array:
     """sqrt(m + c^2) - c of the mean squared error m (Song & Dhariwal, 2023, whose c is sqrt(d) ours
-    on the norm): m / 2c for small errors, the root mean square for large ones."""
+    on the norm): m / 2c for small errors, the root mean square for large ones. c > 0."""
+    check_range("c", c, 0, above=True)
     return jnp.sqrt(_mean((output - target) ** 2) + c**2) - c
 
 

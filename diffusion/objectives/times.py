@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
+from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel
 from diffusion.objectives.objective import Weighted
 from diffusion.schedules import Schedule
@@ -59,8 +60,7 @@ def uniform(u: Array, schedule: Schedule) -> Array:
 
 def discrete(u: Array, schedule: Schedule, steps: int = 1000) -> Array:
     """t uniform in {1/T, ..., 1} t_max for T = steps >= 1: the table's own times (DDPM)."""
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1, such as 1000")
+    check_range("steps", steps, 1)
     return jnp.ceil(u * steps) / steps * schedule.t_max
 
 
@@ -75,8 +75,7 @@ def mode(u: Array, schedule: Schedule, scale: float = 1.29) -> Array:
 
     Monotone, as it must be, for -1 <= scale <= 2 / (pi - 2) = 1.75.
     """
-    if not -1 <= scale <= 2 / (math.pi - 2):
-        raise ValueError(f"scale={scale} must lie in [-1, {2 / (math.pi - 2):.4g}]")
+    check_range("scale", scale, -1, 2 / (math.pi - 2))
     return (1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)) * schedule.t_max
 
 
@@ -94,8 +93,8 @@ def log_normal(u: Array, schedule: Schedule, mean: float = -1.2, std: float = 1.
 
 
 def _check_normal(mean: float, std: float) -> None:
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"mean={mean} and std={std} must be finite numbers, std > 0")
+    check_range("mean", mean)
+    check_range("std", std, 0, above=True)
 
 
 def by_quartile(

@@ -9,13 +9,13 @@ the prediction.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from diffusion import predictions
+from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
@@ -49,34 +49,33 @@ def snr(level: NoiseLevel, c_out: Array) -> Array:
 
 def truncated_snr(level: NoiseLevel, c_out: Array, minimum: float = 1.0) -> Array:
     """max(SNR, minimum) on x_0, minimum >= 0 (Salimans & Ho, 2022)."""
-    _check("minimum", minimum, zero=True)
+    check_range("minimum", minimum, 0)
     return jnp.maximum(level.snr, minimum) * c_out**2
 
 
 def min_snr(level: NoiseLevel, c_out: Array, gamma: float = 5.0) -> Array:
     """min(SNR, gamma) on x_0, gamma > 0 (Hang et al., 2023)."""
-    _check("gamma", gamma)
+    check_range("gamma", gamma, 0, above=True)
     return jnp.minimum(level.snr, gamma) * c_out**2
 
 
 def soft_min_snr(level: NoiseLevel, c_out: Array, gamma: float = 4.0) -> Array:
     """gamma SNR / (gamma + SNR) on x_0, gamma > 0 (HDiT, Crowson et al., 2024, with gamma =
     sigma_data^-2)."""
-    _check("gamma", gamma)
+    check_range("gamma", gamma, 0, above=True)
     return level.snr * (gamma / (gamma + level.snr)) * c_out**2
 
 
 def p2(level: NoiseLevel, c_out: Array, gamma: float = 1.0, k: float = 1.0) -> Array:
     """1 / (k + SNR)^gamma on eps, k > 0, gamma >= 0 (Choi et al., 2022)."""
-    _check("gamma", gamma, zero=True)
-    _check("k", k)
+    check_range("gamma", gamma, 0)
+    check_range("k", k, 0, above=True)
     return level.snr / (k + level.snr) ** gamma * c_out**2
 
 
 def sigmoid(level: NoiseLevel, c_out: Array, bias: float = 0.0) -> Array:
     """sigmoid(bias - log SNR) on eps (Kingma & Gao, 2023; Hoogeboom et al., 2024)."""
-    if not math.isfinite(bias):
-        raise ValueError(f"bias={bias} must be a finite number; 0 is usual")
+    check_range("bias", bias)
     return level.snr * jax.nn.sigmoid(bias - level.log_snr) * c_out**2
 
 
@@ -86,7 +85,7 @@ def edm(level: NoiseLevel, c_out: Array, sigma_data: float = 0.5) -> Array:
     With EDM's prediction that is 1 / alpha^2 on the network's target: 1 where alpha = 1.
     sigma_data > 0.
     """
-    _check("sigma_data", sigma_data)
+    check_range("sigma_data", sigma_data, 0, above=True)
     ratio_terms = level.sigma**2 + (level.alpha * sigma_data) ** 2
     return ratio_terms / (level.sigma * sigma_data) ** 2 * c_out**2
 
@@ -102,12 +101,6 @@ def elbo(level: NoiseLevel, c_out: Array, *, schedule: Schedule) -> Array:
     # -1/2 dSNR/dt = alpha (alpha sigma' - alpha' sigma) / sigma^3, which needs no logarithm.
     turn = (alpha * slope.sigma - slope.alpha * sigma) / sigma
     return schedule.t_max * alpha * turn * (c_out / sigma) ** 2
-
-
-def _check(name: str, value: float, zero: bool = False) -> None:
-    if not (value >= 0 if zero else value > 0) or not math.isfinite(value):
-        least = ">= 0" if zero else "> 0"
-        raise ValueError(f"{name}={value} must be a finite number {least}")
 
 
 CHOICES = {

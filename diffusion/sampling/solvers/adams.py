@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from diffusion.errors import check_range
 from diffusion.levels import NoiseLevel
 from diffusion.sampling.tables import (
     Combination,
@@ -94,6 +95,7 @@ def gradient_estimation(grid: NoiseLevel, gamma: float = 2.0) -> Solver:
     With gamma = 2 a step takes the last evaluation's error back; gamma = 1 is Euler's method, 3/2
     is Adams-Bashforth's of order 2 on even steps. Order 1.
     """
+    check_range("gamma", gamma)
     rows, known = [], False
     for now, after in pairwise(nodes(grid)):
         if now.alpha == 0:

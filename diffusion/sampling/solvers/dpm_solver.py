@@ -36,6 +36,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from diffusion.errors import check_range
 from diffusion.levels import NoiseLevel
 from diffusion.sampling.solvers.one_step import ancestral, ancestral_table
 from diffusion.sampling.solvers.runge_kutta import log_middle
@@ -317,8 +318,8 @@ def _check(order: int, prediction: str, kind: str, eta: float) -> None:
     check_choice("order", order, (1, 2, 3))
     check_choice("prediction", prediction, ("x0", "eps"))
     check_choice("kind", kind, ("midpoint", "heun"))
-    if prediction == "x0" and not eta >= 0:
-        raise ValueError(f"eta must be >= 0, got {eta}")
+    if prediction == "x0":
+        check_range("eta", eta, 0)
     if prediction == "eps" and eta not in (0, 1):
         raise ValueError(f"eta must be 0 or 1 in noise prediction, got {eta}")
     if prediction == "eps" and eta and order == 3:

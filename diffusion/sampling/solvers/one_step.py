@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from diffusion.errors import check_range
 from diffusion.levels import NoiseLevel, posterior
 from diffusion.sampling.tables import RAW, Combination, D, Row, Solver, X, Z, nodes, step, table
 from diffusion.schedules import Schedule
@@ -67,6 +68,7 @@ def ancestral_table(
     ``stages(now, down, after, deviation of the noise)`` gives a step's rows, where the step does
     not start at alpha = 0 or end at clean data; those steps are Euler's, as are all without it.
     """
+    check_range("s_noise", s_noise, 0)
     rows = []
     for now, after in pairwise(nodes(grid)):
         down, up = ancestral(now, after, eta)
@@ -79,8 +81,7 @@ def ancestral_table(
 
 def ancestral(now: NoiseLevel, after: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
     """The level below ``after`` to step down to, and the deviation of the noise up to ``after``."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    check_range("eta", eta, 0, 1)
     up = eta * np.sqrt(posterior(now, after)[1])
     return after._replace(sigma=np.sqrt(after.sigma**2 - up**2)), up
 
@@ -118,6 +119,8 @@ def lcm(grid: NoiseLevel, sigma_data: float = 0.5, timestep_scaling: float = 10.
     schedule's step k = 1000 t - 1: c_skip = sigma_data^2 / (s^2 + sigma_data^2), c_out = s /
     sqrt(s^2 + sigma_data^2). Their networks are trained so; the constants are diffusers'.
     """
+    check_range("sigma_data", sigma_data, 0, above=True)
+    check_range("timestep_scaling", timestep_scaling, 0, above=True)
     rows = []
     for now, after in pairwise(nodes(grid)):
         scaled = timestep_scaling * (1000 * now.t - 1)
@@ -134,8 +137,7 @@ def tcd(grid: NoiseLevel, schedule: Schedule, gamma: float = 0.3) -> Solver:
     with noise; both are times that ``schedule`` is called with. gamma lies in [0, 1]: 0 is
     deterministic, ``ddim``; 1 jumps to clean data and is multistep consistency sampling.
     """
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+    check_range("gamma", gamma, 0, 1)
     pairs = list(pairwise(nodes(grid)))
     below = [schedule((1 - gamma) * schedule.argument(after)) for _, after in pairs]
     return table([tcd_row(now, low, after) for (now, after), low in zip(pairs, below)])
@@ -154,7 +156,8 @@ def consistency(grid: NoiseLevel, sigma_min: float = 0.002) -> Solver:
     x' = alpha' D + sqrt(sigma'^2 - (alpha' sigma_min)^2) z, where D is a consistency model's sample
     at sigma_min, the smallest noise it was trained on; the last step adds no noise.
     """
-    rows = []
+    rows, (*path, _) = [], nodes(grid)
+    check_range("sigma_min", sigma_min, 0, path[-1].ratio)
     for now, after in pairwise(nodes(grid)):
         variance = after.sigma**2 - (after.alpha * sigma_min) ** 2
         rows.append(Row(now, [after.alpha * D + np.sqrt(np.maximum(variance, 0)) * Z]))

@@ -16,6 +16,7 @@ from math import factorial
 
 import numpy as np
 
+from diffusion.errors import check_range
 from diffusion.levels import NoiseLevel
 from diffusion.sampling.solvers.adams import lagrange_integrals
 from diffusion.sampling.tables import (
@@ -123,8 +124,9 @@ def sa_solver(
     and the ODE (tau = 0) elsewhere. The defaults are those of the paper's appendix E for pixels;
     for ``jump`` see ``dpm_solver``.
     """
-    if not 0 <= tau < math.inf:
-        raise ValueError(f"tau must be a finite number >= 0, got {tau}")
+    check_range("tau", tau, 0)
+    if not 0 <= low <= high:
+        raise ValueError(f"expected 0 <= low <= high, got low={low} and high={high}")
     start = nodes(grid)[:-1]
     taus = [tau if low * a.alpha <= a.sigma <= high * a.alpha else 0.0 for a in start]
     orders = [predictor_order] * len(start), [corrector_order] * len(start)

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from diffusion.errors import check_range
 from diffusion.levels import NoiseLevel
 from diffusion.sampling.solvers.one_step import ancestral_table
 from diffusion.sampling.tables import D, Row, Solver, X, Y, Z, far, nodes, step, table
@@ -122,8 +123,10 @@ def edm(
     2N - 1 evaluations to clean data. The defaults are those of their table 5 for ImageNet-64;
     churn = 0 is ``heun``.
     """
-    if churn < 0:
-        raise ValueError(f"churn must be >= 0, got {churn}")
+    check_range("churn", churn, 0)
+    check_range("s_noise", s_noise, 0)
+    if not 0 <= low <= high:
+        raise ValueError(f"expected 0 <= low <= high, got low={low} and high={high}")
     path = nodes(grid)
     gamma = min(churn / (len(path) - 1), np.sqrt(2) - 1)
 
