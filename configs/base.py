@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"  # eps, x0, v, flow or edm
     c.objective.c_noise = "auto"  # ddpm_index, thousand_t, log_sigma; auto depends on the schedule
-    c.objective.times = "uniform"
+    c.objective.times = "auto"  # log_normal on the schedule edm, else uniform
     c.objective.stratified = True  # spread a batch's times evenly
     c.objective.weighting = "simple"
     c.objective.distance = "l2"
@@ -177,9 +177,9 @@ def get_config() -> ConfigDict:
     # Which parameters: ema, params (as trained), posthoc(sigma_rel=0.15) or
     # posthoc_constant(decay=0.999); the last two come from train.snapshot_every's snapshots
     c.sampler.average = "ema"
-    # auto is the model's own: a pretrained model's scheduler, else dpmpp_2m in 20 steps on the grid
-    # uniform with clip(). Pretrained models also take diffusers' classes, with options:
-    # "EulerDiscreteScheduler(use_karras_sigmas=True)"
+    # auto is the model's own: a pretrained model's scheduler, else dpmpp_2m in 20 steps with clip()
+    # on the grid uniform (karras on the schedule edm). Pretrained models also take diffusers'
+    # classes, with options: "EulerDiscreteScheduler(use_karras_sigmas=True)"
     c.sampler.solver = "auto"
     c.sampler.grid = "auto"
     c.sampler.steps = 0  # 0 is auto

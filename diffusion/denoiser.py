@@ -54,9 +54,15 @@ ConditionalDenoise = Callable[[Array, NoiseLevel, Conditioning], Array | Estimat
 Network = Callable[[Array, Array, Conditioning], Array]  # (c_in x, c_noise [B], cond) -> F
 
 
-def as_estimate(result: Array | Estimate) -> Estimate:
-    """A denoiser's result as an ``Estimate``."""
-    return result if isinstance(result, Estimate) else Estimate(result)
+def as_estimate(result: Array | Estimate, x: Array | None = None) -> Estimate:
+    """A denoiser's result as an ``Estimate``; ValueError if x0 has another shape than ``x``."""
+    estimate = result if isinstance(result, Estimate) else Estimate(result)
+    if x is not None and jnp.shape(estimate.x0) != x.shape:
+        raise ValueError(
+            f"a denoiser's estimate must have the shape of its input, {x.shape}, got "
+            f"{jnp.shape(estimate.x0)}"
+        )
+    return estimate
 
 
 def ddpm_index(level: NoiseLevel, steps: int = 1000) -> Array:

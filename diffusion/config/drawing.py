@@ -220,7 +220,7 @@ def drawer(
         preview_every=c.preview_every,
         paired=made.paired,
     )
-    grid = pipeline.defaults.grid if c.grid == "auto" else c.grid
+    grid = samplers.chosen_grid(pipeline, c.grid)
     return result, [*made.notes, *samplers.notes(sampler, grid, AT)]
 
 

@@ -108,7 +108,7 @@ def build(config: ConfigDict) -> Experiment:
     update = optimizer.make(config, config.train.steps)
     with field("config.ema"), wrong_types():
         profile = specs.value(config.ema, ema.CHOICES, "config.ema")
-    drawer, notes, frozen = None, [], {}
+    drawer, notes, frozen = None, optimizer.notes(config), {}
     if config.objective.name == "autoencoding":
         objective, frozen = autoencoder.make(config, pipeline)
     elif config.objective.name == "classification":

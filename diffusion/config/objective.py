@@ -18,7 +18,7 @@ from diffusion.objectives import noise as noises
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.pipelines.pipeline import Pipeline
-from diffusion.schedules import Schedule, Table
+from diffusion.schedules import EDM, Schedule, Table
 
 AT = "config.objective."
 
@@ -41,6 +41,8 @@ def _shared(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _times(text: str, schedule: Schedule, steps: dict[str, int]) -> times.TimeDistribution:
+    if text == "auto":
+        text = "log_normal" if isinstance(schedule, EDM) else "uniform"
     distribution = specs.function(text, times.CHOICES, AT + "times", steps)
     with field(f"{AT}times={text!r}"), wrong_types():
         distribution(jnp.array([0.25, 0.75]), schedule)  # its options are checked in the call

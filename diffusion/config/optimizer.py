@@ -17,3 +17,28 @@ def make(config: ConfigDict, steps: int) -> optimizers.Optimizer:
     options = config.optimizer.to_dict() | {"clip_norm": config.optimizer.clip_norm or None}
     with field("config.optimizer"):
         return optimizers.make(steps=steps, **options)
+
+
+def notes(config: ConfigDict) -> list[str]:
+    """What is odd about the learning rates of a run."""
+    warmup, steps = config.optimizer.warmup, config.train.steps
+    if warmup < steps:
+        return []
+    last = make(config, steps).learning_rate(steps - 1)
+    return [
+        f"config.optimizer.warmup={warmup} is not shorter than config.train.steps={steps}: the "
+        f"learning rate ends at {last:.3g}, below config.optimizer.learning_rate"
+    ]
+
+
+def resumption_notes(config: ConfigDict, before: ConfigDict, done: int) -> list[str]:
+    """What is odd where a run goes on that took ``done`` steps with the config ``before``."""
+    steps = config.train.steps
+    old = float(make(before, before.train.steps).learning_rate(done - 1))
+    new = float(make(config, steps).learning_rate(done))
+    if not done < steps or new <= 1.1 * old:
+        return []
+    return [
+        f"the learning rate had fallen to {old:.3g} in {done} steps and rises to {new:.3g}, since "
+        f"its decay, {config.optimizer.decay}, now ends at config.train.steps={steps}"
+    ]

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion import processes
-from diffusion.config import drawing, initialization, latents, results, summary
+from diffusion.config import drawing, initialization, latents, optimizer, results, summary
 from diffusion.config.data import batches, make_images
 from diffusion.config.experiment import Experiment, build
 from diffusion.evaluation import figures
@@ -49,6 +49,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     for note in experiment.notes:
         print(f"note: {note}")
     drawing.check(config, workdir, FREE)
+    if done := workdirs.steps(workdir):
+        before = ConfigDict(workdirs.read_config(workdir))
+        for note in optimizer.resumption_notes(config, before, max(done)):
+            print(f"note: {note}")
     with workdirs.held(workdir):
         _train(experiment, Path(workdir), began)
 

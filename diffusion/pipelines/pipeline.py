@@ -30,13 +30,14 @@ class Defaults(NamedTuple):
     """How a pipeline is sampled by default.
 
     Attributes:
-      solver, grid: specs; an empty solver is the class of the pipeline's scheduler.
+      solver, grid: specs; an empty solver is the class of the pipeline's scheduler, and the grid
+        "auto" is ``grids.usual`` for its schedule.
       steps: of the solver.
       guidance: specs of the links of the chain.
     """
 
     solver: str = "dpmpp_2m"
-    grid: str = "uniform"
+    grid: str = "auto"
     steps: int = 20
     guidance: tuple[str, ...] = ("clip()",)
 

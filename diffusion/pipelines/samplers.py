@@ -64,7 +64,7 @@ def make(
             )
         with field(name if solver else "the pipeline's scheduler"), wrong_types():
             return from_diffusers(scheduler(pipeline, solver, name), steps, strength=strength)
-    levels = _levels(pipeline, default.grid if grid == AUTO else grid, steps, at)
+    levels = _levels(pipeline, chosen_grid(pipeline, grid), steps, at)
     if strength is not None:
         with field(f"strength={strength}"):
             levels = grids.partial(levels, strength)
@@ -78,6 +78,12 @@ def make(
         np.asarray(pipeline.c_noise(table.level)),
         unchanged,
     )
+
+
+def chosen_grid(pipeline: Pipeline, grid: str) -> str:
+    """The spec that ``grid`` stands for: itself, the pipeline's, or the usual one."""
+    grid = pipeline.defaults.grid if grid == AUTO else grid
+    return grids.usual(pipeline.schedule) if grid == AUTO else grid
 
 
 def scheduler(pipeline: Pipeline, solver: str, name: str = "solver") -> Mapping[str, Any]:

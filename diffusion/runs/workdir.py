@@ -37,7 +37,7 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of which there are checkpoints, oldest first."""
     folder = Path(workdir) / CHECKPOINTS
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def _walk(
         raise ValueError(f"expected steps >= 1 and snr > 0, got steps={steps} and snr={snr}")
 
     def move(x: Array, j: Array) -> tuple[Array, None]:
-        score = (level.alpha * as_estimate(denoise(x, level)).x0 - x) / level.sigma**2
+        score = (level.alpha * as_estimate(denoise(x, level), x).x0 - x) / level.sigma**2
         folded = jax.vmap(lambda key: jax.random.fold_in(key, j))(keys)
         flat = jax.vmap(lambda key: jax.random.normal(key, (math.prod(x.shape[1:]),), x.dtype))
         z = flat(folded).reshape(x.shape)

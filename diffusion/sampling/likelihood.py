@@ -142,8 +142,9 @@ def log_likelihood(
 
         def field(s: Array, z: Array) -> Array:
             level, scale = _level(schedule, s)
-            result = denoise((scale * z)[None], level, *([] if cond is None else [cond]))
-            return -jnp.tanh(s) * z - as_estimate(result).x0[0].astype(dtype)
+            x = (scale * z)[None]
+            result = denoise(x, level, *([] if cond is None else [cond]))
+            return -jnp.tanh(s) * z - as_estimate(result, x).x0[0].astype(dtype)
 
         def right_side(s: Array, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
             value, trace = divergence(lambda z: field(s, z), state[0], key)

@@ -79,7 +79,7 @@ EPS = {"schedule": FLOW, "prediction": predictions.eps}
         ),
         (
             dict(solver="edm(s_noise=1e999)"),
-            r"s\.solver='edm\(s_noise=1e999\)': its coefficients are not finite",
+            r"s\.solver='edm\(s_noise=1e999\)': s_noise must be a finite",
         ),
         (dict(steps=-1), r"s\.steps=-1 must be at least 1"),
         (dict(grid="leading", steps=2000), r"s\.grid='leading', steps=2000: .*more than the 1000"),

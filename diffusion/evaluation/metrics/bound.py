@@ -88,7 +88,7 @@ def variational_bound(
         folded = jax.vmap(jax.random.fold_in)(keys, index)
         flat = jax.vmap(lambda key: jax.random.normal(key, (x0[0].size,), dtype))(folded)
         x_t = diffuse(x0, flat.reshape(x0.shape), level)
-        estimate = as_estimate(denoise(x_t, level))
+        estimate = as_estimate(denoise(x_t, level), x_t)
         between = estimate.nu
         if between is None:
             between = jnp.where(step.last, 1.0, nu).reshape((-1,) + (1,) * (x0.ndim - 1))

@@ -27,7 +27,7 @@ def remembering(denoise: Denoise | Stateful) -> Stateful:
 
     def step(x: Array, level: NoiseLevel, memory: Any) -> tuple[Estimate, Any]:
         result, memory = inner(x, level, memory)
-        return as_estimate(result), memory
+        return as_estimate(result, x), memory
 
     return Stateful(init, step, skip)
 
