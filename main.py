@@ -6,8 +6,8 @@
 
 MODEL is a run's workdir, a folder as diffusers saves it, a .safetensors file or a hub id. A run
 knows its own configuration: without --config, it is that of the run in --workdir or
---config.model.path. To train anew with it: --config=runs/digits/config.json. Any field can be
-overridden: --config.objective.prediction=eps
+--config.model.path. To train anew with it: --config=runs/digits/config.json. --config=digits is
+short for configs/digits.py. Any field can be overridden: --config.objective.prediction=eps
 
 Trains over several processes where SLURM, Open MPI or Kubernetes started them, or where each is
 given --coordinator=HOST:PORT --num_processes=N --process_id=I.
@@ -17,6 +17,7 @@ import ast
 import difflib
 import importlib
 import io
+import json
 import os
 import runpy
 import sys
@@ -27,6 +28,8 @@ from typing import NamedTuple
 if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     # XLA's CPU collectives deadlock without a thread per virtual device; read as JAX is imported.
     os.environ.setdefault("NPROC", "16")
+# XLA alarms at each compilation that takes minutes. Its errors reach Python as exceptions anyway.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -96,6 +99,11 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> Command:
     """The command; mistakes end the program with a line that names the field or the file."""
     given = _given(argv)
+    if not argv[1:]:
+        sys.exit(
+            "error: nothing to do. --config=configs/digits.py --workdir=runs/digits trains, "
+            "--mode=sample --workdir=RUN draws; --help lists all modes and configs"
+        )
     if given.keys() & {"help", "h", "helpfull"}:
         sys.exit(usage())
     mode = given.get("mode", "train")
@@ -103,9 +111,9 @@ def parse(argv: list[str]) -> Command:
         sys.exit(f"error: --mode={mode}: there is no such mode{_near(mode, modes())}")
     workdir = given.get("workdir") or None
     config = _config(mode, given)
-    for name in given:
+    for name, value in given.items():
         if name.startswith("config."):
-            _check_field(name, config)
+            _check_field(name, value, config)
     values = flags.FlagValues()
     options = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.", **options)
@@ -153,35 +161,55 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
         return _load(given["config"])
     model, workdir = given.get("config.model.path", ""), given.get("workdir", "")
     for path in (model, workdir):
-        if path and (Path(path) / CONFIG).is_file():
+        if path and _is_run(Path(path)):
             config = _of_run(path)
             if path == model:
                 config.model.path = model
             return config
-    if not model:
+    draws = mode in ("sample", "evaluate", "sweep", "learn", "generate")
+    if not (model and draws):
+        what = "--workdir=RUN, or --config.model.path=MODEL, a run, a diffusers folder, a "
+        what = what + ".safetensors file or a hub id" if draws else "--workdir=RUN, which has one"
         sys.exit(
             f"error: --mode={mode} needs --config, such as --config=configs/digits.py (--help "
-            "lists all), or a model: --workdir=RUN, or --config.model.path=MODEL, a run, a "
-            "diffusers folder, a .safetensors file or a hub id"
-            + (f" (there is no run in {workdir})" if workdir else "")
+            f"lists all), or {what}" + (f" (there is no run in {workdir})" if workdir else "")
         )
     from configs import base
 
     return base.get_config()
 
 
+def _is_run(folder: Path) -> bool:
+    """Whether a run left its config there, also where only its checkpoints have it still."""
+    return (folder / CONFIG).is_file() or any(folder.glob("checkpoints/[0-9]*/about.json"))
+
+
 def _of_run(workdir: str | Path) -> ConfigDict:
     """The config that a run was started with."""
-    from configs import base
     from diffusion.runs import workdir as workdirs
 
-    config = base.get_config()
     try:
-        config.update(workdirs.read_config(workdir))
+        found = workdirs.read_config(workdir)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    except (KeyError, TypeError, AttributeError) as error:
-        sys.exit(f"error: {Path(workdir) / CONFIG} is of another version of this project: {error}")
+    return _updated(found, Path(workdir) / CONFIG)
+
+
+def _updated(found: object, path: Path) -> ConfigDict:
+    """The base config with what a JSON file holds."""
+    from configs import base
+
+    config = base.get_config()
+    if not isinstance(found, dict) or not found.keys() & config.keys():
+        sys.exit(
+            f"error: {path} holds no config of this project: expected a run's config.json, with "
+            "sections such as data, model and train. A model to draw from is named by "
+            "--config.model.path"
+        )
+    try:
+        config.update(found)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        sys.exit(f"error: {path} is of another version of this project: {error}")
     return config
 
 
@@ -211,20 +239,31 @@ def _without_config(arguments: list[str]) -> list[str]:
 def _load(path: str) -> ConfigDict:
     """The config in a file; one that cannot be had ends the program with a line that says why."""
     file, colon, argument = path.partition(":")
+    named = ROOT / "configs" / f"{file.removesuffix('.py')}.py"
+    if os.path.isdir(file) and _is_run(Path(file)):
+        return _of_run(file)
+    if not os.path.isfile(file) and named.is_file() and Path(file).name == file:
+        file = str(named)  # --config=digits
     if not os.path.isfile(file):
-        names = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("*.py"))]
-        sys.exit(f"error: --config={path}: there is no such file{_near(file, names)}")
-    if Path(file).name == CONFIG:
+        names = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("[!_]*.py"))]
+        what = "the folder holds no run" if os.path.isdir(file) else "there is no such file"
+        sys.exit(f"error: --config={path}: {what}{_near(file, names)}")
+    if Path(file).name == CONFIG and Path(file).with_name("starts.jsonl").exists():
         return _of_run(Path(file).parent)
     try:
+        if file.endswith(".json"):
+            from diffusion.runs.workdir import tuples
+
+            return _updated(tuples(json.loads(Path(file).read_text())), Path(file))
         module = runpy.run_path(file)
         if "get_config" not in module:
             sys.exit(f"error: --config={path}: the file has no function get_config")
         return module["get_config"](*[argument] if colon else [])
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except (SyntaxError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
         text = getattr(error, "msg", "not a text")
-        sys.exit(f"error: --config={path}{line}: it is no Python file with a config: {text}")
+        kind = "config.json" if file.endswith(".json") else "Python file with a config"
+        sys.exit(f"error: --config={path}{line}: it is no {kind}: {text}")
     except Exception as error:
         if os.environ.get("TRACEBACK"):
             raise
@@ -233,7 +272,7 @@ def _load(path: str) -> ConfigDict:
         sys.exit(f"error: --config={path}{line}: {error}\n{DEBUG}")
 
 
-def _check_field(name: str, config: ConfigDict) -> None:
+def _check_field(name: str, given: str, config: ConfigDict) -> None:
     path, value = "config", config
     for part in name.split(".")[1:]:
         if not isinstance(value, ConfigDict):
@@ -244,8 +283,9 @@ def _check_field(name: str, config: ConfigDict) -> None:
             sys.exit(f"error: unknown field {name}; {path} has {listed}{hint}")
         path, value = f"{path}.{part}", value[part]
     if isinstance(value, ConfigDict):
-        example = next(iter(value), "")
-        sys.exit(f"error: {name} is a section, not a field; set {name}.{example}, say")
+        if "name" in value:
+            sys.exit(f"error: {name} is a section, not a field. Did you mean {name}.name={given}?")
+        sys.exit(f"error: {name} is a section, not a field; it has {', '.join(sorted(value))}")
 
 
 def _near(name: str, valid: list[str], prefix: str = "") -> str:

@@ -48,6 +48,11 @@ def succeed(*arguments, config="configs/toy2d.py"):
     return printed
 
 
+def newest(folder):
+    """The folder of results that was written last."""
+    return max(folder.iterdir(), key=lambda place: place.stat().st_mtime_ns)
+
+
 def first_sentence(error):
     """The first line, which has to be plain."""
     assert isinstance(error, str), f"there is no message, only {error!r}"

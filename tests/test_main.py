@@ -7,10 +7,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, assert_names, command, succeed
+from commands import ROOT, assert_names, command, newest, succeed
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -38,6 +39,7 @@ FEW = {  # what makes a mode quick
     ],
     "learn": [
         *(f"--config.learn.{name}=16" for name in ("count", "held_out", "test", "batch_size")),
+        "--config.learn.learning_rate=0.01",
         *("--config.learn.evaluations=(6,)", "--config.learn.iterations=2"),
         *("--config.learn.teacher_steps=8", "--config.learn.against=('ddim', 'dpmpp_2m')"),
         "--config.learn.grids=('uniform',)",
@@ -84,7 +86,7 @@ def test_train_leaves_everything(digits):
     for name in ("config.json", "model.json", "starts.jsonl", "parameters.txt", "done"):
         assert (digits / name).stat().st_size > 0, name
     assert list((digits / "tensorboard").glob("events*"))
-    assert (digits / "samples" / "step_0000010.png").exists()
+    assert (digits / "grids" / "step_0000010.png").exists()
     lines = [json.loads(line) for line in (digits / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert list(losses) == [5, 10, 15, 20] and losses[20] < losses[5]
@@ -95,6 +97,11 @@ def test_train_leaves_everything(digits):
     assert 0 <= judged["recognised"] <= 1 and judged["frechet_half_size"] == 100
 
 
+def test_the_last_pictures_are_in_tensorboard(points):
+    written = b"".join(path.read_bytes() for path in (points / "tensorboard").iterdir())
+    assert b"samples" in written and b"\x89PNG" in written
+
+
 def test_a_run_is_done_goes_on_or_is_another(digits):
     again = [*SMALL, "--workdir=runs/digits"]
     assert "already done" in succeed(*again, config="configs/digits.py")
@@ -102,8 +109,29 @@ def test_a_run_is_done_goes_on_or_is_another(digits):
     assert "objective.prediction: 'v' there, 'eps' here" in error
     copy = digits.with_name("longer")
     shutil.copytree(digits, copy)
+    (copy / "config.json").unlink()  # each checkpoint has it
     going_on = [*again, "--config.train.steps=24", f"--workdir={copy}"]
-    assert "going on after step 20 of 24" in succeed(*going_on, config="configs/digits.py")
+    going_on += ["--config.optimizer.clip_norm=0.5"]
+    error, _ = command(*going_on, config="configs/digits.py")
+    assert "optimizer.clip_norm: 1.0 there, 0.5 here" in error
+    assert "config.train.accept_changes=True" in error
+    going_on += ["--config.train.accept_changes=True"]
+    printed = succeed(*going_on, config="configs/digits.py")
+    assert "going on after step 20 of 24" in printed
+    assert "although its run had another configuration" in printed
+
+
+def test_what_drawing_cannot_change_is_refused(digits):
+    accepted = "--config.train.accept_changes=True"
+    for place in ("--workdir=runs/digits", "--config.model.path=runs/digits"):
+        more = ["--mode=sample", place, "--workdir=" + place.partition("=")[2], accepted]
+        for field, words in {
+            "model.name=dit": "model.name: 'unet' there, 'dit' here",
+            "model.unet.widths=(16, 16)": "model.unet.widths: [8, 8] there, [16, 16] here",
+            "objective.prediction=eps": "objective.prediction: 'v' there, 'eps' here",
+        }.items():
+            error, _ = command(*more, f"--config.{field}", config=None)
+            assert words in error and "Drawing cannot change these" in error
 
 
 def test_sample_needs_no_config(digits):
@@ -111,28 +139,35 @@ def test_sample_needs_no_config(digits):
     shown += ["--config.sampler.guidance=cfg(3.0)", "--config.sampler.batch_size=12"]
     printed = succeed("--mode=sample", "--workdir=runs/digits", *shown, config=None)
     assert "averaged parameters after step 20" in printed
-    drawn = np.load(digits / "samples" / "samples.npz")
+    place = newest(digits / "samples")
+    drawn = np.load(place / "samples.npz")
     assert drawn["x"].shape == (20, 8, 8, 1)
     np.testing.assert_array_equal(drawn["label"], np.arange(20) % 10)
-    image = Image.open(digits / "samples" / "000013.png")
+    image = Image.open(place / "pictures" / "000013.png")
     assert image.size == (8, 8) and image.text["label"] == "3"
     assert image.text["guidance"] == "cfg(3.0)"
-    assert (digits / "samples" / "grid.png").exists()
-    names = [f"preview_{batch:03d}_{evaluation:04d}" for batch in (0, 1) for evaluation in (2, 4)]
-    assert sorted(p.stem for p in (digits / "samples").glob("preview*")) == names
-    assert Image.open(digits / "samples" / "trajectory.gif").n_frames > 1
+    assert (place / "grid.png").exists() and len(list((place / "pictures").iterdir())) == 20
+    names = [f"{batch:03d}_{evaluation:04d}" for batch in (0, 1) for evaluation in (2, 4)]
+    assert sorted(p.stem for p in (place / "previews").iterdir()) == names
+    assert Image.open(place / "trajectory.gif").n_frames > 1
+    settings = json.loads((place / "settings.json").read_text())
+    assert settings["step"] == 20 and settings["sampler"]["average"] == "ema"
+    assert settings["sampler"]["guidance"] == ["cfg(3.0)"] and settings["samples"]["count"] == 20
+    assert settings["sampler"]["solver"] == "dpmpp_2m" and settings["sampler"]["steps"] == 4
 
     # Another workdir leaves the run alone; the file's config is the same as the run's own.
     elsewhere = ["--mode=sample", "--config.samples.labels=(7,)", *FEW["sample"]]
     succeed(*elsewhere, "--config.model.path=runs/digits", "--workdir=other", config=None)
-    first = np.load("other/samples/samples.npz")
+    first = np.load(newest(Path("other/samples")) / "samples.npz")
     succeed(*elsewhere, "--workdir=runs/digits", *SMALL, config="configs/digits.py")
-    again = np.load(digits / "samples" / "samples.npz")
+    again = np.load(newest(digits / "samples") / "samples.npz")
+    assert place.is_dir(), "other settings have another folder"
     np.testing.assert_array_equal(first["x"], again["x"])
     assert set(first["label"]) == {7}
 
 
 def test_evaluate_needs_no_config(digits):
+    before = (digits / "evaluation.json").read_bytes()
     metrics = "('recognition(\"digits_svc\")', 'bits(bound(draws=3), count=20)')"
     printed = succeed(
         *("--mode=evaluate", "--workdir=runs/digits", *FEW["evaluate"]),
@@ -142,7 +177,12 @@ def test_evaluate_needs_no_config(digits):
         config=None,
     )
     assert "recognised: " in printed and "bits_held_out: " in printed
-    judged = json.loads((digits / "evaluation.json").read_text())
+    place = newest(digits / "evaluations")
+    judged = json.loads((place / "evaluation.json").read_text())
+    assert (digits / "evaluation.json").read_bytes() == before
+    assert json.loads(before)["settings"]["evaluation"]["count"] == 100
+    used = judged["settings"]["sampler"]
+    assert used["corrector"] == "langevin(snr=0.1)" and judged["settings"]["step"] == 20
     assert judged["recognised_real_count"] == 500
     assert judged["bits_train"]["count"] == 20 and judged["bits_train"]["bits_per_dim"] > 0
 
@@ -150,12 +190,13 @@ def test_evaluate_needs_no_config(digits):
 def test_sweep_needs_no_config(digits):
     printed = succeed("--mode=sweep", "--workdir=runs/digits", *FEW["sweep"], config=None)
     assert "ddim: 4 evaluations (4 steps): frechet" in printed
-    rows = json.loads((digits / "sweep.json").read_text())["rows"]
+    place = newest(digits / "sweeps")
+    rows = json.loads((place / "sweep.json").read_text())["rows"]
     assert [(r["solver"], r["steps"]) for r in rows] == [
         *(("ddim", 2), ("ddim", 4), ("heun", 1), ("heun", 2)),
     ]
-    assert "| heun | 1 (1) | 2 (3) |" in (digits / "sweep.md").read_text()
-    assert (digits / "sweep.png").stat().st_size > 0
+    assert "| heun | 1 (1) | 2 (3) |" in (place / "sweep.md").read_text()
+    assert (place / "sweep.png").stat().st_size > 0
 
 
 def test_learned_solvers_can_be_used(digits):
@@ -176,7 +217,11 @@ def test_generate_needs_no_config(digits):
     model = "--config.model.path=runs/digits"
     succeed("--mode=generate", model, *pictures, "--workdir=out", config=None)
     image = Image.open("out/000003.png")
-    assert image.size == (8, 8) and image.text["label"] == "5"
+    assert image.size == (8, 8) and image.text["label"] == "5" and image.text["step"] == "20"
+    assert [p.name for p in Path("out/grids").iterdir()] == ["000000_000003.png"]
+    run = ["--mode=generate", "--workdir=runs/digits", "--config.samples.count=1"]
+    succeed(*run, pictures[0], config=None)
+    assert len(list((digits / "generated").glob("*.png"))) == 2
     error, _ = command("--mode=generate", model, "--config.samples.labels=(12,)", config=None)
     assert_names(error, "config.samples", "12", "0..9")
 
@@ -185,9 +230,10 @@ def test_a_runs_config_trains_another(digits, place):
     """A config.json is a config; and a run begins with another's parameters, in part."""
     more = ["--config.seed=1", "--config.train.steps=21", "--config.train.validate_every=0"]
     more += ["--config.train.init_from=runs/digits", "--config.train.init_what=down_blocks"]
+    more += ["--config.train.init_average=params"]
     more += ["--config.evaluation.metrics=()", "--config.train.sample_every=0"]
     printed = succeed(*more, "--workdir=runs/second", config=digits / "config.json")
-    assert "parameter arrays of runs/digits, step 20 (ema)" in printed
+    assert "parameter arrays of runs/digits, step 20 (params)" in printed
     assert "are left out" in printed and "21/21" in printed
     assert "down_blocks" in (place / "runs/second/init_from.txt").read_text()
     ours = workdirs.read_config("runs/second")
@@ -199,13 +245,16 @@ def test_a_student_of_another_run(points, place):
     teacher = shutil.copytree(points, place / "runs" / "teacher")
     small = [*SMALL, "--workdir=runs/student", "--config.consistency.teacher=runs/teacher"]
     more = ["--config.train.init_what=kernel", "--config.train.validate_every=5"]
+    more += ["--config.consistency.nodes=6", "--config.consistency.target=params"]
+    more += ["--config.consistency.solver=euler"]
     printed = succeed(*small, *more, config="configs/consistency2d.py")
     assert "parameter arrays of runs/teacher, step 20 (ema)" in printed
     assert "are left out" in printed and "sliced_wasserstein: " in printed
     assert "kernel" in (place / "runs/student/init_from.txt").read_text()
     shutil.rmtree(teacher)
     succeed("--mode=sample", "--workdir=runs/student", config=None)
-    assert np.load("runs/student/samples/samples.npz")["x"].shape == (20, 2)
+    drawn = newest(place / "runs" / "student" / "samples") / "samples.npz"
+    assert np.load(drawn)["x"].shape == (20, 2)
 
 
 def test_a_classifier_guides(digits, classifier):
@@ -318,7 +367,14 @@ def test_help_names_every_mode_and_config():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--mode=train needs --config, such as --config=configs/digits.py"),
+        ([], "--config=configs/digits.py --workdir=runs/digits trains"),
+        (["--mode=train", "--config.model.path=x"], "or --workdir=RUN, which has one"),
+        (["--config=digit", "--workdir=new"], "Did you mean configs/digits.py?"),
+        (["--config=digits"], "--workdir is needed"),
+        (["--config=configs", "--workdir=new"], "the folder holds no run"),
+        (["--config=broken.json", "--workdir=new"], "line 2: it is no config.json"),
+        (["--config=config.json", "--workdir=new"], "no config of this project"),
+        (["--config=digits", "--workdir=new", "--config.model=dit"], "config.model.name=dit?"),
         (["--mode=trian", "--workdir=new"], "--mode=trian: there is no such mode. Did you mean tr"),
         (["--config=configs/digit.py", "--workdir=new"], "Did you mean configs/digits.py?"),
         (["--config=configs/digits.py"], "--workdir is needed"),
@@ -331,7 +387,9 @@ def test_help_names_every_mode_and_config():
         ),
     ],
 )
-def test_mistakes_in_what_to_do(arguments, message):
+def test_mistakes_in_what_to_do(arguments, message, place):
+    (place / "config.json").write_text('{"_class_name": "UNet2DModel", "sample_size": 8}')
+    (place / "broken.json").write_text('{"data":\n tru}')
     error, _ = command(*arguments, config=None)
     assert_names(error, message)
 
@@ -358,4 +416,4 @@ def test_the_file_itself_runs():
     """A mistake ends the process with one line, before JAX is imported."""
     done = subprocess.run([sys.executable, ROOT / "main.py"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: --mode=train needs --config")
+    assert done.stderr.startswith("error: nothing to do. --config=configs/digits.py")

@@ -92,7 +92,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """What training sees from ``start_step`` on, as config.data says; see ``pipeline.batches``."""
+    """What training sees from ``start_step`` on, as config.data says; see ``data.batches``."""
     c = config.data
     with field("config.data"):
         return pipeline.batches(

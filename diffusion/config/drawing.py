@@ -28,7 +28,7 @@ from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.runs import workdir as workdirs
 from diffusion.sampling.progress import Preview
 from diffusion.sampling.tables import Solver
-from diffusion.specs import unknown
+from diffusion.specs import texts, unknown
 
 AT = "config.sampler."
 # Fields that may differ from those that a run was started with: what the parameters are does not
@@ -125,12 +125,27 @@ def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
     if workdir and (fine_tuned or not c.path):
         if not is_run(workdir):
             raise FileNotFoundError(f"there is no run in {workdir}; or name config.model.path")
-        if Path(workdir, workdirs.CONFIG).exists():
-            check(config, workdir, (*FREE, "train.*", "optimizer.*", "log.*", "profile.*"))
         path, name = workdir, f"--workdir={workdir}"
     else:
         path = c.path
-    return open_model(config, path, name)
+    source = open_model(config, path, name)
+    if isinstance(source, Run):
+        _check_same(config, path)
+    return source
+
+
+def _check_same(config: ConfigDict, path: str) -> None:
+    """Refuses fields of what a run's parameters are, which drawing cannot change."""
+    unused = (*FREE, "train.*", "optimizer.*", "log.*", "profile.*")
+    changes = workdirs.differences(path, config.to_dict(), (*unused, "data.*"))
+    if changes:
+        raise ValueError(
+            f"the run in {path} was trained with another configuration:\n"
+            + "\n".join(changes)
+            + "\nDrawing cannot change these. Leave them out (without --config, the run's own "
+            "configuration is read), or train another run with them"
+        )
+    check(config, path, unused)
 
 
 def open_model(config: ConfigDict, path: str, name: str) -> Opened | Run:
@@ -166,12 +181,39 @@ def dtype(config: ConfigDict) -> Any:
 
 def check(config: ConfigDict, workdir: str, changeable: tuple[str, ...]) -> None:
     """Refuses a workdir whose run had another config; prints differences that are accepted."""
-    changes = workdirs.check_config(
-        workdir, config.to_dict(), changeable=changeable, accept=config.train.accept_changes
-    )
-    if changes:
-        listed = "\n".join(changes)
+    listed = "\n".join(workdirs.differences(workdir, config.to_dict(), changeable))
+    if listed and not config.train.accept_changes:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration:\n{listed}\nChoose another workdir, "
+            "or the run's own settings; or go on with these all the same: "
+            "--config.train.accept_changes=True"
+        )
+    if listed:
         print(f"{workdir}: going on although its run had another configuration:\n{listed}")
+
+
+def settings(config: ConfigDict, pipeline: Pipeline, step: int) -> dict[str, Any]:
+    """What samples depend on, as JSON has it, with what "auto" stands for.
+
+    ``step`` is the checkpoint's.
+    """
+    own, s = pipeline.defaults, config.sampler.to_dict()
+    for name in ("checkpoint", "batch_size", "preview_every"):
+        s.pop(name)
+    if s["solver"] == "auto":
+        s["solver"] = own.solver or pipeline.scheduler["_class_name"]
+    if s["grid"] == "auto" and not s["solver"][0].isupper():
+        s["grid"] = own.grid
+    s["steps"] = s["steps"] or own.steps
+    s["guidance"] = texts(own.guidance if s["guidance"] == "auto" else s["guidance"])
+    s["acceleration"] = texts(s["acceleration"])
+    names = ("path", "revision", "variant", "prediction_type", "dtype")
+    return {
+        "step": step,
+        "model": {name: config.model[name] for name in names},
+        "sampler": s,
+        "samples": {name: config.samples[name] for name in ("prompt", "labels", "negative")},
+    }
 
 
 def drawer(

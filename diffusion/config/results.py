@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from diffusion import pretrained
 from diffusion.config import drawing, pretrained_network
@@ -15,6 +17,9 @@ from diffusion.evaluation import figures, harness, reconstruction
 from diffusion.evaluation.metrics.metric import Data, Drawn
 from diffusion.evaluation.metrics.noisy_accuracy import accuracy_by_level
 from diffusion.pipelines import gallery
+from diffusion.pipelines.pipeline import Pipeline
+from diffusion.runs import workdir as workdirs
+from diffusion.specs import texts
 
 EVALUATION = "evaluation.json"
 LINES = 200
@@ -70,7 +75,9 @@ class Samples:
                 return drawing.drawn(config, drawer, params, config.evaluation.count, captions)
 
             result = harness.evaluate(metrics, drawer.pipeline, params, data, draw)
-            write_evaluation(folder, result)
+            write_evaluation(folder, result, judged(config, drawer.pipeline, config.train.steps))
+        else:  # that of fewer steps is not this model's
+            (folder / EVALUATION).unlink(missing_ok=True)
 
 
 class Reconstructions:
@@ -95,7 +102,7 @@ class Reconstructions:
         _loss_curve(e, folder)
         self.grid(trained, folder / "reconstructions.png")
         result = reconstruction.measure(e.objective, trained, e.train, e.held_out)
-        write_evaluation(folder, result)
+        write_evaluation(folder, result, {"step": e.config.train.steps})
         net = e.objective.network.clone(scaling_factor=result["scaling_factor"])
         pretrained.save(folder / "autoencoder", net, trained["network"])
 
@@ -120,7 +127,8 @@ class Accuracy:
                 "  t {t:5.2f}  sigma/alpha {sigma_over_alpha:9.3g}  accuracy {accuracy:6.1%}  "
                 "cross-entropy {cross_entropy:.3f}".format(**level)
             )
-        write_evaluation(folder, {"levels": levels, "num_held_out": len(e.held_out)})
+        result = {"levels": levels, "num_held_out": len(e.held_out)}
+        write_evaluation(folder, result, {"step": e.config.train.steps})
 
 
 def of(experiment: Experiment) -> Results:
@@ -129,10 +137,19 @@ def of(experiment: Experiment) -> Results:
     return kinds.get(experiment.config.objective.name, Samples)(experiment)
 
 
-def write_evaluation(folder: Path, result: dict[str, Any]) -> None:
-    """Writes evaluation.json, and prints the main figures."""
-    text = json.dumps(result, indent=2, default=_plain)
-    (folder / EVALUATION).write_text(text + "\n")
+def judged(config: ConfigDict, pipeline: Pipeline, step: int) -> dict[str, Any]:
+    """What an evaluation depends on: the samples' settings, the metrics and the real examples."""
+    data = config.data.to_dict()
+    for name in ("threads", "workers", "prefetch"):
+        data.pop(name)
+    judging = {"count": config.evaluation.count, "metrics": texts(config.evaluation.metrics)}
+    return drawing.settings(config, pipeline, step) | {"evaluation": judging, "data": data}
+
+
+def write_evaluation(folder: Path, result: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Writes evaluation.json, with the settings that it is of, and prints the main figures."""
+    text = json.dumps({"settings": settings, **result}, indent=2, default=_plain)
+    workdirs.write_text(folder / EVALUATION, text + "\n")
     print("\n".join(harness.lines(result)))
 
 

@@ -45,7 +45,8 @@ class View(Protocol):
         """trajectory.png and trajectory.gif of a sampler's path [S, N, ...], from noise to data."""
 
     def save(self, folder: Path, x: Array, texts: Texts) -> None:
-        """A file per example, numbered from 0, with its settings; nothing where numbers do."""
+        """A folder of a file per example, numbered from 0, with its settings; nothing where numbers
+        do."""
 
     def thumbnails(self, examples: Sequence[Array]) -> list[Array]:
         """Pictures of single examples, of any size; none where only a diagram shows anything."""
@@ -76,6 +77,7 @@ class Images(View):
         figures.trajectory_gif(folder / "trajectory.gif", path, columns=columns or path.shape[1])
 
     def save(self, folder: Path, x: Array, texts: Texts) -> None:
+        folder.mkdir(exist_ok=True)
         for i, (image, text) in enumerate(zip(self.show(x), texts)):
             figures.save_png(folder / f"{i:06d}.png", figures.to_uint8(image), text)
 

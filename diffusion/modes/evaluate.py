@@ -9,12 +9,14 @@ from ml_collections import ConfigDict
 from diffusion.config import drawing, results
 from diffusion.evaluation import harness
 from diffusion.evaluation.metrics.metric import Drawn
+from diffusion.runs import workdir as workdirs
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Judges ``config.evaluation.count`` samples by ``config.evaluation.metrics``.
 
-    The real examples are those of config.data. Leaves ``workdir/evaluation.json``.
+    The real examples are those of config.data. Leaves ``workdir/evaluations/HASH/evaluation.json``,
+    with all settings inside, of which HASH is a hash.
     """
     model = drawing.opened(config, workdir)
     name = "config.evaluation.metrics"
@@ -30,5 +32,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         return model.draw(config.evaluation.count, captions)
 
     figures = harness.evaluate(metrics, model.pipeline, model.params, model.data, draw)
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    results.write_evaluation(Path(workdir), figures)
+    settings = results.judged(config, model.pipeline, model.step)
+    parent = Path(workdir) / "evaluations"
+    with workdirs.results(parent, settings) as folder:
+        results.write_evaluation(folder, figures, settings)
+    print(f"{results.EVALUATION} in {parent / workdirs.named(settings)}")

@@ -18,7 +18,7 @@ from diffusion.evaluation import figures
 from diffusion.pipelines import memory
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
-from diffusion.pipelines.from_run import Run
+from diffusion.pipelines.from_run import Run, is_run
 from diffusion.pipelines.generation import Generation
 from diffusion.pipelines.request import Request
 
@@ -33,8 +33,9 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     upscaler or an InstructPix2Pix does what it was trained for; ``model.refiner`` takes SDXL's last
     steps.
 
-    Leaves in ``workdir`` (default "generated") a PNG per picture, named after what number of the
-    folder it is, with all settings as text chunks, and grid.png where there are several.
+    Leaves in ``workdir`` (default "generated"; of a run its folder "generated") a PNG per picture,
+    named after what number of the folder it is, with all settings as text chunks, and where there
+    are several grids/FIRST_LAST.png.
 
     Raises:
       ValueError, FileNotFoundError: a field that does not fit, before weights are read.
@@ -44,6 +45,8 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     for note in made.notes:
         print(f"note: {note}")
     folder = Path(workdir or "generated")
+    if is_run(folder):
+        folder = folder / "generated"
     height, width = made.size
     what = f"{source.name}: {made.pipeline.kind}, {made.task}"
     print(f"{what}, {len(made.subjects)} of {width} x {height} pixels")
@@ -55,12 +58,16 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     for i, picture in made.pictures(params, refined):
         path = folder / f"{first + len(pictures):06d}.png"
         about = _about(config, made, made.subjects[i], i)
+        if isinstance(source, Run):
+            about["step"] = str(source.restored[1])
         figures.save_png(path, figures.to_uint8(picture), about)
         pictures.append(picture)
     if len(pictures) > 1:
         columns = config.samples.count if config.samples.count > 1 else None
-        grid = figures.image_grid(np.stack(pictures), columns, scale=1)
-        figures.save_png(folder / "grid.png", grid)
+        grid, last = np.stack(pictures), first + len(pictures) - 1
+        (folder / "grids").mkdir(exist_ok=True)
+        path = folder / "grids" / f"{first:06d}_{last:06d}.png"
+        figures.save_png(path, figures.image_grid(grid, columns, scale=1))
     last = f" to {first + len(pictures) - 1:06d}.png" if len(pictures) > 1 else ""
     seconds = time.perf_counter() - began
     print(f"{folder}/{first:06d}.png{last}: {seconds:.0f} s in all")

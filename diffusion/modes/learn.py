@@ -61,13 +61,13 @@ def run(config: ConfigDict, workdir: str) -> None:
     lessons, rest = lessons.split(c.count)
     held_out, test = rest.split(c.held_out)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    settings, rows = drawing.settings(model.config, pipeline, model.step), []
     for n, tables in fixed.items():
         row, result = _learn_one(model, student, n, tables, (lessons, held_out, test), bar)
         save(str(folder / f"learned_{n}.npz"), result.solver)
         rows.append(row)
         print(_line(row))
-        report = {"teacher": c.teacher, "teacher_steps": c.teacher_steps, "rows": rows}
+        report = {"settings": settings, "learn": c.to_dict(), "rows": rows}
         (folder / "learned.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "learned.md").write_text(_markdown(rows, config))
     _figure(folder / "learned.png", rows)

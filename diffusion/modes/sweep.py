@@ -8,22 +8,23 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.config import drawing
+from diffusion.config import drawing, results
 from diffusion.errors import field
 from diffusion.evaluation import convergence, harness
 from diffusion.evaluation.metrics.metric import Drawn
 from diffusion.pipelines import samplers
+from diffusion.runs import workdir as workdirs
 from diffusion.sampling.tables import Solver
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Judges ``config.sweep.solvers`` at ``config.sweep.evaluations``, all else being the config's.
 
-    Leaves in ``workdir`` sweep.png, sweep.md and sweep.json. Points measured already are not
-    measured again.
+    Leaves in ``workdir/sweeps/HASH`` sweep.png, sweep.md and sweep.json, with the settings of which
+    HASH is a hash. Points measured already are not measured again.
     """
     _check(config)
-    c, folder = config.sweep, Path(workdir)
+    c = config.sweep
     model = drawing.opened(config, workdir)
     drawer, pipeline = model.drawer, model.pipeline
 
@@ -61,10 +62,15 @@ def run(config: ConfigDict, workdir: str) -> None:
         figures = harness.evaluate(metrics, pipeline, model.params, model.data, lambda: drawn)
         return {name: figure for name, figure in figures.items() if isinstance(figure, float)}
 
+    settings = results.judged(config, pipeline, model.step)
+    for name in ("solver", "steps"):
+        settings["sampler"].pop(name)
+    settings["reference"] = {k: c[k] for k in ("reference", "reference_steps")} | {"count": count}
+    folder = Path(workdir) / "sweeps" / workdirs.named(settings)
     folder.mkdir(parents=True, exist_ok=True)
     result = convergence.run(
         folder / "sweep.json",
-        _settings(config, model.step, count),
+        settings,
         entries,
         lambda table: draw(config.evaluation.count, table).x,
         quality,
@@ -97,20 +103,6 @@ def _check(config: ConfigDict) -> None:
             f"config.sampler.grid={config.sampler.grid!r} has the same steps at any number of "
             "evaluations; choose a grid without given levels"
         )
-
-
-def _settings(config: ConfigDict, step: int, count: int) -> dict[str, Any]:
-    """What results depend on, beside solver and steps."""
-    sampler = config.sampler.to_dict()
-    for name in ("solver", "steps", "preview_every", "batch_size"):
-        sampler.pop(name)
-    reference = {k: config.sweep[k] for k in ("reference", "reference_steps")}
-    return {
-        "training_step": step,
-        "sampler": sampler,
-        "evaluation": config.evaluation.to_dict(),
-        "reference": reference | {"count": count},
-    }
 
 
 def _facts(config: ConfigDict, step: int, count: int, twice: bool) -> list[str]:

@@ -10,7 +10,15 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion import processes
-from diffusion.config import drawing, initialization, latents, optimizer, results, summary
+from diffusion.config import (
+    drawing,
+    initialization,
+    latents,
+    optimizer,
+    ranges,
+    results,
+    summary,
+)
 from diffusion.config.data import batches, make_images
 from diffusion.config.experiment import Experiment, build
 from diffusion.evaluation import figures
@@ -34,7 +42,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Leaves in ``workdir``: model.json (what the model is, so that it can be drawn from without
     config and data), config.json, starts.jsonl (config, code version and command of each start),
     parameters.txt, checkpoints/, snapshots/ (of averages, per ``train.snapshot_every`` steps),
-    tensorboard/, metrics.jsonl, init_from.txt (with ``train.init_from``), samples/ (a grid per
+    tensorboard/, metrics.jsonl, init_from.txt (with ``train.init_from``), grids/ (of samples, per
     ``train.sample_every`` steps), samples.png, trajectory.png, trajectory.gif, loss.png and, with
     metrics, evaluation.json. Of autoencoders: reconstructions.png instead of samples, and
     autoencoder/, as diffusers saves one. Of a fine-tuned model: pipeline/, likewise.
@@ -43,15 +51,21 @@ def run(config: ConfigDict, workdir: str) -> None:
     ``workdir`` is a folder that all of them see.
     """
     began = time.perf_counter()
+    ranges.check(config)
+    drawing.check(config, workdir, FREE)
+    if _finished(Path(workdir), config):
+        print(
+            f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
+            "--mode=sample draws, --mode=evaluate judges"
+        )
+        return
     if latents.needed(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment = build(config)
     for note in experiment.notes:
         print(f"note: {note}")
-    drawing.check(config, workdir, FREE)
-    if done := workdirs.steps(workdir):
-        before = ConfigDict(workdirs.read_config(workdir))
-        for note in optimizer.resumption_notes(config, before, max(done)):
+    if (done := workdirs.steps(workdir)) and (before := workdirs.read_config(workdir)):
+        for note in optimizer.resumption_notes(config, ConfigDict(before), max(done)):
             print(f"note: {note}")
     with workdirs.held(workdir):
         _train(experiment, Path(workdir), began)
@@ -60,12 +74,6 @@ def run(config: ConfigDict, workdir: str) -> None:
 def _train(experiment: Experiment, folder: Path, began: float) -> None:
     config, workdir = experiment.config, str(folder)
     first = jax.process_index() == 0
-    if _finished(folder, config):
-        print(
-            f"{workdir}: already done, {config.train.steps} steps. More steps go on from there; "
-            "--mode=sample draws, --mode=evaluate judges"
-        )
-        return
     described = summary.describe(experiment)
     layout = parallel.make(config.parallel)
     if first:
@@ -79,9 +87,12 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         trained = processes.local(state.ema["ema"])
         if not first:
             return
-        path = folder / "samples" / f"step_{step:07d}.png"
+        path = folder / "grids" / f"step_{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
         product.grid(trained, path)
+        show(path, step)
+
+    def show(path: Path, step: int) -> None:
         if path.exists():
             logger.image("samples", figures.read_png(path), step)
 
@@ -129,12 +140,16 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         logger=logger,
         parallel=config.parallel,
     )
-    if tracker is not None:
-        tracker.close()
     trained = processes.local(state.ema["ema"])
     if not first:
         return
     product.finish(trained, folder)
+    if not config.train.sample_every:
+        for name in ("samples.png", "reconstructions.png"):
+            show(folder / name, config.train.steps)
+    logger.close()
+    if tracker is not None:
+        tracker.close()
     (folder / "done").write_text(f"{config.train.steps}\n")
     print(f"{time.perf_counter() - began:.0f} s in all; results in {folder}")
 
@@ -157,7 +172,7 @@ def _validation(experiment: Experiment, layout: parallel.Layout) -> Validate | N
 
 def _finished(folder: Path, config: ConfigDict) -> bool:
     done = folder / "done"
-    if not done.exists():
+    if not done.exists() or not workdirs.steps(folder):
         return False
     try:
         return int(done.read_text()) >= config.train.steps

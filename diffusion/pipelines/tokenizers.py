@@ -6,12 +6,15 @@ They are ``transformers``' tokenizers, which need no PyTorch.
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from diffusion.pretrained import hub
 
+# transformers warns that there is no PyTorch, which tokenizers do not need.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 START, END = "<|startoftext|>", "<|endoftext|>"
 BYTES = 256
 CLIP = "openai/clip-vit-large-patch14"

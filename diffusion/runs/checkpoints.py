@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 
 from diffusion.runs import manifest, storage
 from diffusion.runs import workdir as workdirs
-from diffusion.runs.restore import ABOUT, DamagedError, all_damaged, different, listed, ranked
+from diffusion.runs.restore import DamagedError, all_damaged, different, listed, ranked
 
 SAVING = ".saving"
 
@@ -161,7 +161,7 @@ class Checkpoints:
                 f"{folder} is of another model or optimiser than this configuration's:\n"
                 + (different(folder / "params", items["params"]) or str(error))
             ) from error
-        about = json.loads((folder / ABOUT).read_text())
+        about = json.loads((folder / workdirs.ABOUT).read_text())
         state = template.replace(
             step=jax.device_put(jnp.int32(about["step"]), template.step.sharding),
             params=restored.params,
@@ -224,7 +224,7 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 folder = self._directory / SAVING / str(step)
-                (folder / ABOUT).write_text(about)
+                (folder / workdirs.ABOUT).write_text(about)
                 self._bytes = manifest.write(folder)
                 folder.rename(self._directory / str(step))
         except Exception as error:  # any: training must not end for a checkpoint

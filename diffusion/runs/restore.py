@@ -19,8 +19,6 @@ from diffusion.runs import workdir as workdirs
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # We report Orbax's errors ourselves.
 
-ABOUT = "about.json"
-
 
 class DamagedError(ValueError):
     """There are checkpoints, but all are damaged."""
@@ -71,7 +69,7 @@ def choose(workdir: str | os.PathLike, step: int | str | None, item: str) -> Pat
                 f"{path} holds no average {item.removeprefix('ema_')!r}; choose one of "
                 f"{[*names, 'params']}"
             )
-        wrong = manifest.damage(path, item, ABOUT)
+        wrong = manifest.damage(path, item, workdirs.ABOUT)
         if not wrong:
             for bad, lines in damaged.items():
                 print(
@@ -91,7 +89,7 @@ def ranked(workdir: str | os.PathLike, steps: list[int], best: str | None = None
     values, directory = {}, Path(workdir) / workdirs.CHECKPOINTS
     for step in steps:
         try:
-            about = json.loads((directory / str(step) / ABOUT).read_text())
+            about = json.loads((directory / str(step) / workdirs.ABOUT).read_text())
             name = about["best"] if best is None else best
             value = about["metrics"][name.removeprefix("-")]
         except (OSError, ValueError, KeyError, TypeError):  # damaged, or from before the metric

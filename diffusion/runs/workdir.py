@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from typing import Any
 import jax
 
 CONFIG = "config.json"
+ABOUT = "about.json"  # of a checkpoint
+SETTINGS = "settings.json"
 STARTS = "starts.jsonl"
 LOCK = "lock"
 CHECKPOINTS = "checkpoints"
@@ -78,44 +82,71 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
         file.close()
 
 
-def check_config(
-    workdir: str | os.PathLike,
-    config: Mapping[str, Any],
-    *,
-    changeable: Sequence[str] = (),
-    accept: bool = False,
+@contextmanager
+def results(folder: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder to fill with the results of ``settings``, which it holds as settings.json.
+
+    When the block ends it becomes ``folder / named(settings)``, instead of what was there; if the
+    block fails, nothing changes.
+    """
+    place = folder / named(settings)
+    partial = place.with_name(place.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        (partial / SETTINGS).write_text(as_json(settings))
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def named(settings: Mapping[str, Any]) -> str:
+    """A short hash of settings, the name of their results' folder."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(
+    workdir: str | os.PathLike, config: Mapping[str, Any], changeable: Sequence[str] = ()
 ) -> list[str]:
-    """Refuses a configuration other than that of the run in ``workdir``, if there is one.
+    """How a configuration differs from that of the run in ``workdir``, a line for each field.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory; where it holds no checkpoint, nothing differs.
       config: nested dicts of JSON values.
-      changeable: patterns (``fnmatch``) of dotted names that may differ from the run's.
-      accept: return the differences, a line each, instead of refusing them.
+      changeable: patterns (``fnmatch``) of dotted names that are left out.
     """
-    path = Path(workdir) / CONFIG
-    if not path.exists() or not steps(workdir):
+    if not steps(workdir) or (stored := _stored(workdir)) is None:
         return []
-    old, new = _flatten(_read(path)), _flatten(json.loads(as_json(config)))
+    old, new = _flatten(stored), _flatten(json.loads(as_json(config)))
     shown = [{name: repr(value) for name, value in flat.items()} for flat in (old, new)]
-    lines = [
+    return [
         "  {}: {} there, {} here".format(name, *(flat.get(name, "(absent)") for flat in shown))
         for name in sorted(old.keys() | new.keys())
         if old.get(name, ...) != new.get(name, ...)
         and not any(fnmatch(name, pattern) for pattern in changeable)
     ]
-    if lines and not accept:
-        raise ValueError(
-            f"{workdir} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
-            "Choose another workdir, or the run's own settings; or go on with these all the same: "
-            "config.train.accept_changes=True"
-        )
-    return lines
 
 
-def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The configuration of the run in ``workdir``, with tuples for JSON's lists."""
-    return tuples(_read(Path(workdir) / CONFIG))
+def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """The configuration of the run in ``workdir``, with tuples for JSON's lists, or None.
+
+    Where config.json is gone it is that of the newest checkpoint.
+    """
+    return tuples(_stored(workdir))
+
+
+def _stored(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    path = Path(workdir) / CONFIG
+    if path.exists():
+        return _read(path)
+    for step in reversed(steps(workdir)):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            about = (path.parent / CHECKPOINTS / str(step) / ABOUT).read_text()
+            return dict(json.loads(about)["config"])
+    return None
 
 
 def save_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:

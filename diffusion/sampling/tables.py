@@ -140,6 +140,11 @@ def nodes(grid: NoiseLevel, rising: bool = False) -> list[NoiseLevel]:
       ValueError: for a grid that does not go from more to less noise at every node or, with
         ``rising``, for inversion, from less to more.
     """
+    if not isinstance(grid, NoiseLevel):
+        raise ValueError(
+            f"a grid is a NoiseLevel of t, alpha and sigma, got {type(grid).__name__}; of sigmas "
+            "(sigma / alpha), grids.from_sigmas(schedule, sigmas) makes one, of times from_times"
+        )
     grid = NoiseLevel(*(np.asarray(a, np.float64) for a in grid))
     _, alpha, sigma = grid
     if alpha.ndim != 1 or len(alpha) < 2 or any(a.shape != alpha.shape for a in grid):

@@ -47,7 +47,7 @@ def test_a_run_leaves_pictures_metrics_and_the_model(trained):
     assert [line["step"] for line in lines] == [2, 4]
     assert lines[0]["adaptive_weight"] == 0 and lines[1]["adaptive_weight"] > 0
     assert {"reconstruction", "kl", "adversary", "logits_real"} <= lines[1].keys()
-    for name in ("reconstructions.png", "loss.png", "samples/step_0000004.png"):
+    for name in ("reconstructions.png", "loss.png", "grids/step_0000004.png"):
         assert Image.open(trained / name).width > 100
 
 

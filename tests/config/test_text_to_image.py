@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from commands import newest
 from PIL import Image
 from tiny_tokenizer import tiny_tokenizer
 
@@ -66,7 +67,7 @@ def test_a_run_leaves_pictures_of_held_out_captions(config, tmp_path):
     with c.ignore_type():
         c.samples.update(prompt=("a red cat", "blue sea"), negative="black")
     sample.run(c, str(tmp_path))
-    drawn = np.load(tmp_path / "samples" / "samples.npz")
+    drawn = np.load(newest(tmp_path / "samples") / "samples.npz")
     assert drawn["x"].shape == (4, 4, 4, 2) and drawn["image"].shape == (4, 8, 8, 3)
     assert drawn["caption"].tolist() == 2 * ["a red cat", "blue sea"]
     # What is shown is the decoded latents.

@@ -51,7 +51,7 @@ def test_pictures_with_their_settings(folder, tmp_path, capsys):
     assert image.text["prompt"] == "a cat" and image.text["negative"] == "blurry"
     assert image.text["index"] == "2" and image.text["solver"] == "DDIMScheduler"
     assert json.loads(image.text["settings"])["sampler"]["steps"] == 4
-    assert Image.open(tmp_path / "out" / "grid.png").width > 3 * 16
+    assert Image.open(tmp_path / "out" / "grids" / "000000_000002.png").width > 3 * 16
     assert "StableDiffusionPipeline, new, 3 of 16 x 16 pixels" in capsys.readouterr().out
     # One more picture: nothing is overwritten, and the same seed gives the same picture.
     c = config(folder, steps=4, count=2, batch_size=2, negative="blurry")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
+from commands import newest
 from tiny_runs import CAPTIONS
 
 from configs import base
@@ -40,7 +41,7 @@ def config(folder):
 def test_evaluate(config, tmp_path):
     config.evaluation.metrics = ("caption_gap(draws=1)", "retrieval()", "nearest()")
     evaluate.run(config, str(tmp_path))
-    found = json.loads((tmp_path / "evaluation.json").read_text())
+    found = json.loads((newest(tmp_path / "evaluations") / "evaluation.json").read_text())
     assert found["retrieval_pictures"] == 4 and 2 <= found["retrieval_captions"] <= 4
     assert found["captions_count"] == 2 * found["retrieval_captions"]
     assert all(np.isfinite(v) for v in found.values() if isinstance(v, float))
@@ -51,11 +52,11 @@ def test_evaluate(config, tmp_path):
 def test_sweep(config, tmp_path):
     config.evaluation.metrics = ("nearest()",)
     sweep.run(config, str(tmp_path))
-    text = (tmp_path / "sweep.json").read_text()
+    text = (newest(tmp_path / "sweeps") / "sweep.json").read_text()
     for name in ("ddim", "EulerDiscreteScheduler"):
-        assert name in text and name in (tmp_path / "sweep.md").read_text()
+        assert name in text and name in (newest(tmp_path / "sweeps") / "sweep.md").read_text()
     assert "nearest_train" in text
-    assert (tmp_path / "sweep.png").stat().st_size > 0
+    assert (newest(tmp_path / "sweeps") / "sweep.png").stat().st_size > 0
 
 
 def test_learned_solvers_are_drawn_with(config, tmp_path):
@@ -67,6 +68,6 @@ def test_learned_solvers_are_drawn_with(config, tmp_path):
     assert row["evaluations"] == 4 and row["learned"] > 0 and row["best_fixed"] > 0
     config.sampler.solver = f"from_file(path='{tmp_path / 'learned_4.npz'}')"
     sample.run(config, str(tmp_path))
-    drawn = np.load(tmp_path / "samples" / "samples.npz")
+    drawn = np.load(newest(tmp_path / "samples") / "samples.npz")
     assert drawn["x"].shape == (4, 8, 8, 4) and drawn["image"].shape == (4, 16, 16, 3)
     assert drawn["caption"].tolist() == 4 * ["a red cat"]

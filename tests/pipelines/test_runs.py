@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from commands import newest
 from PIL import Image
 
 from diffusion import pipelines
@@ -80,7 +81,7 @@ def test_a_run_draws_without_its_data_what_it_drew_in_training(run, no_data):
 def test_mode_sample_draws_the_same(run, no_data):
     workdir, x, labels = run
     main("--mode=sample", f"--workdir={workdir}", f"--config.samples.count={len(x)}")
-    again = np.load(workdir / "samples" / "samples.npz")
+    again = np.load(newest(workdir / "samples") / "samples.npz")
     assert again["label"].tolist() == list(labels) == 2 * list(range(10))
     np.testing.assert_array_equal(again["x"], x)
 

@@ -1,8 +1,11 @@
 """Tokenizers from folders and from CLIP's merges."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 from tiny_tokenizer import VOCAB, tiny_tokenizer
 
 from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
@@ -52,3 +55,14 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         load_tokenizer(tmp_path / "tokenizer")
+
+
+def test_no_word_of_a_missing_pytorch():
+    """transformers looks for it as it is imported, and tokenizers do not need it."""
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        "from diffusion.pipelines import tokenizers; import transformers"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "PyTorch" not in done.stderr + done.stdout, done.stderr

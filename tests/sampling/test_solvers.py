@@ -302,3 +302,11 @@ def test_bad_grids(grid, message):
 def test_bad_eta():
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], got 1.5"):
         solvers.ddim(GRID, eta=1.5)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name[0] != "_"])
+def test_sigmas_are_no_grid(name):
+    """What k-diffusion's samplers take is named, with the function that makes a grid of it."""
+    for sigmas in (np.array([3.0, 1.0, 0.5, 0.0]), [3.0, 1.0, 0.0]):
+        with pytest.raises(ValueError, match=r"a grid is a NoiseLevel.*grids\.from_sigmas"):
+            ALL[name](sigmas, SCHEDULES["vp_sde"])

@@ -108,7 +108,7 @@ def test_a_damaged_config_is_told_of(copy):
     workdirs.save_config(copy, {"steps": 1})
     truncate(copy / "config.json")
     with pytest.raises(ValueError, match=r"config\.json is damaged.*starts\.jsonl"):
-        workdirs.check_config(copy, {"steps": 1})
+        workdirs.differences(copy, {"steps": 1})
 
 
 def full(monkeypatch, refused):

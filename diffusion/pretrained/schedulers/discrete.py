@@ -198,7 +198,7 @@ def lcm(c: SimpleNamespace, r: Request) -> Sampler:
 
 
 def tcd(c: SimpleNamespace, r: Request) -> Sampler:
-    """Strategic stochastic sampling of a trajectory consistency model (``solvers.tcd_row``).
+    """Strategic stochastic sampling of a trajectory consistency model (``one_step.tcd_row``).
 
     eta (default 0.3, the paper's gamma) is that of diffusers' ``step``. As there, the step down
     ends at table step floor((1 - eta) t'), and x at table step 0, not at clean data.

@@ -13,7 +13,7 @@ from diffusion.sampling.solvers.dpm_solver import multistep, singlestep
 
 
 def multistep_class(c: SimpleNamespace, r: Request) -> Sampler:
-    """DPM-Solver and DPM-Solver++, multistep (``solvers.multistep``; order 3 with curvature 1).
+    """DPM-Solver and DPM-Solver++, multistep (``dpm_solver.multistep``; order 3 with curvature 1).
 
     Zero terminal SNR is diffusers' sigma = 4096.
     """
@@ -27,7 +27,7 @@ def multistep_class(c: SimpleNamespace, r: Request) -> Sampler:
 
 
 def singlestep_class(c: SimpleNamespace, r: Request) -> Sampler:
-    """DPM-Solver and DPM-Solver++, singlestep (``solvers.singlestep``)."""
+    """DPM-Solver and DPM-Solver++, singlestep (``dpm_solver.singlestep``)."""
     _check_dpm(c, singlestep=True)
     if c.thresholding and c.algorithm_type == "dpmsolver":
         raise ValueError("thresholding: DPMSolverSinglestepScheduler needs 'dpmsolver++'")

@@ -100,7 +100,7 @@ def deis(c: SimpleNamespace, r: Request) -> Sampler:
 
 
 def sa_solver(c: SimpleNamespace, r: Request) -> Sampler:
-    """SA-Solver (``solvers.stochastic_adams``) with tau = 1 for timesteps 200..800, else 0.
+    """SA-Solver (``predictor_corrector.stochastic_adams``), tau = 1 for timesteps 200..800, else 0.
 
     Its last sigma is as in ``deis``.
     """

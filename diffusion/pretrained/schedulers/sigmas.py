@@ -154,7 +154,7 @@ def edm_euler(c: SimpleNamespace, r: Request) -> Sampler:
 
 
 def edm_dpm(c: SimpleNamespace, r: Request) -> Sampler:
-    """DPM-Solver++ on EDM's own sigmas (``solvers.multistep`` with curvature 1)."""
+    """DPM-Solver++ on EDM's own sigmas (``dpm_solver.multistep`` with curvature 1)."""
     if c.algorithm_type == "sde-dpmsolver++" and c.solver_order == 3:
         raise ValueError("solver_order: 3 is not supported with 'sde-dpmsolver++'; use 2")
     sigmas = _edm_sigmas(c, r.steps)
