@@ -114,6 +114,12 @@ def parse(argv: list[str]) -> Command:
     for name, value in given.items():
         if name.startswith("config."):
             _check_field(name, value, config)
+    from diffusion.config import effects
+
+    try:
+        effects.check(mode, [name[7:] for name in given if name.startswith("config.")])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     values = flags.FlagValues()
     options = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "Where checkpoints, logs and pictures go.", **options)

@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
     c.model.variant = ""  # variant of the weights' files: fp16
     c.model.prediction_type = ""  # of a single file: epsilon or v_prediction; empty: as published
     c.model.tokenizer = ""  # for a single file: CLIP's folder or merges file; empty: from the hub
+    c.model.vae = ""  # an autoencoder's folder or hub id, instead of a pretrained model's own
     c.model.refiner = ""  # an SDXL refiner, which takes the last steps
     c.model.tile = 0  # pixels of the tiles in which pictures are decoded; 0: whole pictures
 
@@ -210,8 +211,8 @@ def get_config() -> ConfigDict:
     # and 1
     c.samples.count = 0
     c.samples.columns = 10  # columns of grids
-    # A prompt or caption, several, or "@FILE" with one per line. Empty: a run's held-out captions
-    c.samples.prompt = FieldReference("", field_type=object)
+    # A prompt or caption, several, or "@FILE" with one per line. None: a run's held-out captions
+    c.samples.prompt = FieldReference(None, field_type=object)
     c.samples.labels = FieldReference((), field_type=object)  # classes; empty: all in turn
     # Label, caption or prompt to steer away from; empty: the null class, no caption
     c.samples.negative = FieldReference("", field_type=object)
@@ -224,6 +225,8 @@ def get_config() -> ConfigDict:
     c.samples.height = 0  # pixels; 0 means the trained size, or a pretrained model's picture's
     c.samples.width = 0
     c.samples.weighted = False  # read (word:1.3), ((word)) and [word] in prompts as weights
+    # What such weights leave as it was: none, mean (Stable Diffusion 1), norm; auto: norm for SDXL
+    c.samples.emphasis = "auto"
     c.samples.clip_skip = 0  # last layers of the text encoder to leave out
     # SDXL's micro-conditioning: (height, width) of the training picture (empty: the picture's),
     # (top, left) of where it was cropped, and the refiner's scores, to steer to and away from

@@ -31,6 +31,7 @@ SCHEDULERS = {
     ),
     "lcm": diffusers.LCMScheduler(**BETAS),
     "ancestral": diffusers.EulerAncestralDiscreteScheduler(**BETAS),
+    "heun": diffusers.HeunDiscreteScheduler(**BETAS),
 }
 STEPS = {"pndm": 3}
 """Four evaluations with each, so that all share what is compiled."""

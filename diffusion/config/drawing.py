@@ -17,7 +17,7 @@ from diffusion.config import ranges
 from diffusion.config.data import make_source
 from diffusion.errors import field
 from diffusion.evaluation.metrics.metric import Data, Drawn
-from diffusion.pipelines import guidance, samplers
+from diffusion.pipelines import description, guidance, samplers
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.description import DTYPES
 from diffusion.pipelines.draw import program
@@ -153,8 +153,12 @@ def open_model(config: ConfigDict, path: str, name: str) -> Opened | Run:
 
     ``name`` is the model's name in error messages.
     """
-    c = config.model
+    c, computes = config.model, dtype(config)
     with field(name):
+        if is_run(path):
+            own, computes = description.read(path).dtype, None
+            if c.dtype not in ("auto", own):
+                raise ValueError(f"config.model.dtype={c.dtype!r} has no effect: the run has {own}")
         source = pipelines.open_any(
             path,
             average=config.sampler.average,
@@ -163,7 +167,8 @@ def open_model(config: ConfigDict, path: str, name: str) -> Opened | Run:
             variant=c.variant or None,
             prediction_type=c.prediction_type or None,
             tokenizer=c.tokenizer,
-            dtype=dtype(config),
+            vae=c.vae,
+            dtype=computes,
             tile=c.tile,
         )
         if isinstance(source, Run):
@@ -280,7 +285,7 @@ def chosen(
     if not given and conditioner.subject == "text":
         given = captions or conditioner.suggestions
         if not given:
-            raise ValueError("config.samples.prompt is empty: say what should be drawn")
+            raise ValueError("config.samples.prompt is not given: say what should be drawn")
     return drawer.subjects(count, given)
 
 
@@ -306,10 +311,11 @@ def batch_size(config: ConfigDict, pipeline: Pipeline) -> int:
 def subjects(config: ConfigDict) -> list[Subject]:
     """What config.samples asks for: prompts, captions or labels; none if nothing is given."""
     c = config.samples
-    if c.prompt and c.labels not in ((), ""):
+    labelled = c.labels not in ((), "")
+    if c.prompt and labelled:
         raise ValueError("config.samples.prompt and config.samples.labels: give one of the two")
-    given = c.prompt if c.prompt else c.labels
-    if given == "":
+    given = c.labels if labelled or c.prompt is None else c.prompt
+    if given == "" and c.prompt is None:
         return []
     if isinstance(given, str) and given.startswith("@"):
         path = Path(given[1:])

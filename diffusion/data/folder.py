@@ -1,7 +1,9 @@
-"""A folder of images: with class subfolders, with captions in ``metadata.jsonl``, or plain.
+"""A folder of images: with class subfolders, with captions, or plain.
 
     DIR/cat/1.png, DIR/dog/2.jpg              subfolders are classes, in alphabetical order
     DIR/1.png, DIR/metadata.jsonl             {"file_name": "1.png", "text": "a cat"}
+    DIR/1.png, DIR/metadata.csv               file_name,text: a header, then a line for each image
+    DIR/1.png, DIR/1.txt                      its caption, beside each image (also in subfolders)
     DIR/train/..., DIR/test/...               any of these, in splits; also val or validation
 
 Without splits, a share of the images is held out: those whose path has a small hash. So the same
@@ -10,6 +12,7 @@ images are held out on every machine, and also after other images were added.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -24,6 +27,8 @@ from diffusion.data import images
 from diffusion.data.sources import MOST_CLASSES, Pictures
 
 METADATA = "metadata.jsonl"
+TABLE = "metadata.csv"
+TEXT = ".txt"
 CAPTIONS = ("text", "caption")
 HELD_OUT = ("test", "val", "validation")
 
@@ -72,7 +77,7 @@ class _Files:
 
 
 def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
-    """The images of a split, ``train`` or ``test``; nothing is opened but ``metadata.jsonl``.
+    """The images of a split, ``train`` or ``test``; nothing is opened but captions.
 
     If the folder has no split subfolders, the share ``held_out`` of the images is ``test``.
     """
@@ -80,9 +85,9 @@ def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     tests = [name for name in HELD_OUT if (folder / name).is_dir()][:1]
-    if not (folder / "train").is_dir() and tests and not (folder / METADATA).exists():
+    if not (folder / "train").is_dir() and tests and not _metadata(folder):
         raise FileNotFoundError(f"{folder} has {tests[0]} but no train beside it")
-    if (folder / METADATA).exists() or not (folder / "train").is_dir():
+    if _metadata(folder) or not (folder / "train").is_dir():
         whole = _read_one(folder)
         parts = {name: _below(whole, name) for name in ("train", *tests)}
         if not len(parts["train"]):
@@ -105,7 +110,7 @@ def _check_beside(folder: Path) -> None:
     """Refuses other folders of images beside ``train``, which could then be a class."""
     for entry in sorted(folder.iterdir()):
         known = entry.name in ("train", *HELD_OUT) or entry.name.startswith(".")
-        if not known and entry.is_dir() and any(True for _ in _image_files(entry)):
+        if not known and entry.is_dir() and any(f.lower().endswith(images.SUFFIXES) for f in _files(entry)):
             raise ValueError(
                 f"{folder} has images in train, a split, and in {entry.name}, which is not a "
                 f"split; expected only train and {', '.join(HELD_OUT)}"
@@ -137,13 +142,24 @@ def held_out_by_hash(names: Sequence[str], share: float, what: str) -> np.ndarra
 
 def _read_one(root: Path, several: bool = True) -> Listing:
     """All images of a folder without splits, or of one split."""
-    files = sorted(_image_files(root))
-    if (root / METADATA).exists():
-        return _read_metadata(root, files)
+    every = set(_files(root))
+    files = sorted(file for file in every if file.lower().endswith(images.SUFFIXES))
+    path = _metadata(root)
+    if path:
+        return _read_metadata(path, files)
     if not files:
         raise FileNotFoundError(
             f"no images in {root} or below; expected files that end in {', '.join(images.SUFFIXES)}"
         )
+    texts = [file.rpartition(".")[0] + TEXT for file in files]
+    beside = [text in every for text in texts]
+    if any(beside):
+        if not all(beside):
+            raise FileNotFoundError(
+                f"{root} has captions beside images ({texts[beside.index(True)]}), but not beside "
+                f"{files[beside.index(False)]}; expected {texts[beside.index(False)]}"
+            )
+        return Listing(root, tuple(files), captions=tuple(_caption(root / text) for text in texts))
     top = [file.partition("/")[0] if "/" in file else "" for file in files]
     names = sorted(set(top))
     if names == [""]:
@@ -162,26 +178,62 @@ def _read_one(root: Path, several: bool = True) -> Listing:
     return Listing(root, tuple(files), label, tuple(names))
 
 
-def _image_files(root: Path, below: str = "") -> Iterable[str]:
+def _files(root: Path, below: str = "") -> Iterable[str]:
     with os.scandir(root / below) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from _image_files(root, f"{below}{entry.name}/")
-            elif entry.name.lower().endswith(images.SUFFIXES):
+                yield from _files(root, f"{below}{entry.name}/")
+            else:
                 yield below + entry.name
 
 
-def _read_metadata(root: Path, files: Sequence[str]) -> Listing:
-    path, there, seen = root / METADATA, set(files), {}
+def _metadata(root: Path) -> Path | None:
+    found = [root / name for name in (METADATA, TABLE) if (root / name).exists()]
+    if len(found) > 1:
+        raise ValueError(f"{root} has both {METADATA} and {TABLE}; expected one of the two")
+    return found[0] if found else None
+
+
+def _caption(path: Path) -> str:
+    return _text({TEXT: _decoded(path.read_bytes(), str(path))}, TEXT, str(path)).strip()
+
+
+def _decoded(data: bytes, at: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{at} is not UTF-8 ({error.reason})") from None
+
+
+def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """(number, fields) of each line of a metadata file."""
+    if path.name == METADATA:
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if line.strip():
+                yield number, _parse(line, f"{path}, line {number}")
+        return
+    table = csv.DictReader(_decoded(path.read_bytes(), str(path)).splitlines(True), strict=True)
+    try:
+        for row in table:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {table.line_num} has not as many fields as the header, "
+                    f"{','.join(table.fieldnames)}; texts with commas need quotes"
+                )
+            if row.get("label", "").isdecimal() and len(row["label"]) < 10:
+                row["label"] = int(row["label"])
+            yield table.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {table.line_num} is not CSV ({error})") from None
+
+
+def _read_metadata(path: Path, files: Sequence[str]) -> Listing:
+    root, there, seen = path.parent, set(files), {}
     rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row in _lines(path):
         at = f"{path}, line {number}"
-        row = _parse(line, at)
         name = os.path.normpath(_text(row, "file_name", at)).replace(os.sep, "/")
         if name in seen:
             raise ValueError(f"{at}: file_name={name!r} is already in line {seen[name]}")
@@ -210,10 +262,9 @@ _EXAMPLE = '{"file_name": "1.png", "text": "a red cat"}'
 
 
 def _parse(line: bytes, at: str) -> dict[str, Any]:
+    text = _decoded(line, at)
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{at} is not UTF-8 ({error.reason})") from None
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{at} is not JSON ({error}); an example: {_EXAMPLE}") from None
     if not isinstance(row, dict):

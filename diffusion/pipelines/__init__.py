@@ -35,6 +35,7 @@ def open_any(
     variant: str | None = None,
     prediction_type: str | None = None,
     tokenizer: str = "",
+    vae: str = "",
     dtype: DTypeLike | None = None,
     tile: int = 0,
 ) -> Opened | Run:
@@ -47,24 +48,43 @@ def open_any(
       revision, variant: of a hub id, and of the weights' files.
       prediction_type: of a single file: epsilon or v_prediction; None: the published one.
       tokenizer: for a single file: CLIP's folder or merges file; empty: from the hub.
+      vae: an autoencoder's folder or hub id, instead of a pretrained model's own.
       dtype: of a pretrained model; None: bfloat16, but float32 on a CPU.
       tile: pixels of the tiles in which pictures are decoded; 0: whole.
 
     Raises:
       FileNotFoundError: there is no such model.
-      ValueError: one that is not supported, or is damaged.
+      ValueError: one that is not supported, or is damaged; an argument that is for another kind.
     """
     if not str(path_or_id):
         raise ValueError("expected a run's workdir, a diffusers folder, a file or a hub id")
-    if is_run(path_or_id):
+    run, path = is_run(path_or_id), Path(path_or_id)
+    pretrained, file = "a pretrained model", "a single file"
+    usual = {"average": "ema", "checkpoint": "newest"}
+    for name, value, acts, kind in (
+        ("average", average, run, "a run"),
+        ("checkpoint", checkpoint, run, "a run"),
+        ("revision", revision, not run and not path.exists(), "an id on the hub"),
+        ("variant", variant, not run and not path.is_file(), "a folder or an id on the hub"),
+        ("prediction_type", prediction_type, path.is_file(), file),
+        ("tokenizer", tokenizer, path.is_file(), file),
+        ("vae", vae, not run, pretrained),
+        ("dtype", dtype, not run, pretrained),
+        ("tile", tile, not run, pretrained),
+    ):
+        if value not in (usual.get(name), None, "", 0) and not acts:
+            raise ValueError(f"{name}={value!r} has no effect: it is for {kind}")
+    if run:
         return open_run(path_or_id, average=average, checkpoint=checkpoint)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     common = {"dtype": dtype, "tile": tile}
-    if Path(path_or_id).is_file():
+    if path.is_file():
         made = partial(clip_tokenizer_at, tokenizer)
-        return open_checkpoint(path_or_id, made, prediction_type=prediction_type, **common)
-    return open_pipeline(path_or_id, revision=revision, variant=variant, **common)
+        opened = open_checkpoint(path_or_id, made, prediction_type=prediction_type, **common)
+    else:
+        opened = open_pipeline(path_or_id, revision=revision, variant=variant, **common)
+    return opened.with_autoencoder(vae) if vae else opened
 
 
 def load(path_or_id: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Pipeline, Params]:

@@ -175,6 +175,7 @@ def draw(
       devices: by default all local ones.
       callback: as ``make_sampler``'s.
     """
+    check_batch(keys, **inputs._asdict() | {"shape": None})
     inputs, chain = distilled(pipeline, inputs, chain)
     x_init = inputs.x_init
     if inputs.picture is not None:
@@ -214,6 +215,7 @@ def trajectory(
     Divided by sqrt(alpha^2 + sigma^2), so that noise looks alike on every schedule.
     """
     inputs, chain = distilled(pipeline, inputs, chain)
+    check_batch(keys, **inputs._asdict() | {"shape": None})
     made, solver = program(pipeline, sampler, companions), sampler.solver
 
     @jax.jit
@@ -227,6 +229,23 @@ def trajectory(
     scale = np.hypot(solver.level.alpha, solver.level.sigma)
     path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
     return np.concatenate([path, np.asarray(x)[None]])
+
+
+def check_batch(keys: jax.Array, **arrays: Any) -> None:
+    """Raises ValueError unless keys are typed and [B], and all arrays of the (trees) have B rows."""
+    dtype, shape = getattr(keys, "dtype", type(keys).__name__), np.shape(keys)
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != 1:
+        raise ValueError(
+            f"keys: expected [B] typed keys, such as image_keys(0, range(B)) or "
+            f"jax.random.split(jax.random.key(0), B), got {dtype} of shape {shape}"
+        )
+    for name, tree in arrays.items():
+        for leaf in jax.tree.leaves(tree):
+            if np.ndim(leaf) == 0 or len(leaf) != len(keys):
+                raise ValueError(
+                    f"{name} has an array of shape {np.shape(leaf)} for {len(keys)} keys; expected "
+                    "a row for each key"
+                )
 
 
 def distilled(pipeline: Pipeline, inputs: Inputs, chain: Chain) -> tuple[Inputs, Chain]:

@@ -8,7 +8,7 @@ save_pretrained("mine", pipeline, params)  # which diffusers reads
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -88,6 +88,25 @@ class Opened:
     def nbytes(self) -> int:
         """Of all weights, once they are loaded."""
         return sum(model.nbytes(self.dtype) for model in self.models.values())
+
+    def with_autoencoder(self, path_or_id: str | Path) -> Opened:
+        """With the autoencoder of another folder or hub id, one of the same latents' shape.
+
+        Raises:
+          ValueError: this model has none, or the other's latents have another shape.
+        """
+        if "vae" not in self.models:
+            raise ValueError(f"vae={path_or_id}: {self.pipeline.kind} has no autoencoder")
+        model = pretrained.open_model(path_or_id, expected="AutoencoderKL")
+        codec, net = self.pipeline.codec, model.module.clone(dtype=self.dtype)
+        latents = [(n.latent_channels, n.factor) for n in (net, codec.network)]
+        if latents[0] != latents[1]:
+            raise ValueError(
+                f"vae={path_or_id}: its latents have (channels, pixels) {latents[0]}, this "
+                f"model's {latents[1]}"
+            )
+        pipeline = replace(self.pipeline, codec=replace(codec, network=net))
+        return replace(self, pipeline=pipeline, models={**self.models, "vae": model})
 
     def load(self, progress: bool = False) -> Params:
         """The parameters, on the default device."""

@@ -65,7 +65,7 @@ class Generation:
         self.subjects, self.request, self._refiner = list(subjects), request, refiner
         self.task = requests.task(pipeline, request)
         requests.check_subjects(pipeline, self.subjects)
-        requests.check_sizes(pipeline, request)
+        requests.check_effects(pipeline, request, self.task, refiner)
         self.size = requests.size(pipeline, request, self.task)
         self.given = requests.pictures(pipeline, request, self.size)
         strength = request.strength if self.task in ("from picture", "repaint") else None
@@ -90,9 +90,8 @@ class Generation:
         self.pipeline, self.notes = guided.pipeline, guided.notes
         options = {"batch_size": request.batch_size, "seed": request.seed, "unit": "picture"}
         if hasattr(pipeline.conditioner, "encoders"):
-            options["condition"] = {"clip_skip": request.clip_skip, "weighted": request.weighted}
-        elif request.clip_skip or request.weighted:
-            raise ValueError("clip_skip and weighted are for prompts of pretrained text encoders")
+            names = ("clip_skip", "weighted", "emphasis")
+            options["condition"] = {name: getattr(request, name) for name in names}
         self.drawer = Drawer(
             self.pipeline,
             sampler,
@@ -188,10 +187,12 @@ class Generation:
             raise ValueError(
                 f"{at}solver={request.solver!r}: with a refiner, choose a class of diffusers"
             )
+        if request.grid != "auto":
+            raise ValueError(f"{at}grid={request.grid!r}: a refiner's scheduler has its own grid")
         named = "" if request.solver == "auto" else request.solver
         both = (samplers.scheduler(p, named, f"{at}solver") for p in (pipeline, refiner))
         return samplers.hand_over(
-            *both, request.steps or pipeline.defaults.steps, request.hand_over
+            *both, request.steps or pipeline.defaults.steps, request.hand_over, at
         )
 
 

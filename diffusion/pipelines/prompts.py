@@ -21,7 +21,8 @@ from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.clip import ClipText
 from diffusion.pipelines.conditioners import Conditioner
-from diffusion.pipelines.emphasis import parse, weigh
+from diffusion.pipelines.emphasis import BREAK, RESTORE, check, parse, weigh
+from diffusion.specs import unknown
 
 Texts = str | Sequence[str]
 
@@ -52,6 +53,7 @@ class Prompts(Conditioner):
         """Raises ValueError unless it is a text that says something."""
         if not isinstance(subject, str):
             raise ValueError(f"the model takes prompts, which are texts, got {subject!r}")
+        check(subject)
 
     def __call__(
         self,
@@ -63,6 +65,7 @@ class Prompts(Conditioner):
         second_negative: Texts | None = None,
         clip_skip: int = 0,
         weighted: bool = False,
+        emphasis: str = "auto",
         max_chunks: int | None = None,
     ) -> tuple[Conditioning, Conditioning]:
         """What guidance steers towards, and what away from, each of len(subjects).
@@ -71,7 +74,7 @@ class Prompts(Conditioner):
         into chunks of 75, which are encoded on their own, each between start and end, and follow
         each other in the context. A prompt and its negative get equally many by empty chunks. Where
         other prompts of the batch have more, ``context_mask`` leaves the rest out, so that no
-        picture depends on what else is in its batch. The pooled embedding is the first chunk's.
+        picture depends on what else is in its batch. BREAK in a text begins a chunk. The pooled embedding is the first chunk's.
 
         Args:
           params: the pipeline's.
@@ -82,6 +85,8 @@ class Prompts(Conditioner):
           clip_skip: how many of the last layers to leave out, beyond those that the model leaves
             out anyway; of the negative's none are, as in diffusers.
           weighted: whether brackets are weights (``emphasis.parse``).
+          emphasis: what the weights leave as it was: none, mean or norm (``emphasis.weigh``); auto
+            is the norm for SDXL, else the mean.
           max_chunks: at most so many; what is beyond is cut off, with a warning. diffusers has 1.
 
         Raises:
@@ -91,6 +96,10 @@ class Prompts(Conditioner):
             most = encoder.depth - (2 if self.sdxl else 1)
             if not 0 <= clip_skip <= most:
                 raise ValueError(f"clip_skip={clip_skip}; expected 0 to {most} of {encoder.depth}")
+        if emphasis not in ("auto", *RESTORE):
+            raise unknown("emphasis", emphasis, ("auto", *RESTORE))
+        if emphasis == "auto":
+            emphasis = "norm" if self.sdxl else "mean"
         if max_chunks is not None and max_chunks < 1:
             raise ValueError(f"max_chunks={max_chunks}; expected at least 1")
         prompts = [subjects] if isinstance(subjects, str) else list(subjects)
@@ -104,6 +113,8 @@ class Prompts(Conditioner):
                 _for_each(prompts, second_negative or negative or "", "second_negative"),
             ),
         ]
+        for text in dict.fromkeys(text for pair in both for texts in pair for text in texts):
+            self.check(text)
         # [encoder][prompts or negatives][text]
         chunked = [
             [
@@ -123,8 +134,10 @@ class Prompts(Conditioner):
                 chunks = _stack([_filled(c, empty, len(used[0])) for c in chunked[i][side]])
                 weights = params["encoders"][i]
                 skipped = skip + self.sdxl
-                context, pooled = _encode(encoder, weights, chunks, used, self.sdxl, skipped)
-                contexts.append(context)
+                context, pooled = _encode(encoder, weights, chunks.ids, self.sdxl, skipped)
+                scales, length = chunks.weights, chunks.ids.shape[-1]
+                counted = np.repeat(used, length, axis=1)
+                contexts.append(_weigh(context, scales.reshape(counted.shape), counted, emphasis))
             return Conditioning(context=jnp.concatenate(contexts, -1), pooled=pooled)
 
         cond = encode(0, clip_skip)
@@ -142,6 +155,9 @@ class _Chunks(NamedTuple):
     weights: np.ndarray
 
 
+_weigh = jax.jit(weigh, static_argnames="restore")
+
+
 def _filled(chunks: _Chunks, empty: _Chunks, count: int) -> _Chunks:
     """With empty ones behind, ``count`` in all."""
     repeated = [np.repeat(a, count - len(chunks.ids), axis=0) for a in empty]
@@ -154,24 +170,17 @@ def _stack(texts: Sequence[_Chunks]) -> _Chunks:
 
 @partial(jax.jit, static_argnames=("encoder", "sdxl", "skip"))
 def _encode(
-    encoder: ClipText, params: Any, chunks: _Chunks, used: Array, sdxl: bool, skip: int
+    encoder: ClipText, params: Any, ids: Array, sdxl: bool, skip: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """(context [B, N L, D], pooled [B, P] or None) of chunks [B, N, L].
-
-    ``used`` [B, N] tells a text's chunks from those that fill up the batch; ``skip`` counts the
-    layers that are left out.
-    """
-    b, n, length = chunks.ids.shape
+    """(context [B, N L, D], pooled [B, P] or None) of chunks' tokens [B, N, L]; ``skip`` counts the
+    layers that are left out."""
+    b, n, length = ids.shape
     variables = {"params": params}
-    out = encoder.apply(variables, chunks.ids.reshape(b * n, length))
+    out = encoder.apply(variables, ids.reshape(b * n, length))
     states = out.hidden[-1 - skip]
     if not sdxl:
         states = encoder.apply(variables, states, method="norm")
-    context = weigh(
-        states.reshape(b, n * length, -1),
-        chunks.weights.reshape(b, n * length),
-        jnp.repeat(used, length, axis=1),
-    )
+    context = states.reshape(b, n * length, -1)
     if out.projected is None:
         return context, None
     return context, out.projected.reshape(b, n, -1)[:, 0]
@@ -181,35 +190,34 @@ def _chunks(
     tokenizer: Any, encoder: ClipText, text: str, weighted: bool, most: int | None
 ) -> _Chunks:
     """Of a text, each as long as the encoder's texts are."""
-    length = min(tokenizer.model_max_length, encoder.length)
-    ids: list[int] = []
-    weights: list[float] = []
+    inside = min(tokenizer.model_max_length, encoder.length) - 2
+    groups: list[list[tuple[int, float]]] = [[]]  # of (token, weight), parted by BREAK
     for part, weight in parse(text) if weighted else [(text, 1.0)]:
-        new = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-        ids += new
-        weights += [weight] * len(new)
-    if ids and max(ids) >= encoder.vocab_size:
+        for number, piece in enumerate(BREAK.split(part)):
+            if number:
+                groups.append([])
+            ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+            groups[-1] += [(token, weight) for token in ids]
+    rows = [g[i : i + inside] for g in groups for i in range(0, max(len(g), 1), inside)]
+    largest = max((token for row in rows for token, _ in row), default=0)
+    if largest >= encoder.vocab_size:
         raise ValueError(
-            f"the tokenizer gives id {max(ids)}, the text encoder has {encoder.vocab_size} tokens: "
+            f"the tokenizer gives id {largest}, the text encoder has {encoder.vocab_size} tokens: "
             "they do not belong together"
         )
-    inside = length - 2
-    if most is not None and len(ids) > most * inside:
-        cut = tokenizer.decode(ids[most * inside :])
+    if most is not None and len(rows) > most:
+        cut = tokenizer.decode([token for row in rows[most:] for token, _ in row])
+        count = sum(map(len, rows))
         warnings.warn(
-            f"a prompt of {len(ids)} tokens was cut off after {most * inside}; left out: {cut!r}",
+            f"a prompt of {count} tokens was cut off after {sum(map(len, rows[:most]))}; left out: "
+            f"{cut!r}",
             stacklevel=3,
         )
-        ids, weights = ids[: most * inside], weights[: most * inside]
-    rows: list[list[int]] = []
-    scales: list[list[float]] = []
-    for start in range(0, max(len(ids), 1), inside):
-        some = ids[start : start + inside]
-        padding = inside - len(some)
-        ends = [tokenizer.eos_token_id] + [tokenizer.pad_token_id] * padding
-        rows.append([tokenizer.bos_token_id, *some, *ends])
-        scales.append([1.0, *weights[start : start + inside], *[1.0] * len(ends)])
-    return _Chunks(np.array(rows, np.int32), np.array(scales, np.float32))
+        rows = rows[:most]
+    begin = (tokenizer.bos_token_id, 1.0)
+    ends = [(tokenizer.eos_token_id, 1.0), *[(tokenizer.pad_token_id, 1.0)] * inside]
+    filled = np.array([[begin, *row, *ends][: inside + 2] for row in rows])  # [N, L, 2]
+    return _Chunks(filled[..., 0].astype(np.int32), filled[..., 1].astype(np.float32))
 
 
 def _for_each(prompts: list[str], texts: Texts, name: str) -> list[str]:

@@ -39,6 +39,7 @@ class Request:
       seed: of all noise; picture i of a seed is the same in any batch.
       batch_size: pictures at a time.
       weighted: read (word:1.3), ((word)) and [word] as weights.
+      emphasis: what such weights leave as it was: none, mean, norm or auto (``emphasis.weigh``).
       clip_skip: last layers of the text encoder to leave out.
       original, crop, aesthetic: SDXL's micro-conditioning: (height, width) of the training picture
         (empty: the picture's), (top, left) of where it was cropped, and the refiner's scores, to
@@ -61,6 +62,7 @@ class Request:
     seed: int = 0
     batch_size: int = 1
     weighted: bool = False
+    emphasis: str = "auto"
     clip_skip: int = 0
     original: tuple[int, int] | tuple[()] = ()
     crop: tuple[int, int] = (0, 0)
@@ -91,22 +93,40 @@ def task(pipeline: Pipeline, request: Request) -> str:
 
 def check_subjects(pipeline: Pipeline, subjects: Sequence[Subject]) -> None:
     conditioner = pipeline.conditioner
-    if conditioner.subject == "text" and not any(subjects):
-        raise ValueError("the prompt is empty: say what should be in the picture")
     for subject in dict.fromkeys(subjects):
         if conditioner.subject or subject != 0:
             conditioner.check(subject)
 
 
-def check_sizes(pipeline: Pipeline, request: Request) -> None:
-    """Raises ValueError where SDXL's micro-conditioning is wrong or has no place."""
-    usual = Request()
+def check_effects(
+    pipeline: Pipeline, request: Request, task: str, refiner: Pipeline | None
+) -> None:
+    """Raises ValueError for what is not left as it is by default and cannot act."""
+    prompts = hasattr(pipeline.conditioner, "encoders")
+    sdxl, usual = getattr(pipeline.conditioner, "sdxl", False), Request()
+    scored = any(p and p.options.get("requires_aesthetics_score") for p in (pipeline, refiner))
+    acts = {
+        "strength": (task in ("from picture", "repaint"), "a picture to start from or to repaint"),
+        "noise_level": (task == "upscale", "an upscaler's picture"),
+        "hand_over": (refiner is not None, "a refiner (config.model.refiner)"),
+        "weighted": (prompts, "prompts of pretrained text encoders"),
+        "emphasis": (request.weighted, "prompts with weights (weighted=True)"),
+        "clip_skip": (prompts, "prompts of pretrained text encoders"),
+        "original": (sdxl, "SDXL's pipelines"),
+        "crop": (sdxl, "SDXL's pipelines"),
+        "aesthetic": (scored, "SDXL's refiner"),
+    }
+    for name, (acting, place) in acts.items():
+        value = getattr(request, name)
+        if value != getattr(usual, name) and not acting:
+            raise ValueError(
+                f"{name}={value!r} has no effect: it is for {place}; this is {pipeline.kind} "
+                f"({task})"
+            )
     for name in ("original", "crop", "aesthetic"):
         value = getattr(request, name)
         if len(value) != 2 and value != getattr(usual, name):
             raise ValueError(f"{name}={value} must be two numbers")
-        if value != getattr(usual, name) and not getattr(pipeline.conditioner, "sdxl", False):
-            raise ValueError(f"{name}={value} is for SDXL's pipelines; this is {pipeline.kind}")
 
 
 def size(pipeline: Pipeline, request: Request, task: str) -> tuple[int, int]:

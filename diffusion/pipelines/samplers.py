@@ -150,30 +150,35 @@ def make_corrector(text: str, sampler: Sampler, at: str = "") -> langevin.Correc
 
 
 def hand_over(
-    base: Mapping[str, Any], refiner: Mapping[str, Any], steps: int, fraction: float
+    base: Mapping[str, Any], refiner: Mapping[str, Any], steps: int, fraction: float, at: str = ""
 ) -> tuple[Sampler, Sampler]:
     """Samplers of two models that share ``steps``, of their scheduler configs.
 
     The base model takes the first ``fraction`` of the schedule, in (0, 1): diffusers' denoising_end
-    and denoising_start. Raises ValueError where one of the two would have no step.
+    and denoising_start, which both count evaluations. Where two make a step (Heun, KDPM2), the base
+    model may therefore stop between them, and the refiner begins with a whole step. Raises
+    ValueError where one of the two would have no evaluation, or cannot begin on its way.
     """
-    first = from_diffusers(base, steps)
-    last = from_diffusers(refiner, steps)
-    cutoff = round(first.schedule.steps - fraction * first.schedule.steps)
+    first, last = from_diffusers(base, steps), from_diffusers(refiner, steps)
+    total = first.schedule.steps
+    cutoff = round(total - fraction * total)
     count = int(np.sum(first.timesteps >= cutoff))
     left = int(np.sum(last.timesteps < cutoff))
-    order = len(last.timesteps) // steps
-    if order == 2 and left % 2 == 0:
-        left += 1  # not between the two evaluations of a step
+    order = 1 + (refiner["_class_name"] in schedulers.TWO_STAGES)
+    left += order == 2 and left % 2 == 0  # not between the two evaluations of a step
     if not 0 < count < len(first.timesteps) or not 0 < left < len(last.timesteps):
         raise ValueError(
-            f"fraction={fraction} of {steps} steps leaves one of the two models without any; "
+            f"{at}hand_over={fraction} of {steps} steps leaves one of the two models without any; "
             f"expected a number in (0, 1), {1 / steps:.3g} or more from both ends"
         )
-    rows = jax.tree.map(lambda leaf: leaf[:count], first.solver._replace(init=None))
-    table = rows._replace(init=first.solver.init)
-    strength = (-(-left // order) + 0.5) / steps
-    return first._replace(solver=table), from_diffusers(refiner, steps, strength=strength)
+    with field(f"{at}hand_over={fraction}"):
+        last = from_diffusers(refiner, steps, begin=(len(last.timesteps) - left) // order)
+    table = jax.tree.map(lambda leaf: leaf[:count].copy(), first.solver._replace(init=None))
+    if first.scales[0] != 1 and last.scales[0] != 1:  # both have diffusers' latents times alpha
+        ratio = last.solver.level.alpha[0] / first.solver.level.alpha[count]
+        for leaf in (table.A, table.b, table.b_raw, table.noise, table.noise_upper):
+            leaf[-1, 0] *= ratio
+    return first._replace(solver=table._replace(init=first.solver.init)), last
 
 
 def gives_levels(grid: str) -> bool:

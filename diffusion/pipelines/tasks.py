@@ -20,7 +20,7 @@ import numpy as np
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.pipelines.codec import folded
-from diffusion.pipelines.draw import Inputs, Kept
+from diffusion.pipelines.draw import Inputs, Kept, check_batch
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.sampling.sample import image_noise
@@ -54,6 +54,7 @@ def from_picture(
     The sampler's ``strength`` is the share of the schedule that remains. With ``encoded``, images
     are latents already, such as those that SDXL's refiner takes from the base model.
     """
+    check_batch(keys, images=images, cond=cond, null=null)
     picture = jnp.asarray(images) if encoded else pipeline.codec.encode(params, images, keys)
     return Inputs(cond, null, picture.shape[1:], picture=picture)
 
@@ -89,6 +90,7 @@ def repainted(
     Raises:
       ValueError: the network has another number of input channels.
     """
+    check_batch(keys, images=images, cond=cond, null=null)
     images = jnp.asarray(images)
     mask = jnp.broadcast_to(jnp.asarray(mask) >= 0.5, (*images.shape[:3], 1)).astype(jnp.float32)
     factor, extra = pipeline.codec.factor, pipeline.extra_channels
@@ -134,6 +136,7 @@ def upscaled(
         raise ValueError(f"noise_level={noise_level}; expected 0 to {schedule.steps - 1}")
     level = schedule(np.float64((noise_level + 1) / schedule.steps))
     level = NoiseLevel(*(jnp.float32(leaf) for leaf in level))
+    check_batch(keys, images=images, cond=cond, null=null)
     images = jnp.asarray(images)
     images = diffuse(images, image_noise(folded(keys, LOW_RES), images.shape[1:]), level)
     label = jnp.full(len(images), noise_level, jnp.int32)

@@ -237,3 +237,48 @@ def test_sizes_and_channels(tmp_path):
 def test_wrong_fields_are_named(tmp_path, fields, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         make_source(config(tmp_path, **{"size": 0} | fields), "train")
+
+
+def test_captions_beside_images(tmp_path):
+    for name in ("1.png", "b/2.png"):
+        image(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"\ufeffa cat, {name}\n", "utf-8")
+    (tmp_path / "README.txt").write_text("of no image")
+    listing = folder._read_one(tmp_path)
+    assert listing.files == ("1.png", "b/2.png") and listing.label is None
+    assert listing.captions == ("a cat, 1.png", "a cat, b/2.png")
+    source = make_source(config(tmp_path, held_out=0.5), "train")
+    assert len(source.captions) == 1 and source.captions[0].startswith("a cat")
+    (tmp_path / "b/2.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"b/2.txt.* must be a non-empty text"):
+        folder.read(tmp_path, "train")
+    (tmp_path / "b/2.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"b/2.txt is not UTF-8"):
+        folder.read(tmp_path, "train")
+    (tmp_path / "b/2.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"\(1.txt\), but not beside b/2.png; expected b/2"):
+        folder.read(tmp_path, "train")
+
+
+def test_captions_and_labels_of_a_table(tmp_path):
+    for name in ("1.png", "2.png"):
+        image(tmp_path / name)
+    table = tmp_path / folder.TABLE
+    table.write_text('file_name,text,label\n1.png,"a cat, red",1\n2.png,dog,0\n')
+    listing = folder._read_one(tmp_path)
+    assert listing.captions == ("a cat, red", "dog") and listing.label.tolist() == [1, 0]
+    for text, message in {
+        "file_name,text\n1.png,a cat, red\n": "line 2 has not as many fields as the header",
+        "file_name,text\n1.png\n": "line 2 has not as many fields",
+        "file_name,text\n3.png,dog\n": "line 2: file_name='3.png': there is no such file",
+        "file_name,text\n1.png,\n": "line 2: text must be a non-empty text",
+        'file_name,text\n1.png,"dog\n': "is not CSV",
+        "": "is empty",
+        "file_name\n1.png\n": "has neither text, caption nor label",
+    }.items():
+        table.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            folder.read(tmp_path, "train")
+    metadata(tmp_path, [{"file_name": "1.png", "text": "a cat"}])
+    with pytest.raises(ValueError, match="both metadata.jsonl and metadata.csv"):
+        folder.read(tmp_path, "train")

@@ -245,3 +245,27 @@ def test_folders_of_older_and_of_other_tokenizers(tmp_path):
     transformers.T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(tmp_path / "t5")
     t5 = load_tokenizer(tmp_path / "t5")
     assert t5("cats", padding="max_length", max_length=5).input_ids == [3, 4, 1, 0, 0]
+
+
+def test_break_begins_a_chunk(sd):
+    conditioner, params, _ = sd
+    apart, _ = conditioner(params, ["a red", "cat"])
+    cond, null = conditioner(params, "a red BREAK cat")
+    assert cond.context.shape == null.context.shape == (1, 154, 32)
+    np.testing.assert_allclose(cond.context.reshape(2, 77, 32), apart.context, atol=1e-5)
+    weights = conditioner(params, "(a red BREAK cat:1.0)", weighted=True)[0]
+    np.testing.assert_array_equal(weights.context, cond.context)
+
+
+def test_emphasis_by_model(sd, sdxl):
+    for (conditioner, params, _), usual in ((sd, "mean"), (sdxl, "norm")):
+        made = {
+            name: conditioner(params, "a (red:1.5) cat", weighted=True, emphasis=name)[0].context
+            for name in ("auto", "none", "mean", "norm")
+        }
+        np.testing.assert_array_equal(made["auto"], made[usual])
+        assert all(np.abs(made[n] - made["none"]).max() > 1e-3 for n in ("mean", "norm"))
+        with pytest.raises(ValueError, match="emphasis: unknown 'men'.*'mean'"):
+            conditioner(params, "a cat", emphasis="men")
+    with pytest.raises(ValueError, match="AND, of several"):
+        sd[0](sd[1], "a cat", "bad AND ugly")

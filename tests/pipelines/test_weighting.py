@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.pipelines.emphasis import parse, weigh
+from diffusion.pipelines.emphasis import check, parse, weigh
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,54 @@ def test_weights_scale_tokens_and_keep_the_mean():
                                * np.ones(5), rtol=1e-5)  # fmt: skip
     low = jax.jit(weigh)(states.astype(jnp.bfloat16), weights, counted)
     assert low.dtype == jnp.bfloat16
+
+
+def factor(x, w, restore):
+    """c of one prompt of embeddings x [L, D]."""
+    x, w = np.asarray(x, np.float32)[None], np.asarray(w, np.float32)[None]
+    out = np.asarray(weigh(x, w, np.ones(w.shape, bool), restore))
+    assert np.all(np.isfinite(out))
+    return float(out[0, 0, 0] / x[0, 0, 0] / w[0, 0])
+
+
+def test_what_restores_a_weighted_prompt_is_bounded():
+    # Means that cancel say nothing: the norm's factor instead, sqrt(1.25 / 2).
+    x, w = [[1.0], [-0.5]], [1, 2]
+    np.testing.assert_allclose(factor(x, w, "mean"), np.sqrt(1.25 / 2), rtol=1e-6)
+    np.testing.assert_allclose(factor(x, w, "norm"), np.sqrt(1.25 / 2), rtol=1e-6)
+    assert factor(x, w, "none") == 1
+    np.testing.assert_allclose(factor([[1.0], [0.5]], w, "mean"), 1.5 / 2, rtol=1e-6)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        x, w = rng.normal(size=(8, 4)), np.where(rng.random(8) < 0.3, 1.4, 1)
+        w[0], w[-1] = 1, 1.4
+        assert 1 / 1.4 <= factor(x - x.mean(), w, "norm") <= 1
+        assert 1 / 2.8 <= factor(x - x.mean(), w, "mean") <= 2
+        np.testing.assert_allclose(factor(3 + x, w, "mean"), (3 + x).sum() / ((3 + x) * w[:, None])
+                                   .sum(), rtol=1e-5)  # fmt: skip
+    zero = weigh(np.ones((1, 2, 1), "f"), np.zeros((1, 2), "f"), np.ones((1, 2), bool), "norm")
+    np.testing.assert_array_equal(zero, 0)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("a cat AND a dog", "AND, .* for the word, write and"),
+        ("a [cat:dog:0.5] runs", r"\[cat:dog:0\.5\], .* write \\\[cat:dog:0\.5\\\] with weighted"),
+        ("[cat:10]", r"\[cat:10\], a text that changes"),
+        ("[cat::0.5]", r"\[cat::0\.5\]"),
+        ("[(red:1.2) cat:[old] dog:.5]", "changes while sampling"),
+        ("[cat|dog]", r"\[cat\|dog\]"),
+    ],
+)
+def test_what_prompts_cannot_say_is_refused(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        check(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "SAND and candy", r"\[cat:dog:0.5\]", "[cat]", "[(red:1.3) cat]", r"\[a|b\]", "a: b|c [d]"],
+)
+def test_plain_prompts_are_left_alone(prompt):
+    check(prompt)

@@ -55,7 +55,7 @@ def metric() -> Metric:
     def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
         drawn, source = draw(), affordable(data.held_out)
         if not set(drawn.subjects) <= set(source.captions):
-            raise ValueError("retrieval is of held-out captions: leave config.samples.prompt empty")
+            raise ValueError("retrieval is of held-out captions: leave config.samples.prompt out")
         real = shown(pipeline, params, source.all()["x"])
         found = retrieval(drawn.x, drawn.subjects, real, source.captions)
         return {f"retrieval_{name}": figure for name, figure in found.items()}

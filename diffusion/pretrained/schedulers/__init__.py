@@ -55,7 +55,15 @@ CLASSES = {
     "EDMDPMSolverMultistepScheduler": (sigma_space.edm_dpm, ""),
     "CMStochasticIterativeScheduler": (sigma_space.consistency, "timesteps"),
 }
-"""Class -> (the function that makes its sampler, its arguments besides ``steps``)."""
+"""Class -> (the function that makes its sampler, its arguments besides ``steps``). Those that take
+``strength`` also take ``begin``."""
+TWO_STAGES = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+)
+"""Classes with two evaluations in each step but the last (diffusers' ``order``)."""
 
 
 def from_diffusers(
@@ -69,6 +77,7 @@ def from_diffusers(
     eta: float | None = None,
     use_clipped_model_output: bool | None = None,
     original_inference_steps: int | None = None,
+    begin: int | None = None,
 ) -> Sampler:
     """The sampler that a diffusers scheduler with this config is.
 
@@ -83,6 +92,8 @@ def from_diffusers(
       eta: DDIM's (default 0) or TCD's gamma (default 0.3).
       use_clipped_model_output: DDIM's.
       original_inference_steps: LCM's, instead of the config's.
+      begin: the first step that is taken, from 0, instead of ``strength``: diffusers'
+        ``set_begin_index`` (PNDM's evaluations count as steps there).
 
     Raises:
       ValueError: for anything unknown or unsupported, by the name of the field or argument.
@@ -98,7 +109,9 @@ def from_diffusers(
         eta,
         use_clipped_model_output,
         original_inference_steps,
+        begin,
     )
+    accepted = accepted.replace("strength", "strength begin")
     for argument, value in vars(request).items():
         if value is not None and argument not in ("steps", *accepted.split()):
             raise ValueError(f"{argument}: {name} takes steps {accepted}, got {argument}={value}")
@@ -115,6 +128,10 @@ def from_diffusers(
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
+    if strength is not None and begin is not None:
+        raise ValueError("expected one of strength and begin")
+    if begin is not None and not 0 <= begin < request.count + (name == "PNDMScheduler"):
+        raise ValueError(f"begin: {begin} is no step of the {request.count}")
     shortens = name in ("LCMScheduler", "TCDScheduler")  # strength, a list of timesteps
     if not shortens and strength is not None and request.start(request.count) == request.count:
         raise ValueError(f"strength: {strength} leaves none of the {request.count} steps")

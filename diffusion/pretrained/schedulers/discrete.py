@@ -224,7 +224,7 @@ def _distilled(c: SimpleNamespace, r: Request) -> np.ndarray:
     if r.timesteps is not None:
         if r.strength is not None:  # diffusers then takes the last step for one with noise
             raise ValueError("strength: not with timesteps; give the later timesteps alone")
-        return timesteps.custom_timesteps(r, total)
+        return timesteps.custom_timesteps(r, total)[r.begin :]
     usable = np.arange(1, int(original * strength) + 1) * (total // original) - 1
     if r.steps > len(usable):
         raise ValueError(
@@ -232,7 +232,7 @@ def _distilled(c: SimpleNamespace, r: Request) -> np.ndarray:
             f"{original} and strength={strength} leave"
         )
     places = np.floor(np.linspace(0, len(usable), r.steps, endpoint=False)).astype(np.int64)
-    return usable[::-1][places]
+    return usable[::-1][places][r.begin :]
 
 
 def _at(schedule: scheduler.LogTable, index: int) -> NoiseLevel:

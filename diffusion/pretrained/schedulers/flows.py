@@ -87,7 +87,7 @@ def stretched(t: np.ndarray, terminal: float | None) -> np.ndarray:
 def _start(r: Request, steps: int) -> int:
     """The first step as in pipelines of flow models, which round the steps that are left out."""
     if r.strength is None:
-        return 0
+        return r.begin or 0
     return int(max(steps - min(steps * r.strength, steps), 0))
 
 

@@ -64,6 +64,7 @@ class Request:
     eta: float | None = None
     use_clipped_model_output: bool | None = None
     original_inference_steps: int | None = None
+    begin: int | None = None
 
     @property
     def count(self) -> int:
@@ -75,7 +76,7 @@ class Request:
     def start(self, count: int) -> int:
         """The first of N steps to run, as in diffusers' image-to-image pipelines."""
         if self.strength is None:
-            return 0
+            return self.begin or 0
         return count - min(int(count * self.strength), count)
 
 

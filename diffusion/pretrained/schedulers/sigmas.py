@@ -75,11 +75,12 @@ def kdpm2_ancestral(c: SimpleNamespace, r: Request) -> Sampler:
 
 def lms(c: SimpleNamespace, r: Request) -> Sampler:
     """Linear multistep of order 4 (``solvers.lms``)."""
-    if r.strength is not None:
-        raise ValueError(
-            "strength: LMSDiscreteScheduler in diffusers weighs derivatives that were not taken "
-            "then; use another class"
-        )
+    for name in ("strength", "begin"):
+        if getattr(r, name) is not None:
+            raise ValueError(
+                f"{name}: LMSDiscreteScheduler in diffusers weighs derivatives that were not taken "
+                "before its first step; use another class"
+            )
     return _discrete(c, r, lambda grid, _: adams_lms(grid))
 
 
