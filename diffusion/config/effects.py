@@ -26,8 +26,8 @@ ACTING = {
     "sampler.*": DRAWING,
     "samples.*": DRAWING,
     "model.path": (*DRAWING, "profile", "cache"),
-    **{f"model.{name}": JUDGING for name in "revision variant prediction_type".split()},
-    **{f"model.{name}": JUDGING for name in "tokenizer vae tile".split()},
+    **{f"model.{name}": JUDGING for name in ["revision", "variant", "prediction_type"]},
+    **{f"model.{name}": JUDGING for name in ["tokenizer", "vae", "tile"]},
 }
 """Pattern -> modes; a field's first pattern counts."""
 BUILT = ("name", "unet", "dit", "mlp", "autoencoder", "text", "remat")

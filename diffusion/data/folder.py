@@ -110,7 +110,11 @@ def _check_beside(folder: Path) -> None:
     """Refuses other folders of images beside ``train``, which could then be a class."""
     for entry in sorted(folder.iterdir()):
         known = entry.name in ("train", *HELD_OUT) or entry.name.startswith(".")
-        if not known and entry.is_dir() and any(f.lower().endswith(images.SUFFIXES) for f in _files(entry)):
+        if (
+            not known
+            and entry.is_dir()
+            and any(f.lower().endswith(images.SUFFIXES) for f in _files(entry))
+        ):
             raise ValueError(
                 f"{folder} has images in train, a split, and in {entry.name}, which is not a "
                 f"split; expected only train and {', '.join(HELD_OUT)}"

@@ -180,7 +180,9 @@ def open_pipeline(
         for name in names
     }
     modules = {name: model.module.clone(dtype=dtype) for name, model in models.items()}
-    if tile and "vae" in modules:
+    if tile:
+        if "vae" not in modules:
+            raise ValueError(f"tile={tile} has no effect: {index.kind} has no autoencoder")
         Tiling(tile).check(modules["vae"])
     name = next((name for name in NETWORKS if name in present), None)
     if name is None or ("vae" not in present and index.kind not in PIXELS):

@@ -123,6 +123,9 @@ def check_effects(
                 f"{name}={value!r} has no effect: it is for {place}; this is {pipeline.kind} "
                 f"({task})"
             )
+    if request.negative is not None:
+        with field(f"negative={request.negative!r}"):
+            pipeline.conditioner.check(request.negative)
     for name in ("original", "crop", "aesthetic"):
         value = getattr(request, name)
         if len(value) != 2 and value != getattr(usual, name):

@@ -10,7 +10,6 @@ import pytest
 from diffusion.pipelines import samplers
 from diffusion.pretrained.schedulers import from_diffusers
 
-
 HANDED = {
     "ddim": diffusers.DDIMScheduler,
     "ddpm": diffusers.DDPMScheduler,

@@ -14,7 +14,7 @@ import torch
 from diffusion.conditioning import Conditioning
 from diffusion.pipelines import samplers, tasks
 from diffusion.pipelines.codec import POSTERIOR, folded
-from diffusion.pipelines.draw import draw
+from diffusion.pipelines.draw import check_batch, draw
 from diffusion.pipelines.from_pretrained import assemble
 from diffusion.pretrained import names
 from diffusion.pretrained.networks import autoencoder_kl, dit, unet
@@ -293,3 +293,20 @@ def test_sdxl_with_refiner(scheduler):
     inputs = tasks.continued(*refined_prompt, latents)
     refined = draw(our_refiner, refiner_params, last, keys, inputs, CFG)
     assert_same(our_refiner, refiner_params, refined, expected)
+
+
+def test_keys_and_arrays_must_fit():
+    """At the public boundary, in words."""
+    with pytest.raises(ValueError, match=r"keys: expected \[B\] typed keys.* got uint32"):
+        check_batch(jax.random.PRNGKey(0), cond=None)
+    with pytest.raises(ValueError, match=r"keys: expected \[B\] typed keys.* of shape \(\)"):
+        check_batch(jax.random.key(0), cond=None)
+    cond = Conditioning(context=jnp.ones((3, 5, 32)))
+    with pytest.raises(ValueError, match=r"cond has an array of shape \(3, 5, 32\) for 2 keys"):
+        check_batch(KEYS, cond=cond)
+    ours = both("StableDiffusionPipeline", "ddim")[1]
+    sampler = samplers.make(ours, steps=4)
+    with pytest.raises(ValueError, match="cond has an array"):
+        draw(ours, {}, sampler, KEYS, tasks.new(ours, cond))
+    with pytest.raises(ValueError, match="images has an array"):
+        tasks.from_picture(ours, {}, KEYS, cond, None, IMAGES[:1])

@@ -97,7 +97,15 @@ def test_what_prompts_cannot_say_is_refused(prompt, message):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "SAND and candy", r"\[cat:dog:0.5\]", "[cat]", "[(red:1.3) cat]", r"\[a|b\]", "a: b|c [d]"],
+    [
+        "",
+        "SAND and candy",
+        r"\[cat:dog:0.5\]",
+        "[cat]",
+        "[(red:1.3) cat]",
+        r"\[a|b\]",
+        "a: b|c [d]",
+    ],
 )
 def test_plain_prompts_are_left_alone(prompt):
     check(prompt)
