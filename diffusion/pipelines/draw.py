@@ -232,7 +232,7 @@ def trajectory(
 
 
 def check_batch(keys: jax.Array, **arrays: Any) -> None:
-    """Raises ValueError unless keys are typed and [B], and all arrays of the (trees) have B rows."""
+    """Raises ValueError unless keys are typed and [B], and all arrays have B rows."""
     dtype, shape = getattr(keys, "dtype", type(keys).__name__), np.shape(keys)
     if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != 1:
         raise ValueError(

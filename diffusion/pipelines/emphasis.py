@@ -96,7 +96,7 @@ def weigh(states: Array, weights: Array, counted: Array, restore: str = "mean") 
 
     The last lies between 1 / max |w| and 1 / min |w|, at most ``LARGEST``. So does the mean's where
     embeddings have mostly one sign; where it leaves that range by more than a factor of 2 (its sums
-    cancel), the norm's c takes its place. Where all weights are 1 the result is ``states``, exactly.
+    cancel), the norm's c takes its place. Where all weights are 1 the result is ``states``.
 
     Args:
       states: [B, L, D].

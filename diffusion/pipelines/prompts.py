@@ -74,7 +74,8 @@ class Prompts(Conditioner):
         into chunks of 75, which are encoded on their own, each between start and end, and follow
         each other in the context. A prompt and its negative get equally many by empty chunks. Where
         other prompts of the batch have more, ``context_mask`` leaves the rest out, so that no
-        picture depends on what else is in its batch. BREAK in a text begins a chunk. The pooled embedding is the first chunk's.
+        picture depends on what else is in its batch. BREAK in a text begins a chunk. The pooled
+        embedding is the first chunk's.
 
         Args:
           params: the pipeline's.

@@ -280,5 +280,5 @@ def test_captions_and_labels_of_a_table(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             folder.read(tmp_path, "train")
     metadata(tmp_path, [{"file_name": "1.png", "text": "a cat"}])
-    with pytest.raises(ValueError, match="both metadata.jsonl and metadata.csv"):
+    with pytest.raises(ValueError, match=r"both metadata.jsonl and metadata.csv"):
         folder.read(tmp_path, "train")

@@ -90,7 +90,7 @@ TABLE = {
     ("aesthetic", (5.0, 1.0)): "refiner",
     ("mask", "picture.png"): "refiner",
     ("hand_over", 0.5): "",
-    ("negative", "c1"): f"{TEXTS} dit",
+    ("negative", "3"): f"{TEXTS} dit",
     ("height", 24): "sd sdxl refiner upscaler instruct ddpm",
     ("width", 24): "sd sdxl refiner upscaler instruct ddpm",
     ("grid", "karras"): "",
@@ -147,7 +147,7 @@ def test_a_field_acts_or_is_refused(models, monkeypatch, name, value):
         c = config(models, kind, **{name: given})
         if kind in acting:
             generate.checked(c)
-        elif not (name, kind) == ("vae", "upscaler"):
+        elif (name, kind) != ("vae", "upscaler"):
             known = {"negative": "neither labels", "mask": "mask|image"}.get(name, name)
             names = f"size|{name}" if name in ("height", "width") else known
             with pytest.raises(ValueError, match=names):

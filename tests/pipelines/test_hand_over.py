@@ -1,4 +1,4 @@
-"""Base model and refiner share a schedule, and image to image takes a part of it, as in diffusers."""
+"""Parts of a schedule, for base model and refiner and for image to image, as in diffusers."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -59,8 +59,8 @@ def test_parts_of_a_schedule_are_diffusers(name):
 
 def test_hand_over_names_itself():
     config = {**diffusers.LMSDiscreteScheduler().config, "_class_name": "LMSDiscreteScheduler"}
-    with pytest.raises(ValueError, match="hand_over=0.5: begin: LMSDiscreteScheduler"):
+    with pytest.raises(ValueError, match=r"hand_over=0.5: begin: LMSDiscreteScheduler"):
         samplers.hand_over(config, config, 10, 0.5)
     config = {**diffusers.DDIMScheduler().config, "_class_name": "DDIMScheduler"}
-    with pytest.raises(ValueError, match="hand_over=0.01 of 10 steps leaves one"):
+    with pytest.raises(ValueError, match=r"hand_over=0.01 of 10 steps leaves one"):
         samplers.hand_over(config, config, 10, 0.01)

@@ -265,7 +265,7 @@ def test_emphasis_by_model(sd, sdxl):
         }
         np.testing.assert_array_equal(made["auto"], made[usual])
         assert all(np.abs(made[n] - made["none"]).max() > 1e-3 for n in ("mean", "norm"))
-        with pytest.raises(ValueError, match="emphasis: unknown 'men'.*'mean'"):
+        with pytest.raises(ValueError, match=r"emphasis: unknown 'men'.*'mean'"):
             conditioner(params, "a cat", emphasis="men")
     with pytest.raises(ValueError, match="AND, of several"):
         sd[0](sd[1], "a cat", "bad AND ugly")
