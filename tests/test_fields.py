@@ -165,6 +165,7 @@ ELSEWHERE = {
     "model.tile": "modes/test_generate.py",
     "model.tokenizer": "modes/test_generate.py",
     "model.unet.": "models/test_unet.py",
+    "model.vae": "modes/test_effects.py",
     "model.variant": "pretrained/test_files.py",
     "profile.": "modes/test_profile.py",
     "sampler.hand_over": "pipelines/test_tasks.py",
