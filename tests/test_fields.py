@@ -171,6 +171,7 @@ ELSEWHERE = {
     "sampler.hand_over": "pipelines/test_tasks.py",
     "samples.aesthetic": "pipelines/test_tasks.py",
     "samples.clip_skip": "pipelines/test_prompts.py",
+    "samples.emphasis": "modes/test_effects.py",
     "samples.noise_level": "pipelines/test_tasks.py",
     "samples.weighted": "pipelines/test_prompts.py",
     "samples.": "modes/test_generate.py",
