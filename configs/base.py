@@ -220,6 +220,8 @@ def get_config() -> ConfigDict:
     # --mode=generate:
     c.samples.image = ""  # a picture to start from, to repaint, to enlarge or to edit
     c.samples.mask = ""  # its white part is painted anew
+    c.samples.fit = "crop"  # of a picture of other proportions: crop, or pad with white
+    c.samples.paste = True  # what the mask leaves black is taken from the picture, to the pixel
     c.samples.strength = 0.8  # how much of the picture is made anew, 0 to 1 (mask: 1 is from noise)
     c.samples.noise_level = 20  # noise that is added to an upscaler's picture
     c.samples.height = 0  # pixels; 0 means the trained size, or a pretrained model's picture's

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-Picture = Path | bytes | np.ndarray
-"""A file, its contents, or uint8 [H, W], or [H, W, 1, 3 or 4]."""
+Picture = str | Path | bytes | np.ndarray | Image.Image
+"""A file, its contents, uint8 [H, W] or [H, W, 1, 3 or 4], or Pillow's own."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -114,7 +114,9 @@ def mode(picture: Picture) -> str:
         return image.mode + "".join(word for word, applies in more.items() if applies)
 
 
-def _open(picture: Path | bytes) -> Image.Image:
+def _open(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.copy()
     return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
 
 

@@ -36,8 +36,14 @@ STYLE = {
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0..255, rounded; values outside are clipped, NaN becomes 0."""
-    images = np.nan_to_num(np.asarray(images, np.float32), nan=-1.0)
+    """[-1, 1] -> 0..255, rounded; values outside are clipped.
+
+    Raises:
+      FloatingPointError: not all are finite.
+    """
+    images = np.asarray(images, np.float32)
+    if not np.isfinite(images).all():
+        raise FloatingPointError("pictures have values that are not finite; none is written")
     return np.round((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
 
 

@@ -188,7 +188,7 @@ class _Run:
 
         def visit(module: nn.Module, path: str, call: Call, args: tuple, kwargs: dict) -> Any:
             if self.kept is not None and path in deep:
-                return jnp.zeros(_shape_after(module, args[0]), args[0].dtype)
+                return jnp.zeros(_shape_after(module, args[0], kwargs), args[0].dtype)
             if path != seam:
                 return call(*args, **kwargs)
             x, *others = args
@@ -203,14 +203,14 @@ class _Run:
         return visit
 
 
-def _shape_after(module: nn.Module, x: Array) -> tuple[int, ...]:
-    """The shape of a U-Net module's output for x."""
+def _shape_after(module: nn.Module, x: Array, kwargs: dict) -> tuple[int, ...]:
+    """The shape of a U-Net module's output for x, called with ``kwargs`` beside it."""
     b, h, w, c = x.shape
     resample = getattr(module, "resample", None)
     if isinstance(module, Downsample) or resample is average_pool:
-        h, w = h // 2, w // 2
+        h, w = -(-h // 2), -(-w // 2)
     elif isinstance(module, Upsample) or resample is nearest_upsample:
-        h, w = 2 * h, 2 * w
+        h, w = kwargs.get("size", (2 * h, 2 * w))
     return (b, h, w, module.width if isinstance(module, ResnetBlock) else c)
 
 

@@ -86,7 +86,9 @@ class UNet(Encoder):
                 self.make_resampling(level, up=True) if level > 0 else None,
                 name=f"up_blocks_{i}",
             )
-            x = block(x, last, emb, cond.context, cond.context_mask, train)
+            size = skips[-1].shape[1:3] if level > 0 else None
+            size = None if self.halves_exactly else size
+            x = block(x, last, emb, cond.context, cond.context_mask, train, size)
 
         x = GroupNorm(self.norm_groups, self.norm_eps, self.dtype, name="conv_norm_out")(x)
         conv = nn.Conv(channels, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_out")

@@ -104,11 +104,21 @@ class Upsample(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array | None = None, train: bool = False) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        emb: Array | None = None,
+        train: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> Array:
+        """``size`` (H, W) cuts the last row or column off, where half of it was rounded up."""
         conv = partial(nn.Conv, x.shape[-1], (3, 3), dtype=self.dtype, name="conv")
-        if doubling_pays(x):
+        exact = size is None or size == (2 * x.shape[1], 2 * x.shape[2])
+        if exact and doubling_pays(x):
             return conv(conv_general_dilated=of_doubled)(x)
-        return conv(conv_general_dilated=three_by_three)(nearest_upsample(x))
+        x = nearest_upsample(x)
+        x = x if exact else x[:, : size[0], : size[1]]
+        return conv(conv_general_dilated=three_by_three)(x)
 
 
 class DownBlock(nn.Module):
@@ -171,12 +181,15 @@ class UpBlock(nn.Module):
         context: Array | None,
         mask: Array | None,
         train: bool,
+        size: tuple[int, int] | None = None,
     ) -> Array:
+        """``size`` (H, W) of the result, if its sides are not twice those of x."""
         for j, (skip, attention) in enumerate(zip(reversed(skips), self.attentions)):
             x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
             x = self.resnet(name=f"resnets_{j}")(x, emb, train)
             if attention is not None:
                 x = attention(name=f"attentions_{j}")(x, context, mask)
         if self.upsample is not None:
-            x = self.upsample(name="upsamplers_0")(x, emb, train)
+            more = {} if size is None else {"size": size}
+            x = self.upsample(name="upsamplers_0")(x, emb, train, **more)
         return x

@@ -148,9 +148,16 @@ class UNetFields(nn.Module):
         check_dropout(self)
         super().__post_init__()
 
+    @property
+    def halves_exactly(self) -> bool:
+        """Whether images must be halved without rest; other networks round up, and cut it off."""
+        return self.resnet_resampling or self.asymmetric_downsampling
+
     def check(self, image_size: int | tuple[int, int]) -> None:
-        """Raises ValueError unless ``image_size`` can be halved once per level but the last."""
-        check_image_size(image_size, self.widths)
+        """Raises ValueError for an ``image_size`` that cannot be halved once per level but the
+        last, where it must be."""
+        if self.halves_exactly:
+            check_image_size(image_size, self.widths)
 
     def level_kinds(self, field: str, level: int) -> tuple[AttentionKind, ...]:
         """What follows each of a level's ResNet blocks, by "attention" or "up_attention"."""

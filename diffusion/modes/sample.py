@@ -24,6 +24,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     columns = config.samples.columns
 
     def preview(batch: int, evaluation: int, x0: np.ndarray) -> None:
+        if not np.isfinite(x0).all():
+            return  # the samples will say so
         shown = pipeline.codec.decode_all(params, x0[: columns**2])
         (folder / "previews").mkdir(exist_ok=True)
         path = folder / "previews" / f"{batch:03d}_{evaluation:04d}.png"

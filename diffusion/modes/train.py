@@ -89,7 +89,10 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
             return
         path = folder / "grids" / f"step_{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
-        product.grid(trained, path)
+        try:
+            product.grid(trained, path)
+        except FloatingPointError as error:  # training may yet recover
+            print(f"note: no samples at step {step}: {error}")
         show(path, step)
 
     def show(path: Path, step: int) -> None:

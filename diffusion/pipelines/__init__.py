@@ -78,6 +78,8 @@ def open_any(
         return open_run(path_or_id, average=average, checkpoint=checkpoint)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if jnp.dtype(dtype) == jnp.float16 and jax.default_backend() == "cpu":
+        raise ValueError("dtype=float16 needs a GPU or TPU; on a CPU use float32 or bfloat16")
     common = {"dtype": dtype, "tile": tile}
     if path.is_file():
         made = partial(clip_tokenizer_at, tokenizer)

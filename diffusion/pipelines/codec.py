@@ -5,7 +5,8 @@ A codec has no parameters of its own: it is given the pipeline's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,10 +94,27 @@ class KL(Codec):
         return net.to_latents(latents) if scaled else latents
 
     def decode(self, params: Mapping[str, Any], z: Array) -> Array:
-        """Images [B, H, W, 3], clipped to [-1, 1], float32, of scaled latents."""
-        net = self.network
-        images = tiles.decode(net, params["autoencoder"], net.from_latents(z), self._tiling)
-        return jnp.clip(jnp.asarray(images, jnp.float32), -1, 1)
+        """Images [B, H, W, 3], clipped to [-1, 1], float32, of scaled latents.
+
+        What overflows in half precision is decoded again in float32, with a warning.
+
+        Raises:
+          FloatingPointError: an image is not finite, though its latents are.
+        """
+        net, weights = self.network, params["autoencoder"]
+        images = tiles.decode(net, weights, net.from_latents(z), self._tiling)
+        if not np.isfinite(images).all() and jnp.dtype(net.computation) != jnp.float32:
+            warnings.warn(
+                f"the autoencoder overflowed in {jnp.dtype(net.computation)}: these pictures are "
+                "decoded again in float32",
+                stacklevel=2,
+            )
+            net = net.clone(dtype=jnp.float32)
+            weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), weights)
+            images = tiles.decode(net, weights, net.from_latents(z), self._tiling)
+        images = np.asarray(images, np.float32)
+        check_finite(images, "the autoencoder made of finite latents")
+        return jnp.clip(images, -1, 1)
 
     def decode_all(self, params: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
         """Images [..., H, W, 3], ``BATCH`` at a time, compiled once."""
@@ -110,6 +128,18 @@ class KL(Codec):
     def moments(self, params: Mapping[str, Any], x: Array) -> tuple[jax.Array, jax.Array]:
         """Mean and standard deviation [B, h, w, C] of the scaled latents of images."""
         return _moments(self.network, params["autoencoder"], jnp.asarray(x))
+
+
+def check_finite(x: np.ndarray, what: str, numbers: Sequence[int] | None = None) -> None:
+    """Raises FloatingPointError, naming the examples of x [B, ...] that are not finite."""
+    bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
+    if len(bad):
+        named = bad if numbers is None else np.asarray(numbers)[bad]
+        listed = ", ".join(map(str, named[:8])) + (", ..." if len(bad) > 8 else "")
+        raise FloatingPointError(
+            f"{what} values that are not finite: {len(bad)} of {len(x)}, numbers {listed}. Damaged "
+            "or diverged parameters, strong guidance or float16 may be why; nothing is written"
+        )
 
 
 def folded(keys: jax.Array, fold: int) -> jax.Array:

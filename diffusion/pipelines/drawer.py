@@ -16,6 +16,7 @@ from tqdm import tqdm
 from diffusion.conditioning import Conditioning
 from diffusion.pipelines import draw as drawing
 from diffusion.pipelines import tasks
+from diffusion.pipelines.codec import check_finite
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.draw import Companion, Inputs
 from diffusion.pipelines.pipeline import Params, Pipeline
@@ -112,6 +113,7 @@ class Drawer:
                 )
                 x = self.batch(params, keys, inputs, solver)
                 left = count - start
+                check_finite(x[:left], f"sampling with seed {self.seed} gave", index)
                 yield index[:left], x[:left]
                 bar.update(min(size, left))
 

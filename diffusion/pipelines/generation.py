@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from diffusion.conditioning import Conditioning
 from diffusion.evaluation.figures import to_uint8
@@ -132,7 +133,21 @@ class Generation:
             if self._refiner is not None:
                 latents = self._refine(weights, index, latents)
             for i, image in zip(index, np.asarray(codec.decode(weights, latents))):
-                yield int(i), image
+                yield int(i), self._pasted(image)
+
+    def _pasted(self, image: np.ndarray) -> np.ndarray:
+        """The picture with what the mask leaves black as it was given.
+
+        The edge is feathered within what is painted, over the pixels that share a latent.
+        """
+        if self.task != "repaint" or not self.request.paste:
+            return image
+        mask = self.given["mask"]
+        width = self.pipeline.codec.factor / 2
+        if width > 1:
+            blurred = ndimage.gaussian_filter(mask, (width, width, 0), mode="nearest")
+            mask = mask * np.clip(2 * blurred - 1, 0, 1)
+        return mask * image + (1 - mask) * self.given["image"]
 
     def _inputs(
         self, params: Params, keys: jax.Array, cond: Conditioning, null: Conditioning | None

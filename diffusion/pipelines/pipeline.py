@@ -104,8 +104,10 @@ class Pipeline:
     @property
     def unit(self) -> int:
         """Pixels that the sides of a picture must be a multiple of."""
-        levels = len(getattr(self.image_network, "widths", (0,)))
-        return self.codec.factor * getattr(self.image_network, "patch", 2 ** (levels - 1))
+        net, unit = self.image_network, 1
+        if getattr(net, "halves_exactly", False):
+            unit = 2 ** (len(net.widths) - 1)
+        return self.codec.factor * getattr(net, "patch", unit)
 
     @property
     def size(self) -> tuple[int, ...]:

@@ -29,6 +29,8 @@ class Request:
       negative: what to steer away from; None: what stands for none.
       image: a picture to start from, to repaint, to enlarge or to edit.
       mask: white is painted anew.
+      fit: of a picture of other proportions: "crop" or "pad".
+      paste: whether what a mask leaves black is the given picture's, to the pixel.
       strength: of image to image: how much of the picture is made anew, 0 to 1 (of a mask: 1 starts
         from noise).
       noise_level: of the noise that is added to an upscaler's picture.
@@ -49,6 +51,8 @@ class Request:
     negative: Subject | None = None
     image: Picture | None = None
     mask: Picture | None = None
+    fit: str = "crop"
+    paste: bool = True
     strength: float = 0.8
     noise_level: int = 20
     size: tuple[int, int] = (0, 0)
@@ -88,6 +92,10 @@ def task(pipeline: Pipeline, request: Request) -> str:
             raise ValueError(f"{name}: {pipeline.kind} ({task}) needs it")
         if given and not taken:
             raise ValueError(f"{name}: {pipeline.kind} ({task}) does not take it")
+    if request.fit != "crop" and request.image is None:
+        raise ValueError(f"fit={request.fit!r} is for a picture, and no image is given")
+    if not request.paste and task != "repaint":
+        raise ValueError(f"paste={request.paste} is for a mask; this is {task}")
     return task
 
 
@@ -155,8 +163,10 @@ def pictures(pipeline: Pipeline, request: Request, size: tuple[int, int]) -> dic
     given = {}
     if request.image is not None:
         with field(f"image={request.image!r}"):
-            given["image"] = picture_files.read_image(request.image, size, pipeline.channels)
+            given["image"] = picture_files.read_image(
+                request.image, size, pipeline.channels, request.fit
+            )
     if request.mask is not None:
         with field(f"mask={request.mask!r}"):
-            given["mask"] = picture_files.read_mask(request.mask, size)
+            given["mask"] = picture_files.read_mask(request.mask, size, request.fit)
     return given

@@ -38,14 +38,14 @@ def theirs(config):
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
-def inputs(net):
+def inputs(net, size=(8, 8)):
     """Arguments of our network, and the same as keyword arguments of theirs; batch of two."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return rng.normal(size=(2, *shape)).astype(np.float32)
 
-    time, x = np.array([999.0, 3.5], np.float32), normal(8, 8, net.in_channels)
+    time, x = np.array([999.0, 3.5], np.float32), normal(*size, net.in_channels)
     channels = min(net.in_channels, 4)  # the others come as cond.image
     ours, other = {}, {}
     if net.attends_to_context:
@@ -93,6 +93,17 @@ def test_outputs_are_those_of_diffusers(name):
         same = again.eval()(**other).sample.permute(0, 2, 3, 1)
     np.testing.assert_array_equal(same, expected)
     assert unet.from_config(again.config) == net
+
+
+@pytest.mark.parametrize("size", [(7, 9), (10, 13)])
+def test_odd_sides_are_rounded_up_and_cut_off(size):
+    model = randomised(theirs(SMALL["Stable Diffusion 1"]))
+    net = unet.from_config(model.config)
+    params = from_tensors(unet.names(net), shapes(net), model.state_dict())
+    args, other = inputs(net, size)
+    with torch.no_grad():
+        expected = model(**other).sample.permute(0, 2, 3, 1)
+    np.testing.assert_allclose(net.apply({"params": params}, *args), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
