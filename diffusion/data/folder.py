@@ -189,7 +189,7 @@ def _files(root: Path, below: str = "") -> Iterable[str]:
                 continue
             if entry.is_dir():
                 yield from _files(root, f"{below}{entry.name}/")
-            else:
+            elif entry.is_file():
                 yield below + entry.name
 
 
@@ -239,6 +239,8 @@ def _read_metadata(path: Path, files: Sequence[str]) -> Listing:
     for number, row in _lines(path):
         at = f"{path}, line {number}"
         name = os.path.normpath(_text(row, "file_name", at)).replace(os.sep, "/")
+        if name.startswith(("../", "/")) or name == "..":
+            raise ValueError(f"{at}: file_name={name!r} lies outside of {root}")
         if name in seen:
             raise ValueError(f"{at}: file_name={name!r} is already in line {seen[name]}")
         if name not in there and not _is_file(root / name):

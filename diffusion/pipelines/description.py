@@ -39,7 +39,7 @@ from diffusion.pipelines.conditioners import (
 )
 from diffusion.pipelines.pipeline import DEFAULTS, Defaults, Pipeline
 from diffusion.pipelines.tokenizers import clip_tokenizer, load_tokenizer
-from diffusion.pretrained import hub
+from diffusion.pretrained import folders, hub
 from diffusion.runs.workdir import tuples
 from diffusion.schedules import Schedule
 
@@ -49,8 +49,7 @@ TOKENIZER = "tokenizer"
 DENOISERS = ("unet", "dit", "mlp", "pretrained")
 NETWORKS = {"unet": UNet, "dit": DiT, "mlp": MLP, "classifier": NoisyClassifier}
 NETWORKS |= {"autoencoder": AutoencoderKL}
-DAMAGED = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
-DAMAGED += (KeyError, TypeError, AttributeError)
+DAMAGED = (KeyError, TypeError, AttributeError)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -126,7 +125,10 @@ def read(folder: str | Path) -> Description:
     """
     path = Path(folder) / FILE
     try:
-        content = tuples(json.loads(path.read_text()))
+        content = tuples(folders.read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it does not describe a model ({error})") from error
+    try:
         if content.pop("format") != FORMAT:
             raise ValueError(f"{path} is of another version of this project; expected {FORMAT}")
         content["sampler"] = Defaults(**content["sampler"])

@@ -96,6 +96,8 @@ def fields(
             choices = ", ".join(map(repr, legal))
             raise ValueError(f"{field}={value!r}: {what} is supported with {choices}")
     used = {field: config.get(field, default) for field, default in defaults.items()}
+    for field, value in used.items():
+        _check(field, value, defaults[field], what)
     return SimpleNamespace(**{field: _frozen(value) for field, value in used.items()})
 
 
@@ -120,6 +122,44 @@ def kinds(c: SimpleNamespace, field: str, what: str, classes: Mapping[Any, str])
 def array(*shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
     """The shape of an argument of a network, with a batch of 1."""
     return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+
+def _check(field: str, value: Any, default: Any, what: str) -> None:
+    """Raises ValueError for a value of another type than the default's, or of an absurd size."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    known = default[:1] if isinstance(default, (list, tuple)) else [default]
+    if len(entries) > MOST or (isinstance(default, (bool, str)) and isinstance(value, list)):
+        raise ValueError(f"{field}={value!r:.200}: {what} takes no such list")
+    limit = MOST if "layers" in field or "depth" in field else LARGEST
+    for entry in entries:
+        if isinstance(entry, (list, tuple)):
+            _check(field, entry, default, what)
+            continue
+        number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
+        if number and not (abs(entry) <= limit and (entry >= 0 or isinstance(entry, float))):
+            raise ValueError(f"{field}={value!r:.200}: {what} takes numbers from 0 to {limit:,}")
+        for usual in known:
+            kinds = _kinds(usual)
+            if entry is not None and kinds and not isinstance(entry, kinds):
+                raise ValueError(
+                    f"{field}={value!r:.200} has the wrong type; {what} takes {kinds[-1].__name__},"
+                    f" such as {usual!r}"
+                )
+            if kinds and bool not in kinds and isinstance(entry, bool):
+                raise ValueError(f"{field}={value!r}: {what} takes a {kinds[-1].__name__}")
+
+
+MOST = 64
+"""Entries of a list, and layers."""
+LARGEST = 10**8
+
+
+def _kinds(default: Any) -> tuple[type, ...]:
+    """The types of values that a default stands for; () for all."""
+    for kinds in ((bool,), (int,), (int, float), (str,)):
+        if isinstance(default, kinds[-1]):
+            return kinds
+    return ()
 
 
 def _frozen(value: Any) -> Any:

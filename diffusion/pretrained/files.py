@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,20 +88,16 @@ def open_file(path: str | Path) -> dict[str, Tensor]:
     for key, entry in header.items():
         if key == "__metadata__":
             continue
-        try:
-            code, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            shape = tuple(int(n) for n in shape)
-        except (TypeError, KeyError, ValueError):
-            raise ValueError(
-                f"{path}: the header's entry for {key!r} is damaged: {entry}"
-            ) from None
+        if not _whole(entry):
+            raise ValueError(f"{path}: the header's entry for {key!r} is damaged: {entry!r:.200}")
+        code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if code not in DTYPES:
             raise ValueError(
                 f"{path}: {key!r} is stored as {code}, which is not supported (of floats: F64, F32,"
                 " F16, BF16); convert it to BF16 first"
             )
         dtype = DTYPES[code]
-        if min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
+        if last - first != math.prod(shape) * dtype.itemsize:
             raise ValueError(
                 f"{path}: {key!r} should take {math.prod(shape) * dtype.itemsize} bytes"
                 f" ({code} {list(shape)}), the header gives it {last - first}"
@@ -196,6 +193,21 @@ def _reader(
     return read
 
 
+def _whole(entry: Any) -> bool:
+    """Whether a header's entry has the three fields, of the types that the format has."""
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and numbers(entry.get("shape"))
+        and numbers(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
+
+
 def _header(path: Path) -> tuple[dict, int]:
     """(header, offset of the tensors' bytes)."""
     size = path.stat().st_size
@@ -213,9 +225,12 @@ def _header(path: Path) -> tuple[dict, int]:
             )
         file.seek(8)
         try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            header = json.loads(file.read(length).decode())
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a safetensors file: its header is {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is {type(header).__name__}")
+    about = header.get("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        raise ValueError(f"{path}: the header's __metadata__ must be texts by name: {about!r:.200}")
     return header, 8 + length

@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object, found {type(content).__name__}")

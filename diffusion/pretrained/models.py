@@ -75,7 +75,12 @@ class Model:
     @cached_property
     def shapes(self) -> dict:
         """Shapes of the parameters, as ``jax.ShapeDtypeStruct``s; nothing is computed."""
-        return shapes(self.module)
+        try:
+            return shapes(self.module)
+        except Exception as error:  # the libraries below raise errors of many kinds
+            raise ValueError(
+                f"{self.source}: no network can be built with the fields of its config: {error}"
+            ) from error
 
     def nbytes(self, dtype: DTypeLike = jnp.float32) -> int:
         """Bytes of the parameters in a dtype."""
@@ -131,6 +136,8 @@ def from_config(config: Mapping[str, Any], source: str = "config.json") -> nn.Mo
         return file.from_config(config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise ValueError(f"{source}: its fields do not describe a network: {error}") from error
 
 
 def open_model(

@@ -32,7 +32,7 @@ def damage(folder: Path, *parts: str) -> list[str]:
     try:
         files = json.loads(text)["files"]
         whole = text == _sealed(files)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         return [f"{MANIFEST} was changed or cut"]

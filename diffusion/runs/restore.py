@@ -92,9 +92,17 @@ def ranked(workdir: str | os.PathLike, steps: list[int], best: str | None = None
             about = json.loads((directory / str(step) / workdirs.ABOUT).read_text())
             name = about["best"] if best is None else best
             value = about["metrics"][name.removeprefix("-")]
-        except (OSError, ValueError, KeyError, TypeError):  # damaged, or from before the metric
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):  # damaged, or from before the metric
             continue
-        if np.isfinite(value):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and np.isfinite(value):
             values[step] = (-value if name.startswith("-") else value, -step)
     return sorted(values, key=values.get)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,15 +77,25 @@ def listed(workdir: str | os.PathLike) -> list[Snapshot]:
     """The snapshots of a run, by step and width."""
     found = []
     for path in (Path(workdir) / FOLDER).glob("step_*.safetensors"):
-        _, step, sigma_rel = path.stem.split("_")
-        found.append(Snapshot(int(step), float(sigma_rel), path))
+        match = re.fullmatch(r"step_(\d{9})_(\d[\d.e-]*)", path.stem, re.ASCII)
+        if match:  # what else is there was put there by somebody
+            found.append(Snapshot(int(match[1]), float(match[2]), path))
     return sorted(found, key=lambda s: (s.step, s.sigma_rel))
 
 
 def read(snapshot: Snapshot) -> dict[str, Callable[[], np.ndarray]]:
     """Parameter's name, with "/" between the parts -> a function that reads it."""
     tensors = files.open_file(snapshot.path)
-    checksums = json.loads(files.metadata(snapshot.path).get("crc32", "{}"))
+    try:
+        checksums = json.loads(files.metadata(snapshot.path)["crc32"])
+        whole = set(checksums) == set(tensors)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{snapshot.path} is damaged: its checksums are not those of its tensors. Delete the "
+            "file: the other snapshots suffice"
+        )
 
     def values(name: str) -> np.ndarray:
         array = tensors[name].read()

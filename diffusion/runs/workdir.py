@@ -208,7 +208,7 @@ def as_json(config: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    with suppress(ValueError, RecursionError):
         config = json.loads(path.read_text())
         if isinstance(config, dict):
             return config

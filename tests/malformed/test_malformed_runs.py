@@ -3,8 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from commands import assert_names, assert_nothing_lost, command, contents
+
+from diffusion.runs import restore, snapshots
+from diffusion.runs import workdir as workdirs
 
 TINY = ["--config.model.mlp.width=8", "--config.model.mlp.depth=1", "--config.train.batch_size=8"]
 TINY += ["--config.train.checkpoint_every=2", "--config.optimizer.warmup=1"]
@@ -135,3 +139,24 @@ def test_the_newest_checkpoint_and_the_log(run, monkeypatch):
     assert_nothing_lost(run / "checkpoints", before, moved=[("4", "damaged_4")])
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == [3, 4, 5, 6]
+
+
+def test_what_others_put_into_a_run(run):
+    """Copies, names and numbers that are not the run's own are passed over."""
+    newest = max(workdirs.steps(run))
+    (run / "checkpoints" / "²").mkdir()
+    assert max(workdirs.steps(run)) == newest
+    about = run / "checkpoints" / str(newest) / "about.json"
+    about.write_text(json.dumps({"best": "loss", "metrics": {"loss": "low"}}))
+    assert restore.ranked(run, [newest]) == []
+    folder = run / "snapshots"
+    folder.mkdir()
+    tree = {"a": np.ones((2, 2), np.float32), "b": np.ones(3, np.float32)}
+    snapshots._write(folder / "step_000000010_0.05.safetensors", tree)
+    shutil.copy(folder / "step_000000010_0.05.safetensors", folder / "step_10 (copy).safetensors")
+    (only,) = snapshots.listed(run)
+    assert only.step == 10 and len(snapshots.read(only)) == 2
+    data = only.path.read_bytes()
+    only.path.write_bytes(data.replace(b'"b":{', b'"c":{', 1))
+    with pytest.raises(ValueError, match="its checksums are not those of its tensors"):
+        snapshots.read(only)

@@ -109,6 +109,44 @@ FAULTS = {
 }
 
 
+def odd(change):
+    return lambda p: with_header(p, change)
+
+
+FAULTS |= {
+    name: (odd(change), "header's entry for 'flag' is damaged")
+    for name, change in {
+        "float offsets": lambda h: h["flag"].update(data_offsets=[0.0, 2.0]),
+        "offsets as text": lambda h: h["flag"].update(data_offsets=["0", "2"]),
+        "no offset": lambda h: h["flag"].update(data_offsets=[None, 2]),
+        "boolean offsets": lambda h: h["flag"].update(data_offsets=[False, True]),
+        "three offsets": lambda h: h["flag"].update(data_offsets=[0, 1, 2]),
+        "dtype as list": lambda h: h["flag"].update(dtype=["BOOL"]),
+        "shape as text": lambda h: h["flag"].update(shape="2"),
+        "float shape": lambda h: h["flag"].update(shape=[1.9]),
+        "negative shape": lambda h: h["flag"].update(shape=[-2]),
+        "entry as list": lambda h: h.update(flag=[1]),
+    }.items()
+}
+FAULTS |= {
+    "metadata as list": (odd(lambda h: h.update(__metadata__=[1])), "__metadata__ must be texts"),
+    "number in metadata": (
+        odd(lambda h: h.update(__metadata__={"a": 1})),
+        "__metadata__ must be texts",
+    ),
+    "deep nesting": (
+        lambda p: raw_header(p, b"[" * 100_000),
+        "not a safetensors file",
+    ),
+    "huge number": (lambda p: raw_header(p, b'{"a": ' + b"9" * 5000 + b"}"), "not a safetensors"),
+    "UTF-16": (lambda p: raw_header(p, '{"a": 1}'.encode("utf-16")), "not a safetensors file"),
+}
+
+
+def raw_header(path, header):
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_files_are_refused(tmp_path, fault):
     path = tmp_path / "model.safetensors"

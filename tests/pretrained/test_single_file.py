@@ -22,6 +22,7 @@ from diffusion.pretrained.networks import autoencoder_kl, clip, unet
 from diffusion.pretrained.schedulers.catalogue import read
 from diffusion.pretrained.single_file import families, keys
 from diffusion.pretrained.single_file.checkpoint import (
+    _shown,
     open_single_file,
     write_single_file,
 )
@@ -319,9 +320,49 @@ def test_prediction_type_of_stable_diffusion_2(written, tmp_path):
         predicts(written("v2"), prediction_type="v")
 
 
+def test_markers_act(written, tmp_path):
+    """What a file says of itself by keys that are no weights; and leftovers, which are named."""
+
+    def opened(family, values, **more):
+        path = tmp_path / "marked.safetensors"
+        rewritten(
+            written(family),
+            path,
+            lambda t: t.update({k: files.of_array(np.asarray(v)) for k, v in values.items()}),
+        )
+        return open_single_file(path, modules=CASES[family], **more)
+
+    for family in ("v1", "xl_base"):
+        marked = opened(family, {"v_pred": np.zeros(0), "ztsnr": np.zeros(0)}).scheduler
+        assert marked["prediction_type"] == "v_prediction" and marked["rescale_betas_zero_snr"]
+        assert opened(family, {"v_pred": 0.0}, prediction_type="v_prediction").scheduler
+        with pytest.raises(ValueError, match=r"prediction_type='epsilon'.*marker v_pred"):
+            opened(family, {"v_pred": 0.0}, prediction_type="epsilon")
+    mean, std = [0.1, -0.2, 0.3, 0.4], [8.0, 7.0, 6.0, 5.0]
+    playground = opened("xl_base", {"edm_mean": mean, "edm_std": np.reshape(std, (1, 4, 1, 1))})
+    assert playground.scheduler["_class_name"] == "EDMDPMSolverMultistepScheduler"
+    vae = playground.components["vae"].module
+    np.testing.assert_allclose((vae.latents_mean, vae.latents_std), (mean, std))
+    assert vae.scaling_factor == 0.5
+    with pytest.raises(ValueError, match="edm_mean and edm_std must both have 4 numbers"):
+        opened("xl_base", {"edm_mean": mean})
+    for std, shown in ((0.12, "v_prediction"), (0.05, "epsilon")):
+        bias = std * np.resize([1.0, -1.0], 8)
+        # Tiny networks have no block of this name; the key alone decides.
+        tensors = {families.NORM: files.of_array(bias.astype(np.float32))}
+        assert _shown("v2", tensors) == shown and _shown("v1", tensors) is None
+    left = {
+        "embedding_manager.embedder.x": np.zeros(2),
+        "cond_stage_model.transformer.text_projection.weight": np.zeros((2, 2)),
+    }
+    with pytest.warns(UserWarning, match="2 tensors are not used: cond_stage_model.transformer"):
+        assert opened("v1", left).family == "v1"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_schedulers_are_ones_that_can_be_read(name):
     assert read(families.LOW_RES)[0] == "DDPMScheduler"
+    assert read(families.PLAYGROUND)[0] == "EDMDPMSolverMultistepScheduler"
     assert read(FAMILIES[name].scheduler)[0] == FAMILIES[name].scheduler["_class_name"]
 
 

@@ -7,12 +7,13 @@ diffusers drops them. Here they are accepted only if dropping them cannot change
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from diffusion.pretrained import folders
 
 STEPS = {"num_train_timesteps": 1000}
 BETAS = {
@@ -187,7 +188,7 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
     if not isinstance(config, Mapping):
         path = Path(config)
         path = path / "scheduler_config.json" if path.is_dir() else path
-        config = json.loads(path.read_text())
+        config = folders.read_json(path)
     name = config.get("_class_name")
     if name not in DEFAULTS:
         near = get_close_matches(str(name), DEFAULTS, 1) or ["/".join(DEFAULTS)]

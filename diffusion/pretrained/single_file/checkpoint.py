@@ -11,12 +11,14 @@ models of that family. Tokenizers and schedulers are not in the file.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from jax.typing import DTypeLike
 
 from diffusion.pretrained import files, folders, names, weights
@@ -54,9 +56,10 @@ def open_single_file(
     Args:
       path: a .safetensors file.
       modules: networks to use instead of the published ones, by component.
-      prediction_type: the U-Net's output, 'epsilon' or 'v_prediction', which the weights do not
-        show. The default is the published one of the family; of Stable Diffusion 2, a file with a
-        ``global_step`` of 875000 is the one trained on epsilon (512 x 512).
+      prediction_type: the U-Net's output, 'epsilon' or 'v_prediction'. By default what the file's
+        markers say (v_pred, and ztsnr for zero terminal SNR), of Stable Diffusion 2 what its
+        weights show (``families.NORM``; a ``global_step`` of 875000 is the one trained on epsilon),
+        else the published one of the family.
       ema: use the moving averages of the U-Net's weights, which some files also hold.
 
     Raises:
@@ -71,6 +74,11 @@ def open_single_file(
     left = {
         key: tensor for key, tensor in tensors.items() if not re.fullmatch(families.NO_WEIGHTS, key)
     }
+    unused = sorted(key for key in left if re.fullmatch(families.UNUSED, key))
+    if unused:
+        some = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        warnings.warn(f"{path}: {len(unused)} tensors are not used: {some}", stacklevel=2)
+        left = {key: tensor for key, tensor in left.items() if key not in unused}
     components = {}
     for name, (prefix, build) in kind.parts.items():
         held = {key: left.pop(key) for key in list(left) if key.startswith(prefix)}
@@ -82,6 +90,7 @@ def open_single_file(
         if held:
             module = (modules or {}).get(name) or build()
             if name == "vae":
+                module = _with_statistics(module, tensors, path)
                 held = {key: _convolution(key, tensor) for key, tensor in held.items()}
             table, source = TABLES[prefix](module, prefix), f"{path} ({name})"
             components[name] = Model(module, to_config(module), table, held, source)
@@ -89,7 +98,10 @@ def open_single_file(
     if left:
         some = ", ".join(sorted(left)[:10])
         raise ValueError(f"{path}: {len(left)} tensors belong to no part of {found}: {some}")
-    scheduler = _scheduler(kind, found, tensors, prediction_type)
+    try:
+        scheduler = _scheduler(kind, found, tensors, prediction_type)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return SingleFile(found, kind.pipeline, components, scheduler)
 
 
@@ -159,8 +171,43 @@ def _scheduler(
         raise ValueError(
             f"prediction_type={prediction_type!r}: expected 'epsilon' or 'v_prediction'"
         )
-    step = tensors.get("global_step")
-    if prediction_type is None and found == "v2" and step is not None and step.read() == 875000:
-        prediction_type = "epsilon"
+    marked, playground = "v_pred" in tensors, "edm_mean" in tensors
+    if (marked and prediction_type == "epsilon") or (playground and prediction_type):
+        marker = "v_pred" if marked else "edm_mean"
+        raise ValueError(
+            f"prediction_type={prediction_type!r}: the file's marker {marker} says otherwise"
+        )
+    if playground:
+        return dict(families.PLAYGROUND)
+    if prediction_type is None:
+        prediction_type = "v_prediction" if marked else _shown(found, tensors)
     given = {"prediction_type": prediction_type} if prediction_type else {}
+    if "ztsnr" in tensors:
+        given |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return {**kind.scheduler, **given}
+
+
+def _shown(found: str, tensors: files.Tensors) -> str | None:
+    """What the weights of Stable Diffusion 2 predict; None for other families."""
+    if found != "v2":
+        return None
+    step, norm = tensors.get("global_step"), tensors.get(families.NORM)
+    if step is not None and step.read() == 875000:
+        return "epsilon"
+    shown = norm is None or np.std(norm.read().astype(np.float32)) > 0.09
+    return "v_prediction" if shown else "epsilon"
+
+
+def _with_statistics(module: nn.Module, tensors: files.Tensors, path: str | Path) -> nn.Module:
+    """The autoencoder with the statistics of latents that the file holds (Playground 2.5)."""
+    held = [name for name in ("edm_mean", "edm_std") if name in tensors]
+    if not held:
+        return module
+    values = [tuple(np.asarray(tensors[name].read(), np.float64).reshape(-1)) for name in held]
+    if len(held) < 2 or any(len(v) != module.latent_channels for v in values):
+        raise ValueError(
+            f"{path}: edm_mean and edm_std must both have {module.latent_channels} numbers, found "
+            f"{dict(zip(held, map(len, values)))}"
+        )
+    mean, std = (tuple(map(float, v)) for v in values)
+    return module.clone(latents_mean=mean, latents_std=std, scaling_factor=0.5)

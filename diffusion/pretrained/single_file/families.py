@@ -26,9 +26,18 @@ EMA = "model_ema."
 NO_WEIGHTS = (
     r"model_ema\..*|betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights"
     r"|logvar|scale_factor|global_step|denoiser\.sigmas|first_stage_model\.loss\..*"
-    r"|low_scale_model\..*|edm_mean|edm_std|.*\.logit_scale|.*\.position_ids"
+    r"|low_scale_model\..*|edm_mean|edm_std|v_pred|ztsnr|.*\.logit_scale|.*\.position_ids"
 )
-"""Keys that are not weights: training state, noise schedules, losses, indices."""
+"""Keys that are not weights: training state, noise schedules, losses, indices, markers."""
+UNUSED = (
+    r"embedding_manager\..*|(cond_stage_model|conditioner\.embedders\.0)\.transformer\."
+    r"text_projection(\.weight)?"
+)
+"""Weights that no pipeline uses: of training by textual inversion, and behind Stable Diffusion's
+first text encoder."""
+NORM = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+"""Of Stable Diffusion 2: its deviation is above 0.09 in networks that predict v (as ComfyUI tells
+them apart)."""
 
 
 _openai = partial(ClipText, width=768, depth=12, heads=12, hidden=3072)
@@ -62,6 +71,15 @@ EULER = {
     **{"_class_name": "EulerDiscreteScheduler", **LATENT, "num_train_timesteps": 1000},
     **{"timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "epsilon"},
 }
+
+
+PLAYGROUND = {
+    **{"_class_name": "EDMDPMSolverMultistepScheduler", "num_train_timesteps": 1000},
+    **{"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0},
+    **{"prediction_type": "epsilon", "final_sigmas_type": "zero"},
+}
+"""Playground 2.5, an SDXL network with EDM's preconditioning. Its files have the mean and the
+deviation of its latents, edm_mean and edm_std, and the latents are multiplied by 0.5."""
 
 
 @dataclass(frozen=True)
