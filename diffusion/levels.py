@@ -24,7 +24,8 @@ class NoiseLevel(NamedTuple):
     """One noise level, or a stack of them; leaves of shape (), [B] or [N + 1].
 
     Attributes:
-      t: the schedule's own time, 0 = clean.
+      t: the schedule's own time, 0 = clean; of a shifted schedule the moved time, which is not what
+        the schedule was called with: that is ``schedule.argument(level)``.
       alpha: signal scale.
       sigma: noise standard deviation.
     """

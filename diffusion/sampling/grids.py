@@ -7,7 +7,8 @@ at the smallest noise level instead. Numbers out of the ranges that are given, a
 fit the schedule, raise ValueError.
 
 Evenly spaced times are even in the schedule's own time: in the steps of a ``Table``, in sigma
-itself on ``EDM``, where ``karras`` is the usual choice.
+itself on ``EDM``, where ``karras`` is the usual choice. ``leading`` and ``linspace`` end with steps
+that are long in log(alpha/sigma), for which solvers of high order have the option ``jump``.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def steady_orders(lam: Sequence[float], jump: float) -> list[int]:
     """
     if not jump > 0:
         raise ValueError(f"jump must be positive, got {jump}; inf leaves all orders as they are")
-    steps = np.diff(lam)
+    steps = np.abs(np.diff(lam))
     orders = []
     for i in range(len(steps)):
         short = [j for j in range(i) if jump < math.inf and steps[i] > jump * steps[j]]

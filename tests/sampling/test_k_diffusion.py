@@ -1,11 +1,12 @@
 """Against what k-diffusion's own functions gave for the same noise (k_diffusion_reference.py)."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from mixture import MIXTURE
+from mixture import MIXTURE, moments
 from solver_cases import use
 
 from diffusion import schedules
@@ -43,6 +44,46 @@ CASES = {
         range(STEPS),
     ),
 }
+
+
+def deviation(name, sigmas, std=0.5, eta=1.0):
+    """Of k-diffusion's result for N(0, std^2): its formulas on coefficients of x_T and all z."""
+    z = np.eye(len(sigmas))
+    x, old, older, h_1, h_2 = np.hypot(sigmas[0], std) * z[0], None, None, None, None
+    for i, (now, after) in enumerate(pairwise(sigmas)):
+        denoised = x * std**2 / (std**2 + now**2)
+        if after == 0:
+            return np.linalg.norm(denoised)
+        h = np.log(now) - np.log(after)
+        if name == "dpmpp_2m":
+            r = h_1 / h if h_1 else None
+            d = denoised + (denoised - old) / (2 * r) if h_1 else denoised
+            x = after / now * x - np.expm1(-h) * d
+        else:
+            h_eta = h * (eta + 1)
+            x = np.exp(-h_eta) * x - np.expm1(-h_eta) * denoised
+            phi_2 = np.expm1(-h_eta) / h_eta + 1
+            if h_2:
+                r0, r1 = h_1 / h, h_2 / h
+                d1_0, d1_1 = (denoised - old) / r0, (old - older) / r1
+                x = x + phi_2 * (d1_0 + (d1_0 - d1_1) * r0 / (r0 + r1))
+                x = x - (phi_2 / h_eta - 0.5) * (d1_0 - d1_1) / (r0 + r1)
+            elif h_1:
+                x = x + phi_2 * (denoised - old) * h / h_1
+            x = x + z[i + 1] * after * np.sqrt(-np.expm1(-2 * h * eta))
+        old, older, h_1, h_2 = denoised, old, h, h_1
+
+
+@pytest.mark.parametrize("name, expected", [("dpmpp_2m", 0.540), ("dpmpp_3m_sde", 1.019)])
+def test_overshoots_as_k_diffusion_where_the_last_steps_are_long(name, expected):
+    grid = grids.leading(schedules.linear(), 40)
+    solver = {
+        "dpmpp_2m": solvers.dpmpp_2m(grid),
+        "dpmpp_3m_sde": multistep(grid, 3, kind="heun", eta=1.0, curvature=1.0),
+    }[name]
+    found = deviation(name, grid.ratio)
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert np.sqrt(moments(solver, 0.0, 0.5)[1]) == pytest.approx(found, rel=1e-9)
 
 
 @jax.jit

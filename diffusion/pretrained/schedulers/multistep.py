@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,6 +124,7 @@ def sa_solver(c: SimpleNamespace, r: Request) -> Sampler:
         [min(k, i + 1) for k, i in zip(predictor[start:], known)],
         [min(k, i + 2) for k, i in zip(corrector[start:], known)],
         prediction="x0" if data else "eps",
+        longest=math.inf,  # as in diffusers
     )
     return log_snr.lambda_sampler(c, schedule, scheduler.part(grid, start), solver)
 

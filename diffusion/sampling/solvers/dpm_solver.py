@@ -16,16 +16,25 @@ A polynomial, d0 + (v/h) d1 + (v/h)^2 d2 / 2, replaces D (or eps) in the integra
 earlier evaluations ("multistep") or through those of a block of steps ("singlestep"). There are two
 kinds of order 2: "heun" integrates d1 exactly, "midpoint" takes it at v = h/2.
 
-A step that starts at alpha = 0 or ends at sigma = 0 has h = inf and order 1. In noise prediction
-the SDE's variance would grow without bound there: such a step, and one from sigma/alpha > 1000, is
-that of data prediction.
+A step that starts at alpha = 0 or ends at sigma = 0 has h = inf and order 1. Where data are a
+point, one step of order 1 of the SDE in noise prediction leaves 2 e^{2h} - 4 e^h + 3 times the
+right variance, and with h > log 3 errors grow from step to step: a step longer than ``longest``, or
+from sigma/alpha > 1000, is that of data prediction with order 1, whose variance is right for every
+h. ``dpm_solver`` has longest = 1/2.
 
-Multistep methods extrapolate, and err where a step in lambda is much longer than the one before, as
-at the end of the grids ``leading`` and ``linspace`` on most schedules. For Gaussian data of
-deviation 0.5, the schedule linear and 40 steps of ``leading``, 2M gives 0.54, 3M 0.39 and 3M SDE
-1.66; so do k-diffusion's formulas. With ``jump``, a step uses no estimate from before one that is
-shorter than 1 / ``jump`` of it: jump=2 gives 0.50, 0.50 and 0.54. karras, exponential and uniform
-do not need it.
+High orders extrapolate, and err where a step in lambda is much longer than the one before, as at
+the end of the grids ``leading`` and ``linspace`` on most schedules. With ``jump``, a step uses no
+estimate from before one that is shorter than 1 / ``jump`` of it, and no block of ``singlestep``
+holds both. Gaussian data of deviation 0.5 get these deviations, with N steps on ``linear``; in
+brackets k-diffusion's formulas, which have half the second difference in order 3:
+
+    grid, N             2M             3M             3M SDE         jump=2: 2M      3M  3M SDE
+    leading, 20       0.61 (0.61)    0.32 (0.47)    2.94 (1.84)          0.46    0.47    0.52
+    leading, 40       0.54 (0.54)    0.39 (0.45)    1.66 (1.02)          0.50    0.50    0.54
+    karras, 40        0.51 (0.51)    0.50 (0.50)    0.50 (0.51)          0.51    0.50    0.50
+
+``uniform``, ``karras`` and ``exponential`` do not need it. It does not help where all steps are
+long: with 10 steps of ``karras`` the 3M SDE gives 1.23 (0.86), the 2M SDE 0.51.
 """
 
 from __future__ import annotations
@@ -49,6 +58,7 @@ from diffusion.sampling.tables import (
     Y,
     Z,
     check_choice,
+    check_entries,
     estimate,
     far,
     log_ratio,
@@ -88,7 +98,7 @@ def dpmpp_2m_sde(
 
 
 def dpmpp_3m_sde(grid: NoiseLevel, eta: float = 1.0, jump: float = math.inf) -> Solver:
-    """k-diffusion's DPM-Solver++(3M) SDE; N evaluations; eta = 0 is ``dpmpp_3m``."""
+    """k-diffusion's DPM-Solver++(3M) SDE, but for the factor in ``dpmpp_3m``; N evaluations."""
     return multistep(grid, 3, kind="heun", eta=eta, jump=jump)
 
 
@@ -101,30 +111,36 @@ def dpm_solver(
 ) -> Solver:
     """DPM-Solver in its multistep form: noise prediction, orders 1 to 3; N evaluations.
 
-    eta = 1 is the SDE's form, in orders 1 and 2.
+    eta = 1 is the SDE's form, in orders 1 and 2. There, steps of more than 1/2 in lambda are those
+    of data prediction; with few steps (20 of ``uniform``) that is most of them.
     """
-    return multistep(grid, order, prediction="eps", kind=kind, eta=eta, jump=jump)
+    options = {"kind": kind, "eta": eta, "jump": jump, "longest": 0.5}
+    return multistep(grid, order, prediction="eps", **options)
 
 
-def dpm_solver_singlestep(grid: NoiseLevel, order: int = 3, kind: str = "midpoint") -> Solver:
+def dpm_solver_singlestep(
+    grid: NoiseLevel, order: int = 3, kind: str = "midpoint", jump: float = math.inf
+) -> Solver:
     """DPM-Solver-2 and -3 (Lu et al., 2022, alg. 1 and 2): singlestep, noise prediction.
 
     Blocks of ``order`` steps, with N evaluations in all (see ``singlestep``).
     """
-    return singlestep(grid, order, prediction="eps", kind=kind)
+    return singlestep(grid, order, prediction="eps", kind=kind, jump=jump)
 
 
-def dpmpp_2s(grid: NoiseLevel, kind: str = "midpoint", eta: float = 0.0) -> Solver:
+def dpmpp_2s(
+    grid: NoiseLevel, kind: str = "midpoint", eta: float = 0.0, jump: float = math.inf
+) -> Solver:
     """DPM-Solver++ 2S: singlestep, order 2, data prediction (Lu et al., 2022b, alg. 1).
 
     Blocks of two steps, the first of which is the stage; N evaluations. eta = 1 is the SDE's form.
     """
-    return singlestep(grid, 2, kind=kind, eta=eta)
+    return singlestep(grid, 2, kind=kind, eta=eta, jump=jump)
 
 
-def dpmpp_3s(grid: NoiseLevel, kind: str = "midpoint") -> Solver:
+def dpmpp_3s(grid: NoiseLevel, kind: str = "midpoint", jump: float = math.inf) -> Solver:
     """DPM-Solver++ 3S: singlestep, order 3, data prediction, in blocks of three steps."""
-    return singlestep(grid, 3, kind=kind)
+    return singlestep(grid, 3, kind=kind, jump=jump)
 
 
 def multistep(
@@ -138,6 +154,7 @@ def multistep(
     curvature: float = 2.0,
     rising: bool = False,
     jump: float = math.inf,
+    longest: float = math.inf,
 ) -> Solver:
     """The multistep family: N evaluations; each step uses the results of the last ``order`` ones.
 
@@ -151,7 +168,7 @@ def multistep(
       curvature: factor of the second difference in third-order steps. 2 makes it the second
         derivative; the published code, diffusers and k-diffusion have 1, and so order 2.
       rising: whether the grid goes from less to more noise (inversion); eta must then be 0.
-      jump: > 0; see above.
+      jump, longest: > 0; see above.
     """
     _check(order, prediction, kind, eta)
     if rising and eta:
@@ -159,6 +176,7 @@ def multistep(
     path = nodes(grid, rising)
     lam = [log_ratio(level) for level in path]
     orders = [order] * (len(path) - 1) if orders is None else orders
+    check_entries("orders", orders, path)
     near = steady_orders(lam, jump)
     rows = []
     for i, (now, after) in enumerate(pairwise(path)):
@@ -166,6 +184,9 @@ def multistep(
         known = sum(np.isfinite(lam[max(i - 2, 0) : i + 1]))  # evaluations at finite lambda
         k = min(orders[i], near[i], known) if np.isfinite(h) else 1
         m0 = estimate(now, prediction)
+        if prediction == "eps" and eta and (h > longest or np.isinf(h) or far(now)):
+            rows.append(Row(now, [_advance(X, now, after, [D], "x0", kind, eta), m0, Y[1]]))
+            continue
         d = [m0]
         if k > 1:
             r0 = (lam[i] - lam[i - 1]) / h
@@ -187,6 +208,7 @@ def singlestep(
     kind: str = "midpoint",
     eta: float = 0.0,
     orders: Sequence[int] | None = None,
+    jump: float = math.inf,
 ) -> Solver:
     """The singlestep family: blocks of ``order`` steps, whose inner nodes are the stages.
 
@@ -198,20 +220,24 @@ def singlestep(
     Args:
       grid: N + 1 levels. Where lambda is evenly spaced, stages lie at 1/2, or 1/3 and 2/3.
       order: 1 to 3.
-      prediction, kind, eta: as in ``multistep``; third-order steps have both kinds.
+      prediction, kind, eta, jump: as in ``multistep``; third-order steps have both kinds, and eta
+        must be 0 in noise prediction.
       orders: [N] other blocks than these, each counting up from 1, as in 1, 2, 3, 1, 2, 1.
     """
     _check(order, prediction, kind, eta)
     path = nodes(grid)
     lam = [log_ratio(level) for level in path]
+    if prediction == "eps" and eta:
+        raise ValueError(f"eta must be 0 in noise prediction, got {eta}; multistep has eta=1")
     if orders is None:
-        orders = []
+        orders, near = [], steady_orders(lam, jump)
         for i in range(len(path) - 1):
             first = i - (orders[-1] if orders else 0)
             infinite = not np.isfinite(lam[i + 1] - lam[first])
             infinite |= prediction == "eps" and far(path[first])
-            again = not orders or orders[-1] == order or infinite
+            again = not orders or orders[-1] == order or infinite or near[i] <= orders[-1]
             orders.append(1 if again else orders[-1] + 1)
+    check_entries("orders", orders, path)
     rows = []
     for i, (now, after) in enumerate(pairwise(path)):
         k = orders[i]
@@ -287,8 +313,6 @@ def _advance(
 ) -> Combination:
     """The module's formulas, for d = [d0], [d0, d1] or [d0, d1, d2]."""
     h = log_ratio(after) - log_ratio(now)
-    if prediction == "eps" and eta and (after.sigma == 0 or far(now)):
-        prediction, d = "x0", [D]
     if prediction == "x0":
         u = (1 + eta) * h
         decay = (now.alpha * after.sigma / (after.alpha * now.sigma)) ** eta if eta else 1.0

@@ -146,6 +146,8 @@ def tcd(grid: NoiseLevel, schedule: Schedule, gamma: float = 0.3) -> Solver:
 def tcd_row(now: NoiseLevel, below: NoiseLevel, after: NoiseLevel) -> Row:
     """From ``now`` to ``below`` along the ODE, then up to ``after`` with noise."""
     scale = after.alpha / below.alpha
+    if scale * below.sigma > after.sigma * (1 + 1e-9):
+        raise ValueError(f"the level to step down to, {below}, has more noise than {after}")
     std = np.sqrt(np.maximum(after.sigma**2 - (scale * below.sigma) ** 2, 0))
     return Row(now, [scale * step(X, D, now, below) + std * Z])
 

@@ -69,7 +69,7 @@ def unipc(
       orders: [N] the order of each step instead of ``order``, as far as the history allows.
       corrected: [N] whether each step is corrected; by default every step that can be.
       jump: a step more than this times as long as an earlier one, in log(alpha/sigma), does not
-        use the estimate before that (see ``dpm_solver``).
+        use the estimate before that (see ``dpm_solver``) nor, in eps, is it corrected.
     """
     check_choice("order", order, (1, 2, 3, 4))
     check_choice("kind", kind, ("bh1", "bh2"))
@@ -87,7 +87,10 @@ def unipc(
     def advance(i: int, x: Combination, past: list[Combination]):
         now, after = path[i], path[i + 1]
         h = lam[i + 1] - lam[i]
-        k = min(orders[i], near[i], i + 1 - int(not np.isfinite(lam[0])))
+        known = i + 1 - int(not np.isfinite(lam[0]))
+        k = min(orders[i], near[i], known)
+        # A correction in eps at the end of a long step would be larger than x.
+        long = prediction == "eps" and near[i] < min(max(orders[i], 2), known)
         if now.alpha == 0 and prediction == "eps":
             return step(x, D, now, after), None
         first = (step if prediction == "x0" else eps_step)(x, past[0], now, after)
@@ -104,7 +107,9 @@ def unipc(
         correct = np.array([0.5]) if k == 1 else np.linalg.solve(R, b)
         new = first - size * scale * _dot(predict, differences)
         partial = first - size * scale * (_dot(correct, differences) - correct[-1] * past[0])
-        return new, (partial, -size * scale * correct[-1]) if corrected[i] else None
+        if long or not corrected[i]:
+            return new, None
+        return new, (partial, -size * scale * correct[-1])
 
     return _predict_correct(path, advance, prediction)
 
@@ -142,6 +147,7 @@ def stochastic_adams(
     prediction: str = "x0",
     simplified: bool = True,
     jump: float = math.inf,
+    longest: float | None = None,
 ) -> Solver:
     """SA-Solver with a tau and two orders for each step, [N] each.
 
@@ -152,8 +158,11 @@ def stochastic_adams(
              int e^{(1 + tau^2) l} D(l) dl + sigma' sqrt(1 - e^{-2 tau^2 h}) z.
 
     Orders, 1 to 4 of the predictor and 1 to 5 of the corrector, are lowered to what the history
-    allows. With ``simplified``, second-order steps take h^2 / 2 for the integral over the
-    difference, int e^{...} (l - lambda) dl, as the published code does; the order is the same.
+    allows. In noise prediction with tau > 0, high orders need short steps: one of more than
+    ``longest`` in lambda, by default 0.5 / the highest order, or from sigma/alpha > 1000, is that
+    of data prediction with order 1 (see ``dpm_solver``). With ``simplified``, second-order steps
+    take h^2 / 2 for the integral over the difference, int e^{...} (l - lambda) dl, as the published
+    code does; the order is the same.
     """
     both = (("predictor", predictor_orders, HISTORY), ("corrector", corrector_orders, HISTORY + 1))
     for name, orders, highest in both:
@@ -161,7 +170,12 @@ def stochastic_adams(
             raise ValueError(f"{name} orders must lie in 1..{highest}, got {list(orders)}")
     check_choice("prediction", prediction, ("x0", "eps"))
     path = nodes(grid)
+    check_entries("taus", taus, path)
+    for name, orders, _ in both:
+        check_entries(f"{name} orders", orders, path)
     lam = np.array([log_ratio(level) for level in path])
+    if longest is None:
+        longest = 0.5 / max(2, *predictor_orders, *corrector_orders)
     skipped, near = int(not np.isfinite(lam[0])), steady_orders(lam, jump)
 
     def weights(points: np.ndarray, i: int) -> np.ndarray:
@@ -183,8 +197,7 @@ def stochastic_adams(
         now, after, tau2 = path[i], path[i + 1], taus[i] ** 2
         h = lam[i + 1] - lam[i]
         finite, noise_prediction = np.isfinite(h), prediction == "eps"
-        if noise_prediction and tau2 and (far(now) or not finite):
-            # The variance would grow without bound: the step is that of data prediction.
+        if noise_prediction and tau2 and (h > longest or not finite or far(now)):
             finite = noise_prediction = False
         if noise_prediction and now.alpha == 0:
             return step(x, D, now, after), None
