@@ -59,7 +59,7 @@ def architecture(config: Mapping[str, Any], supported: Collection[str]) -> str:
     """The class of a ``config.json``: ``_class_name``, or else the first of ``architectures``."""
     listed = config.get("architectures") or [None]
     name = config.get("_class_name", listed[0])
-    if name not in supported:
+    if not isinstance(name, str) or name not in supported:
         field = "_class_name" if "_class_name" in config else "architectures"
         raise ValueError(f"{field}={config.get(field)!r}: expected one of {', '.join(supported)}")
     return name
@@ -97,7 +97,7 @@ def fields(
             raise ValueError(f"{field}={value!r}: {what} is supported with {choices}")
     used = {field: config.get(field, default) for field, default in defaults.items()}
     for field, value in used.items():
-        _check(field, value, defaults[field], what)
+        check(field, value, defaults[field], what)
     return SimpleNamespace(**{field: _frozen(value) for field, value in used.items()})
 
 
@@ -124,7 +124,7 @@ def array(*shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *shape), dtype)
 
 
-def _check(field: str, value: Any, default: Any, what: str) -> None:
+def check(field: str, value: Any, default: Any, what: str) -> None:
     """Raises ValueError for a value of another type than the default's, or of an absurd size."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     known = default[:1] if isinstance(default, (list, tuple)) else [default]
@@ -133,7 +133,7 @@ def _check(field: str, value: Any, default: Any, what: str) -> None:
     limit = MOST if "layers" in field or "depth" in field else LARGEST
     for entry in entries:
         if isinstance(entry, (list, tuple)):
-            _check(field, entry, default, what)
+            check(field, entry, default, what)
             continue
         number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
         if number and not (abs(entry) <= limit and (entry >= 0 or isinstance(entry, float))):

@@ -116,7 +116,8 @@ def example(module: nn.Module) -> tuple:
 
 def class_name(config: Mapping[str, Any], source: str = "config.json") -> str:
     """The class of a config.json: diffusers' ``_class_name`` or transformers' ``architectures``."""
-    name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    listed = config.get("architectures")
+    name = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else None)
     if not isinstance(name, str):
         raise ValueError(f"{source} names no class, in _class_name or architectures")
     if name not in CLASSES:

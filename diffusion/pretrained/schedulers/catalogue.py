@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from diffusion.pretrained import folders
+from diffusion.pretrained.fields import check
 
 STEPS = {"num_train_timesteps": 1000}
 BETAS = {
@@ -190,7 +191,7 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
         path = path / "scheduler_config.json" if path.is_dir() else path
         config = folders.read_json(path)
     name = config.get("_class_name")
-    if name not in DEFAULTS:
+    if not isinstance(name, str) or name not in DEFAULTS:
         near = get_close_matches(str(name), DEFAULTS, 1) or ["/".join(DEFAULTS)]
         raise ValueError(f"_class_name: {name!r} is not supported; nearest: {near[0]}")
     fields = dict(DEFAULTS[name])
@@ -208,6 +209,11 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
             hint = f"; did you mean {near[0]!r}?" if near else "; diffusers would ignore it"
             raise ValueError(f"{key}: {name} has no such field (value {value!r}){hint}")
     for key, value in fields.items():
+        usual = DEFAULTS[name][key]
+        if usual is not None:
+            if value is None or isinstance(value, (list, tuple, dict)) != isinstance(usual, tuple):
+                raise ValueError(f"{key}={value!r:.200}: {name} takes values such as {usual!r}")
+            check(key, value, usual, name)
         legal = CHOICES.get(name, {}).get(key, CHOICES["*"].get(key))
         if legal is not None and value not in legal:
             raise ValueError(f"{key}: {name} supports {', '.join(map(str, legal))}, got {value!r}")
