@@ -30,7 +30,18 @@ def pytest_configure():
     compiler.tune()
 
 
+LONG = (  # whole commands, whole pipelines, whole runs; those with the longest tests first
+    *("test_notebooks.py", "test_main.py", "test_effects.py", "test_fields.py", "test_runs.py"),
+    *("test_pretrained_modes.py", "test_tasks.py", "test_generate.py", "test_loading.py"),
+    *("test_kill.py", "test_autoencoder_runs.py", "test_finetuning.py", "test_processes.py"),
+    *("test_text_to_image.py", "test_compilation.py", "test_hand_over.py", "test_pictures.py"),
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Files of few, long tests come first, so that no process is left alone with one at the end."""
-    first = ("test_notebooks.py", "test_main.py")
-    items.sort(key=lambda item: item.path.name not in first)
+    """Marks long tests, and puts them in order: none is left alone with a process at the end."""
+    for item in items:
+        if item.path.name in LONG:
+            item.add_marker("long")
+    places = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))

@@ -155,9 +155,16 @@ class UNetFields(nn.Module):
 
     def check(self, image_size: int | tuple[int, int]) -> None:
         """Raises ValueError for an ``image_size`` that cannot be halved once per level but the
-        last, where it must be."""
+        last: without rest where it must be, else to at least one pixel of two."""
+        sides = image_size if isinstance(image_size, tuple) else (image_size,)
+        least = 2 ** (len(self.widths) - 2) + 1
         if self.halves_exactly:
             check_image_size(image_size, self.widths)
+        elif min(sides) < least:
+            raise ValueError(
+                f"image size {min(sides)} is too small for {len(self.widths)} widths, which halve "
+                f"it {len(self.widths) - 1} times; nearest: {max(int(least), 1)}"
+            )
 
     def level_kinds(self, field: str, level: int) -> tuple[AttentionKind, ...]:
         """What follows each of a level's ResNet blocks, by "attention" or "up_attention"."""

@@ -85,7 +85,7 @@ COMBINATIONS = [
     (dict(model__name="dit", model__dit__patch=3), r"(?s)8.*patch=3.*nearest"),
     (
         dict(model__unet__widths=(16, 16, 16, 16, 16), model__unet__attention=0),
-        r"config\.model\.unet: image size 8 is not divisible by 16.*nearest: 16",
+        r"config\.model\.unet: image size 8 is too small for 5 widths.*nearest: 9",
     ),
     (
         dict(objective__prediction="eps", objective__schedule="rectified_flow"),
@@ -198,7 +198,7 @@ def test_a_classifier_and_a_denoiser_describe_their_models():
     assert found.drawer is None and found.description.network == "classifier"
     found = build(digits.get_config())
     assert found.description.network == "unet" and found.description.null
-    assert found.description.sampler == ("dpmpp_2m", "uniform", 20, ("cfg(1.5)", "clip()"))
+    assert found.description.sampler == ("dpmpp_2m", "auto", 20, ("cfg(1.5)", "clip()"))
 
 
 def test_toy2d_builds():

@@ -11,9 +11,11 @@ from diffusion.evaluation import figures
 rng = np.random.default_rng(0)
 
 
-def test_to_uint8_rounds_clips_and_survives_nan():
-    x = np.array([-2, -1, 0, 1, 2, np.nan, np.inf])
-    assert figures.to_uint8(x).tolist() == [0, 0, 128, 255, 255, 0, 255]
+def test_to_uint8_rounds_clips_and_refuses_nan():
+    assert figures.to_uint8(np.array([-2, -1, 0, 1, 2])).tolist() == [0, 0, 128, 255, 255]
+    for value in (np.nan, np.inf):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            figures.to_uint8(np.array([0, value]))
     levels = np.arange(256)
     np.testing.assert_array_equal(figures.to_uint8(levels / 127.5 - 1), levels)
 

@@ -289,7 +289,11 @@ def test_image_size_is_checked():
         (UNet(**BASE, num_classes=2), X, TIME, None, r"cond\.label is None.* num_classes"),
         (UNet(**BASE, guidance_width=8), X, TIME, None, r"cond\.guidance is None"),
         (UNet(**BASE, added_embedding=True), X, TIME, None, r"cond\.pooled is None"),
-        (UNet(**BASE), X[:, :3], TIME, None, "image size 3 is not divisible by 2"),
+        (
+            UNet(**BASE, resnet_resampling=True),
+            *(X[:, :3], TIME, None, "image size 3 is not divisible by 2"),
+        ),
+        (UNet(**BASE), X[:, :1], TIME, None, "image size 1 is too small for 2 widths"),
         (UNet(**BASE), X, TIME[:1], None, r"time has shape \(1,\); expected \(2,\)"),
         (UNet(**BASE), X, TIME, (X,), "control holds 1 residuals; expected 4 for the skip"),
     ],
