@@ -74,8 +74,10 @@ def deviation(name, sigmas, std=0.5, eta=1.0):
         old, older, h_1, h_2 = denoised, old, h, h_1
 
 
-@pytest.mark.parametrize("name, expected", [("dpmpp_2m", 0.540), ("dpmpp_3m_sde", 1.019)])
-def test_overshoots_as_k_diffusion_where_the_last_steps_are_long(name, expected):
+@pytest.mark.parametrize(
+    "name, expected, with_jump", [("dpmpp_2m", 0.540, 0.500), ("dpmpp_3m_sde", 1.019, 0.538)]
+)
+def test_overshoots_as_k_diffusion_where_the_last_steps_are_long(name, expected, with_jump):
     grid = grids.leading(schedules.linear(), 40)
     solver = {
         "dpmpp_2m": solvers.dpmpp_2m(grid),
@@ -84,6 +86,8 @@ def test_overshoots_as_k_diffusion_where_the_last_steps_are_long(name, expected)
     found = deviation(name, grid.ratio)
     assert found == pytest.approx(expected, abs=1e-3)
     assert np.sqrt(moments(solver, 0.0, 0.5)[1]) == pytest.approx(found, rel=1e-9)
+    lowered = getattr(solvers, name)(grid, jump=2.0)
+    assert np.sqrt(moments(lowered, 0.0, 0.5)[1]) == pytest.approx(with_jump, abs=1e-3)
 
 
 @jax.jit

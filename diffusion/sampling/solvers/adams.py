@@ -7,7 +7,8 @@ In the ratio rho = sigma/alpha the probability-flow ODE is d(x/alpha)/d rho = ep
 The methods differ in the variable in which eps is a polynomial, and in how they start. N steps are
 N evaluations unless a docstring states another number. A step from alpha = 0, which has no ratio,
 is Euler's, and the method starts after it. The first steps have lower orders: the whole has order 2
-where all steps are alike, and the order of the method where the first few are short.
+where all steps are alike, and the order of the method where the first few are short. Last steps
+that are long in log(alpha/sigma), for which other solvers have ``jump``, are short in rho.
 """
 
 from __future__ import annotations
