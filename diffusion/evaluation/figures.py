@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import matplotlib
@@ -121,13 +121,14 @@ def read_png(path: str | Path) -> np.ndarray:
 def read_metrics(path: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of ``key`` from a JSON-lines file; a step written twice counts once, last.
 
-    Lines without ``key`` are passed over; without any, both are empty.
+    Lines without ``key``, and damaged ones, are passed over; without any, both are empty.
     """
     values = {}
-    for line in Path(path).read_text().splitlines():
-        row = json.loads(line)
-        if row.get(key) is not None:
-            values[row["step"]] = row[key]
+    for line in Path(path).read_bytes().splitlines():
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            row = json.loads(line)
+            if row.get(key) is not None:
+                values[int(row["step"])] = float(row[key])
     steps = sorted(values)
     return np.array(steps), np.array([values[step] for step in steps], np.float64)
 

@@ -39,9 +39,13 @@ class Run:
         """Everything but the parameters.
 
         Raises:
-          ValueError: something that the model needs is not where it was.
+          ValueError: something that the model needs is not where it was, or model.json is damaged.
         """
-        return description.pipeline(self.description)
+        try:
+            return description.pipeline(self.description)
+        except description.DAMAGED as error:
+            file = self.path / description.FILE
+            raise ValueError(f"{file} is damaged: it does not describe a model") from error
 
     @property
     def name(self) -> str:

@@ -227,7 +227,8 @@ def _header(path: Path) -> tuple[dict, int]:
         try:
             header = json.loads(file.read(length).decode())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a safetensors file: its header is {error}") from None
+            what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise ValueError(f"{path} is not a safetensors file: its header is {what}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is {type(header).__name__}")
     about = header.get("__metadata__", {})

@@ -32,7 +32,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        what = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise ValueError(f"{path} is not JSON: {what}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object, found {type(content).__name__}")
     return content
