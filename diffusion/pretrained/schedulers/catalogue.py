@@ -210,8 +210,9 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, SimpleNamespace]:
             raise ValueError(f"{key}: {name} has no such field (value {value!r}){hint}")
     for key, value in fields.items():
         usual = DEFAULTS[name][key]
-        if usual is not None:
-            if value is None or isinstance(value, (list, tuple, dict)) != isinstance(usual, tuple):
+        if usual is not None and value != usual:  # -inf is one of the defaults
+            listed = isinstance(usual, (list, tuple))
+            if value is None or isinstance(value, (list, tuple, dict)) != listed:
                 raise ValueError(f"{key}={value!r:.200}: {name} takes values such as {usual!r}")
             check(key, value, usual, name)
         legal = CHOICES.get(name, {}).get(key, CHOICES["*"].get(key))
