@@ -121,9 +121,9 @@ def texts(given: Any) -> list[Any]:
         return [] if given == "" else [given]
     try:
         node = ast.parse(given.strip(), mode="eval").body if _short(given) else None
+        return [ast.unparse(e) for e in node.elts] if isinstance(node, ast.Tuple) else [given]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        node = None
-    return [ast.unparse(e) for e in node.elts] if isinstance(node, ast.Tuple) else [given]
+        return [given]
 
 
 def _short(text: str) -> bool:

@@ -105,5 +105,14 @@ def test_nested_names_may_be_others():
         specs.value("double(seven, 2)", FUNCTIONS, "f", inner)
 
 
+@pytest.mark.parametrize("deep", [1500, 5000])  # Python reads the first, and cannot write it
+@pytest.mark.parametrize("before, after", [("", ".a"), ("not ", ""), ("", "+1"), ("-", "")])
+def test_texts_that_are_too_deep_for_python(deep, before, after):
+    text = deep * before + "a" + deep * after
+    for given in (text, f"seven({text}), seven", f"seven, {text}"):
+        with pytest.raises(ValueError, match=r"^f: expected a name or name\(option=value\)"):
+            specs.values(given, FUNCTIONS, "f")
+
+
 def test_infinity_is_a_number():
     assert specs.value("double(inf, 1)", FUNCTIONS, "f") == float("inf")

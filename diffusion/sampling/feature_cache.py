@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.denoiser import Denoise, Estimate, Stateful
+from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel
 from diffusion.models import reuse
 from diffusion.sampling.guidance.transform import remembering
@@ -57,8 +58,8 @@ def dense(n: int, center: float = 0.5, power: float = 1.4) -> Schedule:
       power: >= 1; 1 is ``every``, up to rounding.
     """
     _check_n(n)
-    if not 0 <= center <= 1 or not power >= 1:
-        raise ValueError(f"expected center in [0, 1] and power >= 1, got {center} and {power}")
+    check_range("center", center, 0, 1)
+    check_range("power", power, 1, 100)
 
     def refreshes(evaluations: int) -> np.ndarray:
         count = -(-evaluations // n)

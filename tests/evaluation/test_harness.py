@@ -140,3 +140,24 @@ def test_figures_have_one_name_and_samples_are_drawn_once():
     assert drawn == [1]
     with pytest.raises(ValueError, match="two metrics give the figure x"):
         harness.evaluate(chosen | {"c()": metric("x", 3.0)}, None, {}, None, draw)
+
+
+@pytest.mark.parametrize(
+    "metric, option",
+    [
+        ("energy(seed=-1)", "seed"),
+        ("wasserstein(seed=-1)", "seed"),
+        ("frechet('digits_svc', splits=0)", "splits"),
+        ("caption_gap(draws=0)", "draws"),
+        ("caption_gap('discrete(steps=-5)')", "steps"),
+        ("bits(ode(rtol=0.0))", "rtol"),
+        ("bits(ode(max_steps=0))", "max_steps"),
+        ("bits(ode(sigma_min=-1.0))", "sigma_min"),
+        ("bits(bound(steps=-1))", "steps"),
+        ("bits(bound(), seed=-1)", "seed"),
+        ("bits(bound(), count=0)", "count"),
+    ],
+)
+def test_options_are_checked_before_anything_is_drawn(metric, option):
+    with pytest.raises(ValueError, match=rf"metrics=.*{option} must"):
+        harness.make((metric,), pipeline())

@@ -192,6 +192,7 @@ def test_schedules():
         lambda: feature_cache.every(0)(8),
         lambda: feature_cache.every(2.5)(8),
         lambda: feature_cache.dense(2, center=2),
+        lambda: feature_cache.dense(2, power=np.inf),
         lambda: feature_cache.at((8,))(8),
         lambda: feature_cache.adaptive(-1.0),
     ):

@@ -17,6 +17,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.data import densities
 from diffusion.data.sources import Source
 from diffusion.denoiser import ConditionalDenoise
+from diffusion.errors import check_range
 from diffusion.evaluation.metrics.bound import variational_bound
 from diffusion.evaluation.metrics.metric import Data, Draw, Metric
 from diffusion.levels import Array, NoiseLevel
@@ -27,6 +28,7 @@ from diffusion.specs import unknown
 
 DIVERGENCES = ("exact", "hutchinson", "hutchinson_gaussian")
 DEQUANTIZATIONS = ("truncated_normal", "uniform")
+MOST = 100_000  # steps, draws or probes of one estimate
 
 
 class Bits(NamedTuple):
@@ -55,8 +57,11 @@ def ode(
         raise unknown("divergence", divergence, DIVERGENCES)
     if dequantization not in DEQUANTIZATIONS:
         raise unknown("dequantization", dequantization, DEQUANTIZATIONS)
-    if probes < 1 or samples < 1:
-        raise ValueError(f"expected probes >= 1 and samples >= 1, got {probes} and {samples}")
+    for option, value in (("probes", probes), ("samples", samples), ("max_steps", max_steps)):
+        check_range(option, value, 1, MOST)
+    for option, value in (("rtol", rtol), ("atol", atol), ("sigma_min", sigma_min)):
+        if value is not None:
+            check_range(option, value, 0, above=True)
     trace, noise = getattr(likelihood, divergence), getattr(likelihood, dequantization)
     if divergence != "exact":
         trace = partial(trace, probes=probes)
@@ -85,10 +90,9 @@ def bound(steps: int = 0, draws: int = 0, nu: float = 0.0) -> Estimator:
       draws: number of these steps, drawn at random, that each example evaluates; 0 means all.
       nu: position of variances that are not learned, see ``variational_bound``.
     """
-    if steps < 0 or draws < 0 or not 0 <= nu <= 1:
-        raise ValueError(
-            f"expected steps >= 0, draws >= 0 and nu in [0, 1], got {steps}, {draws} and {nu}"
-        )
+    check_range("steps", steps, 0, MOST)
+    check_range("draws", draws, 0, MOST)
+    check_range("nu", nu, 0, 1)
 
     def estimate(denoise, schedule, x, keys, cond, levels):
         if isinstance(schedule, Table):
@@ -198,8 +202,9 @@ def metric(estimator: Estimator, count: int = 500, batch_size: int = 100, seed: 
     """
     if not callable(estimator):
         raise ValueError(f"expected ode() or bound(), as in bits(ode()), got {estimator!r}")
-    if count < 1 or batch_size < 1:
-        raise ValueError(f"count={count} and batch_size={batch_size} must be positive")
+    check_range("count", count, 1)
+    check_range("batch_size", batch_size, 1)
+    check_range("seed", seed, 0)
 
     def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
         check(pipeline)

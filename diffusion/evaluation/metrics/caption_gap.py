@@ -11,10 +11,12 @@ import numpy as np
 
 from diffusion import specs
 from diffusion.data.sources import Batch, Source, affordable
+from diffusion.errors import check_range
 from diffusion.evaluation.metrics.metric import Data, Draw, Metric, seen
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.objective import Context
 from diffusion.objectives.times import CHOICES, TimeDistribution, uniform
+from diffusion.schedules import RectifiedFlow
 
 Z95 = 1.959964  # half the width of a 95 % interval, in standard errors
 
@@ -118,7 +120,9 @@ def metric(times: str = "uniform", draws: int = 8) -> Metric:
 
     ``times`` is the name of the loss's time distribution, which should be that of training.
     """
+    check_range("draws", draws, 1, 10_000)
     chosen = specs.function(times, CHOICES, "times")
+    chosen(np.full(1, 0.5), RectifiedFlow())  # its options are checked in the call
 
     def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
         source = affordable(data.held_out)

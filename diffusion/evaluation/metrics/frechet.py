@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion.errors import check_range
 from diffusion.evaluation import classifiers
 from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
 
@@ -86,6 +87,7 @@ def metric(features: str, weights: str = "", splits: int = 10) -> Metric:
 
     Figures: those of ``frechet_beside_real``; frechet_features, what the features are.
     """
+    check_range("splits", splits, 1, 10_000)
     judge = classifiers.make(features, weights)
 
     def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:

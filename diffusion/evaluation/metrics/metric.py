@@ -9,6 +9,7 @@ import numpy as np
 
 from diffusion.data import densities
 from diffusion.data.sources import Source
+from diffusion.errors import check_range
 
 
 class Data(NamedTuple):
@@ -51,6 +52,7 @@ def of_points(name: str, distance: Callable[[np.ndarray, np.ndarray], float], se
 
     ``seed`` draws the fresh points, and must differ from that of the training data.
     """
+    check_range("seed", seed, 0)
 
     def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
         x = checked(draw(), data)

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel
 from diffusion.objectives.objective import Context, Measured, Params
 from diffusion.objectives.terms.term import Noised
@@ -43,8 +44,7 @@ class Uncertainty:
     blocks: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
-        if self.features < 1:
-            raise ValueError(f"features={self.features} must be at least 1, such as 128")
+        check_range("features", self.features, 1, 100_000)
 
     def init(self, key: Array, noised: Noised) -> Params:
         """The parameters of ``LogVariance``."""
