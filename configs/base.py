@@ -179,7 +179,7 @@ def get_config() -> ConfigDict:
     # posthoc_constant(decay=0.999); the last two come from train.snapshot_every's snapshots
     c.sampler.average = "ema"
     # auto is the model's own: a pretrained model's scheduler, else dpmpp_2m in 20 steps with clip()
-    # on the grid uniform (karras on the schedule edm). Pretrained models also take diffusers'
+    # on a grid that suits the schedule (grids.usual). Pretrained models also take diffusers'
     # classes, with options: "EulerDiscreteScheduler(use_karras_sigmas=True)"
     c.sampler.solver = "auto"
     c.sampler.grid = "auto"

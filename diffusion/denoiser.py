@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning
+from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel
 from diffusion.predictions import Prediction, precondition
 from diffusion.schedules import Schedule
@@ -55,18 +56,20 @@ Network = Callable[[Array, Array, Conditioning], Array]  # (c_in x, c_noise [B],
 
 
 def as_estimate(result: Array | Estimate, x: Array | None = None) -> Estimate:
-    """A denoiser's result as an ``Estimate``; ValueError if x0 has another shape than ``x``."""
+    """A denoiser's result as an ``Estimate``; ValueError if its shape is not that of ``x``."""
     estimate = result if isinstance(result, Estimate) else Estimate(result)
-    if x is not None and jnp.shape(estimate.x0) != x.shape:
-        raise ValueError(
-            f"a denoiser's estimate must have the shape of its input, {x.shape}, got "
-            f"{jnp.shape(estimate.x0)}"
-        )
+    for name, leaf in zip(estimate._fields, estimate) if x is not None else ():
+        if leaf is not None and jnp.shape(leaf) != x.shape:
+            raise ValueError(
+                f"a denoiser's estimate must have the shape of its input, {x.shape}, got "
+                f"{jnp.shape(leaf)} ({name})"
+            )
     return estimate
 
 
 def ddpm_index(level: NoiseLevel, steps: int = 1000) -> Array:
-    """steps * t - 1: the table index 0..steps-1 (DDPM, ADM, DiT, Stable Diffusion)."""
+    """steps * t - 1: the table index 0..steps-1 (DDPM, ADM, DiT, Stable Diffusion); steps >= 1."""
+    check_range("steps", steps, 1)
     return steps * level.t - 1
 
 

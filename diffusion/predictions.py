@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel
 
 
@@ -71,8 +72,9 @@ def edm(level: NoiseLevel, sigma_data: float = 0.5) -> Row:
     """EDM's preconditioning (Karras et al., 2022, table 1), for any alpha.
 
     Input and target have unit variance when the data have standard deviation sigma_data. With
-    sigma_data = 1 on a variance-preserving schedule this is -v.
+    sigma_data = 1 on a variance-preserving schedule this is -v. sigma_data > 0.
     """
+    check_range("sigma_data", sigma_data, 0, above=True)
     norm = jnp.sqrt((level.alpha * sigma_data) ** 2 + level.sigma**2)
     return Row(level.sigma / (sigma_data * norm), -level.alpha * sigma_data / norm, 1 / norm)
 

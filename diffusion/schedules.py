@@ -25,6 +25,8 @@ import numpy as np
 from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel, namespace
 
+FAR = 1e6  # largest sigma, and largest factor of sigma: their squares are finite in float32
+
 
 def _asarrays(*values: Any) -> tuple[ModuleType, list[Array]]:
     """Host values become float64 NumPy arrays; a JAX value makes everything JAX."""
@@ -95,7 +97,7 @@ class Shifted(Schedule):
     shift: float
 
     def __post_init__(self):
-        check_range("shift", self.shift, 0, above=True)
+        check_range("shift", self.shift, 0, FAR, above=True)
         if isinstance(self.base, Table) and self.shift > 1 and self.base.alphas[-1] > 0:
             raise ValueError("times cannot move beyond a table's last step; use table.shifted()")
 
@@ -132,9 +134,9 @@ class Table(Schedule):
         alphas, sigmas = (np.asarray(a, np.float64) for a in (self.alphas, self.sigmas))
         if alphas.ndim != 1 or alphas.shape != sigmas.shape or alphas.size == 0:
             raise ValueError(f"expected two arrays [T], got {alphas.shape} and {sigmas.shape}")
-        if np.any(np.diff(alphas) >= 0) or alphas[0] >= 1 or alphas[-1] < 0:
+        if not (np.all(np.diff(alphas) < 0) and alphas[0] < 1 and alphas[-1] >= 0):
             raise ValueError("alphas must decrease strictly within [0, 1)")
-        if np.abs(alphas**2 + sigmas**2 - 1).max() > 1e-6:
+        if not np.abs(alphas**2 + sigmas**2 - 1).max() <= 1e-6:
             raise ValueError("alphas^2 + sigmas^2 must be 1")
         object.__setattr__(self, "alphas", alphas)
         object.__setattr__(self, "sigmas", sigmas)
@@ -172,7 +174,7 @@ class Table(Schedule):
     def shifted(self, shift: float) -> Table:
         """``Schedule.shifted`` by a change of the table: moved times would end before its last
         step, or be dense there."""
-        check_range("shift", shift, 0, above=True)
+        check_range("shift", shift, 0, FAR, above=True)
         norm = np.hypot(self.alphas, shift * self.sigmas)
         return Table(self.alphas / norm, shift * self.sigmas / norm)
 
@@ -180,7 +182,7 @@ class Table(Schedule):
 def from_betas(betas: np.ndarray) -> Table:
     """The table of q(x_k | x_{k-1}) = N(sqrt(1 - beta_k) x_{k-1}, beta_k); betas [T] in (0, 1)."""
     betas = np.asarray(betas, np.float64)
-    if np.any(betas <= 0) or np.any(betas >= 1):
+    if not np.all((betas > 0) & (betas < 1)):
         raise ValueError(f"betas must lie in (0, 1), got {betas.min()}..{betas.max()}")
     log_alpha_bar = np.cumsum(np.log1p(-betas))
     return Table(np.exp(log_alpha_bar / 2), np.sqrt(-np.expm1(log_alpha_bar)))
@@ -200,8 +202,8 @@ def linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000) 
 def scaled_linear(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> Table:
     """Square roots of the betas evenly spaced (latent diffusion, Stable Diffusion's defaults)."""
     _check_steps(steps)
-    check_range("beta_start", beta_start, 0, 1)
-    check_range("beta_end", beta_end, 0, 1)
+    check_range("beta_start", beta_start, 0, 1, above=True)
+    check_range("beta_end", beta_end, 0, 1, above=True)
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2)
 
 
@@ -230,7 +232,7 @@ def sigmoid(
     return _from_alpha_bar((logistic[-1] - logistic) / (logistic[-1] - logistic[0]), max_beta)
 
 
-def zero_terminal_snr(table: Table) -> Table:
+def zero_terminal_snr(table: Schedule) -> Table:
     """Shifts and scales alpha so that the last step holds no signal (Lin et al., 2023, alg. 1).
 
     The first step is kept. The last is exactly (0, 1), so eps-prediction cannot start there.
@@ -254,7 +256,7 @@ class VPSDE(Schedule):
 
     def __post_init__(self):
         check_range("beta_min", self.beta_min, 0)
-        check_range("beta_max", self.beta_max, self.beta_min)
+        check_range("beta_max", self.beta_max, self.beta_min, 100)
         check_range("beta_max", self.beta_max, 0, above=True)
 
     def _log_alpha(self, t: Array) -> Array:
@@ -297,7 +299,8 @@ class VE(Schedule):
 
     def __post_init__(self):
         check_range("sigma_min", self.sigma_min, 0, above=True)
-        check_range("sigma_max", self.sigma_max, self.sigma_min, above=True)
+        check_range("sigma_max", self.sigma_max, self.sigma_min, FAR, above=True)
+        check_range("sigma_max / sigma_min", self.sigma_max / self.sigma_min, 1, FAR**2)
 
     def _scales(self, t: Array, xp: ModuleType) -> tuple[Array, Array]:
         growth = 2 * np.log(self.sigma_max / self.sigma_min)
@@ -315,7 +318,7 @@ class EDM(Schedule):
     sigma_max: float = 80.0
 
     def __post_init__(self):
-        check_range("sigma_max", self.sigma_max, 0, above=True)
+        check_range("sigma_max", self.sigma_max, 0, FAR, above=True)
 
     @property
     def t_max(self) -> float:
@@ -329,7 +332,7 @@ class EDM(Schedule):
 
     def shifted(self, shift: float) -> EDM:
         """``Schedule.shifted``: sigma_max is multiplied, and every sigma keeps its time."""
-        check_range("shift", shift, 0, above=True)
+        check_range("shift", shift, 0, FAR, above=True)
         return EDM(self.sigma_max * shift)
 
 

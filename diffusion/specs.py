@@ -10,14 +10,16 @@ import difflib
 import functools
 import inspect
 import math
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
-from types import MappingProxyType
+from types import MappingProxyType, UnionType
 from typing import Any
 
 LONGEST = 100_000  # characters of a text; more than a grid with each of its levels has
 DEEPEST = 20  # brackets of a text that may be open at once
 SHOWN = 200  # characters of a malformed text that its error shows
+LEAST, MOST, WHOLE = 1e-30, 1e30, 2**31  # sizes that float32 and int32 hold, with room for squares
 
 
 def unknown(field: str, value: Any, valid: Iterable[str]) -> ValueError:
@@ -58,7 +60,7 @@ def function(
         if option in options:
             raise ValueError(f"{field}={text!r}: {name} is given {option} twice")
         options[option] = given
-    _check_options(name, options, own, field, with_required=bool(filled))
+    _check_options(target, name, options, own, field, with_required=bool(filled))
     missing = [n for n, p in own.items() if filled and p.default is p.empty and n not in options]
     if missing:
         raise ValueError(
@@ -82,12 +84,12 @@ def value(
     name, positional, options = parse(text, functions, field, inner)
     target = functions[name]
     signature = inspect.signature(target)
-    _check_options(name, options, signature.parameters, field, with_required=True)
+    _check_options(target, name, options, signature.parameters, field, with_required=True)
     try:
         bound = signature.bind(*positional, **options)
     except TypeError as error:
         raise ValueError(f"{field}={text!r}: {name}{signature}: {error}") from None
-    _check_options(name, bound.arguments, signature.parameters, field, with_required=True)
+    _check_options(target, name, bound.arguments, signature.parameters, field, with_required=True)
     try:
         return target(*positional, **options)
     except (TypeError, AttributeError, IndexError, ArithmeticError) as error:
@@ -168,26 +170,61 @@ def _argument(node: ast.expr, functions: Mapping[str, Callable], field: str) -> 
     if isinstance(node, ast.Name) and node.id == "inf":
         return math.inf
     try:
-        return ast.literal_eval(node)
+        given = ast.literal_eval(node)
     except ValueError:
         return value(ast.unparse(node), functions, field)
+    _check_sizes(given, field)
+    return given
+
+
+def _check_sizes(given: Any, field: str) -> None:
+    """Raises ValueError for a number that the device does not hold; 0 and inf it does."""
+    if isinstance(given, (tuple, list)):
+        for entry in given:
+            _check_sizes(entry, field)
+    elif isinstance(given, int) and abs(given) >= WHOLE:
+        raise ValueError(f"{field}: a whole number of {len(str(given))} digits; expected at most 9")
+    elif isinstance(given, float) and (0 < abs(given) < LEAST or MOST < abs(given) < math.inf):
+        raise ValueError(f"{field}: {given} is beyond float32; expected {LEAST} to {MOST}, or 0")
 
 
 def _check_options(
-    name: str, options: Mapping, parameters: Mapping, field: str, with_required: bool = False
+    target: Callable,
+    name: str,
+    options: dict[str, Any],
+    parameters: Mapping,
+    field: str,
+    with_required: bool = False,
 ) -> None:
+    """Raises ValueError for an unknown option, or one of another type than its annotation."""
+    try:
+        hints = typing.get_type_hints(target)
+    except (NameError, TypeError):
+        hints = {}
     for option, given in options.items():
         if option not in parameters:
             valid = [n for n, p in parameters.items() if with_required or p.default is not p.empty]
             listed = ", ".join(valid) or "none"
             raise ValueError(f"{field}: {name} has no option {option!r}; its options: {listed}")
-        default = parameters[option].default
-        numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
-        expected = (int, float) if isinstance(default, float) else type(default)
-        wrong_number = numeric and (isinstance(given, bool) or not isinstance(given, expected))
-        wrong_kind = isinstance(default, (bool, str)) and not isinstance(given, type(default))
-        if wrong_number or wrong_kind:
+        default, empty = parameters[option].default, parameters[option].empty
+        bare = Any if default is empty or default is None else type(default)
+        hint = hints.get(option, bare)
+        if not _fits(given, hint):
+            kind = getattr(hint, "__name__", None) or str(hint)
+            example = "" if default is empty else f", as in {option}={default!r}"
             raise ValueError(
-                f"{field}: {name}({option}={given!r}) has the wrong type; "
-                f"expected {type(default).__name__}, as in {option}={default!r}"
+                f"{field}: {name}({option}={given!r}) has the wrong type; expected {kind}{example}"
             )
+
+
+def _fits(given: Any, hint: Any) -> bool:
+    """Whether a value is of an annotation's type; what no instance has fits."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (UnionType, typing.Union):
+        return any(_fits(given, one) for one in inner)
+    if kind in (int, float):
+        return isinstance(given, (int, kind)) and not isinstance(given, bool)
+    if inner and isinstance(kind, type) and issubclass(kind, Sequence):
+        several = isinstance(given, (tuple, list))
+        return several and all(any(_fits(e, one) for one in inner if one is not ...) for e in given)
+    return hint is Any or not isinstance(kind, type) or isinstance(given, kind)

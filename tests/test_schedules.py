@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ from cases import SCHEDULES, VARIANCE_PRESERVING
 from scipy.integrate import quad
 
 from diffusion import schedules
+from diffusion.pipelines import description
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -147,5 +150,25 @@ def test_bad_tables_and_shifts_are_refused():
         schedules.Table(np.array([0.5, 0.5]), np.array([0.75**0.5, 0.75**0.5]))
     with pytest.raises(ValueError, match="must be 1"):
         schedules.Table(np.array([0.9, 0.5]), np.array([0.9, 0.9]))
-    with pytest.raises(ValueError, match="shift must be a finite number > 0"):
+    with pytest.raises(ValueError, match=r"shift must lie in \(0, 1e"):
         schedules.RectifiedFlow().shifted(-1.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("zero_terminal_snr(rectified_flow)", "zero_terminal_snr(vp_sde)", "shifted(3, 2)"),
+        *("zero_terminal_snr(linear(steps=1))", "shifted(ve, inf)", "shifted(edm, -1)"),
+        *("linear(beta_start=inf)", "linear(steps=0)", "linear(beta_end=1)", "cosine(steps=-1)"),
+        *("scaled_linear(beta_start=-1)", "scaled_linear(steps=2000000000)", "cosine(offset=-1)"),
+        *("cosine(offset=inf)", "cosine(max_beta=inf)", "sigmoid(steps=-1)", "sigmoid(tau=inf)"),
+        *("sigmoid(start=3)", "sigmoid(end=inf)", "sigmoid(tau=-1)", "vp_sde(beta_min=-5)"),
+        *("vp_sde(beta_max=0)", "vp_sde(beta_max=-1)", "vp_sde(beta_max=inf)", "sub_vp_sde(-1)"),
+        *("ve(sigma_min=0)", "ve(sigma_max=inf)", "ve(sigma_max=0.001)", "edm(sigma_max=0)"),
+        *("edm(-3)", "edm(inf)", "edm(sigma_max=1e24)"),
+    ],
+)
+def test_options_without_meaning_are_refused(text):
+    d = SimpleNamespace(schedule=text)
+    with pytest.raises(ValueError, match=r"^config\.objective\.schedule"):
+        description.schedule(d, "config.objective.")

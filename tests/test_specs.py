@@ -116,3 +116,39 @@ def test_texts_that_are_too_deep_for_python(deep, before, after):
 
 def test_infinity_is_a_number():
     assert specs.value("double(inf, 1)", FUNCTIONS, "f") == float("inf")
+
+
+def annotated(base: str, size: int = 3, low: float | None = None, path: tuple[float, ...] = ()):
+    return base, size, low, path
+
+
+@pytest.mark.parametrize(
+    "options, kind",
+    [
+        ("base=3", "str"),
+        ("base='a', size=2.0", "int"),
+        ("base='a', size=True", "int"),
+        ("base='a', low='x'", r"float \| None"),
+        ("base='a', path=3", "tuple"),
+        ("base='a', path='ab'", "tuple"),
+        ("base='a', path=(1, None)", "tuple"),
+        ("base='a', path=(True,)", "tuple"),
+    ],
+)
+def test_types_are_those_of_the_annotations(options, kind):
+    for read in (specs.value, specs.function):
+        with pytest.raises(ValueError, match=f"f: annotated.* has the wrong type; expected {kind}"):
+            read(f"annotated({options})", {"annotated": annotated}, "f")
+
+
+def test_types_that_fit():
+    made = specs.value("annotated('a', low=2, path=[1, 2.5])", {"annotated": annotated}, "f")
+    assert made == ("a", 3, 2, [1, 2.5])
+    assert specs.value("annotated('a', low=None)", {"annotated": annotated}, "f")[2] is None
+
+
+@pytest.mark.parametrize("number", ["1e300", "-1e31", "1e-300", "9999999999", "-(2**31)"])
+def test_numbers_that_the_device_does_not_hold(number):
+    for text in (f"linear(slope={number})", f"double(({number}, 1), 2)"):
+        with pytest.raises(ValueError, match=r"^f: "):
+            specs.value(text, FUNCTIONS, "f")

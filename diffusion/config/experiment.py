@@ -119,7 +119,7 @@ def build(config: ConfigDict) -> Experiment:
             pretrained_network.check(config, objective)
         drawer, found = drawing.drawer(config, pipeline, config.objective.schedule)
         harness.make(config.evaluation.metrics, pipeline, "config.evaluation.metrics")
-        notes += found
+        notes += [*objectives.notes(config, pipeline, objective), *found]
         random = not deterministic(drawer.sampler.solver)
         if random and objective.coupling is not couplings.independent:
             notes.append(

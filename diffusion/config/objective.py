@@ -18,6 +18,7 @@ from diffusion.objectives import noise as noises
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
 from diffusion.pipelines.pipeline import Pipeline
+from diffusion.pipelines.samplers import FAINT, MOSTLY
 from diffusion.schedules import EDM, Schedule, Table
 
 AT = "config.objective."
@@ -57,15 +58,17 @@ def _distance(text: str) -> distances.Distance:
 
 
 def _weighting(config: ConfigDict, pipeline: Pipeline) -> weightings.Weighting:
-    """That of the config, whose factors must be finite at both ends of the schedule."""
+    """That of the config, whose factors must be finite at both ends, and not 0 everywhere."""
     c, schedule = config.objective, pipeline.schedule
     context = {"sigma_data": config.data.std, "schedule": schedule}
     weighting = specs.function(c.weighting, weightings.CHOICES, AT + "weighting", context)
-    ends = schedule(jnp.array([max(c.t_min, 1e-5 * schedule.t_max), schedule.t_max]))
+    shares = jnp.array([max(c.t_min / schedule.t_max, 1e-5), 1, 0.01, 0.3, 0.7])
     with field(f"{AT}weighting={c.weighting!r}"), wrong_types():
-        for end, weight in zip(
-            ("least", "most"), weightings.weights(weighting, pipeline.prediction, ends)
-        ):
+        levels = schedule(shares * schedule.t_max)
+        found = weightings.weights(weighting, pipeline.prediction, levels)
+        if not jnp.any(found > 1 / weightings.INFINITE):
+            raise ValueError("its weights are 0 at all times: nothing would be learned")
+        for end, weight in zip(("least", "most"), found):
             if not weight < weightings.INFINITE:
                 raise ValueError(
                     f"the weight is infinite where there is {end} noise, with {AT}prediction="
@@ -103,7 +106,7 @@ def denoising(
     ``nulls`` are fields of the null conditioning, ``shape`` is that of an example.
     """
     c, at = config.objective, "config.objective"
-    with field(f"{at}.noise={c.noise!r}"):
+    with field(f"{at}.noise={c.noise!r}"), wrong_types():
         noise = specs.value(c.noise, noises.CHOICES, f"{at}.noise")
     fields = {
         **_shared(config, pipeline),
@@ -115,6 +118,19 @@ def denoising(
         "noise": noise,
     }
     return consistency.make(config, fields) if c.name == "consistency" else Denoising(**fields)
+
+
+def notes(config: ConfigDict, pipeline: Pipeline, objective: Denoising) -> list[str]:
+    """What is odd about the times trained on, if anything."""
+    u, c = (jnp.arange(100) + 0.5) / 100, config.objective
+    level = times.levels(u, objective.times, pipeline.schedule, c.t_min)
+    strong = float(jnp.mean(level.sigma > FAINT * level.alpha))
+    if strong <= MOSTLY:
+        return []
+    return [
+        f"{AT}times={c.times!r} on {AT}schedule={c.schedule!r}: {strong:.0%} of training is at "
+        f"sigma / alpha > {FAINT:g}, where little of the data is left; auto sees all noise levels"
+    ]
 
 
 def term_specs(config: ConfigDict) -> list[str]:
@@ -149,6 +165,6 @@ def _coupling(config: ConfigDict, labels: bool, shape: tuple[int, ...]) -> coupl
             "independent of the data"
         )
     x, label = (jax.ShapeDtypeStruct(s, d) for s, d in (((size, *shape), "f4"), ((size,), "i4")))
-    with field(f"{name}={text!r}"):
+    with field(f"{name}={text!r}"), wrong_types():
         jax.eval_shape(lambda x, y: coupling(x, lambda _: x, y), x, label if labels else None)
     return coupling

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion.errors import check_range
 from diffusion.levels import Array
 from diffusion.sharding import everywhere
 
@@ -84,8 +85,7 @@ def nearest(x0: Array, draw: Draw, label: Array | None = None, k: int = 4) -> Ar
     distance to x_0 has the survival function S(d)^k, with S that of the noncentral chi-squared
     distribution of |x_0 - eps|^2. Sampling starts from standard normal noise all the same.
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1")
+    check_range("k", k, 1, 256)
     best, least = draw(0), jnp.inf
     for j in range(k):
         noise = draw(j)

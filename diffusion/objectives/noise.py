@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from diffusion.errors import check_range
 from diffusion.levels import Array
 
 
@@ -30,8 +31,7 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must be a finite number >= 0; 0 leaves it out")
+            check_range(name, value, 0, 100)  # 0 leaves it out
 
     def draw(self, key: Array, index: Array, x0: Array, j: int = 0) -> Array:
         """The j-th eps of each example [B, ...], in the shape and dtype of x0."""

@@ -60,7 +60,7 @@ def uniform(u: Array, schedule: Schedule) -> Array:
 
 def discrete(u: Array, schedule: Schedule, steps: int = 1000) -> Array:
     """t uniform in {1/T, ..., 1} t_max for T = steps >= 1: the table's own times (DDPM)."""
-    check_range("steps", steps, 1)
+    check_range("steps", steps, 1, 2**23)  # uniform numbers of float32 are multiples of 2^-23
     return jnp.ceil(u * steps) / steps * schedule.t_max
 
 
@@ -88,13 +88,13 @@ def log_normal(u: Array, schedule: Schedule, mean: float = -1.2, std: float = 1.
     """log(sigma / alpha) ~ N(mean, std^2), std > 0, cut at the schedule's end (EDM, Karras et al.,
     2022)."""
     _check_normal(mean, std)
-    ratio = jnp.exp(mean + std * ndtri(u))
+    ratio = jnp.exp(jnp.clip(mean + std * ndtri(u), -40, 40))  # its square is in float32
     return jnp.minimum(schedule.invert(jnp.ones_like(ratio), ratio), schedule.t_max)
 
 
 def _check_normal(mean: float, std: float) -> None:
-    check_range("mean", mean)
-    check_range("std", std, 0, above=True)
+    check_range("mean", mean, -30, 30)
+    check_range("std", std, 0, 30, above=True)
 
 
 def by_quartile(

@@ -156,7 +156,8 @@ def schedule(d: Description, at: str = "") -> Schedule:
 def prediction(d: Description, at: str = "") -> predictions_lib.Prediction:
     """What the network's output means."""
     context = {"sigma_data": d.sigma_data, "schedule": schedule(d, at)}
-    return specs.function(d.prediction, predictions_lib.CHOICES, f"{at}prediction", context)
+    function = specs.function(d.prediction, predictions_lib.CHOICES, f"{at}prediction", context)
+    return _called(function, context["schedule"], f"{at}prediction={d.prediction!r}")
 
 
 def c_noise(d: Description, at: str = "") -> Callable:
@@ -167,7 +168,15 @@ def c_noise(d: Description, at: str = "") -> Callable:
         of_sigma = isinstance(levels, (schedules.EDM, schedules.VE))
         text = "ddpm_index" if table else "log_sigma" if of_sigma else "thousand_t"
     context = {"steps": levels.steps} if table else {}
-    return specs.function(text, denoiser.C_NOISE, f"{at}c_noise", context)
+    function = specs.function(text, denoiser.C_NOISE, f"{at}c_noise", context)
+    return _called(function, levels, f"{at}c_noise={text!r}")
+
+
+def _called(function: Callable, levels: Schedule, name: str) -> Callable:
+    """The function of a level, once it has checked its options in a call."""
+    with field(name), wrong_types():
+        function(levels(levels.t_max / 2))
+    return function
 
 
 def network(d: Description) -> nn.Module:

@@ -22,6 +22,7 @@ from diffusion.sampling.tables import Solver
 
 AUTO = "auto"
 FAINT = 3.0  # a sigma / alpha at which there is still much of the image
+MOSTLY = 0.6  # a share of steps or times that leaves too few for the rest
 
 
 def make(
@@ -141,7 +142,7 @@ def make_corrector(text: str, sampler: Sampler, at: str = "") -> langevin.Correc
     if not text:
         return None
     corrector = specs.function(text, langevin.CHOICES, f"{at}corrector")
-    with field(f"{at}corrector={text!r}"):
+    with field(f"{at}corrector={text!r}"), wrong_types():
         langevin.check_predictor(sampler.solver, sampler.grid)
         level = NoiseLevel(*(jnp.float32(leaf[-1]) for leaf in sampler.solver.level))
         example, key = jnp.zeros((1, 1)), jax.random.split(jax.random.key(0), 1)
@@ -197,6 +198,12 @@ def notes(sampler: Sampler, grid: str, at: str = "") -> list[str]:
         found.append(
             f"sampling starts at sigma / alpha = {levels.ratio[0]:.3g} ({at}grid): images look "
             "different from noise alone there"
+        )
+    strong = np.mean(levels.sigma[:-1] > FAINT * levels.alpha[:-1])
+    if strong > MOSTLY and len(levels.t) > 10:
+        found.append(
+            f"{at}grid={grid!r} spends {strong:.0%} of the steps at sigma / alpha > {FAINT:g}, "
+            "where nothing can be seen yet; auto spreads them over all noise levels"
         )
     if levels.sigma[-1] > 0:
         found.append(

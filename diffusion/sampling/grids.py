@@ -20,7 +20,7 @@ import numpy as np
 from scipy import special
 
 from diffusion.levels import NoiseLevel
-from diffusion.schedules import Schedule, Table
+from diffusion.schedules import EDM, Schedule, Table
 
 
 def uniform(schedule: Schedule, steps: int) -> NoiseLevel:
@@ -196,9 +196,11 @@ def partial(grid: NoiseLevel, strength: float) -> NoiseLevel:
 
 
 def usual(schedule: Schedule) -> str:
-    """The name of the grid that suits a schedule: uniform, or karras where twenty uniform steps
-    would leave much of the noise to the last, as on edm."""
-    return "karras" if schedule(0.05 * schedule.t_max).ratio > 0.3 else "uniform"
+    """The name of the grid that suits a schedule: karras on edm; on others uniform, or exponential
+    where half of the times lie in strong noise, as on linear, vp_sde and shifted ones."""
+    if isinstance(schedule, EDM):
+        return "karras"
+    return "exponential" if schedule(0.5 * schedule.t_max).ratio > 1.5 else "uniform"
 
 
 def lowest_noise(schedule: Schedule) -> float:

@@ -82,8 +82,8 @@ def _walk(
     snr: float,
     size: Callable[[Array, Array], Array],
 ) -> Array:
-    if operator.index(steps) < 1 or not snr > 0:
-        raise ValueError(f"expected steps >= 1 and snr > 0, got steps={steps} and snr={snr}")
+    if operator.index(steps) < 1 or not 0 < snr <= 1e3:
+        raise ValueError(f"expected steps >= 1 and 0 < snr <= 1000, got steps={steps}, snr={snr}")
 
     def move(x: Array, j: Array) -> tuple[Array, None]:
         score = (level.alpha * as_estimate(denoise(x, level), x).x0 - x) / level.sigma**2

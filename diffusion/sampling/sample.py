@@ -98,6 +98,8 @@ def sample(
     size = (len(keys), *shape)
     if x_init is not None and x_init.shape != size:
         raise ValueError(f"x_init must have shape {size}, got {x_init.shape}")
+    if noises is not None and noises.shape != (whole := (solver.evaluations + 1, *size)):
+        raise ValueError(f"noises must have shape {whole}, got {noises.shape}")
 
     init, step, _ = remembering(denoise)
     dtype = jnp.result_type(float)

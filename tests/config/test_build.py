@@ -4,6 +4,8 @@ What a single function refuses is tested beside it; here is one case for each ki
 that its message names the field.
 """
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -35,6 +37,16 @@ SPECS = [  # a field of each kind, with a value that its function or constructor
     (dict(model__unet__widths=("a", 3)), r"config\.model\.unet: an option has a wrong type"),
     (dict(objective__schedule="cosin"), r"objective\.schedule: unknown 'cosin'.*mean 'cosine'"),
     (dict(objective__schedule="shifted(cosine, -1)"), r"objective\.schedule='shifted.*-1"),
+    (dict(objective__schedule="zero_terminal_snr(vp_sde)"), r"^config\.objective\.schedule='zero"),
+    (dict(objective__prediction="edm(sigma_data=-1)"), r"objective\.prediction='edm.*sigma_data m"),
+    (dict(objective__c_noise="ddpm_index(steps=0)"), r"objective\.c_noise='ddpm.*steps must be"),
+    (dict(objective__weighting="sigmoid(bias=-1e9)"), r"objective\.weighting=.* 0 at all times"),
+    (
+        dict(objective__coupling="nearest(k=100000000)"),
+        r"objective\.coupling=.*k must lie in",
+    ),
+    (dict(objective__noise="gaussian(offset=inf)"), r"objective\.noise=.*offset must lie in"),
+    (dict(sampler__corrector="langevin(snr=inf)"), r"sampler\.corrector=.*snr=inf"),
     (dict(objective__prediction="epsilon"), r"config\.objective\.prediction: unknown 'epsilon'"),
     (dict(objective__c_noise="index"), r"config\.objective\.c_noise: unknown 'index'"),
     (dict(objective__times="logitnormal"), r"config\.objective\.times: .*mean 'logit_normal'"),
@@ -92,7 +104,11 @@ COMBINATIONS = [
         r"the model's prediction says nothing about x_0 at alpha = 0, .* config\.sampler\.grid; ",
     ),
     (
-        dict(objective__prediction="eps", objective__schedule="zero_terminal_snr(scaled_linear)"),
+        dict(
+            objective__prediction="eps",
+            objective__schedule="zero_terminal_snr(scaled_linear)",
+            sampler__grid="uniform",
+        ),
         r"prediction says nothing",
     ),
     (
@@ -229,3 +245,18 @@ def test_configs_of_larger_data_build(monkeypatch, module, shape, classes, milli
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     if millions is not None:
         assert count / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "overrides, note",
+    [
+        (dict(objective__times="uniform"), r"times='uniform' .*: 96% of"),
+        (dict(sampler__grid="uniform"), r"grid='uniform' spends 100% of"),
+    ],
+)
+def test_times_and_grids_in_strong_noise_alone_are_noted(overrides, note):
+    edm = dict(objective__schedule="edm")
+    usual = build(with_fields(digits.get_config(), **edm)).notes
+    notes = build(with_fields(digits.get_config(), **edm, **overrides)).notes
+    assert [n for n in notes if n not in usual and re.search(note, n)]
+    assert not any(re.search("times=|grid=", n) for n in usual)

@@ -160,5 +160,5 @@ def test_errors():
         handed_out(X0, group=10)
     with pytest.raises(ValueError, match="same_label=True needs labels"):
         handed_out(X0, same_label=True)
-    with pytest.raises(ValueError, match="k=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 256\], got 0"):
         nearest(X0, draw, k=0)

@@ -52,8 +52,10 @@ def time_itself(level):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-# The shifted flow's levels carry the unshifted flow's times, which this network cannot undo.
-@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "shifted_flow"])
+# Shifted schedules' levels carry the moved times, which this network cannot undo.
+@pytest.mark.parametrize(
+    "schedule", [n for n, s in SCHEDULES.items() if not isinstance(s, schedules.Shifted)]
+)
 def test_perfect_network_has_no_loss(schedule, prediction):
     s, p = SCHEDULES[schedule], PREDICTIONS[prediction]
     objective = Denoising(PointMass(0.4, s, p), s, p, time_itself, t_min=0.01 * s.t_max)
@@ -305,3 +307,20 @@ def test_input_perturbation_is_not_part_of_the_target():
     both = np.concatenate([more, target.reshape(20_000, 12)], axis=1)
     expected = np.diag(np.repeat([0.09, 1.0], 12))
     np.testing.assert_allclose(np.cov(both.T), expected, atol=0.03)
+
+
+def test_quartiles_with_learned_uncertainty_are_those_of_the_noise():
+    """The term's log-variance u is no random number: each quartile keeps its quarter of the
+    examples, and with u = 0.3 everywhere its loss is exp(-0.3) loss + 0.3."""
+    objective = affine_objective(terms=(Uncertainty(),), stratify=64)
+    batch, key = batch_of(64), jax.random.key(1)
+    params = objective.init(jax.random.key(0), batch)
+    dense = params["uncertainty"]["Dense_0"]
+    assert not np.any(dense["kernel"])
+    dense["bias"] = jnp.array([0.3])
+    _, found = objective.loss(params, Context(), batch, key)
+    _, plain = dataclasses.replace(objective, terms=()).loss(params, Context(), batch, key)
+    total, weight = found["loss_q"]
+    np.testing.assert_allclose(weight, 0.25)
+    right = np.exp(-0.3) * np.asarray(plain["loss_q"].total) + 0.3 / 4
+    np.testing.assert_allclose(total, right, rtol=1e-5)

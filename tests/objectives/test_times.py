@@ -83,3 +83,23 @@ def test_all_stay_within_the_schedule():
         ):
             t = distribution(U, schedule)
             assert t.min() >= -1e-6 and t.max() <= schedule.t_max * (1 + 1e-6), distribution
+
+
+@pytest.mark.parametrize(
+    "distribution, options",
+    [
+        *((times.discrete, {"steps": n}) for n in (-5, 0, 2**24)),
+        *((times.mode, {"scale": s}) for s in (3.0, -1.1, np.nan, np.inf)),
+        *((f, {"mean": m}) for f in (times.log_normal, times.logit_normal) for m in (np.inf, 1e3)),
+        *((f, {"std": s}) for f in (times.log_normal, times.logit_normal) for s in (0, -1, np.inf)),
+    ],
+)
+def test_options_that_flip_or_collapse_times_are_refused(distribution, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        distribution(U, FLOW, **options)
+
+
+def test_log_normal_stays_finite_at_its_widest():
+    for schedule in (schedules.EDM(), schedules.VE(), schedules.cosine(), FLOW, schedules.VPSDE()):
+        t = times.log_normal(jnp.array([2.0**-24, 1 - 2.0**-24]), schedule, mean=30.0, std=30.0)
+        assert jnp.isfinite(t).all() and t[1] == schedule.t_max

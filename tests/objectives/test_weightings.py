@@ -121,3 +121,27 @@ def test_distances():
     np.testing.assert_allclose(large, 1e3 - 1, rtol=1e-3)
     assert np.all(pseudo_huber(a, a) == 0)
     assert np.all(np.isfinite(jax.grad(lambda x: pseudo_huber(x, a).sum())(a)))
+
+
+@pytest.mark.parametrize(
+    "function, options",
+    [
+        (weightings.min_snr, {"gamma": -5}),
+        (weightings.soft_min_snr, {"gamma": 0}),
+        (weightings.truncated_snr, {"minimum": -1}),
+        (weightings.p2, {"k": -1}),
+        (weightings.p2, {"gamma": np.nan}),
+        (weightings.sigmoid, {"bias": np.inf}),
+        (weightings.edm, {"sigma_data": 0}),
+    ],
+)
+def test_options_that_flip_or_lose_the_sign_are_refused(function, options):
+    level = level_at(SCHEDULES["cosine"], np.array([0.5]))
+    with pytest.raises(ValueError, match=next(iter(options))):
+        function(level, jnp.ones(1), **options)
+
+
+@pytest.mark.parametrize("c", [0.0, -1.0, np.inf, np.nan])
+def test_pseudo_huber_needs_a_positive_c(c):
+    with pytest.raises(ValueError, match=r"c must be a finite number > 0"):
+        pseudo_huber(jnp.zeros((1, 2)), jnp.ones((1, 2)), c=c)

@@ -91,7 +91,7 @@ EPS = {"schedule": FLOW, "prediction": predictions.eps}
             dict(grid="from_sigmas(sigmas=[1e9, 1, 0])"),
             r"s\.grid='from_sigmas.*lies beyond the schedule's sigma_max = 20291",
         ),
-        (dict(grid="karras(sigma_min='a')"), r"an option has a wrong type or size: '<' not supp"),
+        (dict(grid="karras(sigma_min='a')"), r"sigma_min='a'\) has the wrong type; expected float"),
         (dict(grid="karras(rho=0.001)"), r"s\.grid='karras\(rho=0\.001\)'.*out of range"),
         (EPS, r"prediction says nothing about x_0 at alpha = 0, where .* with s\.grid; choose the"),
     ],

@@ -248,3 +248,27 @@ def test_bfloat16_denoiser_keeps_float32_state():
 def test_errors(keys, x_init, message):
     with pytest.raises(ValueError, match=message):
         sample(MIXTURE, solvers.ddim(GRID), keys, SHAPE, x_init=x_init)
+
+
+@pytest.mark.parametrize(
+    "estimate, name",
+    [
+        (lambda x: x[:1], "x0"),
+        (lambda x: x[..., :1], "x0"),
+        (lambda x: jnp.zeros(()), "x0"),
+        (lambda x: x[None], "x0"),
+        (lambda x: Estimate(x, nu=x[:, :1]), "nu"),
+        (lambda x: Estimate(x, unclipped=x[:1]), "unclipped"),
+    ],
+)
+def test_estimates_of_another_shape_are_not_broadcast(estimate, name):
+    table = solvers.ddim(grids.uniform(schedules.cosine(), 3))
+    with pytest.raises(ValueError, match=rf"its input, \(4, 2, 3\), got .* \({name}\)"):
+        sample(lambda x, level: estimate(x), table, image_keys(0, range(4)), (2, 3))
+
+
+def test_noises_of_another_shape_are_refused():
+    table = solvers.ddim(grids.uniform(schedules.cosine(), 3))
+    with pytest.raises(ValueError, match=r"noises must have shape \(4, 2, 3\), got \(2, 2, 3\)"):
+        noises = np.zeros((2, 2, 3))
+        sample(lambda x, level: x, table, image_keys(0, range(2)), (3,), noises=noises)
