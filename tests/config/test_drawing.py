@@ -166,7 +166,7 @@ def test_draws_with_everything_at_once(runs):
 MISTAKES = [
     ("cfg(2), rescal(0.7)", r"guidance: unknown 'rescal'.*Did you mean 'rescale'"),
     ("cfg(2), rescale(2)", r"guidance=.*phi must lie in \[0, 1\]"),
-    ("cfg('strong')", r"guidance=.*scale must be a number"),
+    ("cfg('strong')", r"guidance: cfg.scale=.strong.. has the wrong type"),
     ("rescale(0.7), cfg(2)", r"guidance=.*cfg guides the model itself: it stands before rescale"),
     ("instruct(7.5, 1.5)", r"guidance=.*instruct is for networks that edit pictures"),
     ("cfg(2); negative=10", r"config\.samples\.negative=10: there is no class 10; choose 0\.\.9"),

@@ -145,7 +145,7 @@ def test_latents_have_their_images_beside_them(encoders):
         (dict(objective__terms=3), r"config\.objective\.terms=3: expected texts such as"),
         (
             dict(objective__noise="gaussian(offset=-0.1)"),
-            r"config\.objective\.noise=.*offset=-0\.1 must be a finite number >= 0",
+            r"config\.objective\.noise=.*offset must lie in \[0, 100\]",
         ),
         (dict(objective__coupling="optimal"), r"config\.objective\.coupling: unknown 'optimal'"),
         (
@@ -159,7 +159,7 @@ def test_latents_have_their_images_beside_them(encoders):
             ),
             r"config\.objective\.coupling=.*same_label=True needs labels",
         ),
-        (dict(objective__coupling="nearest(k=0)"), r"coupling='nearest\(k=0\)': k=0 must be"),
+        (dict(objective__coupling="nearest(k=0)"), r"coupling='nearest\(k=0\)': k must lie"),
         (
             dict(
                 objective__coupling="nearest",
