@@ -22,11 +22,11 @@ def make(config: ConfigDict, steps: int) -> optimizers.Optimizer:
 def notes(config: ConfigDict) -> list[str]:
     """What is odd about the learning rates of a run."""
     warmup, steps = config.optimizer.warmup, config.train.steps
-    if warmup < steps:
+    if warmup <= steps:
         return []
     last = make(config, steps).learning_rate(steps - 1)
     return [
-        f"config.optimizer.warmup={warmup} is not shorter than config.train.steps={steps}: the "
+        f"config.optimizer.warmup={warmup} is longer than config.train.steps={steps}: the "
         f"learning rate ends at {last:.3g}, below config.optimizer.learning_rate"
     ]
 
@@ -34,11 +34,11 @@ def notes(config: ConfigDict) -> list[str]:
 def resumption_notes(config: ConfigDict, before: ConfigDict, done: int) -> list[str]:
     """What is odd where a run goes on that took ``done`` steps with the config ``before``."""
     steps = config.train.steps
-    old = float(make(before, before.train.steps).learning_rate(done - 1))
+    old = float(make(before, before.train.steps).learning_rate(done))
     new = float(make(config, steps).learning_rate(done))
     if not done < steps or new <= 1.1 * old:
         return []
     return [
-        f"the learning rate had fallen to {old:.3g} in {done} steps and rises to {new:.3g}, since "
-        f"its decay, {config.optimizer.decay}, now ends at config.train.steps={steps}"
+        f"the learning rate, {old:.3g} after {done} steps, rises to {new:.3g}, by config.optimizer "
+        f"(decay={config.optimizer.decay!r}) and config.train.steps={steps}"
     ]

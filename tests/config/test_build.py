@@ -22,6 +22,7 @@ from configs import (
     toy2d,
 )
 from diffusion.config import experiment as builder
+from diffusion.config import optimizer
 from diffusion.config.experiment import build
 from diffusion.data import sources
 
@@ -260,3 +261,30 @@ def test_times_and_grids_in_strong_noise_alone_are_noted(overrides, note):
     notes = build(with_fields(digits.get_config(), **edm, **overrides)).notes
     assert [n for n in notes if n not in usual and re.search(note, n)]
     assert not any(re.search("times=|grid=", n) for n in usual)
+
+
+@pytest.mark.parametrize("warmup, odd", [(10, False), (11, True)])
+def test_a_warm_up_longer_than_the_run_is_noted(warmup, odd):
+    fields = dict(train__steps=10, optimizer__warmup=warmup, optimizer__decay="constant")
+    notes = optimizer.notes(with_fields(digits.get_config(), **fields))
+    assert len(notes) == odd and all("warmup=11 is longer than" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "before, steps, done, rise",
+    [
+        (dict(decay="cosine", warmup=10), 200, 100, r", 0 after 100 steps, rises to 0\.5"),
+        (dict(decay="cosine", warmup=10), 100, 50, ""),  # interrupted
+        (dict(decay="constant", warmup=10), 200, 3, ""),  # interrupted while it warms up
+        (dict(decay="constant", warmup=10), 200, 100, ""),
+        (dict(decay="cosine", warmup=10), 100, 100, ""),  # done
+    ],
+)
+def test_a_learning_rate_that_rises_again_is_noted(before, steps, done, rise):
+    old = digits.get_config()
+    old.optimizer.update(before | {"learning_rate": 1.0, "decay_start": 0})
+    old.train.steps = 100
+    new = old.copy_and_resolve_references()
+    new.train.steps = steps
+    notes = optimizer.resumption_notes(new, old, done)
+    assert re.search(rise, notes[0]) if rise else not notes
