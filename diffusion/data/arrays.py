@@ -120,6 +120,8 @@ def _source(name: str, path: Path, counted: Path, background: tuple[int, int, in
     if stored is None:
         raise ValueError(f"{path} has no x, image or images; it has {', '.join(arrays) or 'none'}")
     x = stored.array
+    if not isinstance(x, np.ndarray):
+        raise ValueError(f"{path}: {key} is damaged: it holds no array")
     shape = _check_images(x, f"{path}: {key}")
     label, key = _first(arrays, LABELS)
     num_classes, columns = 0, {}

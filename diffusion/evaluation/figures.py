@@ -125,7 +125,9 @@ def read_metrics(path: str | Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     """
     values = {}
     for line in Path(path).read_bytes().splitlines():
-        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with suppress(
+            ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError
+        ):
             row = json.loads(line)
             if row.get(key) is not None:
                 values[int(row["step"])] = float(row[key])

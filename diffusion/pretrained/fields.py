@@ -140,7 +140,9 @@ def check(field: str, value: Any, default: Any, what: str) -> None:
             raise ValueError(f"{field}={value!r:.200}: {what} takes numbers from 0 to {limit:,}")
         for usual in known:
             kinds = _kinds(usual)
-            if entry is not None and kinds and not isinstance(entry, kinds):
+            # Files have 0.0 for 0 too.
+            whole = kinds == (int,) and isinstance(entry, float) and entry.is_integer()
+            if entry is not None and kinds and not isinstance(entry, kinds) and not whole:
                 raise ValueError(
                     f"{field}={value!r:.200} has the wrong type; {what} takes {kinds[-1].__name__},"
                     f" such as {usual!r}"
