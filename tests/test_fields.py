@@ -122,6 +122,7 @@ SAMPLE = {
 GENERATE = {
     **{"samples.image": "pictures/a/0.png", "samples.mask": "mask.png", "samples.strength": 0.5},
     **{"samples.height": 16, "samples.width": 8, "samples.labels": (0,), "sampler.steps": 2},
+    **{"samples.fit": "pad", "samples.paste": False},
     "sampler.acceleration": "cache(every(2))",
 }
 INSPECT = {"inspect.count": 4, "inspect.columns": 2}

@@ -208,7 +208,7 @@ def settings(config: ConfigDict, pipeline: Pipeline, step: int) -> dict[str, Any
     if s["solver"] == "auto":
         s["solver"] = own.solver or pipeline.scheduler["_class_name"]
     if s["grid"] == "auto" and not s["solver"][0].isupper():
-        s["grid"] = own.grid
+        s["grid"] = samplers.chosen_grid(pipeline, s["grid"])
     s["steps"] = s["steps"] or own.steps
     s["guidance"] = texts(own.guidance if s["guidance"] == "auto" else s["guidance"])
     s["acceleration"] = texts(s["acceleration"])

@@ -11,9 +11,11 @@ from fnmatch import fnmatchcase
 
 JUDGING = ("sample", "evaluate", "sweep", "learn", "generate")
 DRAWING = ("train", *JUDGING)
-GENERATING = "image mask strength noise_level height width weighted emphasis clip_skip original"
+GENERATING = "image mask fit paste strength noise_level height width weighted emphasis clip_skip"
 ACTING = {
-    **{f"samples.{name}": ("generate",) for name in f"{GENERATING} crop aesthetic".split()},
+    **{
+        f"samples.{name}": ("generate",) for name in f"{GENERATING} original crop aesthetic".split()
+    },
     "model.refiner": ("generate",),
     "sampler.hand_over": ("generate",),
     "samples.gif": ("sample",),

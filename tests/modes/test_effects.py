@@ -89,6 +89,8 @@ TABLE = {
     ("crop", (1, 2)): "sdxl refiner",
     ("aesthetic", (5.0, 1.0)): "refiner",
     ("mask", "picture.png"): "refiner",
+    ("fit", "pad"): "refiner upscaler instruct",
+    ("paste", False): "",
     ("hand_over", 0.5): "",
     ("negative", "3"): f"{TEXTS} dit",
     ("height", 24): "sd sdxl refiner upscaler instruct ddpm",
