@@ -25,7 +25,7 @@ import numpy as np
 from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel, namespace
 
-FAR = 1e6  # largest sigma, and largest factor of sigma: their squares are finite in float32
+FAR = 1e12  # largest sigma, and largest factor of sigma: their squares are finite in float32
 
 
 def _asarrays(*values: Any) -> tuple[ModuleType, list[Array]]:

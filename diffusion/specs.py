@@ -210,7 +210,8 @@ def _check_options(
         bare = Any if default is empty or default is None else type(default)
         hint = hints.get(option, bare)
         if not _fits(given, hint):
-            kind = getattr(hint, "__name__", None) or str(hint)
+            several = typing.get_origin(hint) is Sequence
+            kind = "several, as in (1, 2)" if several else getattr(hint, "__name__", str(hint))
             example = "" if default is empty else f", as in {option}={default!r}"
             raise ValueError(
                 f"{field}: {name}({option}={given!r}) has the wrong type; expected {kind}{example}"
@@ -220,6 +221,8 @@ def _check_options(
 def _fits(given: Any, hint: Any) -> bool:
     """Whether a value is of an annotation's type; what no instance has fits."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Callable:  # which the function itself explains better
+        return True
     if kind in (UnionType, typing.Union):
         return any(_fits(given, one) for one in inner)
     if kind in (int, float):

@@ -189,7 +189,7 @@ def _files(root: Path, below: str = "") -> Iterable[str]:
                 continue
             if entry.is_dir():
                 yield from _files(root, f"{below}{entry.name}/")
-            elif entry.is_file():
+            elif entry.is_file() or entry.is_symlink():  # no pipe, which would block
                 yield below + entry.name
 
 

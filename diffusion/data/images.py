@@ -63,10 +63,11 @@ def decode(
     With a target size ``covering`` (H, W), a JPEG may be decoded at a reduced size, of at least
     ``GAP`` times the target. UnreadableError: it is damaged, or its values have no fixed range.
     """
-    if isinstance(picture, np.ndarray):
-        grey = picture.ndim == 3 and picture.shape[-1] == 1
-        return _flatten(Image.fromarray(picture[..., 0] if grey else picture), channels, background)
     try:
+        if isinstance(picture, np.ndarray):
+            grey = picture.ndim == 3 and picture.shape[-1] == 1
+            image = Image.fromarray(picture[..., 0] if grey else picture)
+            return _flatten(image, channels, background)
         with _open(picture) as image:
             if covering is not None and image.format == "JPEG":
                 height, width = _upright_size(image)
@@ -141,7 +142,10 @@ def _flatten(image: Image.Image, channels: int, background: tuple[int, int, int]
             raise ValueError(
                 f"it has values {values.min()} to {values.max()}; expected 8 or 16 bits per channel"
             )
+        clear = image.info.get("transparency")
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        if isinstance(clear, int):
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if image.mode == "F":
         raise ValueError("its values are floats, of no fixed range; expected 8 or 16 bits")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:

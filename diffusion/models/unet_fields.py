@@ -157,13 +157,13 @@ class UNetFields(nn.Module):
         """Raises ValueError for an ``image_size`` that cannot be halved once per level but the
         last: without rest where it must be, else to at least one pixel of two."""
         sides = image_size if isinstance(image_size, tuple) else (image_size,)
-        least = 2 ** (len(self.widths) - 2) + 1
+        least = 2 ** (len(self.widths) - 2) + 1 if len(self.widths) > 1 else 1
         if self.halves_exactly:
             check_image_size(image_size, self.widths)
         elif min(sides) < least:
             raise ValueError(
                 f"image size {min(sides)} is too small for {len(self.widths)} widths, which halve "
-                f"it {len(self.widths) - 1} times; nearest: {max(int(least), 1)}"
+                f"it {len(self.widths) - 1} times; nearest: {least}"
             )
 
     def level_kinds(self, field: str, level: int) -> tuple[AttentionKind, ...]:

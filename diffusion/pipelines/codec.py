@@ -37,7 +37,9 @@ class Codec:
         """What the network sees of examples x [B, ...]; keys [B] where there is chance in it."""
         return jnp.asarray(x)
 
-    def decode(self, params: Mapping[str, Any], z: Array) -> Array:
+    def decode(
+        self, params: Mapping[str, Any], z: Array, numbers: Sequence[int] | None = None
+    ) -> Array:
         """Examples [B, ...] of what the network sees."""
         return jnp.asarray(z)
 
@@ -93,10 +95,13 @@ class KL(Codec):
             latents = latents + jnp.exp(0.5 * z.log_variance) * noise
         return net.to_latents(latents) if scaled else latents
 
-    def decode(self, params: Mapping[str, Any], z: Array) -> Array:
+    def decode(
+        self, params: Mapping[str, Any], z: Array, numbers: Sequence[int] | None = None
+    ) -> Array:
         """Images [B, H, W, 3], clipped to [-1, 1], float32, of scaled latents.
 
-        What overflows in half precision is decoded again in float32, with a warning.
+        What overflows in half precision is decoded again in float32, with a warning. Errors call
+        the images by ``numbers``.
 
         Raises:
           FloatingPointError: an image is not finite, though its latents are.
@@ -113,7 +118,7 @@ class KL(Codec):
             weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), weights)
             images = tiles.decode(net, weights, net.from_latents(z), self._tiling)
         images = np.asarray(images, np.float32)
-        check_finite(images, "the autoencoder made of finite latents")
+        check_finite(images, "the autoencoder made of finite latents", numbers)
         return jnp.clip(images, -1, 1)
 
     def decode_all(self, params: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
@@ -121,7 +126,8 @@ class KL(Codec):
         flat, parts = np.asarray(z, np.float32).reshape(-1, *z.shape[-3:]), []
         for start in range(0, len(flat), BATCH):
             index = np.minimum(np.arange(start, start + BATCH), len(flat) - 1)
-            parts.append(np.asarray(self.decode(params, flat[index]))[: len(flat) - start])
+            images = self.decode(params, flat[index], index)
+            parts.append(np.asarray(images)[: len(flat) - start])
         images = np.concatenate(parts)
         return images.reshape(*z.shape[:-3], *images.shape[1:])
 
@@ -138,7 +144,7 @@ def check_finite(x: np.ndarray, what: str, numbers: Sequence[int] | None = None)
         listed = ", ".join(map(str, named[:8])) + (", ..." if len(bad) > 8 else "")
         raise FloatingPointError(
             f"{what} values that are not finite: {len(bad)} of {len(x)}, numbers {listed}. Damaged "
-            "or diverged parameters, strong guidance or float16 may be why; nothing is written"
+            "or diverged parameters, strong guidance or float16 may be why"
         )
 
 

@@ -112,7 +112,8 @@ class Labels(Conditioner):
         if isinstance(subject, str) and subject in self.names:
             return self.names.index(subject)
         number = int(subject) if isinstance(subject, str) and subject.isdecimal() else subject
-        if isinstance(number, (str, bool)) or number != int(number):
+        number = number if isinstance(number, (int, float, np.number)) else str(number)
+        if isinstance(number, (str, bool)) or not np.isfinite(number) or number != int(number):
             known = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
             raise ValueError(
                 f"there is no class {subject!r}; choose 0..{self.count - 1}"

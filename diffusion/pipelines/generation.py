@@ -20,7 +20,7 @@ from diffusion.evaluation.figures import to_uint8
 from diffusion.pipelines import guidance as guidances
 from diffusion.pipelines import request as requests
 from diffusion.pipelines import samplers, tasks
-from diffusion.pipelines.codec import folded
+from diffusion.pipelines.codec import check_finite, folded
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.draw import Inputs
 from diffusion.pipelines.drawer import Drawer
@@ -132,7 +132,8 @@ class Generation:
         for index, latents in parts:
             if self._refiner is not None:
                 latents = self._refine(weights, index, latents)
-            for i, image in zip(index, np.asarray(codec.decode(weights, latents))):
+            images = np.asarray(codec.decode(weights, latents, index))
+            for i, image in zip(index, images):
                 yield int(i), self._pasted(image)
 
     def _pasted(self, image: np.ndarray) -> np.ndarray:
@@ -143,10 +144,10 @@ class Generation:
         if self.task != "repaint" or not self.request.paste:
             return image
         mask = self.given["mask"]
-        width = self.pipeline.codec.factor / 2
-        if width > 1:
-            blurred = ndimage.gaussian_filter(mask, (width, width, 0), mode="nearest")
-            mask = mask * np.clip(2 * blurred - 1, 0, 1)
+        if not mask.all():
+            inside = ndimage.distance_transform_edt(mask[..., 0])[..., None]
+            width = min(max(self.pipeline.codec.factor / 2, 1), inside.max())
+            mask = np.clip(inside / width, 0, 1).astype(np.float32)
         return mask * image + (1 - mask) * self.given["image"]
 
     def _inputs(
@@ -177,7 +178,9 @@ class Generation:
         subjects = [self.subjects[i] for i in index]
         cond, null = drawer.conditioning(weights, subjects, request.negative)
         cond, null = self._micro(drawer.pipeline, cond, null)
-        return drawer.batch(weights, keys, tasks.continued(cond, null, latents))
+        x = drawer.batch(weights, keys, tasks.continued(cond, null, latents))
+        check_finite(x, "the refiner gave", index)
+        return x
 
     def _micro(
         self, pipeline: Pipeline, cond: Conditioning, null: Conditioning | None
@@ -247,7 +250,7 @@ def generate(
     if prompt is None:
         subjects: list[Subject] = list(pipeline.conditioner.suggestions) or [0]
     else:
-        subjects = [prompt] if isinstance(prompt, (str, int)) else list(prompt)
+        subjects = [prompt] if isinstance(prompt, (str, int, np.integer)) else list(prompt)
     if isinstance(guidance, (int, float)):
         guidance = (f"cfg({guidance})",)
     request = Request(

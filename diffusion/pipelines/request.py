@@ -161,6 +161,14 @@ def size(pipeline: Pipeline, request: Request, task: str) -> tuple[int, int]:
 
 def pictures(pipeline: Pipeline, request: Request, size: tuple[int, int]) -> dict[str, np.ndarray]:
     given = {}
+    if request.image is not None and request.mask is not None:
+        sides = [picture_files.fitting_size(p, 1) for p in (request.image, request.mask)]
+        (h, w), (mask_h, mask_w) = sides
+        if abs(h * mask_w - w * mask_h) > 0.02 * w * mask_h:
+            raise ValueError(
+                f"mask: it has {mask_h} x {mask_w} pixels and the picture {h} x {w}, other "
+                "proportions, so that they do not lie on each other"
+            )
     if request.image is not None:
         with field(f"image={request.image!r}"):
             given["image"] = picture_files.read_image(

@@ -95,6 +95,11 @@ def repainted(
     mask = jnp.broadcast_to(jnp.asarray(mask) >= 0.5, (*images.shape[:3], 1)).astype(jnp.float32)
     factor, extra = pipeline.codec.factor, pipeline.extra_channels
     small = mask[:, ::factor, ::factor]  # nearest neighbour
+    if not np.asarray(small).any():
+        raise ValueError(
+            f"the mask's white part misses every latent, one for {factor} x {factor} pixels: "
+            "nothing would be painted; make it larger"
+        )
     picture, kept = pipeline.codec.encode(params, images, keys), None
     if extra == picture.shape[-1] + 1:
         masked = pipeline.codec.encode(params, images * (1 - mask), folded(keys, MASKED))

@@ -128,7 +128,7 @@ def check(field: str, value: Any, default: Any, what: str) -> None:
     """Raises ValueError for a value of another type than the default's, or of an absurd size."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     known = default[:1] if isinstance(default, (list, tuple)) else [default]
-    if len(entries) > MOST or (isinstance(default, (bool, str)) and isinstance(value, list)):
+    if len(entries) > MOST or (isinstance(default, str) and isinstance(value, (list, tuple))):
         raise ValueError(f"{field}={value!r:.200}: {what} takes no such list")
     limit = MOST if "layers" in field or "depth" in field else LARGEST
     for entry in entries:

@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
         what = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         raise ValueError(f"{path} is not JSON: {what}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, found {type(content).__name__}")
+        raise ValueError(f"{path} should hold a JSON object, found {content!r:.60}")
     return content
 
 

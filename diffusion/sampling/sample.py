@@ -74,8 +74,8 @@ def sample(
       solver: the table.
       keys: [B] typed keys (``image_keys``).
       x_init: [B, *shape] where to start instead of noise; it must be at ``solver.level[0]``.
-      noises: [R + 1, B, *shape] standard normal numbers to use instead of drawing: the initial
-        noise and each row's.
+      noises: [R + 1 or more, B, *shape] standard normal numbers to use instead of drawing: the
+        initial noise and each row's.
       corrector: applied to x after each row but the last, at the next row's level: predictor-
         corrector sampling, with a solver of one evaluation per step (``langevin``) and a denoiser
         without memory. Row r's keys are fold r of each image's fold 2^31.
@@ -98,8 +98,9 @@ def sample(
     size = (len(keys), *shape)
     if x_init is not None and x_init.shape != size:
         raise ValueError(f"x_init must have shape {size}, got {x_init.shape}")
-    if noises is not None and noises.shape != (whole := (solver.evaluations + 1, *size)):
-        raise ValueError(f"noises must have shape {whole}, got {noises.shape}")
+    least = solver.evaluations + 1
+    if noises is not None and (noises.shape[1:] != size or len(noises) < least):
+        raise ValueError(f"noises must have shape {(least, *size)}, got {noises.shape}")
 
     init, step, _ = remembering(denoise)
     dtype = jnp.result_type(float)

@@ -83,7 +83,18 @@ def test_what_a_mask_leaves_black_is_the_pictures_own(stable_diffusion, tmp_path
     known, original = mask == 0, np.asarray(image, np.int32)
     np.testing.assert_array_equal(out[True][known], original[known])
     assert np.abs(out[False] - original)[known].mean() > 1
-    np.testing.assert_array_equal(out[True][6:10, 6:10], out[False][6:10, 6:10])
+    np.testing.assert_array_equal(out[True][4:12, 4:12], out[False][4:12, 4:12])
+    dot = np.zeros((16, 16), np.uint8)
+    dot[4:6, 4:6] = 255  # one latent
+    small = given | {"mask": Image.fromarray(dot)}
+    painted = np.asarray(generate(pipeline, params, "a cat", **small)[0], np.int32)
+    assert np.abs(painted - original)[4:6, 4:6].max() > 1
+    with pytest.raises(ValueError, match="misses every latent"):
+        dot[:] = 0
+        dot[5, 5] = 255
+        generate(pipeline, params, "a cat", **given | {"mask": Image.fromarray(dot)})
+    with pytest.raises(ValueError, match="other proportions"):
+        generate(pipeline, params, "a cat", **given | {"mask": Image.fromarray(mask[:8])})
     with pytest.raises(ValueError, match="paste=False is for a mask"):
         generate(pipeline, params, "a cat", paste=False)
     with pytest.raises(ValueError, match="fit='pad' is for a picture"):

@@ -127,7 +127,7 @@ def test_errors():
     x, keys = jnp.zeros((2, 1)), image_keys(0, range(2))
     with pytest.raises(ValueError, match="steps >= 1"):
         langevin(GAUSSIAN, x, LEVEL, keys, steps=0)
-    with pytest.raises(ValueError, match="snr > 0"):
+    with pytest.raises(ValueError, match="0 < snr"):
         annealed_langevin(GAUSSIAN, x, LEVEL, keys, snr=0.0)
     remembers = Stateful(lambda x: 0, lambda x, level, memory: (MIXTURE(x, level), memory))
     with pytest.raises(ValueError, match="has a memory"):
