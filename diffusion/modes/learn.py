@@ -18,6 +18,7 @@ from diffusion.pipelines import draw
 from diffusion.sampling.solvers.table_file import save
 from diffusion.sampling.student import Learned, Lessons, Student, coefficients
 from diffusion.sampling.tables import Solver
+from diffusion.schedules import Schedule
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -89,7 +90,7 @@ def _learn_one(
         for name, table in tables.items()
     }
     ranked = sorted(errors, key=errors.get)
-    start = next(name for name in ranked if _can_start(tables[name], n))
+    start = next(name for name in ranked if _can_start(tables[name], n, schedule))
     result = student.learn(
         schedule,
         tables[start],
@@ -132,16 +133,16 @@ def _fixed(model: Drawing, n: int) -> dict[tuple[str, str], Solver]:
             if not convergence.deterministic(table):
                 raise ValueError(f"config.learn.against: {solver!r} must be deterministic")
             tables[solver, grid] = table
-    if not any(_can_start(table, n) for table in tables.values()):
+    if not any(_can_start(table, n, model.pipeline.schedule) for table in tables.values()):
         raise ValueError(
             "config.learn.against needs ddim, dpmpp_2m or dpmpp_3m, from which learning starts"
         )
     return tables
 
 
-def _can_start(table: Solver, n: int) -> bool:
+def _can_start(table: Solver, n: int, schedule: Schedule) -> bool:
     try:
-        coefficients(table)
+        coefficients(table, schedule)
     except ValueError:
         return False
     return table.evaluations == n

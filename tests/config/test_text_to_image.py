@@ -74,7 +74,7 @@ def test_a_run_leaves_pictures_of_held_out_captions(config, tmp_path):
     codec, params = latents.codec(c.data.autoencoder)
     decoded = np.asarray(codec.decode(params, drawn["x"]))
     np.testing.assert_allclose(drawn["image"], decoded.clip(-1, 1), atol=1e-5)
-    image = Image.open(tmp_path / "samples" / "000001.png")
+    image = Image.open(newest(tmp_path / "samples") / "pictures" / "000001.png")
     assert image.size == (8, 8) and image.text["caption"] == "blue sea"
     assert image.text["negative"] == "black"
 

@@ -72,7 +72,7 @@ def models(tmp_path_factory):
         up_block_types=("UpBlock2D",) * 2,
     )
     diffusers.DDPMPipeline(pixels, diffusers.DDPMScheduler()).save_pretrained(root / "ddpm")
-    Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(root / "picture.png")
+    Image.fromarray(np.full((16, 16, 3), 190, np.uint8)).save(root / "picture.png")
     return root
 
 

@@ -60,7 +60,7 @@ def test_sweep(config, tmp_path):
 
 
 def test_learned_solvers_are_drawn_with(config, tmp_path):
-    with pytest.raises(ValueError, match=r"config\.samples\.prompt is empty"):
+    with pytest.raises(ValueError, match=r"config\.samples\.prompt is not given"):
         learn.run(config, str(tmp_path))
     config.samples.prompt = "a red cat"
     learn.run(config, str(tmp_path))
