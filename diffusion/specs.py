@@ -142,6 +142,8 @@ def parse(
 ) -> tuple[str, list[Any], dict[str, Any]]:
     """The name, the positional arguments and the options in ``text``, as ``value`` reads it."""
     inner = functions if inner is None else inner
+    if not isinstance(text, str):
+        raise ValueError(f"{field}={text!r}: expected a text, a name or name(option=value)")
     try:
         if not _short(text):
             raise SyntaxError
