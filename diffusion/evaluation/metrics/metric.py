@@ -1,15 +1,17 @@
-"""What metrics are given: real examples, and samples."""
+"""What a metric is, and what it is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion.data import densities
 from diffusion.data.sources import Source
-from diffusion.errors import check_range
+from diffusion.evaluation.networks.network import Network
+from diffusion.evaluation.sets import Set
 
 
 class Data(NamedTuple):
@@ -26,52 +28,48 @@ class Drawn(NamedTuple):
     subjects: Sequence[Any]
 
 
-Draw = Callable[[], Drawn]
-Metric = Callable[[Any, Any, Data, Draw], dict[str, Any]]
+class Judged(NamedTuple):
+    """What a metric is given.
 
-
-def checked(drawn: Drawn, data: Data) -> np.ndarray:
-    """The samples, if there are at least two, finite, of the data's shape, each with a subject."""
-    x, shape = np.asarray(drawn.x, np.float32), data.held_out.shape
-    if len(x) < 2 or x.shape[1:] != shape:
-        raise ValueError(
-            f"expected at least two samples [N, {', '.join(map(str, shape))}], got {x.shape}"
-        )
-    if len(drawn.subjects) != len(x):
-        raise ValueError(
-            f"expected a subject for each of the {len(x)} samples, got {len(drawn.subjects)}"
-        )
-    if not np.isfinite(x).all():
-        bad = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())
-        raise ValueError(f"{bad} of {len(x)} samples contain NaN or infinity")
-    return x
-
-
-def of_points(name: str, distance: Callable[[np.ndarray, np.ndarray], float], seed: int) -> Metric:
-    """``distance`` to fresh points of the density, beside real points against real ones.
-
-    ``seed`` draws the fresh points, and must differ from that of the training data.
+    Attributes:
+      samples: as the metric's network sees them; None for a metric that needs none.
+      real: the name of real examples -> the same of them: "test" (held out), "train", the path of
+        a reference; "" are those of the config.
+      network: the metric's network, or None.
+      pipeline, params, data: the model and its real examples; None for samples from a file.
+      folder: where pictures may be left, or None.
     """
-    check_range("seed", seed, 0)
 
-    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
-        x = checked(draw(), data)
-        fresh = densities.sample(data.held_out.name, 2 * len(x), np.random.default_rng(seed))
-        real, other = fresh[: len(x)], fresh[len(x) :]
-        return {name: distance(x, real), f"{name}_real": distance(other, real)}
+    samples: Set
+    real: Callable[[str], Set]
+    network: Network | None = None
+    pipeline: Any = None
+    params: Any = None
+    data: Data | None = None
+    folder: Path | None = None
 
-    return measure
-
-
-def seen(pipeline: Any, params: Any, x: np.ndarray) -> np.ndarray:
-    """Examples as the network sees them: encoded, unless they are so already."""
-    if x.shape[1:] == pipeline.shape:
-        return x
-    return np.asarray(pipeline.codec.encode(params, x))
+    def name(self, figure: str) -> str:
+        """A figure's name with that of the network: "fid" -> "fid_inception2015"."""
+        return f"{figure}_{self.network.name}"
 
 
-def shown(pipeline: Any, params: Any, x: np.ndarray) -> np.ndarray:
-    """Examples as they can be shown: decoded, where they are what the network sees."""
-    if pipeline.codec.factor == 1 or x.shape[1:] != pipeline.shape:
-        return x
-    return pipeline.codec.decode_all(params, x)
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A metric, which takes figures from the features of one network.
+
+    Attributes:
+      measure: gives the figures, {name: what JSON can hold}. A figure of real data that stands
+        beside another has its name with "_real", half the width of a 95 % interval "_ci".
+      outputs: of the network, that it needs of the samples; empty if it needs no samples.
+      network: None is the one that the config names.
+      most: examples that it needs of the samples, 0 being all.
+      only: the name of the network that the metric is defined for; "" is any.
+      references: names of the real examples that it needs, which are looked for first.
+    """
+
+    measure: Callable[[Judged], dict[str, Any]]
+    outputs: tuple[str, ...] = ("features",)
+    network: Network | None = None
+    most: int = 0
+    only: str = ""
+    references: tuple[str, ...] = ()
