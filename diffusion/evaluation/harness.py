@@ -1,46 +1,303 @@
-"""Judging a pipeline by metrics, all of them on the same samples."""
+"""Judging samples by metrics: one pass over the samples, whose features all metrics share."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from diffusion import specs
-from diffusion.errors import field, wrong_types
-from diffusion.evaluation import metrics
+import numpy as np
+from tqdm import tqdm
+
+from diffusion import errors, specs
+from diffusion.evaluation import metrics, networks, references
+from diffusion.evaluation.figures import to_uint8
 from diffusion.evaluation.metrics import bits
-from diffusion.evaluation.metrics.metric import Data, Drawn, Metric
+from diffusion.evaluation.metrics.metric import ENDINGS, Data, Judged, Metric, Samples, shown
+from diffusion.evaluation.networks.network import Network, pixels
+from diffusion.evaluation.sets import Set, of_source
+from diffusion.evaluation.shards import SAMPLES, SHAPE, Shards
+from diffusion.specs import unknown
 
 AUTO = "auto"
+SHARD = 1000
+PIXELS = pixels()
+SPLITS = ("test", "train")
 
 
-def make(given: str | Sequence[str], pipeline: Any, name: str = "metrics") -> dict[str, Metric]:
-    """Metrics by their specs, of ``metrics.CHOICES``; "auto" are those that need nothing but the
-    data of the pipeline that is to be judged. ``name`` is what errors call the specs."""
-    if given == AUTO:
-        text = pipeline.conditioner.subject == "text"
-        given = ("caption_gap()", "retrieval()", "nearest()") if text else pipeline.view.metrics
-    with field(f"{name}={given!r}"), wrong_types():
-        made = specs.values(given, metrics.CHOICES, name, bits.CHOICES)
-    return dict(zip(specs.texts(given), made))
+def network(given: str, name: str = "features") -> Network | None:
+    """The feature network of a spec, of ``networks.CHOICES``; None of ""."""
+    if not given:
+        return None
+    with errors.wrong_types():
+        return specs.value(given, networks.CHOICES, name)
 
 
-def evaluate(
-    chosen: Mapping[str, Metric], pipeline: Any, params: Any, data: Data, draw: Callable[[], Drawn]
-) -> dict[str, Any]:
-    """The figures of all metrics, by name.
+def make(
+    given: str | Sequence[str],
+    pipeline: Any,
+    name: str = "metrics",
+    default: Network | None = None,
+) -> dict[str, Metric]:
+    """Metrics by their specs, of ``metrics.CHOICES``.
 
-    ``draw`` makes the samples; it is called once, and only if a metric needs them.
+    Args:
+      given: specs; "auto" are those that need nothing but the data of the pipeline.
+      pipeline: that is to be judged; None of samples from a file.
+      name: what errors call the specs.
+      default: the network of metrics that name none.
+
+    Raises:
+      ValueError: a metric's network is not there, or not the one that it is defined for; a metric
+        needs the model, and there is only a file.
     """
-    once, figures = cache(draw), {}
-    for spec, metric in chosen.items():
-        with field(spec):
-            found = metric(pipeline, params, data, once)
-        if both := figures.keys() & found.keys():
-            raise ValueError(f"two metrics give the figure {sorted(both)[0]}")
-        figures |= found
-    return figures
+    if given == AUTO:
+        text = pipeline is not None and pipeline.conditioner.subject == "text"
+        given = () if pipeline is None else pipeline.view.metrics
+        given = ("caption_gap()", "retrieval()", "memorisation()") if text else given
+    inner = networks.CHOICES | bits.CHOICES
+    with errors.field(f"{name}={given!r}"), errors.wrong_types():
+        made = dict(
+            zip(specs.texts(given), specs.values(given, metrics.CHOICES, name, inner), strict=True)
+        )
+        return {spec: _complete(spec, metric, default, pipeline) for spec, metric in made.items()}
+
+
+def _complete(spec: str, metric: Metric, default: Network | None, pipeline: Any) -> Metric:
+    if not metric.outputs:
+        if pipeline is None:
+            raise ValueError(f"{spec} is of a model, and there are only samples from a file")
+        return metric
+    chosen = metric.network or default
+    like = metric.only or 'dinov2("FOLDER")'
+    if chosen is None:
+        example = 'inception("FILE")' if metric.only.startswith("inception") else like
+        raise ValueError(
+            f"{spec} needs a feature network: config.evaluation.features={example!r}, or as an "
+            f"argument of the metrics that have one; there are {', '.join(networks.CHOICES)}"
+        )
+    if metric.only and chosen.name != metric.only:
+        raise ValueError(f"{spec} is defined for the network {metric.only}, not {chosen.name}")
+    for output in metric.outputs:
+        if output not in chosen.outputs:
+            raise unknown(f"{spec}: output of {chosen.name}", output, chosen.outputs)
+    return replace(metric, network=chosen)
+
+
+class Need(NamedTuple):
+    """A network, those of its outputs that are needed, and of how many samples; 0 is all."""
+
+    network: Network
+    outputs: tuple[str, ...]
+    most: int
+
+    def joined(self, other: Need) -> Need:
+        """What serves both."""
+        outputs = tuple(dict.fromkeys([*other.outputs, *self.outputs]))
+        most = max(self.most, other.most) if self.most and other.most else 0
+        return Need(self.network, outputs, most)
+
+    def count(self, samples: Samples) -> int:
+        """Of how many samples."""
+        return min(self.most or samples.count, samples.count)
+
+
+@dataclass(eq=False)
+class Harness:
+    """Judges samples of one model, or of files, against the same real examples.
+
+    Attributes:
+      metrics: of ``make``.
+      pipeline: the model; None for samples from files.
+      data: gives the real examples, if they are needed.
+      reference: the real examples of metrics that name none: "test" (held out), "train", or the
+        path of a reference.
+    """
+
+    metrics: Mapping[str, Metric]
+    pipeline: Any = None
+    data: Callable[[], Data] | None = None
+    reference: str = "test"
+    _real: dict[tuple[str, str], Set] = field(default_factory=dict)
+
+    @cached_property
+    def _needs(self) -> dict[str, Need]:
+        """What samples must be seen by, by the network's key."""
+        needs: dict[str, Need] = {}
+        for metric in self.metrics.values():
+            wanted = [Need(metric.network, metric.outputs, metric.most)] if metric.outputs else []
+            wanted += [Need(PIXELS, ("features",), 0)] if metric.pictures else []
+            for need in wanted:
+                key = need.network.key
+                needs[key] = need.joined(needs[key]) if key in needs else need
+        return needs
+
+    def evaluate(
+        self,
+        samples: Samples | None,
+        params: Any = None,
+        *,
+        shard: int = SHARD,
+        store: Path | None = None,
+        keep: str = "",
+        folder: Path | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> dict[str, Any] | None:
+        """The figures of all metrics by name, and "provenance": what each depends on.
+
+        Args:
+          samples: what is judged; None if no metric needs any.
+          params: of the pipeline.
+          shard: samples that are judged at a time; figures do not depend on it.
+          store: a folder that keeps the shards' features until the figures are there, so that
+            another call goes on where this one stopped.
+          keep: "samples": also the samples stay there, as uint8 pictures in ADM's format, so that
+            other metrics need not draw them again; "features": what is there stays.
+          folder: where metrics leave pictures.
+          part: (i, n): only shards i, i + n, i + 2 n, ... are made here.
+
+        Returns:
+          None if shards of other parts are missing still.
+
+        Raises:
+          ValueError, FileNotFoundError: a metric's real examples or samples do not fit.
+        """
+        needs, shards = self._needs, Shards(shard, store)
+        if needs and (samples is None or samples.count < 2):
+            raise ValueError(f"expected two samples at least, got {samples and samples.count}")
+        for spec, metric in self.metrics.items():
+            with errors.field(spec):
+                for name in metric.references:
+                    self.real(name, metric.network, params)  # before hours are spent on samples
+        if needs:
+            self._collect(samples, params, shards, keep, part)
+            if any(shards.missing(key, need.count(samples)) for key, need in needs.items()):
+                return None
+        figures: dict[str, Any] = {}
+        provenance = {}
+        for spec, metric in self.metrics.items():
+            own = self._set(samples, metric, shards) if metric.outputs else None
+            real = partial(self.real, net=metric.network, params=params)
+            model = (self.pipeline, params, self.data)
+            with errors.field(spec):
+                found = metric.measure(Judged(own, real, metric.network, *model, folder))
+            if both := figures.keys() & found.keys():
+                raise ValueError(f"two metrics give the figure {sorted(both)[0]}")
+            figures |= found
+            provenance[spec] = {"figures": list(found)} | self._about(metric, own, params)
+        if not keep:
+            shards.remove([*needs, SAMPLES, SHAPE])
+        return figures | {"provenance": provenance}
+
+    def real(self, name: str, net: Network, params: Any = None) -> Set:
+        """Real examples as a network sees them, computed once: see ``Judged.real``."""
+        name = name or self.reference
+        if (name, net.key) not in self._real:
+            if name in SPLITS:
+                if self.data is None:
+                    raise ValueError(f"there are no {name} examples; name a reference's file")
+                source = self.data()[SPLITS[::-1].index(name)]
+                show = partial(shown, self.pipeline, params)
+                made = of_source(source, net, self._needs[net.key].outputs, show, name)
+            else:
+                made = references.read(name, net)
+            self._real[name, net.key] = made
+        return self._real[name, net.key]
+
+    def _collect(
+        self, samples: Samples, params: Any, shards: Shards, keep: str, part: tuple[int, int]
+    ) -> None:
+        """Fills this part's shards."""
+        starts = list(range(0, samples.count, shards.size))[part[0] :: part[1]]
+        shown_bar = sys.stderr.isatty() and len(starts) > 1
+        for first in tqdm(starts, "judging", unit="shard", disable=not shown_bar):
+            number, end = first // shards.size, min(first + shards.size, samples.count)
+            lacking = [
+                need
+                for key, need in self._needs.items()
+                if shards.rows(key, number) < min(end, need.count(samples)) - first
+            ]
+            kept = shards.rows(SAMPLES, number) >= end - first
+            if not lacking and (kept or keep != SAMPLES):
+                continue
+            subjects = list(samples.subjects[first:end]) or [None] * (end - first)
+            x = shards.read(SAMPLES, number)["arr_0"] if kept else samples.draw(first, end)
+            x = self._checked(x[: end - first], subjects, params)
+            if keep == SAMPLES and not kept:
+                x = to_uint8(x) if x.dtype != np.uint8 and _pictures(x.shape) else x
+                labels = {} if subjects[0] is None else {"arr_1": np.array(subjects)}
+                shards.write(SAMPLES, number, {"arr_0": x} | labels)
+            for need in lacking:
+                last = min(end, need.count(samples)) - first
+                values = need.network(x[:last], subjects[:last], need.outputs)
+                shards.write(need.network.key, number, values)
+            shape = {"shape": np.array(x.shape[1:]), "rounded": np.array([x.dtype == np.uint8])}
+            shards.write(SHAPE, 0, shape)
+
+    def _checked(self, x: np.ndarray, subjects: Sequence[Any], params: Any) -> np.ndarray:
+        """Samples that are finite, of the real examples' shape, each with a subject."""
+        x = np.asarray(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)
+        for (name, _), real in self._real.items():
+            place = slice(0, 2) if _pictures(x.shape) and _pictures((1, *real.shape)) else slice(9)
+            if real.shape and real.shape[place] != x.shape[1:][place]:
+                expected = ", ".join(map(str, real.shape))
+                raise ValueError(
+                    f"expected samples [N, {expected}], as the real examples of {name} are, got "
+                    f"{x.shape}"
+                )
+        if len(subjects) != len(x):
+            raise ValueError(
+                f"expected a subject for each of the {len(x)} samples, got {len(subjects)}"
+            )
+        if x.dtype != np.uint8 and not np.isfinite(x).all():
+            bad = int((~np.isfinite(x)).reshape(len(x), -1).any(1).sum())
+            raise ValueError(f"{bad} of {len(x)} samples contain NaN or infinity")
+        clipped = x.dtype != np.uint8 and _pictures(x.shape)
+        return x.clip(-1, 1) if clipped else x
+
+    def _set(self, samples: Samples, metric: Metric, shards: Shards) -> Set:
+        """The samples as a metric's network sees them."""
+        shape = tuple(shards.read(SHAPE, 0)["shape"].tolist())
+        count, key = self._needs[metric.network.key].count(samples), metric.network.key
+        examples = None
+        if metric.pictures:
+
+            def examples(index: np.ndarray) -> np.ndarray:
+                number = index // shards.size
+                rows = [
+                    shards.read(PIXELS.key, k)["features"][i - k * shards.size]
+                    for k, i in zip(number, index)
+                ]
+                return np.stack(rows).reshape(-1, *shape)
+
+        return Set(
+            samples.name,
+            count,
+            lambda output: shards.chunks(key, output, count),
+            samples.subjects[:count],
+            {"checksum": samples.checksum, "rounded": bool(shards.read(SHAPE, 0)["rounded"][0])},
+            shape=shape,
+            examples=examples,
+        )
+
+    def _about(self, metric: Metric, own: Set | None, params: Any) -> dict[str, Any]:
+        """What the figures of a metric depend on, which must agree where they are compared."""
+        about: dict[str, Any] = {} if metric.network is None else dict(metric.network.about)
+        if own is not None:
+            about["quantised"] = about["quantised"] or own.about["rounded"]
+            about |= {"count": own.count, "resolution": list(own.shape), "samples": own.name}
+            about["samples_checksum"] = own.about["checksum"]
+        real = [self.real(name, metric.network, params) for name in metric.references]
+        listed = [{"name": r.name, "count": r.count} | dict(r.about) for r in real]
+        return about | {"reference": listed[0] if len(listed) == 1 else listed or None}
+
+
+def _pictures(shape: Sequence[int]) -> bool:
+    """Whether examples [N, ...] of a shape are pictures."""
+    return len(shape) == 4 and shape[-1] in (1, 3)
 
 
 def lines(figures: Mapping[str, Any]) -> list[str]:
@@ -49,8 +306,11 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
     for name, figure in figures.items():
         if isinstance(figure, Mapping) and "bits_per_dim" in figure:
             text += [f"{name}: {line}" for line in lines(figure)]
-        elif isinstance(figure, float) and not name.endswith("_real"):
-            real = figures.get(f"{name}_real")
+        elif isinstance(figure, str) and name.endswith("_note"):
+            text.append(f"note: {figure}")
+        elif isinstance(figure, float) and not name.endswith(ENDINGS):
+            real, ci = figures.get(f"{name}_real"), figures.get(f"{name}_ci")
+            spread = f" ± {ci:.2g}" if isinstance(ci, float) else ""
             beside = f" (real data {real:.4g})" if isinstance(real, float) else ""
-            text.append(f"{name}: {figure:.4g}{beside}")
+            text.append(f"{name}: {figure:.4g}{spread}{beside}")
     return text

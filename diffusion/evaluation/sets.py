@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from diffusion.data.sources import Source, affordable
 from diffusion.evaluation.moments import Moments, moments
+from diffusion.evaluation.networks.network import Network
 
 CHUNK = 1000
 
@@ -26,6 +29,8 @@ class Set:
       subjects: class, caption or prompt of each example; empty if not known.
       about: what figures depend on besides the network, such as a checksum and the resolution.
       known: output -> its moments, where they are known without the features.
+      shape: of one example; empty if not known.
+      examples: indices -> examples [B, *shape] to show; None if they were not kept.
     """
 
     name: str
@@ -34,6 +39,8 @@ class Set:
     subjects: Sequence[Any] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
     known: Mapping[str, Moments] = MappingProxyType({})
+    shape: tuple[int, ...] = ()
+    examples: Callable[[np.ndarray], np.ndarray] | None = None
 
     @cached_property
     def _moments(self) -> dict[str, Moments]:
@@ -56,7 +63,7 @@ class Set:
         return np.concatenate(parts)
 
     def subset(self, index: np.ndarray) -> Set:
-        """Of the examples ``index``, in order."""
+        """Of the examples ``index``, which are sorted."""
 
         def chunks(output: str) -> Iterator[np.ndarray]:
             start = 0
@@ -67,14 +74,59 @@ class Set:
                     yield chunk[own]
 
         subjects = [self.subjects[i] for i in index] if self.subjects else ()
-        return Set(self.name, len(index), chunks, subjects, self.about)
+        examples = self.examples and (lambda i: self.examples(index[i]))
+        about = self.about
+        return Set(self.name, len(index), chunks, subjects, about, {}, self.shape, examples)
 
 
-def of_arrays(name: str, arrays: Mapping[str, np.ndarray], subjects: Sequence[Any] = ()) -> Set:
+def of_arrays(
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    subjects: Sequence[Any] = (),
+    about: Mapping[str, Any] = MappingProxyType({}),
+    shape: tuple[int, ...] = (),
+) -> Set:
     """A set whose outputs are in memory."""
 
     def chunks(output: str) -> Iterator[np.ndarray]:
         x = arrays[output]
         return (x[i : i + CHUNK] for i in range(0, len(x), CHUNK))
 
-    return Set(name, len(next(iter(arrays.values()))), chunks, subjects)
+    count = len(next(iter(arrays.values())))
+    return Set(name, count, chunks, subjects, about, shape=shape)
+
+
+def of_source(
+    source: Source,
+    net: Network,
+    outputs: Sequence[str],
+    show: Callable[[np.ndarray], np.ndarray],
+    split: str,
+) -> Set:
+    """Real examples as a network sees them, whose outputs stay in memory.
+
+    Of a set whose pixels would take more than 2 GiB, as many as fit, evenly spread.
+
+    Args:
+      source: the examples.
+      net, outputs: the network, and its outputs that are needed.
+      show: examples as the source has them -> as they are judged.
+      split: for the name.
+    """
+    source, parts, labels = affordable(source), [], []
+    digest, shape = hashlib.sha256(), ()
+    for first in range(0, len(source), CHUNK):
+        index = np.arange(first, min(first + CHUNK, len(source)))
+        batch = source.read(index)
+        x = show(batch["x"])
+        shape = x.shape[1:]
+        digest.update(np.ascontiguousarray(batch["x"]).data)
+        own = [source.captions[i] for i in index] if source.captions else [None] * len(index)
+        own = batch["label"].tolist() if "label" in batch else own
+        labels += own
+        parts.append(net(x, own, outputs))
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in outputs}
+    about = {"checksum": digest.hexdigest()[:16]}
+    subjects = labels if labels[0] is not None else ()
+    made = of_arrays(f"{source.name} {split}", arrays, subjects, about, shape)
+    return replace(made, examples=lambda index: show(source.read(np.asarray(index))["x"]))

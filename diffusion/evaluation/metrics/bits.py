@@ -19,7 +19,7 @@ from diffusion.data.sources import Source
 from diffusion.denoiser import ConditionalDenoise
 from diffusion.errors import check_range
 from diffusion.evaluation.metrics.bound import variational_bound
-from diffusion.evaluation.metrics.metric import Data, Draw, Metric
+from diffusion.evaluation.metrics.metric import Judged, Metric
 from diffusion.levels import Array, NoiseLevel
 from diffusion.sampling import grids, likelihood
 from diffusion.sampling.sample import image_keys
@@ -206,14 +206,15 @@ def metric(estimator: Estimator, count: int = 500, batch_size: int = 100, seed: 
     check_range("batch_size", batch_size, 1)
     check_range("seed", seed, 0)
 
-    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
+    def measure(judged: Judged) -> dict[str, Any]:
+        pipeline, data = judged.pipeline, judged.data()
         check(pipeline)
         splits = {"held_out": data.held_out, "train": data.train}
         result = evaluate_bits(
             estimator,
             pipeline.denoiser,
             pipeline.schedule,
-            params,
+            judged.params,
             splits,
             count=count,
             batch_size=batch_size,
@@ -229,7 +230,7 @@ def metric(estimator: Estimator, count: int = 500, batch_size: int = 100, seed: 
                     numbers["nats_of_the_density"] = float(-known.mean())
         return {f"bits_{name}": numbers for name, numbers in result.items()}
 
-    return measure
+    return Metric(measure, outputs=())
 
 
 def check(pipeline: Any) -> None:

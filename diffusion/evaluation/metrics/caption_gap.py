@@ -12,7 +12,7 @@ import numpy as np
 from diffusion import specs
 from diffusion.data.sources import Batch, Source, affordable
 from diffusion.errors import check_range
-from diffusion.evaluation.metrics.metric import Data, Draw, Metric, seen
+from diffusion.evaluation.metrics.metric import Judged, Metric, seen
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.objective import Context
 from diffusion.objectives.times import CHOICES, TimeDistribution, uniform
@@ -124,11 +124,11 @@ def metric(times: str = "uniform", draws: int = 8) -> Metric:
     chosen = specs.function(times, CHOICES, "times")
     chosen(np.full(1, 0.5), RectifiedFlow())  # its options are checked in the call
 
-    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
-        source = affordable(data.held_out)
+    def measure(judged: Judged) -> dict[str, Any]:
+        source = affordable(judged.data().held_out)
         if len(set(source.captions)) < 2:
             raise ValueError("caption_gap needs two different held-out captions at least")
-        found = caption_gap(pipeline, params, source, times=chosen, draws=draws)
+        found = caption_gap(judged.pipeline, judged.params, source, times=chosen, draws=draws)
         return {f"captions_{name}": figure for name, figure in found.items()}
 
-    return measure
+    return Metric(measure, outputs=())

@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion.data import densities
 from diffusion.data.sources import Source
-from diffusion.evaluation.networks.network import Network
+from diffusion.errors import check_range
+from diffusion.evaluation.networks.network import Network, pixels
 from diffusion.evaluation.sets import Set
+
+ENDINGS = ("_ci", "_real")
 
 
 class Data(NamedTuple):
@@ -21,11 +25,29 @@ class Data(NamedTuple):
     held_out: Source
 
 
-class Drawn(NamedTuple):
-    """Samples x [N, ...] as the data are, and the class, caption or prompt of each."""
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What is judged.
 
-    x: np.ndarray
-    subjects: Sequence[Any]
+    Attributes:
+      count: number of samples.
+      draw: (first, end) -> samples [end - first, ...] as the data are: float, or uint8 pictures.
+        Sample i is the same however the samples are cut.
+      subjects: class, caption or prompt of each sample; empty if not known.
+      name: for reports.
+      checksum: of a file that they come from; "" of samples that are drawn.
+    """
+
+    count: int
+    draw: Callable[[int, int], np.ndarray]
+    subjects: Sequence[Any] = ()
+    name: str = "samples"
+    checksum: str = ""
+
+
+def of_array(x: np.ndarray, subjects: Sequence[Any] = ()) -> Samples:
+    """Samples [N, ...] that are in memory."""
+    return Samples(len(x), lambda first, end: x[first:end], subjects)
 
 
 class Judged(NamedTuple):
@@ -36,7 +58,8 @@ class Judged(NamedTuple):
       real: the name of real examples -> the same of them: "test" (held out), "train", the path of
         a reference; "" are those of the config.
       network: the metric's network, or None.
-      pipeline, params, data: the model and its real examples; None for samples from a file.
+      pipeline, params: the model; None for samples from a file.
+      data: gives the real examples of the config.
       folder: where pictures may be left, or None.
     """
 
@@ -45,12 +68,16 @@ class Judged(NamedTuple):
     network: Network | None = None
     pipeline: Any = None
     params: Any = None
-    data: Data | None = None
+    data: Callable[[], Data] | None = None
     folder: Path | None = None
 
     def name(self, figure: str) -> str:
-        """A figure's name with that of the network: "fid" -> "fid_inception2015"."""
-        return f"{figure}_{self.network.name}"
+        """A figure's name with that of the network: "fid_ci" -> "fid_inception2015_ci"."""
+        base, end = figure, ""
+        for ending in ENDINGS:
+            if figure.endswith(ending):
+                base, end = figure.removesuffix(ending), ending + end
+        return f"{base}_{self.network.name}{end}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +92,7 @@ class Metric:
       most: examples that it needs of the samples, 0 being all.
       only: the name of the network that the metric is defined for; "" is any.
       references: names of the real examples that it needs, which are looked for first.
+      pictures: whether it shows samples, so that they must be kept.
     """
 
     measure: Callable[[Judged], dict[str, Any]]
@@ -73,3 +101,35 @@ class Metric:
     most: int = 0
     only: str = ""
     references: tuple[str, ...] = ()
+    pictures: bool = False
+
+
+def of_points(name: str, distance: Callable[[np.ndarray, np.ndarray], float], seed: int) -> Metric:
+    """``distance`` to fresh points of the density, beside real points against real ones.
+
+    ``seed`` draws the fresh points, and must differ from that of the training data.
+    """
+    check_range("seed", seed, 0)
+
+    def measure(judged: Judged) -> dict[str, Any]:
+        x = judged.samples.array()
+        density = judged.data().held_out.name
+        fresh = densities.sample(density, 2 * len(x), np.random.default_rng(seed))
+        real, other = fresh[: len(x)], fresh[len(x) :]
+        return {name: distance(x, real), f"{name}_real": distance(other, real)}
+
+    return Metric(measure, network=pixels())
+
+
+def seen(pipeline: Any, params: Any, x: np.ndarray) -> np.ndarray:
+    """Examples as the network sees them: encoded, unless they are so already."""
+    if x.shape[1:] == pipeline.shape:
+        return x
+    return np.asarray(pipeline.codec.encode(params, x))
+
+
+def shown(pipeline: Any, params: Any, x: np.ndarray) -> np.ndarray:
+    """Examples as they can be shown: decoded, where they are what the network sees."""
+    if pipeline is None or pipeline.codec.factor == 1 or x.shape[1:] != pipeline.shape:
+        return x
+    return pipeline.codec.decode_all(params, x)

@@ -6,34 +6,43 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.evaluation import classifiers
-from diffusion.evaluation.classifiers import Classifier
-from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
+from diffusion.evaluation.metrics.metric import Judged, Metric
+from diffusion.evaluation.networks.network import Network
+from diffusion.evaluation.sets import Set
+
+Z95 = 1.959964  # half the width of a 95 % interval, in standard errors
 
 
-def recognition(samples: np.ndarray, labels: np.ndarray, classifier: Classifier) -> dict[str, Any]:
-    """Recognition of samples [N, H, W, C] in [-1, 1], drawn for the classes ``labels`` [N].
+def recognition(samples: Set, real: Set) -> dict[str, Any]:
+    """How often a classifier's output "label" is the subject of a sample, and of a real example.
 
-    recognised is over all samples; recognised_real is the classifier's accuracy on
-    recognised_real_count held-out real examples.
+    Returns:
+      recognised: the share of all samples, with the half width of its 95 % interval;
+      recognised_per_class: by class; recognised_real: of recognised_real_count real examples.
     """
-    hit = classifier.predict(samples) == labels
+    hit, wanted = _hits(samples), np.asarray(samples.subjects)
+    share = float(hit.mean())
     return {
-        "recognised": float(hit.mean()),
-        "recognised_per_class": {str(c): float(hit[labels == c].mean()) for c in np.unique(labels)},
-        "classifier": classifier.name,
-        "recognised_real": classifier.accuracy,
-        "recognised_real_count": classifier.num_held_out,
+        "recognised": share,
+        "recognised_ci": float(Z95 * np.sqrt(share * (1 - share) / len(hit))),
+        "recognised_per_class": {str(c): float(hit[wanted == c].mean()) for c in np.unique(wanted)},
+        "recognised_real": float(_hits(real).mean()),
+        "recognised_real_count": real.count,
     }
 
 
-def metric(classifier: str, weights: str = "") -> Metric:
-    """``recognition`` by one of ``classifiers.CHOICES``; ``weights`` is its file, if any."""
-    judge = classifiers.make(classifier, weights)
+def _hits(examples: Set) -> np.ndarray:
+    subjects = np.asarray(examples.subjects)
+    if subjects.shape != (examples.count,) or subjects.dtype.kind not in "iu":
+        raise ValueError(f"recognition needs a class of each example; {examples.name} has none")
+    return examples.array("label") == subjects
 
-    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
-        drawn, fitted = draw(), judge(data.held_out)
-        x = checked(drawn, data).clip(-1, 1)
-        return recognition(x, np.asarray(drawn.subjects), fitted)
 
-    return measure
+def metric(classifier: Network, reference: str = "") -> Metric:
+    """``recognition`` by a network with the output "label"; its accuracy is on ``reference``."""
+
+    def measure(judged: Judged) -> dict[str, Any]:
+        result = recognition(judged.samples, judged.real(reference))
+        return result | {"classifier": classifier.name}
+
+    return Metric(measure, ("label",), classifier, references=(reference,))

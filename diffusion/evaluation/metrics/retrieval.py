@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.data.sources import affordable
-from diffusion.evaluation.metrics.metric import Data, Draw, Metric, shown
+from diffusion.evaluation.metrics.metric import Judged, Metric
+from diffusion.evaluation.networks.network import Network, pixels
+
+PIXELS = pixels()
 
 
 def retrieval(
@@ -49,15 +51,17 @@ def retrieval(
     }
 
 
-def metric() -> Metric:
-    """``retrieval`` of samples of held-out captions, in pixels, with the prefix ``retrieval_``."""
+def metric(features: Network = PIXELS, reference: str = "") -> Metric:
+    """``retrieval`` of samples among the captions of real examples, named ``retrieval_...``."""
 
-    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
-        drawn, source = draw(), affordable(data.held_out)
-        if not set(drawn.subjects) <= set(source.captions):
-            raise ValueError("retrieval is of held-out captions: leave config.samples.prompt out")
-        real = shown(pipeline, params, source.all()["x"])
-        found = retrieval(drawn.x, drawn.subjects, real, source.captions)
+    def measure(judged: Judged) -> dict[str, Any]:
+        real, samples = judged.real(reference), judged.samples
+        if not set(samples.subjects) <= set(real.subjects) or not samples.subjects:
+            raise ValueError(
+                "retrieval is of captions that the real examples have: leave config.samples.prompt "
+                "out"
+            )
+        found = retrieval(samples.array(), samples.subjects, real.array(), real.subjects)
         return {f"retrieval_{name}": figure for name, figure in found.items()}
 
-    return measure
+    return Metric(measure, network=features, references=(reference,))

@@ -102,8 +102,15 @@ class Network:
         return np.broadcast_to(x, (*x.shape[:-1], 3)) if x.shape[-1] == 1 else x
 
 
-def examples() -> Network:
-    """The examples themselves, flattened: distances in pixels, coordinates or latents."""
+def pixels() -> Network:
+    """The examples themselves, flattened and not rounded: pixels, coordinates or latents."""
     return Network(
-        "examples", lambda: lambda x, _: {"features": x.reshape(len(x), -1)}, pictures=False
+        "pixels", lambda: lambda x, _: {"features": x.reshape(len(x), -1)}, pictures=False
     )
+
+
+def existing(name: str, path: str) -> Path:
+    """The path of a network's weights, if there is such a file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{name} needs the file of its weights; there is no file {path!r}")
+    return Path(path)
