@@ -135,7 +135,11 @@ def parse(argv: list[str]) -> Command:
         sys.exit(f"error: {error}")
     if others:
         sys.exit(f"error: unexpected arguments: {' '.join(others)}")
-    if not workdir and mode not in ("generate", "cache"):
+    if (
+        not workdir
+        and mode not in ("generate", "cache")
+        and not given.get("config.evaluation.samples")
+    ):
         sys.exit("error: --workdir is needed: where to put what comes out")
     cluster = values["coordinator"].value, values["num_processes"].value, values["process_id"].value
     return Command(mode, values["config"].value, workdir, *cluster)
@@ -173,7 +177,8 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
                 config.model.path = model
             return config
     draws = mode in ("sample", "evaluate", "sweep", "learn", "generate")
-    if not (model and draws):
+    judges = mode in ("evaluate", "reference") and given.get("config.evaluation.samples")
+    if not (model and draws) and not judges:
         what = "--workdir=RUN, or --config.model.path=MODEL, a run, a diffusers folder, a "
         what = what + ".safetensors file or a hub id" if draws else "--workdir=RUN, which has one"
         sys.exit(

@@ -155,6 +155,10 @@ def get_config() -> ConfigDict:
     c.train.keep = 2  # newest checkpoints kept
     c.train.validate_every = 0  # steps between losses on held-out data; 0: never
     c.train.validation_count = 1000  # held-out examples that are used, at most
+    # Metrics by which training may choose (train.best), taken of so many samples beside every
+    # second held-out example; the others are left for evaluation
+    c.train.validation_metrics = FieldReference((), field_type=object)
+    c.train.validation_samples = 500
     c.train.max_skipped = 10  # steps in a row whose loss or gradients may be not finite
     c.train.keep_best = 0  # further checkpoints kept, those with the best metric
     c.train.best = "loss"  # a metric of the log that is best when low; "-name": best when high
@@ -238,10 +242,27 @@ def get_config() -> ConfigDict:
 
     c.evaluation = ConfigDict()
     c.evaluation.count = 1000  # samples judged
-    # Metrics (evaluation/metrics/): recognition("digits_svc"), frechet("digits_svc"), nearest(),
-    # wasserstein(), energy(), caption_gap(), retrieval(), bits(ode()) or bits(bound()), ...; auto
+    # Metrics (evaluation/metrics/): fid(), kid(), precision_recall(), frechet(pixels),
+    # recognition(digits_svc), memorisation(), wasserstein(), caption_gap(), bits(ode()), ...; auto
     # chooses those that need nothing but the data
     c.evaluation.metrics = FieldReference("auto", field_type=object)
+    # Feature network of the metrics that name none (evaluation/networks/), with the file or folder
+    # of its weights: 'inception("FILE.safetensors")', 'dinov2("FOLDER")', 'clip("FOLDER")', ...
+    c.evaluation.features = ""
+    # Real examples of the metrics that name none: test (held out), train, validation, or an .npz
+    # of --mode=reference, ADM, EDM or clean-fid
+    c.evaluation.reference = "test"
+    c.evaluation.samples = (
+        ""  # .npz or folder of samples to judge, instead of drawing; count=0: all
+    )
+    c.evaluation.keep = ""  # what stays in evaluations/shards: features, or samples as well
+    c.evaluation.shard = 1000  # samples between two savings of their features
+    c.evaluation.part = (0, 1)  # (i, n): make only shards i, i + n, ..., others are made elsewhere
+
+    c.reference = ConfigDict()  # --mode=reference, with evaluation.features
+    c.reference.split = "train"  # or test
+    c.reference.examples = 10_000  # whose features and pictures are kept, besides all statistics
+    c.reference.pictures = True  # keep pictures too
 
     c.inspect = ConfigDict()  # --mode=inspect
     c.inspect.count = 60  # pictures on the contact sheet

@@ -40,9 +40,9 @@ def get_config() -> ConfigDict:
     c.sampler.guidance = ("cfg(1.5)", "clip()")
 
     c.evaluation.metrics = (
-        "recognition('digits_svc')",
-        "frechet('digits_svc')",
-        "nearest()",
+        "recognition(digits_svc)",
+        "frechet(pixels)",
+        "memorisation()",
     )
     c.evaluation.count = 1000
     return c

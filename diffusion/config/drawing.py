@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pipelines
-from diffusion.config import ranges
-from diffusion.config.data import make_source
+from diffusion.config import judging, ranges
 from diffusion.errors import field
-from diffusion.evaluation.metrics.metric import Data, Drawn
+from diffusion.evaluation.metrics.metric import Data, Samples
 from diffusion.pipelines import description, guidance, samplers
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.description import DTYPES
@@ -71,7 +71,7 @@ class Drawing:
     @cached_property
     def data(self) -> Data:
         """The real examples of config.data."""
-        return Data(*(make_source(self.config.data, split) for split in ("train", "test")))
+        return judging.data(self.config)
 
     @property
     def negative(self) -> Subject | None:
@@ -96,9 +96,14 @@ class Drawing:
             )
         return made.solver
 
-    def draw(self, count: int, captions: Sequence[str] = (), solver: Solver | None = None) -> Drawn:
-        """``count`` samples as the data are, by config.sampler or another table."""
-        return drawn(self.config, self.drawer, self.params, count, captions, solver)
+    def samples(self, count: int, solver: Solver | None = None) -> Samples:
+        """``count`` samples as the data are, by config.sampler or another table.
+
+        A model of texts draws the captions of held-out examples, where config.samples has none.
+        """
+        text = self.pipeline.conditioner.subject == "text" and not subjects(self.config)
+        captions = tuple(dict.fromkeys(self.data.held_out.captions)) if text else ()
+        return samples(self.config, self.drawer, self.params, count, captions, solver)
 
 
 def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> Drawing:
@@ -289,18 +294,23 @@ def chosen(
     return drawer.subjects(count, given)
 
 
-def drawn(
+def samples(
     config: ConfigDict,
     drawer: Drawer,
     params: Params,
     count: int,
     captions: Sequence[str] = (),
     solver: Solver | None = None,
-) -> Drawn:
+) -> Samples:
     """``count`` samples as the data are, by the drawer's table or another; see ``chosen``."""
     subjects = chosen(config, drawer, count, captions)
-    x = drawer.draw(params, subjects, negative(config), solver=solver)
-    return Drawn(drawer.pipeline.codec.decode_all(params, x), subjects)
+
+    def draw(first: int, end: int) -> np.ndarray:
+        own = subjects[first:end]
+        x = drawer.draw(params, own, negative(config), solver=solver, first=first)
+        return drawer.pipeline.codec.decode_all(params, x)
+
+    return Samples(count, draw, subjects)
 
 
 def batch_size(config: ConfigDict, pipeline: Pipeline) -> int:

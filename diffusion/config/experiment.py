@@ -21,6 +21,7 @@ from diffusion.config import (
     consistency,
     drawing,
     initialization,
+    judging,
     model,
     optimizer,
     pretrained_network,
@@ -32,7 +33,6 @@ from diffusion.config.data import augmentation, make_source
 from diffusion.data import batches
 from diffusion.data.sources import Source
 from diffusion.errors import field, wrong_types
-from diffusion.evaluation import harness
 from diffusion.evaluation.convergence import deterministic
 from diffusion.objectives import couplings
 from diffusion.objectives.objective import Context, Objective
@@ -118,7 +118,9 @@ def build(config: ConfigDict) -> Experiment:
         if pretrained_network.is_pretrained(config):
             pretrained_network.check(config, objective)
         drawer, found = drawing.drawer(config, pipeline, config.objective.schedule)
-        harness.make(config.evaluation.metrics, pipeline, "config.evaluation.metrics")
+        judging.make(config, pipeline, None)
+        chosen, name = config.train.validation_metrics, "config.train.validation_metrics"
+        judging.make(config, pipeline, None, chosen, name)
         notes += [*objectives.notes(config, pipeline, objective), *found]
         random = not deterministic(drawer.sampler.solver)
         if random and objective.coupling is not couplings.independent:

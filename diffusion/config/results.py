@@ -11,13 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pretrained
-from diffusion.config import drawing, pretrained_network
+from diffusion.config import drawing, judging, pretrained_network
 from diffusion.config.experiment import Experiment
 from diffusion.evaluation import figures, harness, reconstruction
-from diffusion.evaluation.metrics.metric import Data, Drawn
+from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.noisy_accuracy import accuracy_by_level
 from diffusion.pipelines import gallery
-from diffusion.pipelines.pipeline import Pipeline
 from diffusion.runs import workdir as workdirs
 from diffusion.specs import texts
 
@@ -49,9 +48,10 @@ class Samples:
         pipeline = self._drawer.pipeline
         count = gallery.grid_size(pipeline, self._columns, self._given)
         params, config = self._experiment.params(trained), self._experiment.config
-        drawn = drawing.drawn(config, self._drawer, params, count)
+        drawn = drawing.samples(config, self._drawer, params, count)
         real = self._experiment.held_out
-        gallery.save_grid(path, pipeline, *drawn, self._columns, real)
+        x, subjects = drawn.draw(0, count), drawn.subjects
+        gallery.save_grid(path, pipeline, x, subjects, self._columns, real)
 
     def finish(self, trained: Any, folder: Path) -> None:
         """loss.png, samples.png, trajectory.png, trajectory.gif, evaluation.json, pipeline/."""
@@ -65,17 +65,15 @@ class Samples:
         count = min(10, len(few) or 10) if experiment.train.view == "images" else LINES
         chosen = drawer.subjects(count, self._given)
         gallery.save_trajectory(folder, drawer, params, chosen, drawing.negative(config))
-        chosen = config.evaluation.metrics
-        metrics = harness.make(chosen, drawer.pipeline, "config.evaluation.metrics")
-        if metrics:
-            data = Data(experiment.train, experiment.held_out)
-            captions = tuple(dict.fromkeys(experiment.held_out.captions))
-
-            def draw() -> Drawn:
-                return drawing.drawn(config, drawer, params, config.evaluation.count, captions)
-
-            result = harness.evaluate(metrics, drawer.pipeline, params, data, draw)
-            write_evaluation(folder, result, judged(config, drawer.pipeline, config.train.steps))
+        data = judging.split(config, experiment.train, experiment.held_out)
+        made = judging.make(config, drawer.pipeline, lambda: data)
+        if made.metrics:
+            captions = tuple(dict.fromkeys(data.held_out.captions))
+            count = config.evaluation.count
+            samples = drawing.samples(config, drawer, params, count, captions)
+            result = made.evaluate(samples, params, shard=config.evaluation.shard, folder=folder)
+            settings = drawing.settings(config, drawer.pipeline, config.train.steps)
+            write_evaluation(folder, result, judged(config, settings, made))
         else:  # that of fewer steps is not this model's
             (folder / EVALUATION).unlink(missing_ok=True)
 
@@ -137,13 +135,14 @@ def of(experiment: Experiment) -> Results:
     return kinds.get(experiment.config.objective.name, Samples)(experiment)
 
 
-def judged(config: ConfigDict, pipeline: Pipeline, step: int) -> dict[str, Any]:
+def judged(config: ConfigDict, samples: Mapping[str, Any], made: Harness) -> dict[str, Any]:
     """What an evaluation depends on: the samples' settings, the metrics and the real examples."""
-    data = config.data.to_dict()
+    c, data = config.evaluation, config.data.to_dict()
     for name in ("threads", "workers", "prefetch"):
         data.pop(name)
-    judging = {"count": config.evaluation.count, "metrics": texts(config.evaluation.metrics)}
-    return drawing.settings(config, pipeline, step) | {"evaluation": judging, "data": data}
+    own = {"count": c.count, "metrics": texts(c.metrics)}
+    own |= {"features": c.features, "reference": c.reference}
+    return {**samples, "evaluation": own} | ({"data": data} if made.uses_data else {})
 
 
 def write_evaluation(folder: Path, result: dict[str, Any], settings: Mapping[str, Any]) -> None:

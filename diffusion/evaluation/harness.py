@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion import errors, specs
-from diffusion.evaluation import metrics, networks, references
+from diffusion.evaluation import metrics, networks, npz, references
 from diffusion.evaluation.figures import to_uint8
 from diffusion.evaluation.metrics import bits
 from diffusion.evaluation.metrics.metric import ENDINGS, Data, Judged, Metric, Samples, shown
@@ -25,7 +25,7 @@ from diffusion.specs import unknown
 AUTO = "auto"
 SHARD = 1000
 PIXELS = pixels()
-SPLITS = ("test", "train")
+SPLITS = ("train", "test", "validation")
 
 
 def network(given: str, name: str = "features") -> Network | None:
@@ -113,8 +113,8 @@ class Harness:
       metrics: of ``make``.
       pipeline: the model; None for samples from files.
       data: gives the real examples, if they are needed.
-      reference: the real examples of metrics that name none: "test" (held out), "train", or the
-        path of a reference.
+      reference: the real examples of metrics that name none: "test" (held out), "train",
+        "validation" (held out, for choices) or the path of a reference.
     """
 
     metrics: Mapping[str, Metric]
@@ -124,7 +124,7 @@ class Harness:
     _real: dict[tuple[str, str], Set] = field(default_factory=dict)
 
     @cached_property
-    def _needs(self) -> dict[str, Need]:
+    def needs(self) -> dict[str, Need]:
         """What samples must be seen by, by the network's key."""
         needs: dict[str, Need] = {}
         for metric in self.metrics.values():
@@ -135,51 +135,79 @@ class Harness:
                 needs[key] = need.joined(needs[key]) if key in needs else need
         return needs
 
+    def check_references(self) -> None:
+        """Raises FileNotFoundError or ValueError for a reference's file that is not there."""
+        for metric in self.metrics.values():
+            for name in metric.references:
+                if (name or self.reference) not in SPLITS:
+                    npz.read(name or self.reference)
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether figures depend on the config's real examples."""
+        named = {name or self.reference for m in self.metrics.values() for name in m.references}
+        return bool(named.intersection(SPLITS)) or any(
+            not metric.references for metric in self.metrics.values()
+        )
+
     def evaluate(
         self,
         samples: Samples | None,
         params: Any = None,
         *,
         shard: int = SHARD,
-        store: Path | None = None,
-        keep: str = "",
         folder: Path | None = None,
+    ) -> dict[str, Any]:
+        """``collect``, in memory, and then ``figures``."""
+        shards = Shards(shard)
+        self.collect(samples, params, shards)
+        return self.figures(samples, params, shards, folder)
+
+    def collect(
+        self,
+        samples: Samples | None,
+        params: Any,
+        shards: Shards,
+        *,
+        keep: str = "",
         part: tuple[int, int] = (0, 1),
-    ) -> dict[str, Any] | None:
-        """The figures of all metrics by name, and "provenance": what each depends on.
+    ) -> bool:
+        """Fills ``shards`` with the features of the samples; whether it holds them all.
 
         Args:
           samples: what is judged; None if no metric needs any.
           params: of the pipeline.
-          shard: samples that are judged at a time; figures do not depend on it.
-          store: a folder that keeps the shards' features until the figures are there, so that
-            another call goes on where this one stopped.
-          keep: "samples": also the samples stay there, as uint8 pictures in ADM's format, so that
-            other metrics need not draw them again; "features": what is there stays.
-          folder: where metrics leave pictures.
+          shards: where features are kept. Those that are there are not computed again. Figures do
+            not depend on the size of the shards.
+          keep: "samples": the samples stay there too, as pictures in ADM's format, so that other
+            metrics need not draw them again.
           part: (i, n): only shards i, i + n, i + 2 n, ... are made here.
-
-        Returns:
-          None if shards of other parts are missing still.
 
         Raises:
           ValueError, FileNotFoundError: a metric's real examples or samples do not fit.
         """
-        needs, shards = self._needs, Shards(shard, store)
-        if needs and (samples is None or samples.count < 2):
+        if not self.needs:
+            return True
+        if samples is None or samples.count < 2:
             raise ValueError(f"expected two samples at least, got {samples and samples.count}")
         for spec, metric in self.metrics.items():
             with errors.field(spec):
                 for name in metric.references:
                     self.real(name, metric.network, params)  # before hours are spent on samples
-        if needs:
-            self._collect(samples, params, shards, keep, part)
-            if any(shards.missing(key, need.count(samples)) for key, need in needs.items()):
-                return None
+        self._collect(samples, params, shards, keep, part)
+        return not any(shards.missing(key, need.count(samples)) for key, need in self.needs.items())
+
+    def figures(
+        self, samples: Samples | None, params: Any, shards: Shards, folder: Path | None = None
+    ) -> dict[str, Any]:
+        """The figures of all metrics by name, and "provenance": what each metric's depend on.
+
+        ``folder`` is where metrics leave pictures.
+        """
         figures: dict[str, Any] = {}
         provenance = {}
         for spec, metric in self.metrics.items():
-            own = self._set(samples, metric, shards) if metric.outputs else None
+            own = self.set(samples, metric, shards) if metric.outputs else None
             real = partial(self.real, net=metric.network, params=params)
             model = (self.pipeline, params, self.data)
             with errors.field(spec):
@@ -188,8 +216,6 @@ class Harness:
                 raise ValueError(f"two metrics give the figure {sorted(both)[0]}")
             figures |= found
             provenance[spec] = {"figures": list(found)} | self._about(metric, own, params)
-        if not keep:
-            shards.remove([*needs, SAMPLES, SHAPE])
         return figures | {"provenance": provenance}
 
     def real(self, name: str, net: Network, params: Any = None) -> Set:
@@ -197,11 +223,11 @@ class Harness:
         name = name or self.reference
         if (name, net.key) not in self._real:
             if name in SPLITS:
-                if self.data is None:
+                source = self.data()[SPLITS.index(name)] if self.data else None
+                if source is None or not len(source):
                     raise ValueError(f"there are no {name} examples; name a reference's file")
-                source = self.data()[SPLITS[::-1].index(name)]
                 show = partial(shown, self.pipeline, params)
-                made = of_source(source, net, self._needs[net.key].outputs, show, name)
+                made = of_source(source, net, self.needs[net.key].outputs, show, name)
             else:
                 made = references.read(name, net)
             self._real[name, net.key] = made
@@ -217,7 +243,7 @@ class Harness:
             number, end = first // shards.size, min(first + shards.size, samples.count)
             lacking = [
                 need
-                for key, need in self._needs.items()
+                for key, need in self.needs.items()
                 if shards.rows(key, number) < min(end, need.count(samples)) - first
             ]
             kept = shards.rows(SAMPLES, number) >= end - first
@@ -258,10 +284,10 @@ class Harness:
         clipped = x.dtype != np.uint8 and _pictures(x.shape)
         return x.clip(-1, 1) if clipped else x
 
-    def _set(self, samples: Samples, metric: Metric, shards: Shards) -> Set:
+    def set(self, samples: Samples, metric: Metric, shards: Shards) -> Set:
         """The samples as a metric's network sees them."""
         shape = tuple(shards.read(SHAPE, 0)["shape"].tolist())
-        count, key = self._needs[metric.network.key].count(samples), metric.network.key
+        count, key = self.needs[metric.network.key].count(samples), metric.network.key
         examples = None
         if metric.pictures:
 

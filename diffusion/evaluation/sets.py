@@ -38,7 +38,7 @@ class Set:
     chunks: Callable[[str], Iterator[np.ndarray]]
     subjects: Sequence[Any] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
-    known: Mapping[str, Moments] = MappingProxyType({})
+    known: Mapping[str, Moments] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
     examples: Callable[[np.ndarray], np.ndarray] | None = None
 

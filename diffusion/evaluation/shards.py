@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -65,14 +66,13 @@ class Shards:
         starts = enumerate(range(0, count, self.size))
         return [k for k, first in starts if self.rows(name, k) < min(self.size, count - first)]
 
-    def remove(self, names: Sequence[str]) -> None:
-        """Deletes the shards of these names, and a folder that is empty then."""
-        if self.folder is None or not self.folder.is_dir():
-            return
-        for name in names:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+    def remove(self) -> None:
+        """Deletes all shards."""
+        self._held.clear()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # others are in use
+                self.folder.parent.rmdir()
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / name / f"{number:05d}.npz"

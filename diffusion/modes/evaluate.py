@@ -1,4 +1,4 @@
-"""--mode=evaluate: figures of a run or of a pretrained model, by metrics."""
+"""--mode=evaluate: figures of a run, of a pretrained model or of samples in a file, by metrics."""
 
 from __future__ import annotations
 
@@ -6,34 +6,46 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from diffusion.config import drawing, results
-from diffusion.evaluation import harness
-from diffusion.evaluation.metrics.metric import Drawn
+from diffusion.config import drawing, judging, ranges, results
+from diffusion.errors import field
+from diffusion.evaluation import sample_files
+from diffusion.evaluation.shards import Shards
 from diffusion.runs import workdir as workdirs
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(config: ConfigDict, workdir: str | None) -> None:
     """Judges ``config.evaluation.count`` samples by ``config.evaluation.metrics``.
 
-    The real examples are those of config.data. Leaves ``workdir/evaluations/HASH/evaluation.json``,
-    with all settings inside, of which HASH is a hash.
+    The samples are drawn, or those of the file or folder ``config.evaluation.samples``. Leaves
+    ``workdir/evaluations/HASH/evaluation.json``, with all settings inside, of which HASH is a hash,
+    and the pictures of metrics that have any. Features of samples stay in
+    ``workdir/evaluations/shards`` until the figures are there: a stopped command goes on.
     """
-    model = drawing.opened(config, workdir)
-    name = "config.evaluation.metrics"
-    metrics = harness.make(config.evaluation.metrics, model.pipeline, name)
-    if not metrics:
+    ranges.check(config)
+    c, parent, params = config.evaluation, Path(workdir or ".") / "evaluations", None
+    if c.samples:
+        with field(f"config.evaluation.samples={c.samples!r}"):
+            samples = sample_files.read(c.samples, c.count)
+        made = judging.make(config, None, lambda: judging.data(config))
+        settings = {"samples": {"path": c.samples, "checksum": samples.checksum}}
+    else:
+        model = drawing.opened(config, workdir)
+        made = judging.make(config, model.pipeline, lambda: model.data)
+        settings = drawing.settings(config, model.pipeline, model.step)
+        samples, params = model.samples(c.count) if made.needs else None, model.params
+    if not made.metrics:
         raise ValueError(
-            f"{name} is empty: choose some, such as (\"recognition('digits_svc')\", "
-            '"frechet(\'digits_svc\')", "bits(ode())")'
+            f'{judging.METRICS} is empty: choose some, such as ("recognition(digits_svc)", '
+            '"frechet(pixels)", "bits(ode())")'
         )
-    captions = tuple(dict.fromkeys(model.data.held_out.captions))
-
-    def draw() -> Drawn:
-        return model.draw(config.evaluation.count, captions)
-
-    figures = harness.evaluate(metrics, model.pipeline, model.params, model.data, draw)
-    settings = results.judged(config, model.pipeline, model.step)
-    parent = Path(workdir) / "evaluations"
+    shards = Shards(c.shard, parent / "shards" / workdirs.named(settings))
+    settings = results.judged(config, settings, made)
+    if not made.collect(samples, params, shards, keep=c.keep, part=judging.part(config)):
+        print(f"part {c.part} is done; the same command makes the others, or waits for them")
+        return
     with workdirs.results(parent, settings) as folder:
+        figures = made.figures(samples, params, shards, folder)
         results.write_evaluation(folder, figures, settings)
+    if not c.keep:
+        shards.remove()
     print(f"{results.EVALUATION} in {parent / workdirs.named(settings)}")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.config import drawing, results
+from diffusion.config import drawing, judging, results
 from diffusion.errors import field
-from diffusion.evaluation import convergence, harness
-from diffusion.evaluation.metrics.metric import Drawn
+from diffusion.evaluation import convergence
+from diffusion.evaluation.metrics.metric import of_array
 from diffusion.pipelines import samplers
 from diffusion.runs import workdir as workdirs
 from diffusion.sampling.tables import Solver
@@ -40,29 +40,29 @@ def run(config: ConfigDict, workdir: str) -> None:
     for evaluations in {exact.evaluations, *(entry.budget for entry in entries)}:
         with field(f"config.sampler.acceleration={config.sampler.acceleration!r}"):
             drawer.acceleration.at(evaluations)  # its schedules may not fit them
-    metrics = harness.make(config.evaluation.metrics, pipeline, "config.evaluation.metrics")
+    made = judging.make(config, pipeline, lambda: model.data)
     for note in notes:
         print(f"note: {note}")
     count = min(config.evaluation.count, drawer.batch_size)
-    captions = tuple(dict.fromkeys(model.data.held_out.captions)) if metrics else ()
 
-    def draw(number: int, table: Solver) -> Drawn:
-        return model.draw(number, captions, table)
+    def draw(number: int, table: Solver) -> np.ndarray:
+        return model.samples(number, table).draw(0, number)
 
     def reference() -> tuple[np.ndarray, float]:
         print(f"the exact flow, by {c.reference} with {exact.evaluations} evaluations")
-        x = draw(count, exact).x
-        other = draw(count, convergence.fill(rough, exact.evaluations)).x
+        x = draw(count, exact)
+        other = draw(count, convergence.fill(rough, exact.evaluations))
         return x, convergence.rmse(x, other)
 
     def quality(x: np.ndarray) -> dict[str, Any]:
-        if not metrics:
+        if not made.metrics:
             return {}
-        drawn = Drawn(x, model.subjects(len(x), captions))
-        figures = harness.evaluate(metrics, pipeline, model.params, model.data, lambda: drawn)
+        drawn = of_array(x, model.samples(len(x)).subjects)
+        figures = made.evaluate(drawn, model.params)
         return {name: figure for name, figure in figures.items() if isinstance(figure, float)}
 
-    settings = results.judged(config, pipeline, model.step)
+    own = drawing.settings(config, pipeline, model.step)
+    settings = results.judged(config, own, made)
     for name in ("solver", "steps"):
         settings["sampler"].pop(name)
     settings["reference"] = {k: c[k] for k in ("reference", "reference_steps")} | {"count": count}
@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         folder / "sweep.json",
         settings,
         entries,
-        lambda table: draw(config.evaluation.count, table).x,
+        lambda table: draw(config.evaluation.count, table),
         quality,
         reference,
     )

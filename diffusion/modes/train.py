@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffusion import processes
 from diffusion.config import (
     drawing,
     initialization,
+    judging,
     latents,
     optimizer,
     ranges,
@@ -26,13 +28,14 @@ from diffusion.pipelines import description
 from diffusion.runs import snapshots
 from diffusion.runs import workdir as workdirs
 from diffusion.runs.logging import Logger, Tracker
+from diffusion.specs import texts
 from diffusion.training import parallel, validation
 from diffusion.training.loop import Validate, fit
 from diffusion.training.state import TrainState
 
 # Fields that may differ from those that the run was started with.
 FREE = (*drawing.FREE, "train.steps", "train.*_every", "train.keep", "train.keep_best")
-FREE += ("train.best", "train.accept_changes", "train.max_skipped", "train.validation_count")
+FREE += ("train.best", "train.accept_changes", "train.max_skipped", "train.validation_*")
 FREE += ("log.*", "profile.*")
 
 
@@ -161,6 +164,7 @@ def _validation(experiment: Experiment, layout: parallel.Layout) -> Validate | N
     c = experiment.config
     if not c.train.validate_every:
         return None
+    metrics = _validation_metrics(experiment)
     function = validation.make(
         experiment.objective,
         experiment.held_out,
@@ -170,7 +174,40 @@ def _validation(experiment: Experiment, layout: parallel.Layout) -> Validate | N
         layout=layout,
         frozen=experiment.frozen,
     )
-    return c.train.validate_every, function
+
+    def validate(state: TrainState, step: int) -> dict[str, float]:
+        return function(state, step) | metrics(state)
+
+    return c.train.validate_every, validate
+
+
+def _validation_metrics(experiment: Experiment) -> Callable[[TrainState], dict[str, float]]:
+    """Figures of samples of the average, by ``config.train.validation_metrics``.
+
+    Of several processes the first has them; it alone chooses checkpoints.
+    """
+    c, drawer = experiment.config, experiment.drawer
+    chosen, name = c.train.validation_metrics, "config.train.validation_metrics"
+    if not texts(chosen):
+        return lambda state: {}
+    data = judging.split(c, experiment.train, experiment.held_out)
+    made = judging.make(c, drawer.pipeline, lambda: data, chosen, name, reference="validation")
+    captions = tuple(dict.fromkeys(data.validation.captions))
+
+    def measure(state: TrainState) -> dict[str, float]:
+        trained = processes.local(state.ema["ema"])
+        if jax.process_index() != 0:
+            return {}
+        params = experiment.params(trained)
+        samples = drawing.samples(c, drawer, params, c.train.validation_samples, captions)
+        try:
+            figures = made.evaluate(samples, params)
+        except FloatingPointError as error:  # training may yet recover
+            print(f"note: no validation metrics: {error}")
+            return {}
+        return {name: figure for name, figure in figures.items() if isinstance(figure, float)}
+
+    return measure
 
 
 def _finished(folder: Path, config: ConfigDict) -> bool:

@@ -83,6 +83,7 @@ class Drawer:
         *,
         solver: Solver | None = None,
         prepare: Prepare | None = None,
+        first: int = 0,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(numbers of the samples, x [B, ...] as the network sees them), batch by batch.
 
@@ -92,6 +93,7 @@ class Drawer:
           negative: what to steer away from; None: what stands for none.
           solver: another table than the sampler's.
           prepare: makes a batch's inputs; by default new samples of the network's own size.
+          first: number of the first sample.
         """
         pipeline, count = self.pipeline, len(subjects)
         size = min(self.batch_size, count)
@@ -104,17 +106,17 @@ class Drawer:
             for start in range(0, count, size):
                 # The last batch is filled up, so that nothing compiles twice.
                 index = np.minimum(np.arange(start, start + size), count - 1)
-                keys = image_keys(self.seed, index)
+                keys = image_keys(self.seed, first + index)
                 cond, null = self.conditioning(params, [subjects[i] for i in index], negative)
                 inputs = (
                     tasks.new(pipeline, cond, null)
                     if prepare is None
-                    else prepare(index, keys, cond, null)
+                    else prepare(first + index, keys, cond, null)
                 )
                 x = self.batch(params, keys, inputs, solver)
                 left = count - start
-                check_finite(x[:left], f"sampling with seed {self.seed} gave", index)
-                yield index[:left], x[:left]
+                check_finite(x[:left], f"sampling with seed {self.seed} gave", first + index)
+                yield first + index[:left], x[:left]
                 bar.update(min(size, left))
 
     def batch(
@@ -143,9 +145,11 @@ class Drawer:
         *,
         solver: Solver | None = None,
         prepare: Prepare | None = None,
+        first: int = 0,
     ) -> np.ndarray:
         """All samples [N, ...] as the network sees them; arguments of ``batches``."""
-        parts = self.batches(params, subjects, negative, solver=solver, prepare=prepare)
+        options = {"solver": solver, "prepare": prepare, "first": first}
+        parts = self.batches(params, subjects, negative, **options)
         return np.concatenate([x for _, x in parts])
 
     def trajectory(

@@ -12,13 +12,12 @@ import numpy as np
 from diffusion import specs
 from diffusion.data.sources import Batch, Source, affordable
 from diffusion.errors import check_range
+from diffusion.evaluation.intervals import of_mean
 from diffusion.evaluation.metrics.metric import Judged, Metric, seen
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.objective import Context
 from diffusion.objectives.times import CHOICES, TimeDistribution, uniform
 from diffusion.schedules import RectifiedFlow
-
-Z95 = 1.959964  # half the width of a 95 % interval, in standard errors
 
 
 def caption_gap(
@@ -80,17 +79,15 @@ def caption_gap(
     own = mean_losses(source.captions)
     wrong = mean_losses([source.captions[i] for i in other])
     empty = mean_losses([""] * len(source))
-    gap, gap_ci = _interval(wrong - own)
-    gap_empty, gap_empty_ci = _interval(empty - own)
     preferred = float((own < wrong).mean())
     return {
         "loss": float(own.mean()),
         "loss_other": float(wrong.mean()),
         "loss_empty": float(empty.mean()),
-        "gap": gap,
-        "gap_ci": gap_ci,
-        "gap_empty": gap_empty,
-        "gap_empty_ci": gap_empty_ci,
+        "gap": float((wrong - own).mean()),
+        "gap_ci": of_mean(wrong - own),
+        "gap_empty": float((empty - own).mean()),
+        "gap_empty_ci": of_mean(empty - own),
         "own_preferred": preferred,
         "own_preferred_error": float(np.sqrt(preferred * (1 - preferred) / len(own))),
         "count": len(own),
@@ -107,12 +104,6 @@ def _others(captions: Sequence[str], rng: np.random.Generator) -> np.ndarray:
     while (same := numbers[other] == numbers).any():
         other[same] = rng.integers(0, len(numbers), same.sum())
     return other
-
-
-def _interval(difference: np.ndarray) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval."""
-    error = difference.std(ddof=1) / np.sqrt(len(difference))
-    return float(difference.mean()), float(Z95 * error)
 
 
 def metric(times: str = "uniform", draws: int = 8) -> Metric:

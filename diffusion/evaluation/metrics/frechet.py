@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from diffusion.errors import check_range
-from diffusion.evaluation import classifiers
-from diffusion.evaluation.metrics.metric import Data, Draw, Metric, checked
+from diffusion.evaluation.metrics.metric import Judged, Metric
+from diffusion.evaluation.moments import Moments, moments
+from diffusion.evaluation.networks.network import Network
 
 
-class Statistics(NamedTuple):
-    """Mean [D] and covariance [D, D], divided by n - 1 (by 1 for n = 1), of n feature vectors."""
-
-    mean: np.ndarray
-    cov: np.ndarray
-
-
-def statistics(features: np.ndarray) -> Statistics:
-    """Mean and covariance of features [N, ...], flattened to [N, D]."""
-    if len(features) == 0:
-        raise ValueError("statistics need at least one example, got none")
-    features = np.asarray(features, np.float64).reshape(len(features), -1)
-    if not np.isfinite(features).all():
-        raise ValueError("features contain NaN or infinity")
-    mean = features.mean(0)
-    centred = features - mean
-    return Statistics(mean, centred.T @ centred / max(len(features) - 1, 1))
-
-
-def frechet_from_statistics(a: Statistics, b: Statistics) -> float:
+def frechet_from_statistics(a: Moments, b: Moments) -> float:
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), at least 0.
 
     The squared 2-Wasserstein distance of two Gaussians (Dowson and Landau, 1982; Heusel et al.,
@@ -51,7 +33,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     It is biased upwards for small sets: compare only figures obtained with the same N and M.
     """
-    return frechet_from_statistics(statistics(a), statistics(b))
+    return frechet_from_statistics(moments([a]), moments([b]))
 
 
 def frechet_beside_real(
@@ -82,18 +64,14 @@ def frechet_beside_real(
     }
 
 
-def metric(features: str, weights: str = "", splits: int = 10) -> Metric:
-    """Fréchet distance in the features of one of ``classifiers.CHOICES``.
-
-    Figures: those of ``frechet_beside_real``; frechet_features, what the features are.
-    """
+def metric(features: Network | None = None, reference: str = "", splits: int = 10) -> Metric:
+    """Fréchet distance in the features of a network, with the names fd_NETWORK..."""
     check_range("splits", splits, 1, 10_000)
-    judge = classifiers.make(features, weights)
 
-    def measure(pipeline: Any, params: Any, data: Data, draw: Draw) -> dict[str, Any]:
-        x, fitted = checked(draw(), data).clip(-1, 1), judge(data.held_out)
-        real = fitted.features(data.held_out.all()["x"])
-        result = frechet_beside_real(fitted.features(x), real, splits=splits)
-        return result | {"frechet_features": fitted.feature_name}
+    def measure(judged: Judged) -> dict[str, Any]:
+        real = judged.real(reference)
+        result = frechet_beside_real(judged.samples.array(), real.array(), splits=splits)
+        name = judged.name("fd")
+        return {name + key.removeprefix("frechet"): value for key, value in result.items()}
 
-    return measure
+    return Metric(measure, network=features, references=(reference,))

@@ -9,7 +9,7 @@ from scipy.stats import mannwhitneyu, norm
 
 from diffusion.errors import check_range
 from diffusion.evaluation import figures
-from diffusion.evaluation.intervals import Z95
+from diffusion.evaluation.intervals import Z95, of_mean
 from diffusion.evaluation.metrics.metric import Judged, Metric
 from diffusion.evaluation.neighbours import nearest
 from diffusion.evaluation.networks.network import Network, pixels
@@ -49,7 +49,7 @@ def memorisation(
     own = np.zeros(len(train))
     own[found] = nearest(train[found], train, 2)[0][:, 1]  # the first is the example itself
     median, real = float(np.median(ours)), float(np.median(theirs))
-    share = float((ours <= np.quantile(theirs, SUSPICIOUS, method="lower")).mean())
+    closer = ours <= np.quantile(theirs, SUSPICIOUS, method="lower")
     test = mannwhitneyu(ours, theirs, alternative="two-sided", method="asymptotic")
     side = 1 if test.statistic > len(ours) * len(theirs) / 2 else -1
     return {
@@ -57,8 +57,8 @@ def memorisation(
         "nearest_train_real": real,
         "nearest_ratio": median / real,
         "nearest_ratio_ci": _ratio_error(ours, theirs, seed) * Z95,
-        "closer": share,
-        "closer_ci": float(Z95 * np.sqrt(share * (1 - share) / len(ours))),
+        "closer": float(closer.mean()),
+        "closer_ci": of_mean(closer),
         "closer_real": SUSPICIOUS,
         "authentic": float((ours > own[which]).mean()),
         "authentic_real": float((theirs > own[near]).mean()),

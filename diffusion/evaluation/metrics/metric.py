@@ -19,10 +19,11 @@ ENDINGS = ("_ci", "_real")
 
 
 class Data(NamedTuple):
-    """Real examples: those that the model was trained on, and others."""
+    """Real examples: those that the model was trained on, others, and others to choose by."""
 
     train: Source
     held_out: Source
+    validation: Source | None = None
 
 
 @dataclass(frozen=True, eq=False)

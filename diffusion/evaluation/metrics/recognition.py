@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.evaluation.intervals import of_mean
 from diffusion.evaluation.metrics.metric import Judged, Metric
 from diffusion.evaluation.networks.network import Network
 from diffusion.evaluation.sets import Set
-
-Z95 = 1.959964  # half the width of a 95 % interval, in standard errors
 
 
 def recognition(samples: Set, real: Set) -> dict[str, Any]:
@@ -21,10 +20,9 @@ def recognition(samples: Set, real: Set) -> dict[str, Any]:
       recognised_per_class: by class; recognised_real: of recognised_real_count real examples.
     """
     hit, wanted = _hits(samples), np.asarray(samples.subjects)
-    share = float(hit.mean())
     return {
-        "recognised": share,
-        "recognised_ci": float(Z95 * np.sqrt(share * (1 - share) / len(hit))),
+        "recognised": float(hit.mean()),
+        "recognised_ci": of_mean(hit),
         "recognised_per_class": {str(c): float(hit[wanted == c].mean()) for c in np.unique(wanted)},
         "recognised_real": float(_hits(real).mean()),
         "recognised_real_count": real.count,

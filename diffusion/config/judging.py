@@ -1,0 +1,72 @@
+"""From ``config.evaluation`` and ``config.data`` to what judges samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.config.data import make_source
+from diffusion.data.sources import Source, subset
+from diffusion.errors import field
+from diffusion.evaluation import harness
+from diffusion.evaluation.harness import Harness
+from diffusion.evaluation.metrics.metric import Data
+from diffusion.specs import unknown
+
+METRICS = "config.evaluation.metrics"
+
+
+def data(config: ConfigDict) -> Data:
+    """The real examples of config.data; see ``split``."""
+    return split(config, *(make_source(config.data, name) for name in ("train", "test")))
+
+
+def split(config: ConfigDict, train: Source, held_out: Source) -> Data:
+    """Real examples; where training chooses by metrics, half of the held-out ones are for that.
+
+    They are every second one. The others judge, and have had no part in a choice.
+    """
+    if not config.train.validation_metrics:
+        return Data(train, held_out)
+    validation, test = (subset(held_out, np.arange(k, len(held_out), 2)) for k in (0, 1))
+    return Data(train, test, validation)
+
+
+def make(
+    config: ConfigDict,
+    pipeline: Any,
+    data: Callable[[], Data] | None,
+    metrics: Any = None,
+    name: str = METRICS,
+    reference: str = "",
+) -> Harness:
+    """What judges samples by ``config.evaluation``, or by other metrics and real examples.
+
+    Raises:
+      ValueError: for impossible fields; the message names them.
+    """
+    c = config.evaluation
+    default = harness.network(c.features, "config.evaluation.features")
+    chosen = harness.make(c.metrics if metrics is None else metrics, pipeline, name, default)
+    made = Harness(chosen, pipeline, data, reference or c.reference)
+    with field(f"config.evaluation.reference={made.reference!r}"):
+        made.check_references()
+    return made
+
+
+def part(config: ConfigDict) -> tuple[int, int]:
+    """``config.evaluation.part``, checked."""
+    given = config.evaluation.part
+    if len(given) != 2 or not 0 <= given[0] < given[1]:
+        raise ValueError(
+            f"config.evaluation.part={given!r}: expected (i, n), the i-th of n parts from 0, as in "
+            "(0, 4)"
+        )
+    if config.evaluation.keep not in ("", "features", "samples"):
+        raise unknown(
+            "config.evaluation.keep", config.evaluation.keep, ("features", "samples", "''")
+        )
+    return tuple(given)
