@@ -287,7 +287,7 @@ class Harness:
     def set(self, samples: Samples, metric: Metric, shards: Shards) -> Set:
         """The samples as a metric's network sees them."""
         shape = tuple(shards.read(SHAPE, 0)["shape"].tolist())
-        count, key = self.needs[metric.network.key].count(samples), metric.network.key
+        count, key = min(metric.most or samples.count, samples.count), metric.network.key
         examples = None
         if metric.pictures:
 

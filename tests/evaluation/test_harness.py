@@ -8,12 +8,15 @@ import pytest
 
 from diffusion.data import densities, sources
 from diffusion.evaluation import harness
-from diffusion.evaluation.metrics.metric import Data, Drawn
+from diffusion.evaluation.harness import Harness
+from diffusion.evaluation.metrics.metric import Data, Metric, Samples, of_array
+from diffusion.evaluation.networks.network import pixels
+from diffusion.evaluation.shards import Shards
 from diffusion.evaluation.views import VIEWS
 from diffusion.pipelines.codec import Codec
 from diffusion.pipelines.conditioners import Captions, Conditioner, Labels
 
-OF_DIGITS = ("recognition('digits_svc')", "frechet('digits_svc')", "nearest()")
+OF_DIGITS = ("recognition(digits_svc)", "frechet(pixels)", "memorisation()")
 
 
 def pipeline(view="images", conditioner=None):
@@ -27,10 +30,11 @@ def digits():
     model = pipeline(conditioner=Labels(10))
     chosen = harness.make(OF_DIGITS, model)
     train, test = sources.digits("train"), sources.digits("test")
+    known = Harness(chosen, model, lambda: Data(train, test))
 
     def report(x, label, held_out=test):
-        draw = lambda: Drawn(x, label)
-        return harness.evaluate(chosen, model, {}, Data(train, held_out), draw)
+        made = known if held_out is test else Harness(chosen, model, lambda: Data(train, held_out))
+        return made.evaluate(of_array(x, label), {})
 
     return report, train, test
 
@@ -41,23 +45,24 @@ def test_held_out_data_as_samples_are_as_good_as_real(digits):
     report = judge(real["x"], real["label"])
     json.dumps(report)
     assert report["recognised"] == report["recognised_real"] > 0.98
-    assert report["frechet"] < 1e-6
-    assert report["frechet_half_size"] == 250
-    assert 0 < report["frechet_half"] < report["frechet_half_real"]  # the sets overlap
-    assert report["nearest_ratio"] == 1 and report["recognised_real_count"] == 500
+    assert report["fd_pixels"] < 1e-6
+    assert report["fd_pixels_half_size"] == 250
+    assert 0 < report["fd_pixels_half"] < report["fd_pixels_half_real"]  # the sets overlap
+    assert report["nearest_ratio_pixels"] == 1 and report["recognised_real_count"] == 500
     per_class = report["recognised_per_class"]
     assert list(per_class) == [str(c) for c in range(10)]
     share = np.bincount(real["label"]) / 500
     assert np.dot(share, list(per_class.values())) == pytest.approx(report["recognised"])
-    assert f"recognised: {report['recognised']:.4g} (real data " in harness.lines(report)[0]
+    assert harness.lines(report)[0].startswith(f"recognised: {report['recognised']:.4g} ± ")
+    assert " (real data " in harness.lines(report)[0]
 
 
 def test_fresh_real_data_match_the_halves(digits):
     judge, train, _ = digits
     some = train.read(np.random.default_rng(0).permutation(len(train))[:250])
     report = judge(some["x"], some["label"])
-    assert report["frechet_half"] == pytest.approx(report["frechet_half_real"], rel=0.15)
-    assert report["nearest_train"] == report["nearest_ratio"] == 0  # memorised
+    assert report["fd_pixels_half"] == pytest.approx(report["fd_pixels_half_real"], rel=0.15)
+    assert report["nearest_train_pixels"] == report["nearest_ratio_pixels"] == 0  # memorised
 
 
 def test_noise_and_wrong_labels_are_found(digits):
@@ -66,22 +71,28 @@ def test_noise_and_wrong_labels_are_found(digits):
     noise = np.random.default_rng(0).standard_normal((300, 8, 8, 1))
     report = judge(noise, np.arange(300) % 10)
     assert report["recognised"] < 0.3
-    assert report["frechet"] > 10 * report["frechet_half_real"]
-    assert report["nearest_ratio"] > 1.5
+    assert report["fd_pixels"] > 10 * report["fd_pixels_half_real"]
+    assert report["nearest_ratio_pixels"] > 1.5
     assert judge(real["x"], (real["label"] + 1) % 10)["recognised"] < 0.02
 
 
 def test_bad_samples_are_refused(digits):
     judge, train, _ = digits
     x, label = np.zeros((4, 8, 8, 1)), np.zeros(4, int)
-    with pytest.raises(ValueError, match=r"recognition.*: .*\[N, 8, 8, 1\], got \(4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"samples \[N, 8, 8, 1\], as .* got \(4, 8, 8\)"):
         judge(x[..., 0], label)
+    with pytest.raises(ValueError, match=r"samples \[N, 8, 8, 1\], as .* got \(4, 16, 8, 1\)"):
+        judge(np.zeros((4, 16, 8, 1)), label)
     with pytest.raises(ValueError, match=r"a subject for each of the 4 samples, got 3"):
         judge(x, label[:3])
+    with pytest.raises(ValueError, match=r"recognition.*a class of each example; samples has none"):
+        judge(x, ())
+    with pytest.raises(ValueError, match=r"two samples at least, got 1"):
+        judge(x[:1], label[:1])
     x[2, 0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="1 of 4 samples contain NaN"):
+    with pytest.raises(ValueError, match=r"1 of 4 samples contain NaN"):
         judge(x, label)
-    with pytest.raises(ValueError, match="contained in the training data"):
+    with pytest.raises(ValueError, match=r"contained in the training data"):
         judge(np.zeros((4, 8, 8, 1)), label, train)
 
 
@@ -91,8 +102,10 @@ def test_points_are_compared_with_fresh_ones():
     assert list(chosen) == ["wasserstein()", "energy()"]
     real = densities.sample("two_moons", 1000, np.random.default_rng(7))
 
+    made = Harness(chosen, model, lambda: data)
+
     def judge(x):
-        return harness.evaluate(chosen, model, {}, data, lambda: Drawn(x, [0] * len(x)))
+        return made.evaluate(of_array(x, [0] * len(x)), {})
 
     good, bad = judge(real), judge(real + np.float32(0.2))
     json.dumps(good)
@@ -101,7 +114,7 @@ def test_points_are_compared_with_fresh_ones():
         assert abs(good[name]) < 0.1
         assert bad[name] > 3 * abs(good[name])
         assert bad[name] > 3 * abs(bad[f"{name}_real"])
-    with pytest.raises(ValueError, match=r"\[N, 2\], got \(5, 3\)"):
+    with pytest.raises(ValueError, match="points differ in dimension: 3 and 2"):
         judge(np.zeros((5, 3)))
     with pytest.raises(ValueError, match="NaN"):
         judge(np.full((5, 2), np.nan))
@@ -109,14 +122,22 @@ def test_points_are_compared_with_fresh_ones():
 
 def test_which_metrics_are_chosen_and_refused():
     captions = pipeline(conditioner=Captions(lambda texts: {}))
-    assert list(harness.make("auto", captions)) == ["caption_gap()", "retrieval()", "nearest()"]
+    assert list(harness.make("auto", captions)) == [
+        "caption_gap()",
+        "retrieval()",
+        "memorisation()",
+    ]
     assert harness.make("auto", pipeline()) == harness.make((), pipeline()) == {}
-    listed = harness.make("nearest(), bits(bound(draws=3), count=20)", pipeline())
-    assert list(listed) == ["nearest()", "bits(bound(draws=3), count=20)"]
+    listed = harness.make("memorisation(), bits(bound(draws=3), count=20)", pipeline())
+    assert list(listed) == ["memorisation()", "bits(bound(draws=3), count=20)"]
     for given, message in [
-        ("nearst()", r"config\.m: unknown 'nearst'.*mean 'nearest'"),
-        ("recognition('svm')", r"config\.m=.*unknown 'svm'.*digits_svc"),
-        ("recognition('lenet5', 'nowhere.npz')", r"config\.m=.*no file 'nowhere.npz'"),
+        ("memorizaton()", r"config\.m: unknown 'memorizaton'.*mean 'memorisation'"),
+        ("recognition(svm)", r"config\.m: unknown 'svm'.*digits_svc"),
+        ("recognition(lenet5('nowhere.npz'))", r"config\.m=.*no file 'nowhere.npz'"),
+        ("recognition(pixels)", r"config\.m=.*output of pixels: unknown 'label'; .*features"),
+        ("frechet(digits_svc)", r"config\.m=.*output of digits_svc: unknown 'features'.*label"),
+        ("frechet()", r"config\.m=.*needs a feature network: config.evaluation.features="),
+        ("frechet('digits_svc')", r"config\.m: frechet\(features='digits_svc'\).*Network"),
         ("bits(odes())", r"config\.m: unknown 'odes'.*mean 'ode'"),
         ("bits(ode(divergence='exat'))", r"config\.m=.*unknown 'exat'.*mean 'exact'"),
         ("bits(ode(), count=0)", r"config\.m=.*count"),
@@ -125,21 +146,98 @@ def test_which_metrics_are_chosen_and_refused():
             harness.make(given, pipeline(), "config.m")
 
 
+def mean(name, **options):
+    """A metric with one figure, the mean of the samples."""
+    options = {"network": pixels()} | options
+    return Metric(lambda judged: {name: float(judged.samples.array().mean())}, **options)
+
+
 def test_figures_have_one_name_and_samples_are_drawn_once():
     drawn = []
 
-    def draw():
-        drawn.append(1)
-        return Drawn(np.zeros((2, 1)), [0, 0])
+    def draw(first, end):
+        drawn.append((first, end))
+        return np.arange(10.0)[first:end, None]
 
-    def metric(name, value):
-        return lambda model, params, data, draw: draw() and {name: value}
-
-    chosen = {"a()": metric("x", 1.0), "b()": metric("y", 2.0)}
-    assert harness.evaluate(chosen, None, {}, None, draw) == {"x": 1.0, "y": 2.0}
-    assert drawn == [1]
+    samples = Samples(10, draw, [0] * 10)
+    chosen = {"a()": mean("x"), "b()": mean("y", most=4)}
+    found = Harness(chosen).evaluate(samples, shard=4)
+    assert (found["x"], found["y"]) == (4.5, 1.5)
+    assert drawn == [(0, 4), (4, 8), (8, 10)]
+    assert [found["provenance"][name]["count"] for name in ("a()", "b()")] == [10, 4]
     with pytest.raises(ValueError, match="two metrics give the figure x"):
-        harness.evaluate(chosen | {"c()": metric("x", 3.0)}, None, {}, None, draw)
+        Harness(chosen | {"c()": mean("x")}).evaluate(samples)
+
+
+def test_figures_do_not_depend_on_shards(digits):
+    real = digits[1].all()
+    samples = of_array(real["x"][:230], real["label"][:230].tolist())
+    made = Harness(
+        harness.make(OF_DIGITS, pipeline(conditioner=Labels(10))),
+        pipeline(),
+        lambda: Data(digits[1], digits[2]),
+    )
+    whole, cut = (made.evaluate(samples, {}, shard=shard) for shard in (1000, 37))
+    assert whole == cut
+
+
+def test_a_stopped_judgement_goes_on_and_parts_are_joined(tmp_path):
+    drawn, made = [], Harness({"a()": mean("x")})
+
+    def draw(first, end, stop=None):
+        if first == stop:
+            raise KeyboardInterrupt
+        drawn.append(first)
+        return np.arange(50.0)[first:end, None]
+
+    stopped = Samples(50, lambda first, end: draw(first, end, 30), [0] * 50)
+    with pytest.raises(KeyboardInterrupt):
+        made.collect(stopped, None, Shards(10, tmp_path / "a"))
+    assert made.collect(Samples(50, draw, [0] * 50), None, Shards(10, tmp_path / "a"))
+    assert drawn == [0, 10, 20, 30, 40]
+    drawn.clear()
+    parts = [Shards(10, tmp_path / "b") for _ in range(3)]
+    finished = [
+        made.collect(Samples(50, draw, [0] * 50), None, shards, part=(i, 3))
+        for i, shards in enumerate(parts)
+    ]
+    assert finished == [False, False, True] and sorted(drawn) == [0, 10, 20, 30, 40]
+    samples = Samples(50, draw, [0] * 50)
+    figures = [made.figures(samples, None, Shards(10, tmp_path / name)) for name in "ab"]
+    assert figures[0] == figures[1] and figures[0]["x"] == 24.5
+    # More samples: what is there is not drawn again, but the shard that was not full.
+    drawn.clear()
+    more = Samples(45, draw, [0] * 45)
+    assert made.collect(more, None, Shards(10, tmp_path / "a")) and not drawn
+    path = next((tmp_path / "a" / "pixels").glob("00002.npz"))
+    path.write_bytes(path.read_bytes()[:-30])  # damaged
+    assert made.collect(more, None, Shards(10, tmp_path / "a")) and drawn == [20]
+    Shards(10, tmp_path / "a").remove()
+    assert not (tmp_path / "a").exists() and (tmp_path / "b").exists()
+
+
+def test_kept_samples_are_not_drawn_again(tmp_path):
+    rng, drawn = np.random.default_rng(0), []
+    x = rng.uniform(-1.2, 1.2, (6, 2, 2, 1)).astype(np.float32)
+
+    def draw(first, end):
+        drawn.append(first)
+        return x[first:end]
+
+    samples = Samples(6, draw, [3, 1, 2, 0, 1, 1])
+    shards = Shards(4, tmp_path / "s")
+    for name in ("x", "y"):
+        made = Harness({"a()": mean(name)})
+        made.collect(samples, None, shards, keep="samples")
+        found = made.figures(samples, None, shards)
+        assert found["provenance"]["a()"]["quantised"]
+        for path in (tmp_path / "s" / "pixels").glob("*.npz"):
+            path.unlink()
+    assert drawn == [0, 4]
+    with np.load(tmp_path / "s" / "samples" / "00000.npz") as file:  # as ADM has them
+        assert file["arr_0"].dtype == np.uint8 and file["arr_1"].tolist() == [3, 1, 2, 0]
+        np.testing.assert_array_equal(file["arr_0"], np.round((x[:4].clip(-1, 1) + 1) * 127.5))
+    assert found["y"] == pytest.approx(x.clip(-1, 1).mean(), abs=0.004)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +245,7 @@ def test_figures_have_one_name_and_samples_are_drawn_once():
     [
         ("energy(seed=-1)", "seed"),
         ("wasserstein(seed=-1)", "seed"),
-        ("frechet('digits_svc', splits=0)", "splits"),
+        ("frechet(pixels, splits=0)", "splits"),
         ("caption_gap(draws=0)", "draws"),
         ("caption_gap('discrete(steps=-5)')", "steps"),
         ("bits(ode(rtol=0.0))", "rtol"),

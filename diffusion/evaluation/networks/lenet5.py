@@ -12,6 +12,11 @@ import numpy as np
 from diffusion.data.sources import read_npz
 from diffusion.evaluation.networks.network import Network, Run, existing
 
+_KERNELS = {"convnet.c1": (6, 1, 5, 5), "convnet.c3": (16, 6, 5, 5), "convnet.c5": (120, 16, 5, 5)}
+_KERNELS |= {"fc.f6": (84, 120), "fc.f7": (10, 84)}
+SHAPES = {f"{name}.weight": shape for name, shape in _KERNELS.items()}
+SHAPES |= {f"{name}.bias": shape[:1] for name, shape in _KERNELS.items()}
+
 
 def lenet5(weights: str) -> Network:
     """LeNet-5 (LeCun et al., 1998) for MNIST from an ``.npz``.
@@ -25,7 +30,15 @@ def lenet5(weights: str) -> Network:
     path = existing("lenet5", weights)
 
     def open_weights() -> Run:
-        stored = {name: jnp.asarray(array) for name, array in read_npz(path).items()}
+        stored = read_npz(path)
+        shapes = {name: stored[name].shape for name in SHAPES if name in stored}
+        wrong = [name for name, shape in SHAPES.items() if shapes.get(name) != shape]
+        if wrong:
+            raise ValueError(
+                f"{path} is not LeNet-5's: {wrong[0]} should be {SHAPES[wrong[0]]}, got "
+                f"{shapes.get(wrong[0], 'nothing')}"
+            )
+        stored = {name: jnp.asarray(stored[name], jnp.float32) for name in SHAPES}
 
         def run(x: np.ndarray, _: Sequence[Any]) -> dict[str, Any]:
             if x.shape[1:] not in ((28, 28, 1), (32, 32, 1)):
