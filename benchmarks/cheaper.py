@@ -41,11 +41,11 @@ import report
 from configs import base
 from diffusion import compiler, specs
 from diffusion.conditioning import Conditioning
-from diffusion.config import drawing
+from diffusion.config import drawing, judging
 from diffusion.config.drawing import Drawing
-from diffusion.evaluation import figures, harness
+from diffusion.evaluation import figures
 from diffusion.evaluation.convergence import rmse
-from diffusion.evaluation.metrics.metric import Drawn
+from diffusion.evaluation.metrics.metric import of_array
 from diffusion.levels import NoiseLevel
 from diffusion.models import reuse
 from diffusion.models.token_merging import with_merged_tokens
@@ -128,17 +128,17 @@ def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any
     full, params = model.drawer, model.params
     print(f"{workdir}: {config.data.name}, {config.model.name}, step {model.step}")
     target, cost = drawn(model, full, arguments.count), operations(full, params)
-    metrics = harness.make(config.evaluation.metrics, model.pipeline)
+    judge = judging.make(config, model.pipeline, lambda: model.data)
 
-    def quality(setting: Setting, samples: Drawn) -> dict[str, Any]:
-        row = {"what": describe(setting), "setting": setting, "rms": rmse(samples.x, target.x)}
-        found = harness.evaluate(metrics, model.pipeline, params, model.data, lambda: samples)
-        names = {"recognised": "recognised", "frechet_half": "frechet"}
-        names["frechet_half_real"] = "frechet_real"
+    def quality(setting: Setting, x: np.ndarray) -> dict[str, Any]:
+        row = {"what": describe(setting), "setting": setting, "rms": rmse(x, target)}
+        found = judge.evaluate(of_array(x, model.subjects(len(x))), params)
+        names = {"recognised": "recognised", "fd_pixels_half": "frechet"}
+        names["fd_pixels_half_real"] = "frechet_real"
         return row | {names[name]: value for name, value in found.items() if name in names}
 
     rows = [quality({}, target) | {"time": 1.0, "flops": 1.0}]
-    show(arguments.images, {}, target.x)
+    show(arguments.images, {}, target)
     print(json.dumps(rows[0]), flush=True)
     chosen = [s for s in SETTINGS if re.search(arguments.only, describe(s))]
     for setting in chosen:
@@ -150,7 +150,7 @@ def settings(workdir: Path, arguments: argparse.Namespace) -> list[dict[str, Any
         row = quality(setting, samples)
         row["time"], row["all"] = ratio(full, drawer, params, arguments)
         row["flops"] = operations(drawer, params) / cost
-        show(arguments.images, setting, samples.x)
+        show(arguments.images, setting, samples)
         rows.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "all"}), flush=True)
     return rows
@@ -172,11 +172,10 @@ def changed(model: Drawing, setting: Setting, at_least: int) -> tuple[Drawer, li
     return drawing.drawer(config, model.pipeline)
 
 
-def drawn(model: Drawing, drawer: Drawer, count: int) -> Drawn:
+def drawn(model: Drawing, drawer: Drawer, count: int) -> np.ndarray:
     """Samples as the data are."""
-    subjects = model.subjects(count)
-    x = drawer.draw(model.params, subjects, model.negative)
-    return Drawn(model.pipeline.codec.decode_all(model.params, x), subjects)
+    x = drawer.draw(model.params, model.subjects(count), model.negative)
+    return model.pipeline.codec.decode_all(model.params, x)
 
 
 def show(folder: str, setting: Setting, x: np.ndarray) -> None:

@@ -36,7 +36,7 @@ from diffusion import compiler
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
 from diffusion.evaluation import harness
-from diffusion.evaluation.metrics.metric import Data, Drawn
+from diffusion.evaluation.metrics.metric import Data, of_array
 from diffusion.modes import train
 from diffusion.pipelines import samplers
 from diffusion.training import parallel, validation
@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, Overrides]] = {
     "flow": {"plain": {}, "logit-normal times": LOGIT_NORMAL, **COUPLED},
     "dit": {"plain": {}, **ALIGNED},
 }
-METRICS = ("recognition('digits_svc')", "frechet('digits_svc')")
+METRICS = ("recognition(digits_svc)", "frechet(pixels)")
 SAMPLERS = {"": None, "euler_4": ("ddim", 4), "euler_2": ("ddim", 2)}
 
 
@@ -180,19 +180,19 @@ def prepared(experiment: Experiment, count: int) -> Training:
     frozen = parallel.place(layout, experiment.frozen)
     step = make_train_step(*parts, parallel=experiment.config.parallel)
     model, drawer, held_out = experiment.pipeline, experiment.drawer, loss(experiment)
-    metrics = harness.make(METRICS, model)
     data = Data(experiment.train, experiment.held_out)
+    judges = harness.Harness(harness.make(METRICS, model), model, lambda: data)
     subjects = drawer.subjects(count)
 
     def judge(state: Any, at: int) -> dict[str, float]:
         row, params = {"loss": held_out(state, at)}, experiment.params(state.ema["ema"])
         for name, few in SAMPLERS.items():
             solver = few and samplers.make(model, few[0], steps=few[1]).solver
-            samples = Drawn(drawer.draw(params, subjects, solver=solver), subjects)
-            judged = harness.evaluate(metrics, model, params, data, lambda found=samples: found)
+            samples = of_array(drawer.draw(params, subjects, solver=solver), subjects)
+            judged = judges.evaluate(samples, params)
             prefix = name and name + "_"
             row[f"{prefix}recognised"] = 100 * judged["recognised"]
-            row[f"{prefix}frechet"] = judged["frechet_half"]
+            row[f"{prefix}frechet"] = judged["fd_pixels_half"]
         return row
 
     return dataclasses.replace(

@@ -255,7 +255,7 @@ def get_config() -> ConfigDict:
     c.evaluation.samples = (
         ""  # .npz or folder of samples to judge, instead of drawing; count=0: all
     )
-    c.evaluation.keep = ""  # what stays in evaluations/shards: features, or samples as well
+    c.evaluation.keep = ""  # what stays in workdir/shards: features, or samples as well
     c.evaluation.shard = 1000  # samples between two savings of their features
     c.evaluation.part = (0, 1)  # (i, n): make only shards i, i + n, ..., others are made elsewhere
 

@@ -74,8 +74,10 @@ UNET = {
     **{"train.max_skipped": 1, "train.snapshot_every": 1},
     "train.snapshot_sigma_rel": (0.1, 0.2),
     "log.peak_tflops": 1.0,
-    "evaluation.metrics": ("nearest()",),
-    "evaluation.count": 4,
+    "evaluation.metrics": ("memorisation()", "frechet()"),
+    **{"evaluation.count": 4, "evaluation.features": "pixels", "evaluation.reference": "train"},
+    **{"evaluation.shard": 3, "train.validation_metrics": ("frechet()",)},
+    "train.validation_samples": 4,
 }
 DIT = {
     "data.name": "digits",
@@ -135,6 +137,8 @@ RUNS = {
     "autoencoder": DATA | TRAIN | AUTOENCODER,
 }
 ELSEWHERE = {
+    **{f"evaluation.{name}": "modes/test_judging.py" for name in ("keep", "part", "samples")},
+    "reference.": "modes/test_judging.py",
     "consistency.": "test_main.py",
     "data.autoencoder": "config/test_text_to_image.py",
     "data.buckets": "modes/test_inspect.py",

@@ -49,6 +49,11 @@ def check(mode: str, given: Iterable[str]) -> None:
                 f"config.{name} has no effect in --mode={mode}; it is for {', '.join(modes)}"
             )
         section, _, field = name.partition(".")
+        if section in ("model", "sampler", "samples") and "evaluation.samples" in given:
+            raise ValueError(
+                f"config.{name} has no effect: config.evaluation.samples are there, and nothing is "
+                "drawn"
+            )
         built = section == "model" and field.partition(".")[0] in BUILT
         if built and mode in JUDGING and "model.path" in given:
             raise ValueError(

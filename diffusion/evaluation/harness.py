@@ -58,7 +58,7 @@ def make(
         text = pipeline is not None and pipeline.conditioner.subject == "text"
         given = () if pipeline is None else pipeline.view.metrics
         given = ("caption_gap()", "retrieval()", "memorisation()") if text else given
-    inner = networks.CHOICES | bits.CHOICES
+    inner = networks.CHOICES | bits.CHOICES | metrics.CHOICES
     with errors.field(f"{name}={given!r}"), errors.wrong_types():
         made = dict(
             zip(specs.texts(given), specs.values(given, metrics.CHOICES, name, inner), strict=True)

@@ -27,9 +27,9 @@ def moments(chunks: Iterable[np.ndarray]) -> Moments:
     """
     count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
     for chunk in chunks:
-        x = np.asarray(chunk, np.float64).reshape(len(chunk), -1)
-        if not len(x):
+        if not len(chunk):
             continue
+        x = np.asarray(chunk, np.float64).reshape(len(chunk), -1)
         if not np.isfinite(x).all():
             raise ValueError("features contain NaN or infinity")
         own = x.mean(0)

@@ -19,7 +19,7 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     The samples are drawn, or those of the file or folder ``config.evaluation.samples``. Leaves
     ``workdir/evaluations/HASH/evaluation.json``, with all settings inside, of which HASH is a hash,
     and the pictures of metrics that have any. Features of samples stay in
-    ``workdir/evaluations/shards`` until the figures are there: a stopped command goes on.
+    ``workdir/shards`` until the figures are there: a stopped command goes on.
     """
     ranges.check(config)
     c, parent, params = config.evaluation, Path(workdir or ".") / "evaluations", None
@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: str | None) -> None:
             f'{judging.METRICS} is empty: choose some, such as ("recognition(digits_svc)", '
             '"frechet(pixels)", "bits(ode())")'
         )
-    shards = Shards(c.shard, parent / "shards" / workdirs.named(settings))
+    shards = Shards(c.shard, Path(workdir or ".") / "shards" / workdirs.named(settings))
     settings = results.judged(config, settings, made)
     if not made.collect(samples, params, shards, keep=c.keep, part=judging.part(config)):
         print(f"part {c.part} is done; the same command makes the others, or waits for them")

@@ -9,6 +9,7 @@ import pytest
 from diffusion.data import densities, sources
 from diffusion.evaluation import harness
 from diffusion.evaluation.harness import Harness
+from diffusion.evaluation.metrics.frechet import frechet_distance
 from diffusion.evaluation.metrics.metric import Data, Metric, Samples, of_array
 from diffusion.evaluation.networks.network import pixels
 from diffusion.evaluation.shards import Shards
@@ -167,6 +168,27 @@ def test_figures_have_one_name_and_samples_are_drawn_once():
     assert [found["provenance"][name]["count"] for name in ("a()", "b()")] == [10, 4]
     with pytest.raises(ValueError, match="two metrics give the figure x"):
         Harness(chosen | {"c()": mean("x")}).evaluate(samples)
+
+
+def test_per_class_is_each_class_alone(digits):
+    judge, train, test = digits
+    data = lambda: Data(train, test)
+    real = train.all()
+    x, label = real["x"][:300], real["label"][:300].tolist()
+    model = pipeline(conditioner=Labels(10))
+    made = Harness(harness.make(("per_class(frechet(pixels))",), model), model, data)
+    found = made.evaluate(of_array(x, label), {}, shard=70)["fd_pixels_per_class"]
+    assert list(found) == [str(c) for c in range(10)]
+    three = np.array(label) == 3
+    known = test.all()
+    own = frechet_distance(x[three], known["x"][known["label"] == 3])
+    assert found["3"] == pytest.approx(own, rel=1e-9)
+    with pytest.raises(ValueError, match=r"per_class.*none"):
+        made.evaluate(of_array(x), {})
+    with pytest.raises(ValueError, match=r"digits test has no example of class 77"):
+        made.evaluate(of_array(x, [77] * 300), {})
+    with pytest.raises(ValueError, match=r"per_class needs a metric of samples"):
+        harness.make(("per_class(bits(ode()))",), model)
 
 
 def test_figures_do_not_depend_on_shards(digits):

@@ -120,9 +120,9 @@ CASES = [  # overrides, and what the first sentence has to name
     ("sampler.acceleration=cache(every(2))", "config.sampler.acceleration", "keep=1", "MLP"),
     ("sampler.acceleration=merge_tokens(0.8)", "config.sampler.acceleration", "[0, 0.75]"),
     ("parallel=both", "config.parallel", "fsdp"),
-    ("evaluation.metrics=recognition('svm')", "config.evaluation.metrics", "digits_svc"),
+    ("evaluation.metrics=recognition(svm)", "config.evaluation.metrics", "digits_svc"),
     (
-        f"evaluation.metrics=frechet('lenet5', '{NOTHING}')",
+        f"evaluation.metrics=frechet(lenet5('{NOTHING}'))",
         "config.evaluation.metrics",
         NOTHING,
     ),

@@ -39,7 +39,7 @@ def config(folder):
 
 
 def test_evaluate(config, tmp_path):
-    config.evaluation.metrics = ("caption_gap(draws=1)", "retrieval()", "nearest()")
+    config.evaluation.metrics = ("caption_gap(draws=1)", "retrieval()", "memorisation()")
     evaluate.run(config, str(tmp_path))
     found = json.loads((newest(tmp_path / "evaluations") / "evaluation.json").read_text())
     assert found["retrieval_pictures"] == 4 and 2 <= found["retrieval_captions"] <= 4
@@ -50,7 +50,7 @@ def test_evaluate(config, tmp_path):
 
 
 def test_sweep(config, tmp_path):
-    config.evaluation.metrics = ("nearest()",)
+    config.evaluation.metrics = ("memorisation()",)
     sweep.run(config, str(tmp_path))
     text = (newest(tmp_path / "sweeps") / "sweep.json").read_text()
     for name in ("ddim", "EulerDiscreteScheduler"):

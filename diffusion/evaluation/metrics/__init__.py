@@ -1,14 +1,10 @@
 """Metrics: one file each, named after what it measures.
 
-A metric is
-
-    metric(pipeline, params, data, draw) -> {name: figure}
-
-with ``pipeline`` a model and all that it takes to use it, ``params`` its weights, ``data`` the real
-examples (``metrics.metric.Data``), and ``draw()`` the samples that are judged, the same ones for
-all metrics. Figures are what JSON can hold; a figure of real data that stands beside another has
-its name with ``_real``. ``metric`` in each file makes one from its options, which it checks; its
-name in ``CHOICES`` is what a config calls it.
+A metric is a ``metric.Metric``: what it needs of the samples, and a function that takes figures from
+it. All metrics share one pass over the samples and the features of real examples (``harness``).
+Figures are what JSON can hold; a figure of real data that stands beside another has its name with
+``_real``, half the width of its 95 % interval with ``_ci``. ``metric`` in each file makes one from
+its options, which it checks; its name in ``CHOICES`` is what a config calls it.
 """
 
 from diffusion.evaluation.metrics import (
@@ -17,6 +13,7 @@ from diffusion.evaluation.metrics import (
     energy,
     frechet,
     memorisation,
+    per_class,
     recognition,
     retrieval,
     wasserstein,
@@ -28,6 +25,7 @@ CHOICES = {
     "energy": energy.metric,
     "frechet": frechet.metric,
     "memorisation": memorisation.metric,
+    "per_class": per_class.metric,
     "recognition": recognition.metric,
     "retrieval": retrieval.metric,
     "wasserstein": wasserstein.metric,

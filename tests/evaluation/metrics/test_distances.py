@@ -1,10 +1,9 @@
-"""Distances between sets of points: closed forms, no bias, all pairs."""
+"""Distances between sets of points: closed forms, no bias."""
 
 import numpy as np
 import pytest
 
 from diffusion.evaluation.metrics.energy import energy_distance
-from diffusion.evaluation.metrics.nearest import nearest_distances
 from diffusion.evaluation.metrics.wasserstein import sliced_wasserstein
 
 rng = np.random.default_rng(0)
@@ -44,10 +43,3 @@ def test_sliced_wasserstein_takes_sets_of_different_size():
     assert sliced_wasserstein(x, 2 * y) == pytest.approx(1, abs=0.1)
     with pytest.raises(ValueError, match="differ in dimension"):
         sliced_wasserstein(x, rng.standard_normal((10, 3)))
-
-
-def test_nearest_distances_agree_with_all_pairs():
-    a, b = rng.standard_normal((37, 2, 3, 1)), rng.standard_normal((23, 2, 3, 1))
-    pairs = np.sqrt(((a[:, None] - b[None]) ** 2).sum((2, 3, 4)))
-    np.testing.assert_allclose(nearest_distances(a, b, chunk=10), pairs.min(1), rtol=1e-5)
-    assert np.all(nearest_distances(b[:5], b) == 0)

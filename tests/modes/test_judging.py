@@ -1,0 +1,164 @@
+"""Judging by command: samples that are drawn or come from files, against references."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import assert_names, command, first_sentence, newest, succeed
+
+from diffusion.data import sources
+
+QUICK = ["--config.train.steps=4", "--config.train.log_every=2", "--config.optimizer.warmup=0"]
+QUICK += ["--config.model.unet.widths=(8,16)", "--config.model.unet.norm_groups=4"]
+QUICK += ["--config.model.unet.num_heads=2", "--config.sampler.steps=2"]
+DIGITS = "configs/digits.py"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("judging")
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A run that chose among its checkpoints by a metric of samples."""
+    best = ["--config.train.validate_every=2", "--config.train.checkpoint_every=2"]
+    best += ["--config.train.validation_metrics=frechet(pixels)", "--config.train.best=fd_pixels"]
+    best += ["--config.train.validation_samples=20", "--config.train.keep_best=1"]
+    more = ["--config.evaluation.count=30", f"--workdir={place / 'run'}"]
+    succeed(*QUICK, *best, *more, config=DIGITS)
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    printed = succeed(
+        "--mode=reference",
+        f"--workdir={place / 'references'}",
+        "--config.evaluation.features=pixels",
+        "--config.reference.examples=200",
+        "--config.evaluation.shard=300",
+        config=DIGITS,
+    )
+    assert "1297 examples of digits_train in" in printed
+    path = place / "references" / "digits_train_8x8_pixels.npz"
+    assert list(path.parent.iterdir()) == [path]
+    return path
+
+
+def evaluate(workdir, *arguments, config=None):
+    """The figures, and what was printed."""
+    printed = succeed("--mode=evaluate", f"--workdir={workdir}", *arguments, config=config)
+    folder = newest(workdir / "evaluations")
+    return json.loads((folder / "evaluation.json").read_text()), printed, folder
+
+
+def test_training_chooses_by_one_half_and_is_judged_by_the_other(run):
+    judged = json.loads((run / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    chosen = [line for line in lines if "validation_loss" in line]
+    assert len(chosen) == 2 and all("fd_pixels_half_real" in line for line in chosen)
+    assert judged["recognised_real_count"] == 250
+    names = {p["reference"]["name"] for s, p in judged["provenance"].items() if "digits_svc" in s}
+    assert names == {"digits test"} and (run / "memorisation.png").stat().st_size > 0
+    found, printed, _ = evaluate(run, "--config.sampler.checkpoint=best")
+    assert found["recognised_real_count"] == 250 and "recognised: " in printed
+    validation, _, _ = evaluate(
+        run,
+        "--config.evaluation.reference=validation",
+        "--config.evaluation.metrics=frechet(pixels)",
+    )
+    about = [v["provenance"]["frechet(pixels)"]["reference"] for v in (found, validation)]
+    assert about[0]["checksum"] != about[1]["checksum"]
+
+
+def test_a_reference_has_the_data_sets_statistics(reference):
+    x = sources.digits("train").all()["x"].reshape(1297, 64).astype(np.float64)
+    with np.load(reference) as file:
+        np.testing.assert_allclose(file["mu"], x.mean(0), atol=1e-12)
+        np.testing.assert_allclose(file["sigma"], np.cov(x.T), atol=1e-10)
+        assert file["arr_0"].shape == (200, 8, 8, 1) and file["arr_0"].dtype == np.uint8
+        assert file["arr_1"].shape == (200,) and file["feats"].shape == (200, 64)
+
+
+def test_samples_are_judged_again_from_their_files(run, reference, place):
+    metrics = f"--config.evaluation.metrics=frechet(pixels, reference='{reference}')"
+    count = ["--config.evaluation.count=30", "--config.evaluation.shard=12"]
+    drawn, printed, folder = evaluate(run, metrics, *count, "--config.evaluation.keep=samples")
+    assert "fd_pixels: " in printed
+    kept = next((run / "shards").iterdir()) / "samples"
+    assert [path.name for path in sorted(kept.iterdir())] == [f"{i:05d}.npz" for i in range(3)]
+    provenance = drawn["provenance"][f"frechet(pixels, reference='{reference}')"]
+    assert provenance["resolution"] == [8, 8, 1] and provenance["count"] == 30
+    assert provenance["reference"]["statistics_of"] == 1297
+    given = [f"--config.evaluation.samples={kept}", metrics, "--config.evaluation.count=0"]
+    found, _, _ = evaluate(place / "elsewhere", *given)
+    assert found["fd_pixels"] == drawn["fd_pixels"]
+    assert "data" not in found["settings"] and found["settings"]["samples"]["path"] == str(kept)
+    for shape in ("sampler.steps=3", "samples.labels=3", "sampler.seed=2"):  # nothing is drawn
+        error, _ = command("--mode=evaluate", *given, f"--config.{shape}", config=None)
+        assert_names(error, f"config.{shape.split('=')[0]}", "config.evaluation.samples")
+
+
+def test_parts_are_made_apart_and_joined(run):
+    options = ["--config.evaluation.shard=10", "--config.evaluation.count=30"]
+    options += ["--config.sampler.seed=5", "--config.evaluation.metrics=frechet(pixels)"]
+    whole, _, folder = evaluate(run, *options)
+    before = (folder / "evaluation.json").read_text()
+    (folder / "evaluation.json").unlink()
+    for i in range(2):
+        printed = succeed(
+            "--mode=evaluate",
+            f"--workdir={run}",
+            *options,
+            f"--config.evaluation.part=({i},3)",
+            config=None,
+        )
+        assert "is done" in printed and not (folder / "evaluation.json").exists()
+    joined, _, _ = evaluate(run, *options, "--config.evaluation.part=(2,3)")
+    assert joined == whole and (folder / "evaluation.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["evaluation.metrics=fid()"], ["fid()", "config.evaluation.features", "inception("]),
+        (["evaluation.metrics=frechet()", "evaluation.features=pixls"], ["'pixls'", "'pixels'"]),
+        (
+            ["evaluation.metrics=frechet(pixels)", "evaluation.reference=no.npz"],
+            ["config.evaluation.reference='no.npz'", "no such file"],
+        ),
+        (["evaluation.samples=no.npz"], ["config.evaluation.samples='no.npz'", "no such file"]),
+        (["evaluation.part=(3,3)"], ["config.evaluation.part=(3, 3)", "(0, 4)"]),
+        (["evaluation.keep=pictures"], ["config.evaluation.keep", "samples"]),
+        (["evaluation.count=1"], ["two samples"]),
+        (["evaluation.metrics=()"], ["config.evaluation.metrics is empty"]),
+        (["reference.split=train"], ["config.reference.split", "reference"]),
+    ],
+)
+def test_mistakes(run, arguments, names):
+    given = [f"--config.{argument}" for argument in arguments]
+    error, _ = command("--mode=evaluate", f"--workdir={run}", *given, config=None)
+    assert_names(error, *names)
+    left = list((run / "evaluations").rglob("*.partial")) if (run / "evaluations").exists() else []
+    assert not left
+
+
+def test_mistakes_in_references(run, reference, place):
+    mode = ["--mode=reference", f"--workdir={place / 'r'}"]
+    error, _ = command(*mode, config=DIGITS)
+    assert_names(error, "config.evaluation.features=''", "feature network")
+    error, _ = command(*mode, "--config.evaluation.features=digits_svc", config=DIGITS)
+    assert_names(error, "config.evaluation.features='digits_svc'")
+    error, _ = command(*mode, config=None)
+    assert "--config" in first_sentence(error)
+    np.savez(place / "wide.npz", arr_0=np.full((4, 8, 16, 1), 9, np.uint8))
+    error, _ = command(
+        "--mode=evaluate",
+        f"--workdir={place / 'w'}",
+        f"--config.evaluation.samples={place / 'wide.npz'}",
+        "--config.evaluation.count=0",
+        f"--config.evaluation.metrics=frechet(pixels, '{reference}')",
+        config=None,
+    )
+    assert_names(error, "[N, 8, 8, 1]", "(4, 8, 16, 1)")
