@@ -171,7 +171,7 @@ def test_figures_have_one_name_and_samples_are_drawn_once():
 
 
 def test_per_class_is_each_class_alone(digits):
-    judge, train, test = digits
+    _, train, test = digits
     data = lambda: Data(train, test)
     real = train.all()
     x, label = real["x"][:300], real["label"][:300].tolist()

@@ -84,7 +84,7 @@ def test_a_reference_has_the_data_sets_statistics(reference):
 def test_samples_are_judged_again_from_their_files(run, reference, place):
     metrics = f"--config.evaluation.metrics=frechet(pixels, reference='{reference}')"
     count = ["--config.evaluation.count=30", "--config.evaluation.shard=12"]
-    drawn, printed, folder = evaluate(run, metrics, *count, "--config.evaluation.keep=samples")
+    drawn, printed, _ = evaluate(run, metrics, *count, "--config.evaluation.keep=samples")
     assert "fd_pixels: " in printed
     kept = next((run / "shards").iterdir()) / "samples"
     assert [path.name for path in sorted(kept.iterdir())] == [f"{i:05d}.npz" for i in range(3)]

@@ -1,7 +1,8 @@
 """Metrics: one file each, named after what it measures.
 
-A metric is a ``metric.Metric``: what it needs of the samples, and a function that takes figures from
-it. All metrics share one pass over the samples and the features of real examples (``harness``).
+A metric is a ``metric.Metric``: what it needs of the samples, and a function that takes figures
+from it. All metrics share one pass over the samples and the features of real examples, see
+``harness``.
 Figures are what JSON can hold; a figure of real data that stands beside another has its name with
 ``_real``, half the width of its 95 % interval with ``_ci``. ``metric`` in each file makes one from
 its options, which it checks; its name in ``CHOICES`` is what a config calls it.
