@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.data.sources import Source, affordable
+from diffusion.data.sources import Source, affordable, subset
 from diffusion.evaluation.moments import Moments, moments
 from diffusion.evaluation.networks.network import Network
 
 CHUNK = 1000
+SHUFFLED = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,8 @@ def of_source(
 ) -> Set:
     """Real examples as a network sees them, whose outputs stay in memory.
 
-    Of a set whose pixels would take more than 2 GiB, as many as fit, evenly spread.
+    Of a set whose pixels would take more than 2 GiB, as many as fit, evenly spread. Many examples
+    are shuffled, because they may lie class by class, and some metrics take the first 10,000.
 
     Args:
       source: the examples.
@@ -114,6 +116,8 @@ def of_source(
       split: for the name.
     """
     source, parts, labels = affordable(source), [], []
+    if len(source) > SHUFFLED:
+        source = subset(source, np.random.default_rng(0).permutation(len(source)))
     digest, shape = hashlib.sha256(), ()
     for first in range(0, len(source), CHUNK):
         index = np.arange(first, min(first + CHUNK, len(source)))
