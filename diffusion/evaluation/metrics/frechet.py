@@ -32,9 +32,7 @@ def frechet_from_statistics(a: Moments, b: Moments) -> float:
     return _distance(a, b, np.linalg.eigvalsh(root @ a.cov @ root))
 
 
-def frechet_with_error(
-    a: Moments, b: Moments, chunks: Iterable[np.ndarray]
-) -> tuple[float, float]:
+def frechet_with_error(a: Moments, b: Moments, chunks: Iterable[np.ndarray]) -> tuple[float, float]:
     """``frechet_from_statistics``, and its standard error by the sampling of ``a``.
 
     The infinitesimal jackknife: the distance's derivative by the weight of example x_i,

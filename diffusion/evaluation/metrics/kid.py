@@ -24,9 +24,7 @@ class Distance(NamedTuple):
     size: int
 
 
-def kid(
-    samples: np.ndarray, real: np.ndarray, *, subsets: int = 100, size: int = 1000
-) -> Distance:
+def kid(samples: np.ndarray, real: np.ndarray, *, subsets: int = 100, size: int = 1000) -> Distance:
     """Mean over random subsets of MMD^2 with k(x, y) = (x.y / D + 1)^3, without bias.
 
     MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j), which

@@ -1,4 +1,4 @@
-"""Maximum mean discrepancy of unit features with a Gaussian kernel: CMMD (Jayasumana et al., 2024)."""
+"""CMMD (Jayasumana et al., 2024): mean discrepancy of unit features with a Gaussian kernel."""
 
 from __future__ import annotations
 

@@ -79,18 +79,18 @@ def test_images_are_flattened_and_errors_are_clear():
         moments([np.zeros((0, 3))])
 
 
-@pytest.mark.parametrize("d", [4, 16, 32])
+@pytest.mark.parametrize("d", [4, 32])
 def test_standard_error_is_that_of_repeated_draws(d):
     b = random_statistics(3, d, 3 * d)
     scale = np.linspace(0.5, 1.5, d)
-    draws = np.random.default_rng(1).standard_normal((400, 1500, d)) * scale
+    draws = np.random.default_rng(d).standard_normal((200, 1000, d)) * scale
     found = [frechet.frechet_with_error(moments([x]), b, [x[:700], x[700:]]) for x in draws]
     distances, errors = np.array(found).T
     assert distances[0] == pytest.approx(
         frechet.frechet_from_statistics(moments([draws[0]]), b), rel=1e-10
     )
-    # The deviation of 400 draws is itself known to 3.5 %.
-    assert errors.mean() == pytest.approx(distances.std(ddof=1), rel=0.1)
+    # The deviation of 200 draws is itself known to 5 %.
+    assert errors.mean() == pytest.approx(distances.std(ddof=1), rel=0.12)
 
 
 def test_standard_error_is_that_of_the_bootstrap():
