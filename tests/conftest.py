@@ -35,7 +35,7 @@ LONG = (  # whole commands, whole pipelines, whole runs; those with the longest 
     *("test_pretrained_modes.py", "test_tasks.py", "test_generate.py", "test_loading.py"),
     *("test_kill.py", "test_autoencoder_runs.py", "test_finetuning.py", "test_processes.py"),
     *("test_text_to_image.py", "test_compilation.py", "test_hand_over.py", "test_pictures.py"),
-    *("test_judging.py",),
+    *("test_judging.py", "test_torch_fidelity.py"),
 )
 
 

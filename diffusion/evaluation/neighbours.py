@@ -1,4 +1,10 @@
-"""Nearest neighbours among many features, in tiles: memory does not grow with N times M."""
+"""Nearest neighbours among many features, in tiles: memory does not grow with N times M.
+
+Tiles of squared distances |a|^2 + |b|^2 - 2 a.b are in float32, of features from which a common
+mean is subtracted. Their error, at most about ROUNDING (|a| + |b|)^2, hides small differences. It
+therefore only chooses candidates: every distance that is returned or decides is computed again in
+float64 from differences, so that equal examples have the distance 0.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +16,22 @@ from diffusion.errors import check_range
 
 ROWS, COLUMNS = 1024, 8192  # of a tile of distances
 MORE = 4  # candidates beyond k, among which rounding cannot hide the nearest
+ROUNDING = 64 * 2.0**-24  # of float32 tiles; a third of it was seen with 2,048 features
+PAIRS = 4096  # whose distances are computed again at a time
 
 
 def nearest(a: np.ndarray, b: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of b [M, D] to each of a [N, D]: distances and indices, both [N, k].
 
-    Euclidean, nearest first. The tiles |a|^2 + |b|^2 - 2 a.b are in float32 on features from which
-    the mean of b is subtracted, and choose k + 4 candidates; their distances are then computed
-    in float64 from differences, so that equal examples have the distance 0.
+    Euclidean, nearest first. The k + 4 nearest by the float32 tiles are candidates. Where more
+    examples than these lie within the tiles' error of each other, which takes distances below
+    0.002 (|a| + |b|), another of them than the very nearest may be found.
+
+    Raises:
+      ValueError: k is not in [1, M], or features differ in size.
     """
+    a, b = _features(a, b)
     check_range("k", k, 1, len(b))
-    a, b = (np.asarray(x, np.float32).reshape(len(x), -1) for x in (a, b))
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"features differ in size: {a.shape[1]} and {b.shape[1]}")
     centre = b.mean(0, dtype=np.float64).astype(np.float32)
     few = min(k + MORE, len(b))
     distances, indices = np.empty((len(a), k)), np.empty((len(a), k), np.int64)
@@ -37,13 +46,61 @@ def nearest(a: np.ndarray, b: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.nd
         scores, found = np.concatenate(scores, 1), np.concatenate(found, 1)
         order = np.argpartition(scores, few - 1, axis=1)[:, :few]
         found = np.take_along_axis(found, order, 1)
-        exact = np.stack(
-            [np.linalg.norm(rows - b[c].astype(np.float64), axis=1) for c in found.T], axis=1
-        )
+        exact = np.stack([_distance(rows, b[c]) for c in found.T], axis=1)
         best = np.lexsort((found, exact), axis=1)[:, :k]
         distances[i : i + ROWS] = np.take_along_axis(exact, best, 1)
         indices[i : i + ROWS] = np.take_along_axis(found, best, 1)
     return distances, indices
+
+
+def radii(x: np.ndarray, k: int) -> np.ndarray:
+    """The distance [N] of each of x [N, D] to its k-th nearest neighbour, itself left out.
+
+    It is 0 for an example of which there are k further copies.
+    """
+    check_range("the number of neighbours", k, 1, len(x) - 1)
+    return nearest(x, x, k + 1)[0][:, k]
+
+
+def inside(
+    points: np.ndarray, centres: np.ndarray, radius: np.ndarray, *, open_balls: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """In how many balls each point lies [N], and how many points each ball holds [M].
+
+    Args:
+      points, centres: features [N, D] and [M, D].
+      radius: of the ball around each centre, [M].
+      open_balls: whether the surface does not belong to a ball.
+    """
+    points, centres = _features(points, centres)
+    centre = centres.mean(0, dtype=np.float64).astype(np.float32)
+    of_points, of_centres = np.zeros(len(points), np.int64), np.zeros(len(centres), np.int64)
+    for j in range(0, len(centres), COLUMNS):
+        b, r = centres[j : j + COLUMNS], radius[j : j + COLUMNS]
+        target, squares = jnp.asarray(b - centre), jnp.asarray(np.square(r), jnp.float32)
+        for i in range(0, len(points), ROWS):
+            a = points[i : i + ROWS]
+            held, doubtful = map(np.array, _within(jnp.asarray(a - centre), target, squares))
+            row, column = np.nonzero(doubtful)
+            for first in range(0, len(row), PAIRS):
+                u, v = row[first : first + PAIRS], column[first : first + PAIRS]
+                exact = _distance(a[u], b[v])
+                held[u, v] = exact < r[v] if open_balls else exact <= r[v]
+            of_points[i : i + ROWS] += held.sum(1)
+            of_centres[j : j + COLUMNS] += held.sum(0)
+    return of_points, of_centres
+
+
+def _features(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (np.asarray(x, np.float32).reshape(len(x), -1) for x in (a, b))
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"features differ in size: {a.shape[1]} and {b.shape[1]}")
+    return a, b
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The distance of each pair of rows; to the last bit the same for (a, b) and (b, a)."""
+    return np.linalg.norm(a.astype(np.float64) - b, axis=1)
 
 
 @jax.jit(static_argnums=2)
@@ -52,3 +109,12 @@ def _candidates(a: jax.Array, b: jax.Array, k: int) -> tuple[jax.Array, jax.Arra
     product = jnp.matmul(a, b.T, precision="highest")
     score, index = jax.lax.top_k(2 * product - (b**2).sum(1)[None], k)
     return -score, index
+
+
+@jax.jit
+def _within(a: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether squared distances are below ``squares`` [M], and where rounding may decide that."""
+    aa, bb = (a**2).sum(1)[:, None], (b**2).sum(1)[None]
+    gap = aa + bb - 2 * jnp.matmul(a, b.T, precision="highest") - squares[None]
+    error = ROUNDING * ((jnp.sqrt(aa) + jnp.sqrt(bb)) ** 2 + squares[None])
+    return gap < 0, jnp.abs(gap) <= error
