@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.data.sources import read_npz
 from diffusion.models.inception import STEM, Inception, Layer, blocks
 from diffusion.pretrained import files, weights
 from diffusion.pretrained.files import Tensor, Tensors
@@ -53,14 +55,19 @@ def load(path: str | Path, net: Inception) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    tensors = _tensors(path)
+    return weights.load_params(NAMES, _shapes(net), tensors, what=str(path))
+
+
+@cache
+def _shapes(net: Inception) -> Any:
     image = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
-    return weights.load_params(NAMES, shapes, _tensors(path), what=str(path))
+    return jax.eval_shape(net.init, jax.random.key(0), image)["params"]
 
 
 def _tensors(path: Path) -> Tensors:
     if path.suffix == ".npz":
-        return _of_npz(path)
+        return {key: files.of_array(array) for key, array in read_npz(path).items()}
     if path.suffix == ".pb":
         return _of_graph(path)
     if path.suffix == ".safetensors":
@@ -70,14 +77,6 @@ def _tensors(path: Path) -> Tensors:
         hint += " take pytorch-fid's or ADM's file of the same network instead."
         raise ValueError(f"{files.refuse_pickle(path)}{hint}")
     raise ValueError(f"{path}: Inception's weights are in a {KINDS} file, not {path.suffix!r}")
-
-
-def _of_npz(path: Path) -> Tensors:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {key: files.of_array(stored[key]) for key in stored.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as .npz: {error}") from None
 
 
 def units() -> Iterator[tuple[str, str]]:
