@@ -36,6 +36,7 @@ LONG = (  # whole commands, whole pipelines, whole runs; those with the longest 
     *("test_kill.py", "test_autoencoder_runs.py", "test_finetuning.py", "test_processes.py"),
     *("test_text_to_image.py", "test_compilation.py", "test_hand_over.py", "test_pictures.py"),
     *("test_judging.py", "test_torch_fidelity.py"),
+    *("test_inception_parity.py", "test_resize_parity.py"),
 )
 
 

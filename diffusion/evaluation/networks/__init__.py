@@ -3,10 +3,12 @@
 Its name in ``CHOICES`` is what a config calls it: ``frechet(lenet5("FILE"))``.
 """
 
-from diffusion.evaluation.networks import digits_svc, lenet5, network
+from diffusion.evaluation.networks import digits_svc, inception, lenet5, network
 
 CHOICES = {
     "digits_svc": digits_svc.digits_svc,
+    "inception": inception.inception,
     "lenet5": lenet5.lenet5,
+    "nsfwjs": inception.nsfwjs,
     "pixels": network.pixels,
 }
