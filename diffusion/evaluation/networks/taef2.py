@@ -56,4 +56,4 @@ def taef2(weights: str, size: int = SIZE) -> Network:
 
     name = "taef2" if size == SIZE else f"taef2_{size}"
     about = f"bilinear, antialiased, to {size} x {size}"
-    return Network(name, open_weights, files=(path,), preparation=about)
+    return Network(name, open_weights, files=(path,), preparation=about, batch=16)

@@ -28,7 +28,10 @@ SUPPORTED = {
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
 }
-HARMLESS = (*fields.TRANSFORMERS, "hidden_dropout_prob", "attention_probs_dropout_prob")
+HARMLESS = (
+    *fields.TRANSFORMERS,
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "eos_token_id"),
+)
 
 
 def from_config(config: Mapping[str, Any]) -> Bert:
