@@ -164,6 +164,39 @@ class ClipVision(nn.Module):
 Clip = ClipText | ClipVision
 
 
+class ClipPair(nn.Module):
+    """Both encoders of CLIP, which project texts and images into one space.
+
+    Attributes:
+      text, vision: the encoders, of equal projections.
+    """
+
+    text: ClipText
+    vision: ClipVision
+
+    def setup(self) -> None:
+        if self.text.projection != self.vision.projection:
+            raise ValueError(
+                f"texts are projected to {self.text.projection} numbers, images to "
+                f"{self.vision.projection}; expected the same"
+            )
+        self.scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
+
+    def see(self, images: Array) -> Array:
+        """Embeddings [B, P] of images, as in ``ClipVision``."""
+        return self.vision(images).projected
+
+    def read(self, ids: Array) -> Array:
+        """Embeddings [B, P] of texts, as in ``ClipText``."""
+        return self.text(ids).projected
+
+    def __call__(self, ids: Array, images: Array) -> Array:
+        """Logits [N, M] of N images and M texts: cosines times exp(logit_scale)."""
+        seen, read = self.see(images), self.read(ids)
+        seen, read = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (seen, read))
+        return jnp.exp(self.scale) * seen @ read.T
+
+
 class PatchEmbeddings(nn.Module):
     """A class token and patches of images [B, S, S, 3] with their positions: [B, 1 + N, D]."""
 
