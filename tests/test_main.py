@@ -35,6 +35,7 @@ FEW = {  # what makes a mode quick
     "evaluate": ["--config.evaluation.count=50"],
     "sweep": [
         *("--config.sweep.reference_steps=4", "--config.evaluation.count=50"),
+        "--config.sweep.seeds=2",
         *("--config.sweep.solvers=('ddim', 'heun')", "--config.sweep.evaluations=(2, 4)"),
     ],
     "learn": [
