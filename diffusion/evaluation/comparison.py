@@ -83,11 +83,14 @@ class Cell(NamedTuple):
 
 def result(place: str, config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Result:
     """An evaluation.json as it is compared, with the config of its run ({} if there is none)."""
+    judged = flat(evaluation.get("settings", {}))
+    # Samples of a file are no samples of the run in whose folder they were judged.
+    config = {} if "samples.path" in judged else config
     kept = {name: value for name, value in config.items() if name not in WITHOUT}
     model = kept.get("model", {})
     if model.get("name") in model:  # without the fields of networks that are not used
         kept["model"] = {"name": model["name"], model["name"]: model[model["name"]]}
-    settings = flat(kept) | flat(evaluation.get("settings", {}))
+    settings = flat(kept) | judged
     seeds = settings.pop("seed", None), settings.pop("sampler.seed", None)
     for name in IDLE:
         settings.pop(name, None)
@@ -310,7 +313,7 @@ def _cell(name: str, row: Sequence[Result], common: Basis | None) -> Cell | None
     for own in kept:
         units[own.seed if trained else own.sampler_seed].append(own.figures[name])
     values = tuple(float(np.mean(units[unit])) for unit in sorted(units, key=str))
-    half, real = None, [own.figures.get(f"{name}_real") for own in kept]
+    half, real = None, [own.figures.get(merits.beside(name, "_real")) for own in kept]
     if len(kept) == 1:
         half = _half(kept[0].figures, name)
     real = [value for value in real if value is not None]
@@ -326,7 +329,7 @@ def _cell(name: str, row: Sequence[Result], common: Basis | None) -> Cell | None
 def _half(figures: Mapping[str, float], name: str) -> float | None:
     """Half the width of a figure's 95 % interval."""
     folder, dot, _ = name.rpartition(".")
-    half = figures.get(f"{name}_ci")
+    half = figures.get(merits.beside(name, "_ci"))
     if half is None and name.endswith("bits_per_dim"):
         half = Z95 * figures.get(f"{folder}{dot}standard_error", math.nan)
     return half if half is not None and math.isfinite(half) else None

@@ -53,6 +53,7 @@ come first."""
 
 ASIDE = ("_standard_error", ".standard_error", "_error", "_by_chance", *ENDINGS)
 """Ends of names of figures that only accompany others."""
+PER_CLASS = "_per_class"
 
 
 def merit(name: str) -> Merit:
@@ -61,16 +62,18 @@ def merit(name: str) -> Merit:
     if place is None:
         return Merit(name)
     known = KNOWN[place]
-    before, _, last = name.rpartition(".")
-    rest = " ".join([before, last.removeprefix(place).strip("_")]).replace("_", " ").strip()
+    parts = [part.removeprefix(place).strip("_").replace("_", " ") for part in name.split(".")]
+    rest = " ".join(part for part in parts if part)
     return known._replace(label=f"{known.label} ({rest})" if rest else known.label)
 
 
 def _place(name: str) -> str | None:
-    """The longest of the known beginnings that a name has."""
-    last = name.rpartition(".")[2]
-    own = [known for known in KNOWN if last == known or last.startswith(f"{known}_")]
-    return max(own, key=len, default=None) if not name.endswith(ASIDE) else None
+    """The longest of the known beginnings that a name, or its last part, has."""
+    if name.endswith(ASIDE):
+        return None
+    parts = name.split(".")
+    own = [k for k in KNOWN for part in parts if part == k or part.startswith(f"{k}_")]
+    return max(own, key=len, default=None)
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -96,8 +99,14 @@ def figures(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def main(names: Iterable[str]) -> list[str]:
-    """The figures themselves, in order, without those that only accompany others."""
-    return ordered(name for name in names if not name.endswith(ASIDE))
+    """The figures of all examples, in order, without those that only accompany others."""
+    return ordered(n for n in names if not n.endswith(ASIDE) and PER_CLASS not in n)
+
+
+def beside(name: str, ending: str) -> str:
+    """The name of what accompanies a figure: its "_ci" or "_real", by class for one by class."""
+    whole, per_class, of = name.partition(PER_CLASS)
+    return whole + ending + per_class + of
 
 
 def shown(name: str, value: float, spread: float | None = None) -> str:

@@ -228,6 +228,22 @@ def test_figures_by_default_are_those_that_all_share_the_main_ones_first():
         compared(results([1.0]), results([1.0], "kid_pixels"))
 
 
+def test_figures_by_class_are_shown_where_they_are_named():
+    by_class = {"recognised_per_class": {"3": 0.9}, "recognised_ci_per_class": {"3": 0.2}}
+    by_class |= {"recognised_real_per_class": {"3": 0.97}}
+    groups = [results([1.0], **by_class), results([2.0], **by_class)]
+    assert list(compared(*groups)["figures"]) == ["fd_pixels"]
+    found = compared(*groups, figures=["recognised_per_class.3"])
+    assert cells(found, "recognised_per_class.3")[0]["half"] == 0.2
+    assert cells(found, "recognised_per_class.3")[0]["real"] == 0.97
+
+
+def test_samples_of_files_are_rows_of_their_own():
+    settings = {"samples": {"path": "a.npz", "checksum": "1"}}
+    own = comparison.result("x", {"seed": 3, "data": {"name": "digits"}}, {"settings": settings})
+    assert own.settings == {"samples.path": "a.npz", "samples.checksum": "1"} and own.seed is None
+
+
 def test_figures_that_are_not_finite_are_neither_best_nor_tested():
     found = compared(results([math.nan, 1.0]), results([2.0, 2.1]), results([3.0, 3.1]))
     assert [c["best"] for c in cells(found)] == [False, True, False]
@@ -245,6 +261,8 @@ def test_names_and_directions():
         "retrieval_among_10": ("own caption is among the ten nearest", "higher"),
         "retrieval_first_by_chance": ("retrieval_first_by_chance", ""),
         "isolation": ("isolation", ""),
+        "fd_pixels_per_class.3": ("Fréchet distance (pixels per class 3)", "lower"),
+        "bits_train.bits_per_dim": ("bits per dimension (bits train)", "lower"),
         "nearest_ratio_pixels": ("nearest / real (pixels)", ""),
     }
     found = {name: (merits.merit(name).label, merits.merit(name).better) for name in expected}
