@@ -137,7 +137,7 @@ def parse(argv: list[str]) -> Command:
         sys.exit(f"error: unexpected arguments: {' '.join(others)}")
     if (
         not workdir
-        and mode not in ("generate", "cache")
+        and mode not in ("generate", "cache", "compare")
         and not given.get("config.evaluation.samples")
     ):
         sys.exit("error: --workdir is needed: where to put what comes out")
@@ -170,7 +170,7 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
     if "config" in given:
         return _load(given["config"])
     model, workdir = given.get("config.model.path", ""), given.get("workdir", "")
-    for path in (model, workdir):
+    for path in (model, workdir) if mode != "compare" else ():  # which is of several runs
         if path and _is_run(Path(path)):
             config = _of_run(path)
             if path == model:
@@ -178,7 +178,7 @@ def _config(mode: str, given: dict[str, str]) -> ConfigDict:
             return config
     draws = mode in ("sample", "evaluate", "sweep", "learn", "generate")
     judges = mode in ("evaluate", "reference") and given.get("config.evaluation.samples")
-    if not (model and draws) and not judges:
+    if not (model and draws) and not judges and mode != "compare":
         what = "--workdir=RUN, or --config.model.path=MODEL, a run, a diffusers folder, a "
         what = what + ".safetensors file or a hub id" if draws else "--workdir=RUN, which has one"
         sys.exit(

@@ -273,6 +273,13 @@ def get_config() -> ConfigDict:
     c.sweep.evaluations = (4, 6, 8, 10, 15, 20, 30, 50)  # evaluations of the denoiser, at most
     c.sweep.reference = "heun"  # solver that approximates the exact flow
     c.sweep.reference_steps = 100
+    c.sweep.seeds = 1  # seeds from sampler.seed on, by each of which every point is measured
+
+    c.compare = ConfigDict()  # --mode=compare: evaluations of several runs in one table
+    # Folders of runs or of single evaluations, or patterns: "runs/ablation/*"; several as a tuple
+    c.compare.runs = FieldReference("", field_type=object)
+    # Figures of evaluation.json; empty: the first six that all results share
+    c.compare.figures = FieldReference((), field_type=object)
 
     c.learn = ConfigDict()  # --mode=learn: few-step solvers for this model
     c.learn.evaluations = (4, 6, 8, 10)

@@ -151,6 +151,7 @@ ELSEWHERE = {
     "data.token": "config/test_text_to_image.py",
     "data.workers": "modes/test_inspect.py",
     "learn.": "test_main.py",
+    "compare.": "modes/test_compare_mode.py",
     "sweep.": "test_main.py",
     "log.wandb": "runs/test_tracking.py",
     "model.autoencoder.attention_implementation": "models/test_dit.py",

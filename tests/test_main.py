@@ -35,6 +35,7 @@ FEW = {  # what makes a mode quick
     "evaluate": ["--config.evaluation.count=50"],
     "sweep": [
         *("--config.sweep.reference_steps=4", "--config.evaluation.count=50"),
+        "--config.sweep.seeds=2",
         *("--config.sweep.solvers=('ddim', 'heun')", "--config.sweep.evaluations=(2, 4)"),
     ],
     "learn": [
@@ -194,12 +195,14 @@ def test_evaluate_needs_no_config(digits):
 
 def test_sweep_needs_no_config(digits):
     printed = succeed("--mode=sweep", "--workdir=runs/digits", *FEW["sweep"], config=None)
-    assert "ddim: 4 evaluations (4 steps): " in printed
+    assert "ddim: 4 evaluations (4 steps), seed 1: " in printed
     place = newest(digits / "sweeps")
     rows = json.loads((place / "sweep.json").read_text())["rows"]
-    assert [(r["solver"], r["steps"]) for r in rows] == [
-        *(("ddim", 2), ("ddim", 4), ("heun", 1), ("heun", 2)),
+    points = [("ddim", 2), ("ddim", 4), ("heun", 1), ("heun", 2)]
+    assert [(r["solver"], r["steps"], r["seed"]) for r in rows] == [
+        (*point, seed) for seed in (0, 1) for point in points
     ]
+    assert rows[0]["rmse"] != rows[4]["rmse"], "another seed is other noise"
     assert "| heun | 1 (1) | 2 (3) |" in (place / "sweep.md").read_text()
     assert (place / "sweep.png").stat().st_size > 0
 
@@ -403,7 +406,10 @@ def test_mistakes_in_what_to_do(arguments, message, place):
     "argument, message",
     [
         ("--config.train.stepz=3", "Did you mean config.train.steps?"),
-        ("--config.foo=3", "unknown field config.foo; config has autoencoding, consistency, data"),
+        (
+            "--config.foo=3",
+            "unknown field config.foo; config has autoencoding, compare, consistency",
+        ),
         ("--config.train=3", "config.train is a section, not a field"),
         ("--config.train.steps=many", "--config.train.steps=many"),
         ("--config.objective.schedule=cosin", "Did you mean 'cosine'?"),

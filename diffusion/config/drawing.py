@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ AT = "config.sampler."
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
 FREE = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
-FREE += ("data.threads", "data.workers", "data.prefetch", "model.path", "model.tile")
+FREE += ("data.threads", "data.workers", "data.prefetch", "model.path", "model.tile", "compare.*")
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,15 @@ class Drawing:
             )
         return made.solver
 
-    def samples(self, count: int, solver: Solver | None = None) -> Samples:
-        """``count`` samples as the data are, by config.sampler or another table.
+    def samples(self, count: int, solver: Solver | None = None, seed: int | None = None) -> Samples:
+        """``count`` samples as the data are, by config.sampler or another table or seed.
 
         A model of texts draws the captions of held-out examples, where config.samples has none.
         """
         text = self.pipeline.conditioner.subject == "text" and not subjects(self.config)
         captions = tuple(dict.fromkeys(self.data.held_out.captions)) if text else ()
-        return samples(self.config, self.drawer, self.params, count, captions, solver)
+        drawer = self.drawer if seed is None else replace(self.drawer, seed=seed)
+        return samples(self.config, drawer, self.params, count, captions, solver)
 
 
 def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> Drawing:

@@ -28,6 +28,7 @@ ACTING = {
     **{f"evaluation.{name}": ("evaluate",) for name in ("keep", "part")},
     "evaluation.samples": ("evaluate", "reference"),
     "reference.*": ("reference",),
+    "compare.*": ("compare",),
     "sampler.*": DRAWING,
     "samples.*": DRAWING,
     "model.path": (*DRAWING, "profile", "cache"),
@@ -54,6 +55,8 @@ def check(mode: str, given: Iterable[str]) -> None:
                 f"config.{name} has no effect: config.evaluation.samples are there, and nothing is "
                 "drawn"
             )
+        if mode == "compare" and section != "compare":
+            raise ValueError(f"config.{name} has no effect in --mode=compare, which draws nothing")
         built = section == "model" and field.partition(".")[0] in BUILT
         if built and mode in JUDGING and "model.path" in given:
             raise ValueError(

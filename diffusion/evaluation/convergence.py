@@ -6,6 +6,7 @@ half as many steps. Every solver takes the most steps that its budget allows.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from diffusion.evaluation import merits
 from diffusion.evaluation.figures import GRAY, MUTED, log_axis, new_figure
 from diffusion.sampling.tables import Solver
 
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626")
 COLORS += ("#0891b2", "#a16207", "#db2777", "#4b5563", "#65a30d")
 MARKERS = "osD^vP*Xph"
+PANELS, COLUMNS = 6, 3
+"""Measures in a picture, and how many of them stand side by side."""
 
 Make = Callable[[str, int], Solver]  # (solver as in a config, steps) -> table
 Row = dict[str, Any]
@@ -115,39 +119,44 @@ def run(
     path: Path,
     settings: Mapping[str, Any],
     entries: Sequence[Entry],
-    draw: Callable[[Solver], np.ndarray],
+    seeds: Sequence[int],
+    draw: Callable[[Solver, int], np.ndarray],
     judge: Callable[[np.ndarray], Mapping[str, float]],
-    reference: Callable[[], tuple[np.ndarray, float]],
+    reference: Callable[[int], tuple[np.ndarray, float]],
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measures every entry that ``path`` has no result of yet, and keeps all results there.
+    """Measures every entry by every seed, unless ``path`` has the result, and keeps all there.
 
     Args:
       path: sweep.json, rewritten after every point; one of other ``settings`` is started anew.
       settings: whatever else the results depend on; JSON.
       entries: of ``plan``.
-      draw: table -> samples [N, ...], image i from the i-th noise.
+      seeds: of the noise.
+      draw: (table, seed) -> samples [N, ...], image i from the i-th noise of the seed.
       judge: samples -> figures of merit, and those of real data under names ending in "_real".
-      reference: -> the first M samples of the exact flow from the same noises, and their own error;
-        called if it is needed.
+      reference: seed -> the first M samples of the exact flow from the same noises, and their own
+        error; called if it is needed.
       report: takes a line per point.
 
     Returns:
-      settings, reference_error, real (by measure) and rows: per entry solver, budget, steps,
-      evaluations, deterministic, finite, rmse (None for stochastic solvers) and the judge's.
+      settings, reference_errors (by seed), real (by measure) and rows: per entry and seed solver,
+      seed, budget, steps, evaluations, deterministic, finite, rmse (None for stochastic solvers)
+      and the judge's.
     """
     settings = json.loads(json.dumps(settings))
     result = json.loads(path.read_text()) if path.exists() else {}
     if result.get("settings") != settings:
-        result = {"settings": settings, "reference_error": None, "real": {}, "rows": []}
-    known = {(row["solver"], row["steps"]): row for row in result["rows"]}
-    target, rows = None, []
-    for entry in entries:
-        row = known.get((entry.solver, entry.steps))
+        result = {"settings": settings, "reference_errors": {}, "real": {}, "rows": []}
+    known = {(row["solver"], row["steps"], row["seed"]): row for row in result["rows"]}
+    rows = []
+    for seed, entry in itertools.product(seeds, entries):
+        if entry is entries[0]:
+            target = None  # of another seed
+        row = known.get((entry.solver, entry.steps, seed))
         if row is None:
             if target is None and deterministic(entry.table):
-                target, result["reference_error"] = reference()
-            row = _measure(entry, draw, judge, target)
+                target, result["reference_errors"][str(seed)] = reference(seed)
+            row = _measure(entry, seed, draw, judge, target)
             result["real"] |= row.pop("real")
             result["rows"].append(row)
             partial = path.with_suffix(".json.partial")
@@ -158,11 +167,14 @@ def run(
     return result | {"rows": rows}
 
 
-def _measure(entry: Entry, draw: Callable, judge: Callable, target: np.ndarray | None) -> Row:
+def _measure(
+    entry: Entry, seed: int, draw: Callable, judge: Callable, target: np.ndarray | None
+) -> Row:
     began = time.perf_counter()
-    x = draw(fill(entry.table, entry.budget))
+    x = draw(fill(entry.table, entry.budget), seed)
     row = {
         "solver": entry.solver,
+        "seed": seed,
         "budget": entry.budget,
         "steps": entry.steps,
         "evaluations": entry.table.evaluations,
@@ -183,24 +195,30 @@ def _measure(entry: Entry, draw: Callable, judge: Callable, target: np.ndarray |
 
 def _line(row: Row) -> str:
     values = [f"{key} {row[key]:.3g}" for key in _keys([row])]
-    text = f"{row['solver']}: {row['evaluations']} evaluations ({row['steps']} steps): "
+    text = f"{row['solver']}: {row['evaluations']} evaluations ({row['steps']} steps), "
+    text += f"seed {row['seed']}: "
     return text + (", ".join(values) if row["finite"] else "not finite")
 
 
-LABELS = {
-    "frechet_half": ("Fréchet distance", True),
-    "recognised": ("recognised [%]", False),
-    "sliced_wasserstein": ("sliced Wasserstein distance", True),
-    "energy_distance": ("energy distance", True),
-    "retrieval_among_10": ("own caption among the ten nearest", False),
-    "rmse": ("distance to the exact flow (RMSE)", True),
-}
-"""Names of measures, and whether the axis is logarithmic; figures of other names are not drawn."""
-
-
 def _keys(rows: Sequence[Row]) -> list[str]:
-    """The measures that some row has."""
-    return [key for key in LABELS if any(isinstance(r.get(key), int | float) for r in rows)]
+    """The measures that some row has, the main ones first."""
+    found = {key for row in rows for key in row if isinstance(row[key], float)}
+    return merits.main(found - {"seconds"})
+
+
+def _means(rows: Sequence[Row]) -> list[Row]:
+    """One row of several seeds: means, and under "spread" standard deviations, by measure."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["solver"], row["budget"]), []).append(row)
+    made = []
+    for own in groups.values():
+        values = {key: [r[key] for r in own if isinstance(r.get(key), float)] for key in _keys(own)}
+        spread = {k: float(np.std(v, ddof=1)) for k, v in values.items() if len(v) > 1}
+        means = {key: float(np.mean(v)) for key, v in values.items()}
+        finite = all(row["finite"] for row in own)
+        made.append(own[0] | means | {"spread": spread, "finite": finite})
+    return made
 
 
 def measures(result: Mapping[str, Any]) -> list[Measure]:
@@ -208,28 +226,40 @@ def measures(result: Mapping[str, Any]) -> list[Measure]:
     found = []
     for key in _keys(result["rows"]):
         real, name = result["real"].get(f"{key}_real"), "real data"
+        merit = merits.merit(key)
         if key == "rmse":
-            real, name = result["reference_error"], "the reference's own error"
-        beside = "" if real is None else f"{name}: {_shown(key, real)}"
-        found.append(Measure(key, *LABELS[key], real, beside))
+            errors = list(result["reference_errors"].values())
+            real, name = float(np.mean(errors)) if errors else None, "the reference's own error"
+        beside = "" if real is None else f"{name}: {merits.shown(key, real)}"
+        found.append(Measure(key, merits.title(key), merit.log, real, beside))
     return found
 
 
 def figure(path: str | Path, result: Mapping[str, Any], title: str, cost: str = "") -> None:
-    """One panel per measure, one line per solver; dashed: stochastic. Writes a PNG."""
-    shown, rows = measures(result), result["rows"]
+    """One panel for each of the first ``PANELS`` measures, one line per solver, into a PNG.
+
+    Dashed: stochastic. Bars: the standard deviation over seeds.
+    """
+    shown, rows = measures(result)[:PANELS], _means(result["rows"])
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
-    with new_figure(path, max(4.2 * len(shown), 7.5), 4.6) as canvas:
-        axes = canvas.subplots(1, len(shown), squeeze=False)[0]
+    across = max(1, min(len(shown), COLUMNS))
+    down = max(1, -(-len(shown) // across))
+    with new_figure(path, max(4.2 * across, 7.5), 0.8 + 3.8 * down) as canvas:
+        axes = list(canvas.subplots(down, across, squeeze=False).flat)
+        for ax in axes[len(shown) :]:
+            ax.set_visible(False)
         for ax, measure in zip(axes, shown):
             for i, solver in enumerate(solvers):
-                own = [r for r in rows if r["solver"] == solver and r.get(measure.key) is not None]
+                own = [r for r in rows if r["solver"] == solver and r["finite"]]
+                own = [r for r in own if r.get(measure.key) is not None]
                 own.sort(key=lambda row: row["evaluations"])
                 if own:
                     x, y = zip(*((row["evaluations"], row[measure.key]) for row in own))
                     style = {"linestyle": "-" if own[0]["deterministic"] else "--", "label": solver}
                     style |= {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-                    ax.plot(x, y, markersize=4, linewidth=1.5, alpha=0.9, **style)
+                    bars = [row["spread"].get(measure.key, 0) for row in own]
+                    bars = bars if any(bars) else None
+                    ax.errorbar(x, y, bars, ms=4, lw=1.5, alpha=0.9, capsize=2, **style)
             _finish(ax, measure, [row["evaluations"] for row in rows], cost)
         handles = {}
         for ax in axes:
@@ -249,7 +279,7 @@ def _finish(ax: Axes, measure: Measure, evaluations: Sequence[int], cost: str) -
     ax.xaxis.set_minor_locator(NullLocator())
     if measure.log:
         log_axis(ax, (1, 1.5, 2, 3, 5, 7))
-    if measure.key == "recognised":
+    if merits.merit(measure.key).percent:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     if measure.real is not None and not (measure.log and measure.real <= 0):
         ax.axhline(measure.real, color=GRAY, linewidth=1, linestyle=":", zorder=1)
@@ -263,7 +293,7 @@ def _finish(ax: Axes, measure: Measure, evaluations: Sequence[int], cost: str) -
 
 def markdown(result: Mapping[str, Any], title: str, notes: Sequence[str] = ()) -> str:
     """A table per measure: a row per solver, a column per budget."""
-    rows = result["rows"]
+    rows = _means(result["rows"])
     budgets = sorted({row["budget"] for row in rows})
     by = {(row["solver"], row["budget"]): row for row in rows}
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
@@ -292,8 +322,4 @@ def _cell(row: Row | None, key: str) -> str:
     if not row["finite"]:
         return "not finite"
     value = row.get(key)
-    return "–" if value is None else _shown(key, value)
-
-
-def _shown(key: str, value: float) -> str:
-    return f"{100 * value:.1f}" if key == "recognised" else f"{value:.3g}"
+    return "–" if value is None else merits.shown(key, value, row["spread"].get(key))

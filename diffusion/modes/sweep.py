@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion.config import drawing, judging, results
 from diffusion.errors import field
-from diffusion.evaluation import convergence
+from diffusion.evaluation import convergence, merits
 from diffusion.evaluation.metrics.metric import of_array
 from diffusion.pipelines import samplers
 from diffusion.runs import workdir as workdirs
@@ -21,7 +21,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Judges ``config.sweep.solvers`` at ``config.sweep.evaluations``, all else being the config's.
 
     Leaves in ``workdir/sweeps/HASH`` sweep.png, sweep.md and sweep.json, with the settings of which
-    HASH is a hash. Points measured already are not measured again.
+    HASH is a hash. Each point is measured by each of ``config.sweep.seeds`` seeds; what is measured
+    already is not measured again.
     """
     _check(config)
     c = config.sweep
@@ -45,13 +46,13 @@ def run(config: ConfigDict, workdir: str) -> None:
         print(f"note: {note}")
     count = min(config.evaluation.count, drawer.batch_size)
 
-    def draw(number: int, table: Solver) -> np.ndarray:
-        return model.samples(number, table).draw(0, number)
+    def draw(number: int, table: Solver, seed: int) -> np.ndarray:
+        return model.samples(number, table, seed).draw(0, number)
 
-    def reference() -> tuple[np.ndarray, float]:
-        print(f"the exact flow, by {c.reference} with {exact.evaluations} evaluations")
-        x = draw(count, exact)
-        other = draw(count, convergence.fill(rough, exact.evaluations))
+    def reference(seed: int) -> tuple[np.ndarray, float]:
+        print(f"the exact flow, by {c.reference} with {exact.evaluations} evaluations, seed {seed}")
+        x = draw(count, exact, seed)
+        other = draw(count, convergence.fill(rough, exact.evaluations), seed)
         return x, convergence.rmse(x, other)
 
     def quality(x: np.ndarray) -> dict[str, Any]:
@@ -59,11 +60,11 @@ def run(config: ConfigDict, workdir: str) -> None:
             return {}
         drawn = of_array(x, model.samples(len(x)).subjects)
         figures = made.evaluate(drawn, model.params)
-        return {name: figure for name, figure in figures.items() if isinstance(figure, float)}
+        return merits.figures({k: v for k, v in figures.items() if k != "provenance"})
 
     own = drawing.settings(config, pipeline, model.step)
     settings = results.judged(config, own, made)
-    for name in ("solver", "steps"):
+    for name in ("solver", "steps", "seed"):
         settings["sampler"].pop(name)
     settings["reference"] = {k: c[k] for k in ("reference", "reference_steps")} | {"count": count}
     folder = Path(workdir) / "sweeps" / workdirs.named(settings)
@@ -72,7 +73,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         folder / "sweep.json",
         settings,
         entries,
-        lambda table: draw(config.evaluation.count, table),
+        range(config.sampler.seed, config.sampler.seed + c.seeds),
+        lambda table, seed: draw(config.evaluation.count, table, seed),
         quality,
         reference,
     )
@@ -108,9 +110,10 @@ def _check(config: ConfigDict) -> None:
 def _facts(config: ConfigDict, step: int, count: int, twice: bool) -> list[str]:
     s, c = config.sampler, config.sweep
     guided = "; guidance makes it two network calls, in one batch of twice the size"
+    seeds = f", by each of {c.seeds} seeds (mean ± standard deviation)" if c.seeds > 1 else ""
     return [
-        f"Averaged parameters after step {step}; {config.evaluation.count} samples a point, the "
-        f"same initial noises for all; grid {s.grid}, guidance {s.guidance!r}.",
+        f"Averaged parameters after step {step}; {config.evaluation.count} samples a point{seeds}, "
+        f"the same initial noises for all; grid {s.grid}, guidance {s.guidance!r}.",
         f"An evaluation is one call of the denoiser{guided if twice else ''}. Every solver takes "
         "the most steps that the budget allows; the last table has them.",
         f"Distance to the exact flow: root mean squared difference from {c.reference} with "

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusion import schedules
-from diffusion.evaluation import convergence
+from diffusion.evaluation import convergence, merits
 from diffusion.sampling import grids, solvers
 from diffusion.sampling.mixture import gaussian_mixture
 from diffusion.sampling.sample import image_keys, sample
@@ -33,8 +33,8 @@ def make(name, steps):
 
 
 @jax.jit
-def draw(table):
-    return sample(MIXTURE, table, image_keys(0, np.arange(64)), (1,))
+def draw(table, seed=0):
+    return sample(MIXTURE, table, image_keys(seed, np.arange(64)), (1,))
 
 
 def test_the_most_steps_of_a_budget():
@@ -79,18 +79,20 @@ def test_stochastic_solvers_are_told_apart():
 def test_results_are_kept_and_written(tmp_path):
     drawn = []
 
-    def counted(table):
-        drawn.append(table)
-        return np.asarray(draw(table))
+    def counted(table, seed):
+        drawn.append((table, seed))
+        return np.asarray(draw(table, seed))
 
     def judge(x):
         return {"sliced_wasserstein": float(abs(x.mean())), "sliced_wasserstein_real": 0.01}
 
-    def reference():
-        return np.asarray(draw(convergence.fill(make("heun", 60), 120)))[:32], 1e-3
+    def reference(seed):
+        return np.asarray(draw(convergence.fill(make("heun", 60), 120), seed))[:32], 1e-3
 
     path = tmp_path / "sweep.json"
-    measure = partial(convergence.run, path, draw=counted, judge=judge, reference=reference)
+    measure = partial(
+        convergence.run, path, seeds=[0], draw=counted, judge=judge, reference=reference
+    )
     few, _ = convergence.plan(make, ["ddim", "ddpm"], [4, 8])
     result = measure({"seed": 0}, few, report=lambda line: None)
     assert [(r["solver"], r["evaluations"]) for r in result["rows"]] == [
@@ -109,7 +111,7 @@ def test_results_are_kept_and_written(tmp_path):
     ]
     assert budgets == [3, 7], "the same tables, asked for with other budgets"
     assert len(drawn) == 6, "ddim was there already"
-    assert lines[0].startswith("ddim: 4 evaluations (4 steps): sliced_wasserstein")
+    assert lines[0].startswith("ddim: 4 evaluations (4 steps), seed 0: sliced_wasserstein")
     assert result["rows"][3]["rmse"] < result["rows"][1]["rmse"], "heun is better than ddim"
     assert len(json.loads(path.read_text())["rows"]) == 6
     measure({"seed": 1}, few, report=lines.append)
@@ -131,9 +133,48 @@ def test_samples_that_are_not_finite_are_said_to_be(tmp_path):
         tmp_path / "sweep.json",
         {},
         entries,
-        draw=lambda table: np.full((4, 1), np.nan),
+        [0],
+        draw=lambda table, seed: np.full((4, 1), np.nan),
         judge=lambda x: pytest.fail("nothing to judge"),
-        reference=lambda: (np.zeros((2, 1)), 0.0),
+        reference=lambda seed: (np.zeros((2, 1)), 0.0),
         report=lambda line: None,
     )
     assert not result["rows"][0]["finite"] and result["rows"][0]["rmse"] is None
+
+
+def test_each_point_is_measured_by_each_seed_once(tmp_path):
+    drawn = []
+
+    def counted(table, seed):
+        drawn.append((table.evaluations, seed))
+        return np.asarray(draw(table, seed))
+
+    def reference(seed):
+        return np.asarray(draw(make("heun", 60), seed))[:32], 1e-3 * (1 + seed)
+
+    def judge(x):
+        own = {f"other_{i}": float(i) for i in range(9)}
+        return {"fid_x": float(abs(x.mean())), "fid_x_real": 0.01, "fid_x_ci": 0.1, **own}
+
+    entries, _ = convergence.plan(make, ["ddim"], [4, 8])
+    measure = partial(convergence.run, tmp_path / "sweep.json", {}, entries)
+    options = {"draw": counted, "judge": judge, "reference": reference}
+    one = measure([0], report=lambda line: None, **options)
+    result = measure([0, 1, 2], report=lambda line: None, **options)
+    assert drawn == [(4, 0), (8, 0), (4, 1), (8, 1), (4, 2), (8, 2)]
+    assert [row["seed"] for row in result["rows"]] == [0, 0, 1, 1, 2, 2]
+    assert result["rows"][:2] == one["rows"]
+    assert result["reference_errors"] == {"0": 1e-3, "1": 2e-3, "2": 3e-3}
+    # A seed is followed from its own noise: the errors are those of the solver, not of the noise.
+    rmse = [row["rmse"] for row in result["rows"]]
+    assert max(rmse) < 0.5
+    values = [row["fid_x"] for row in result["rows"] if row["budget"] == 4]
+    expected = merits.shown("fid_x", np.mean(values), np.std(values, ddof=1))
+    text = convergence.markdown(result, "points")
+    assert "## FID (x) (real data: 0.01)" in text and f"| ddim | {expected} |" in text
+    assert "fid_x_ci" not in text and "seconds" not in text and "## other_8" in text
+    shown = [measure.key for measure in convergence.measures(result)]
+    assert shown == ["fid_x", "rmse", *(f"other_{i}" for i in range(9))]
+    convergence.figure(tmp_path / "sweep.png", result, "points")
+    width, height = Image.open(tmp_path / "sweep.png").size
+    assert 1.2 * height < width < 2 * height, "six panels in two lines"
