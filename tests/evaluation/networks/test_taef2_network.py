@@ -21,7 +21,7 @@ HALF = 32
 
 @pytest.fixture(scope="module")
 def network():
-    return taef2(str(DATA / "weights/taef2.safetensors"))
+    return taef2(str(DATA / "weights/taef2.safetensors"), 32)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def test_damage_is_farther_from_real_pictures_than_fresh_ones(network, pictures)
 
 
 def test_features_see_where_things_lie_and_not_the_size_of_pictures(network):
-    x = np.full((1, 64, 64, 3), 40, np.uint8)
-    x[:, :20, :20] = 220
+    x = np.full((1, 32, 32, 3), 40, np.uint8)
+    x[:, :10, :10] = 220
     larger = np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)
     own, size, place = (network(a, [None])["features"][0] for a in (x, larger, x[:, :, ::-1]))
     assert own.shape == (672,)
