@@ -94,8 +94,16 @@ def test_tiles_leave_no_more_doubt_than_stated():
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
-def test_density_and_coverage_are_prdcs(scale, capsys):
+def test_density_and_coverage_are_prdcs(scale):
     samples, real = scale * float32(90, 7), float32(90, 7)
+    expected = compute_prdc(real.astype(float), samples.astype(float), 5)
+    density, coverage = density_coverage.density_coverage(samples, real, 5)
+    assert density.mean() == pytest.approx(expected["density"], rel=1e-12)
+    assert coverage.mean() == pytest.approx(expected["coverage"], rel=1e-12)
+
+
+def test_surfaces_of_a_lattice_do_not_count_as_in_prdc():
+    samples, real = (rng.integers(0, 9, (60, 2)).astype(np.float32) for _ in range(2))
     expected = compute_prdc(real.astype(float), samples.astype(float), 5)
     density, coverage = density_coverage.density_coverage(samples, real, 5)
     assert density.mean() == pytest.approx(expected["density"], rel=1e-12)
