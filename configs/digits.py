@@ -42,6 +42,8 @@ def get_config() -> ConfigDict:
     c.evaluation.metrics = (
         "recognition(digits_svc)",
         "frechet(pixels)",
+        "kid(pixels)",
+        "precision_recall(pixels)",
         "memorisation()",
     )
     c.evaluation.count = 1000

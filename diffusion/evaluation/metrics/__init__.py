@@ -11,7 +11,9 @@ its options, which it checks; its name in ``CHOICES`` is what a config calls it.
 from diffusion.evaluation.metrics import (
     bits,
     caption_gap,
+    clip_score,
     density_coverage,
+    diversity,
     energy,
     frechet,
     inception_score,
@@ -28,8 +30,10 @@ from diffusion.evaluation.metrics import (
 CHOICES = {
     "bits": bits.metric,
     "caption_gap": caption_gap.metric,
+    "clip_score": clip_score.metric,
     "cmmd": mmd.metric,
     "density_coverage": density_coverage.metric,
+    "diversity": diversity.metric,
     "energy": energy.metric,
     "fid": frechet.fid,
     "frechet": frechet.metric,
@@ -38,6 +42,7 @@ CHOICES = {
     "memorisation": memorisation.metric,
     "per_class": per_class.metric,
     "precision_recall": precision_recall.metric,
+    "r_precision": clip_score.r_precision,
     "recognition": recognition.metric,
     "retrieval": retrieval.metric,
     "sfid": frechet.sfid,

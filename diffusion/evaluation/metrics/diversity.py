@@ -64,7 +64,7 @@ def metric(features: Network, most: int = 1000, seed: int = 0, reference: str = 
             judged.name("diversity_ci"): of_mean(own),
             judged.name("diversity_pairs"): len(own),
             judged.name("diversity_real"): float(real.mean()),
-            judged.name("diversity_real") + "_ci": of_mean(real),
+            judged.name("diversity_real_ci"): of_mean(real),
             judged.name("diversity_pairs_real"): len(real),
         }
 

@@ -75,9 +75,8 @@ class Judged(NamedTuple):
     def name(self, figure: str) -> str:
         """A figure's name with that of the network: "fid_ci" -> "fid_inception2015_ci"."""
         base, end = figure, ""
-        for ending in ENDINGS:
-            if figure.endswith(ending):
-                base, end = figure.removesuffix(ending), ending + end
+        while ending := next((e for e in ENDINGS if base.endswith(e)), ""):
+            base, end = base.removesuffix(ending), ending + end
         return f"{base}_{self.network.name}{end}"
 
 
