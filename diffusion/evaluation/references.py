@@ -78,7 +78,7 @@ def read(path: str, net: Network) -> Set:
     shape = tuple(about.get("resolution", pictures.shape[1:] if pictures is not None else ()))
     facts = {"checksum": _checksum(path), "statistics_of": count}
     name = str(about.get("data", Path(path).name))
-    return Set(name, held.shape[0] if held else count, chunks, labels, facts, known, shape)
+    return Set(name, held.shape[0] if held else 0, chunks, labels, facts, known, shape)
 
 
 def write(
