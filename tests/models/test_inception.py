@@ -15,12 +15,12 @@ from diffusion.pretrained.networks.inception import NAMES
 torch.set_num_threads(1)
 
 CLASSES = 11
-A = {"branch1x1": [""], "branch5x5": ["_1", "_2"], "branch3x3dbl": ["_1", "_2", "_3"]}
-C = {"branch1x1": [""], "branch7x7": ["_1", "_2", "_3"]}
-C |= {"branch7x7dbl": [f"_{i}" for i in range(1, 6)]}
-E = {"branch1x1": [""], "branch3x3": ["_1", "_2ab"], "branch3x3dbl": ["_1", "_2", "_3ab"]}
-B = {"branch3x3": [""], "branch3x3dbl": ["_1", "_2", "_3"]}
-D = {"branch3x3": ["_1", "_2"], "branch7x7x3": ["_1", "_2", "_3", "_4"]}
+A = {"branch1x1": ["1x1"], "branch5x5": ["1x1", "5x5"], "branch3x3dbl": ["1x1", "3x3", "3x3"]}
+B = {"branch3x3": ["3x3"], "branch3x3dbl": ["1x1", "3x3", "3x3"]}
+C = {"branch1x1": ["1x1"], "branch7x7": ["1x1", "1x7", "7x1"]}
+C |= {"branch7x7dbl": ["1x1", "7x1", "1x7", "7x1", "1x7"]}
+D = {"branch3x3": ["1x1", "3x3"], "branch7x7x3": ["1x1", "1x7", "7x1", "3x3"]}
+E = {"branch1x1": ["1x1"], "branch3x3": ["1x1", "both"], "branch3x3dbl": ["1x1", "3x3", "both"]}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,9 @@ def reference(net, params, x):
     """Features, spatial features, logits in float64 of x [B, H, W, 3]."""
     w = {key: torch.from_numpy(a).double() for key, a in to_tensors(NAMES, params)}
 
-    def unit(x, name, stride=1, valid=False):
+    def unit(x, name, sides, stride=1, valid=False):
         k = w[f"{name}.conv.weight"]
+        assert "{}x{}".format(*k.shape[2:]) == sides
         padding = 0 if valid else [side // 2 for side in k.shape[2:]]
         norm = [
             w[f"{name}.bn.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")
@@ -61,24 +62,26 @@ def reference(net, params, x):
         found = []
         for branch, steps in branches.items():
             h = x
-            for i, step in enumerate(steps):
+            for i, sides in enumerate(steps):
+                own = f"{name}.{branch}" + (f"_{i + 1}" if len(steps) > 1 else "")
                 last = pool == "stride" and i == len(steps) - 1
-                if step.endswith("ab"):
-                    parts = [unit(h, f"{name}.{branch}{step[:-2]}{part}") for part in "ab"]
-                    h = torch.cat(parts, 1)
+                if sides == "both":
+                    h = torch.cat([unit(h, f"{own}a", "1x3"), unit(h, f"{own}b", "3x1")], 1)
                 else:
-                    h = unit(h, f"{name}.{branch}{step}", 1 + last, last)
+                    h = unit(h, own, sides, 1 + last, last)
             found.append(h)
         if pool == "stride":
             found.append(F.max_pool2d(x, 3, 2))
         else:
-            found.append(unit(pooled(x, pool), f"{name}.branch_pool"))
+            found.append(unit(pooled(x, pool), f"{name}.branch_pool", "1x1"))
         return torch.cat(found, 1), found[0]
 
     x = torch.from_numpy(x).double().permute(0, 3, 1, 2)
-    x = unit(unit(x, "Conv2d_1a_3x3", 2, True), "Conv2d_2a_3x3", 1, True)
-    x = F.max_pool2d(unit(x, "Conv2d_2b_3x3"), 3, 2)
-    x = F.max_pool2d(unit(unit(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", 1, True), 3, 2)
+    x = unit(x, "Conv2d_1a_3x3", "3x3", 2, True)
+    x = unit(x, "Conv2d_2a_3x3", "3x3", 1, True)
+    x = F.max_pool2d(unit(x, "Conv2d_2b_3x3", "3x3"), 3, 2)
+    x = unit(x, "Conv2d_3b_1x1", "1x1")
+    x = F.max_pool2d(unit(x, "Conv2d_4a_3x3", "3x3", 1, True), 3, 2)
     kinds = {"5b": A, "5c": A, "5d": A, "6a": B, "6b": C, "6c": C, "6d": C, "6e": C, "7a": D}
     for name, branches in kinds.items():
         x, first = block(x, f"Mixed_{name}", branches, "stride" if name[1] == "a" else "mean")
@@ -92,7 +95,8 @@ def reference(net, params, x):
 
 @pytest.mark.parametrize("net", [Inception(CLASSES), Inception(0, "mean")], ids=["fid", "keras"])
 def test_is_the_network_of_its_definition(net, params):
-    x = np.random.default_rng(1).uniform(-1, 1, (1, 91, 75, 3)).astype(np.float32)
+    # The last block has 3 x 2 pixels: of a single one all pools are the same.
+    x = np.random.default_rng(1).uniform(-1, 1, (1, 139, 107, 3)).astype(np.float32)
     outputs = jax.jit(net.apply)({"params": params}, x)
     for name, one, expected in zip(outputs._fields, outputs, reference(net, params, x)):
         if expected is None:
