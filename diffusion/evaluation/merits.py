@@ -40,18 +40,24 @@ KNOWN = {
     "density": Merit("density", HIGHER),
     "coverage": Merit("coverage", HIGHER),
     "clip_score": Merit("CLIP score", HIGHER),
+    "clip_cosine": Merit("CLIP cosine", HIGHER),
+    "r_precision": Merit("R-precision", HIGHER, percent=True),
+    "diversity": Merit("LPIPS diversity"),
     "retrieval_first": Merit("own caption is the nearest", HIGHER),
     "retrieval_among_10": Merit("own caption is among the ten nearest", HIGHER),
     "sliced_wasserstein": Merit("sliced Wasserstein distance", LOWER, log=True),
     "energy_distance": Merit("energy distance", LOWER, log=True),
     "bits_per_dim": Merit("bits per dimension", LOWER),
     "nearest_ratio": Merit("nearest / real"),
+    "closer": Merit("closer to training data than 99 % of held-out", percent=True),
+    "authentic": Merit("authentic", percent=True),
+    "copying_z": Merit("copying, z"),
     "rmse": Merit("distance to the exact flow (RMSE)", LOWER, log=True),
 }
 """By the beginning of a figure's name; the rest of the name says of which network. The main figures
 come first."""
 
-ASIDE = ("_standard_error", ".standard_error", "_error", "_by_chance", *ENDINGS)
+ASIDE = ("_std", "_chance", "_standard_error", ".standard_error", "_error", "_by_chance", *ENDINGS)
 """Ends of names of figures that only accompany others."""
 PER_CLASS = "_per_class"
 

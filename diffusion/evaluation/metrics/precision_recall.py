@@ -33,8 +33,9 @@ def metric(features: Network | None = None, reference: str = "", neighbours: int
     """``precision_recall`` of all samples and of the first 10,000 real examples.
 
     Figures precision_NETWORK, recall_NETWORK; "_ci" counts samples and real examples as independent
-    draws; "_real" is the same of one half of the real examples beside the other one. All of them
-    depend on the numbers of examples: compare only figures with the same ones.
+    draws. They depend on the numbers of examples: compare only figures with the same ones. So
+    precision_NETWORK_half and recall_NETWORK_half, of as many samples as half of the real examples
+    beside that half, stand beside "_half_real", of the other half beside the same one.
     """
     check_range("neighbours", neighbours, 1, 100)
 
@@ -42,14 +43,16 @@ def metric(features: Network | None = None, reference: str = "", neighbours: int
         samples, real = judged.samples.array(), judged.real(reference).array(most=MOST)
         order = np.random.default_rng(0).permutation(len(real))
         half = min(len(real) // 2, len(samples))
-        halves = real[order[:half]], real[order[half : 2 * half]]
-        own = precision_recall(samples, real, neighbours)
-        beside = precision_recall(*halves, neighbours)
-        figures = {}
-        for name, ours, theirs in zip(("precision", "recall"), own, beside, strict=True):
-            figures[judged.name(name)] = float(ours.mean())
-            figures[judged.name(f"{name}_ci")] = of_mean(ours)
-            figures[judged.name(f"{name}_real")] = float(theirs.mean())
-        return figures
+        one, other = real[order[:half]], real[order[half : 2 * half]]
+        some = samples[np.random.default_rng(0).permutation(len(samples))[:half]]
+        found = {"": (samples, real), "_half": (some, one), "_half_real": (other, one)}
+        figures: dict[str, Any] = {}
+        for end, sets in found.items():
+            both = precision_recall(*sets, neighbours)
+            for name, values in zip(("precision", "recall"), both, strict=True):
+                figures[judged.name(name) + end] = float(values.mean())
+                if not end:
+                    figures[judged.name(f"{name}_ci")] = of_mean(values)
+        return figures | {judged.name("precision") + "_half_size": half}
 
     return Metric(measure, network=features, references=(reference,))

@@ -110,6 +110,18 @@ def test_surfaces_of_a_lattice_do_not_count_as_in_prdc():
     assert coverage.mean() == pytest.approx(expected["coverage"], rel=1e-12)
 
 
+def test_figures_of_halves_stand_beside_those_of_real_halves():
+    """Of one distribution they agree, however many samples there are."""
+    net = Network("net", lambda: None)
+    real = of_arrays("real", {"features": float32(400, 4)})
+    samples = of_arrays("samples", {"features": float32(4000, 4)})
+    found = precision_recall.metric().measure(Judged(samples, lambda _: real, net))
+    assert found["recall_net"] > found["recall_net_half"] + 0.05
+    for name in ("precision", "recall"):
+        half, beside = (found[f"{name}_net_half{end}"] for end in ("", "_real"))
+        assert half == pytest.approx(beside, abs=0.1)
+
+
 def test_density_of_one_distribution_is_one():
     density, coverage = density_coverage.density_coverage(float32(3000, 2), float32(3000, 2), 5)
     assert density.mean() == pytest.approx(1, abs=0.05)
@@ -121,8 +133,10 @@ def test_figures_and_their_intervals():
     samples, real = float32(80, 3), of_arrays("real", {"features": float32(100, 3)})
     judged = Judged(of_arrays("samples", {"features": samples}), lambda _: real, net)
     found = precision_recall.metric().measure(judged)
-    ends = ("", "_ci", "_real")
-    assert list(found) == [f"{n}_net{end}" for n in ("precision", "recall") for end in ends]
+    ends = ("", "_ci", "_half", "_half_real")
+    names = {f"{n}_net{end}" for n in ("precision", "recall") for end in ends}
+    assert set(found) == {*names, "precision_net_half_size"}
+    assert found["precision_net_half_size"] == 50
     p = found["precision_net"]
     assert found["precision_net_ci"] == pytest.approx(1.959964 * np.sqrt(p * (1 - p) / 79))
     found = density_coverage.metric(most=50).measure(judged)
