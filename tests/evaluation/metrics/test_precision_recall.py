@@ -116,7 +116,6 @@ def test_figures_of_halves_stand_beside_those_of_real_halves():
     real = of_arrays("real", {"features": float32(400, 4)})
     samples = of_arrays("samples", {"features": float32(4000, 4)})
     found = precision_recall.metric().measure(Judged(samples, lambda _: real, net))
-    assert found["recall_net"] > found["recall_net_half"] + 0.05
     for name in ("precision", "recall"):
         half, beside = (found[f"{name}_net_half{end}"] for end in ("", "_real"))
         assert half == pytest.approx(beside, abs=0.1)
