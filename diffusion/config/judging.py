@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,6 +19,7 @@ from diffusion.evaluation.metrics.metric import Data
 from diffusion.specs import unknown
 
 METRICS = "config.evaluation.metrics"
+ENDS = 64  # values of an array
 
 
 def data(config: ConfigDict) -> Data:
@@ -70,3 +73,13 @@ def part(config: ConfigDict) -> tuple[int, int]:
             "config.evaluation.keep", config.evaluation.keep, ("features", "samples", "''")
         )
     return tuple(given)
+
+
+def fingerprint(params: Any) -> str:
+    """16 hexadecimal digits that differ for other parameters, by the ends of each array."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        flat = leaf.reshape(-1)
+        ends = np.concatenate([np.asarray(flat[:ENDS]), np.asarray(flat[-ENDS:])])
+        digest.update(f"{path}{leaf.shape}{leaf.dtype}".encode() + ends.tobytes())
+    return digest.hexdigest()[:16]

@@ -28,17 +28,22 @@ def run(config: ConfigDict, workdir: str | None) -> None:
             samples = sample_files.read(c.samples, c.count)
         made = judging.make(config, None, lambda: judging.data(config))
         settings = {"samples": {"path": c.samples, "checksum": samples.checksum}}
+        of_model = ""
     else:
         model = drawing.opened(config, workdir)
         made = judging.make(config, model.pipeline, lambda: model.data)
         settings = drawing.settings(config, model.pipeline, model.step)
         samples, params = model.samples(c.count) if made.needs else None, model.params
+        of_model = judging.fingerprint(params)  # a run may have been trained anew meanwhile
     if not made.metrics:
         raise ValueError(
             f'{judging.METRICS} is empty: choose some, such as ("recognition(digits_svc)", '
             '"frechet(pixels)", "bits(ode())")'
         )
-    shards = Shards(c.shard, Path(workdir or ".") / "shards" / workdirs.named(settings))
+    shards = Shards(
+        c.shard,
+        Path(workdir or ".") / "shards" / workdirs.named(settings | {"parameters": of_model}),
+    )
     settings = results.judged(config, settings, made)
     if not made.collect(samples, params, shards, keep=c.keep, part=judging.part(config)):
         print(f"part {c.part} is done; the same command makes the others, or waits for them")

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from commands import assert_names, command, first_sentence, newest, succeed
 
+from diffusion.config import judging
 from diffusion.data import sources
 
 QUICK = ["--config.train.steps=4", "--config.train.log_every=2", "--config.optimizer.warmup=0"]
-QUICK += ["--config.model.unet.widths=(8,16)", "--config.model.unet.norm_groups=4"]
-QUICK += ["--config.model.unet.num_heads=2", "--config.sampler.steps=2"]
+QUICK += ["--config.model.unet.widths=(8,8)", "--config.model.unet.norm_groups=4"]
+QUICK += ["--config.model.unet.attention=0", "--config.model.unet.mid_attention=0"]
+QUICK += ["--config.optimizer.name=sgd", "--config.sampler.steps=2"]
 DIGITS = "configs/digits.py"
 
 
@@ -98,6 +100,33 @@ def test_samples_are_judged_again_from_their_files(run, reference, place):
     for shape in ("sampler.steps=3", "samples.labels=3", "sampler.seed=2"):  # nothing is drawn
         error, _ = command("--mode=evaluate", *given, f"--config.{shape}", config=None)
         assert_names(error, f"config.{shape.split('=')[0]}", "config.evaluation.samples")
+
+
+def test_features_of_another_model_are_not_taken(run, monkeypatch):
+    """A run that was trained anew in the same place begins its shards anew."""
+    options = ["--config.evaluation.keep=features", "--config.evaluation.count=20"]
+    options += ["--config.evaluation.metrics=frechet(pixels)", "--config.sampler.seed=9"]
+    before = {*(run / "shards").iterdir()}
+    evaluate(run, *options)
+    first = {*(run / "shards").iterdir()} - before
+    evaluate(run, *options)
+    assert {*(run / "shards").iterdir()} - before == first and len(first) == 1
+    changed = lambda params: fingerprint({k: v for k, v in params.items() if k == "other"})
+    fingerprint = judging.fingerprint
+    monkeypatch.setattr(judging, "fingerprint", changed)
+    evaluate(run, *options)
+    assert len({*(run / "shards").iterdir()} - before) == 2
+
+
+def test_a_fingerprint_is_of_every_array():
+    params = {"a": np.zeros((100, 100), np.float32), "b": {"c": np.ones(3)}}
+    own = judging.fingerprint(params)
+    assert own == judging.fingerprint(params) and len(own) == 16
+    for place in (0, -1):
+        other = {"a": params["a"].copy(), "b": params["b"]}
+        other["a"].flat[place] = 1e-6
+        assert judging.fingerprint(other) != own
+    assert judging.fingerprint(params | {"b": {"d": np.ones(3)}}) != own
 
 
 def test_parts_are_made_apart_and_joined(run):
