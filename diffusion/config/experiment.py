@@ -33,6 +33,7 @@ from diffusion.config.data import augmentation, make_source
 from diffusion.data import batches
 from diffusion.data.sources import Source
 from diffusion.errors import field, wrong_types
+from diffusion.evaluation import merits
 from diffusion.evaluation.convergence import deterministic
 from diffusion.objectives import couplings
 from diffusion.objectives.objective import Context, Objective
@@ -41,6 +42,7 @@ from diffusion.pipelines.drawer import Drawer
 from diffusion.pipelines.from_run import components
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.runs import averages, snapshots
+from diffusion.specs import texts
 from diffusion.training import optimizers, parallel
 
 BUCKET = "bucket {} x {} of config.data.buckets"
@@ -179,6 +181,19 @@ def _check_data(config: ConfigDict, train: Source, held_out: Source) -> None:
     if c.keep_best and "validation" in c.best and not c.validate_every:
         raise ValueError(
             f"config.train.best={c.best!r} needs config.train.validate_every, which is 0"
+        )
+    name, high = c.best.removeprefix("-"), c.best.startswith("-")
+    better = merits.merit(name).better
+    if c.keep_best and better and high != (better == merits.HIGHER):
+        right = f"-{name}" if better == merits.HIGHER else name
+        raise ValueError(
+            f"config.train.best={c.best!r} would keep the worst: {better} is better, so write "
+            f"{right!r}"
+        )
+    if texts(c.validation_metrics) and not c.validate_every:
+        raise ValueError(
+            "config.train.validation_metrics are taken every config.train.validate_every steps, "
+            "which is 0"
         )
     if c.validate_every and not len(held_out):
         raise ValueError(f"config.train.validate_every={c.validate_every}: no data are held out")

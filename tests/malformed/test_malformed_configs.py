@@ -120,6 +120,7 @@ CASES = [  # overrides, and what the first sentence has to name
     ("sampler.acceleration=cache(every(2))", "config.sampler.acceleration", "keep=1", "MLP"),
     ("sampler.acceleration=merge_tokens(0.8)", "config.sampler.acceleration", "[0, 0.75]"),
     ("parallel=both", "config.parallel", "fsdp"),
+    ("train.validation_metrics=frechet(pixels)", "config.train.validate_every", "is 0"),
     ("evaluation.metrics=recognition(svm)", "config.evaluation.metrics", "digits_svc"),
     (
         f"evaluation.metrics=frechet(lenet5('{NOTHING}'))",

@@ -149,6 +149,20 @@ def test_parts_are_made_apart_and_joined(run):
 
 
 @pytest.mark.parametrize(
+    "best, right", [("recognised", "-recognised"), ("-fd_pixels", "fd_pixels")]
+)
+def test_the_worst_is_not_kept(place, best, right):
+    error, _ = command(
+        f"--workdir={place / 'worst'}",
+        "--config.train.keep_best=1",
+        f"--config.train.best={best}",
+        config=DIGITS,
+    )
+    assert_names(error, f"config.train.best='{best}'", f"write '{right}'")
+    assert not (place / "worst").exists()
+
+
+@pytest.mark.parametrize(
     "arguments, names",
     [
         (["evaluation.metrics=fid()"], ["fid()", "config.evaluation.features", "inception("]),
