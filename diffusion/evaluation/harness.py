@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion import errors, specs
-from diffusion.evaluation import metrics, networks, npz, references
+from diffusion.evaluation import metrics, networks, references
 from diffusion.evaluation.figures import to_uint8
 from diffusion.evaluation.metrics import bits
 from diffusion.evaluation.metrics.metric import ENDINGS, Data, Judged, Metric, Samples, shown
@@ -138,9 +138,11 @@ class Harness:
     def check_references(self) -> None:
         """Raises FileNotFoundError or ValueError for a reference's file that is not there."""
         for metric in self.metrics.values():
-            for name in metric.references:
-                if (name or self.reference) not in SPLITS:
-                    npz.read(name or self.reference)
+            for name in (name or self.reference for name in metric.references):
+                if name not in SPLITS and not Path(name).is_file():
+                    raise FileNotFoundError(
+                        f"no such file: {name!r}; expected an .npz, or one of {', '.join(SPLITS)}"
+                    )
 
     @property
     def uses_data(self) -> bool:
@@ -192,8 +194,10 @@ class Harness:
             raise ValueError(f"expected two samples at least, got {samples and samples.count}")
         for spec, metric in self.metrics.items():
             with errors.field(spec):
-                for name in metric.references:
-                    self.real(name, metric.network, params)  # before hours are spent on samples
+                for name in metric.references:  # before hours are spent on samples
+                    real = self.real(name, metric.network, params)
+                    if not metric.moments:
+                        next(real.chunks(metric.outputs[0]))
         self._collect(samples, params, shards, keep, part)
         return not any(shards.missing(key, need.count(samples)) for key, need in self.needs.items())
 
@@ -266,8 +270,9 @@ class Harness:
     def _checked(self, x: np.ndarray, subjects: Sequence[Any], params: Any) -> np.ndarray:
         """Samples that are finite, of the real examples' shape, each with a subject."""
         x = np.asarray(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)
-        for (name, _), real in self._real.items():
-            place = slice(0, 2) if _pictures(x.shape) and _pictures((1, *real.shape)) else slice(9)
+        for (name, key), real in self._real.items():
+            sides = self.needs[key].network.pictures  # grey or not does not matter to these
+            place = slice(2) if sides else slice(None)
             if real.shape and real.shape[place] != x.shape[1:][place]:
                 expected = ", ".join(map(str, real.shape))
                 raise ValueError(

@@ -88,7 +88,7 @@ def write(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, Iter
                     about |= {"fortran_order": False, "shape": tuple(shape)}
                     np.lib.format.write_array_header_1_0(entry, about)
                     for chunk in chunks:
-                        entry.write(np.ascontiguousarray(chunk, dtype).data.cast("B"))
+                        entry.write(np.ascontiguousarray(chunk, dtype).tobytes())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

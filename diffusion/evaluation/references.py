@@ -105,7 +105,8 @@ def write(
     for output, (mean, cov) in OUTPUTS.items():
         if output in moments:
             arrays |= {mean: moments[output].mean, cov: moments[output].cov}
-    arrays["feats"] = np.asarray(feats, np.float32)
+    if len(feats):
+        arrays["feats"] = np.asarray(feats, np.float32)
     if labels is not None:
         arrays["arr_1"] = labels
     facts = net.about | {"count": moments["features"].count} | dict(about)

@@ -169,7 +169,11 @@ def test_the_worst_is_not_kept(place, best, right):
         (["evaluation.metrics=frechet()", "evaluation.features=pixls"], ["'pixls'", "'pixels'"]),
         (
             ["evaluation.metrics=frechet(pixels)", "evaluation.reference=no.npz"],
-            ["config.evaluation.reference='no.npz'", "no such file"],
+            ["config.evaluation.reference='no.npz'", "no such file", "test, validation"],
+        ),
+        (
+            ["evaluation.metrics=frechet(pixels)", "evaluation.reference="],
+            ["config.evaluation.reference=''", "train, test"],
         ),
         (["evaluation.samples=no.npz"], ["config.evaluation.samples='no.npz'", "no such file"]),
         (["evaluation.part=(3,3)"], ["config.evaluation.part=(3, 3)", "(0, 4)"]),
@@ -195,6 +199,33 @@ def test_mistakes_in_references(run, reference, place):
     assert_names(error, "config.evaluation.features='digits_svc'")
     error, _ = command(*mode, config=None)
     assert "--config" in first_sentence(error)
+    printed = succeed(
+        *mode[:1],
+        f"--workdir={place / 'few'}",
+        "--config.evaluation.features=pixels",
+        "--config.reference.examples=0",
+        config=DIGITS,
+    )
+    small = place / "few" / "digits_train_8x8_pixels.npz"
+    assert "1297 examples" in printed and small.stat().st_size < 40_000  # statistics alone
+    error, _ = command(
+        "--mode=evaluate",
+        f"--workdir={run}",
+        f"--config.evaluation.metrics=kid(pixels, '{small}')",
+        config=None,
+    )
+    assert_names(error, "kid(pixels", "statistics only", "feats or pictures")
+    colours = place / "colours.npz"
+    np.savez(colours, arr_0=np.full((4, 8, 8, 3), 9, np.uint8))
+    error, _ = command(
+        "--mode=evaluate",
+        f"--workdir={place / 'w'}",
+        f"--config.evaluation.samples={colours}",
+        "--config.evaluation.count=0",
+        f"--config.evaluation.metrics=frechet(pixels, '{reference}')",
+        config=None,
+    )
+    assert_names(error, "[N, 8, 8, 1]", "(4, 8, 8, 3)")
     np.savez(place / "wide.npz", arr_0=np.full((4, 8, 16, 1), 9, np.uint8))
     error, _ = command(
         "--mode=evaluate",

@@ -144,7 +144,7 @@ def metric(features: Network | None = None, reference: str = "", splits: int = 1
             figures |= {f"{name}_{key}": value for key, value in beside.items()}
         return figures
 
-    return Metric(measure, network=features, references=(reference,))
+    return Metric(measure, network=features, references=(reference,), moments=True)
 
 
 def fid(reference: str = "") -> Metric:
@@ -157,7 +157,7 @@ def fid(reference: str = "") -> Metric:
         figures = _figures(judged, "fid", judged.real(reference), "features")
         return figures | {f"{judged.name('fid')}_count": judged.samples.count}
 
-    return Metric(measure, only=INCEPTION, references=(reference,))
+    return Metric(measure, only=INCEPTION, references=(reference,), moments=True)
 
 
 def sfid(reference: str = "") -> Metric:
@@ -166,4 +166,5 @@ def sfid(reference: str = "") -> Metric:
     def measure(judged: Judged) -> dict[str, Any]:
         return _figures(judged, "sfid", judged.real(reference), "spatial")
 
-    return Metric(measure, outputs=("spatial",), only=INCEPTION, references=(reference,))
+    outputs, of = ("spatial",), (reference,)
+    return Metric(measure, outputs, only=INCEPTION, references=of, moments=True)

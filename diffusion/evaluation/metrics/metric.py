@@ -92,6 +92,7 @@ class Metric:
       most: examples that it needs of the samples, 0 being all.
       only: the name of the network that the metric is defined for; "" is any.
       references: names of the real examples that it needs, which are looked for first.
+      moments: whether means and covariances of the real examples suffice.
       pictures: whether it shows samples, so that they must be kept.
     """
 
@@ -101,6 +102,7 @@ class Metric:
     most: int = 0
     only: str = ""
     references: tuple[str, ...] = ()
+    moments: bool = False
     pictures: bool = False
 
 
