@@ -123,7 +123,9 @@ def shown(name: str, value: float, spread: float | None = None) -> str:
     if spread is None or not math.isfinite(spread):
         return f"{value:.4g}"
     # As many decimals as the spread has with two significant digits.
-    digits = max(0, min(8, 1 - _exponent(spread))) if spread > 0 else 4
+    digits = max(0, 1 - _exponent(spread)) if spread > 0 else 4
+    if digits > 8:
+        return f"{value:.4g} ± {spread:.2g}"
     return f"{value:.{digits}f} ± {spread:.{digits}f}"
 
 

@@ -3,7 +3,8 @@
 Tiles of squared distances |a|^2 + |b|^2 - 2 a.b are in float32, of features from which a common
 mean is subtracted. Their error, at most about ROUNDING (|a| + |b|)^2, hides small differences. It
 therefore only chooses candidates: every distance that is returned or decides is computed again in
-float64 from differences, so that equal examples have the distance 0.
+float64 from differences, so that equal examples have the distance 0. Where the error, or numbers
+beyond float32's range, could hide a neighbour, tiles are computed again in float64.
 """
 
 from __future__ import annotations
@@ -17,48 +18,68 @@ from diffusion.errors import check_range
 ROWS, COLUMNS = 1024, 8192  # of a tile of distances
 MORE = 4  # candidates beyond k, among which rounding cannot hide the nearest
 ROUNDING = 64 * 2.0**-24  # of float32 tiles; a third of it was seen with 2,048 features
+SMALLEST = 1e-30  # squared distance that float32 can tell from 0
 PAIRS = 4096  # whose distances are computed again at a time
 
 
 def nearest(a: np.ndarray, b: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of b [M, D] to each of a [N, D]: distances and indices, both [N, k].
 
-    Euclidean, nearest first. The k + 4 nearest by the float32 tiles are candidates. Where more
-    examples than these lie within the tiles' error of each other, which takes distances below
-    0.002 (|a| + |b|), another of them than the very nearest may be found.
+    Euclidean, nearest first. The k + 4 with the smallest lower bounds by the float32 tiles are
+    candidates. They hold the k nearest for certain if the k-th of them is closer than all other
+    bounds; rows where it is not are searched again by tiles in float64.
 
     Raises:
       ValueError: k is not in [1, M], or features differ in size.
     """
     a, b = _features(a, b)
     check_range("k", k, 1, len(b))
-    centre = b.mean(0, dtype=np.float64).astype(np.float32)
-    few = min(k + MORE, len(b))
+    distances, indices, bound = _search(a, b, k, np.float32)
+    hidden = np.flatnonzero(~(distances[:, -1] ** 2 <= bound))
+    if len(hidden):
+        distances[hidden], indices[hidden], _ = _search(a[hidden], b, k, np.float64)
+    return distances, indices
+
+
+def _search(
+    a: np.ndarray, b: np.ndarray, k: int, dtype: type
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``nearest`` by tiles of a type, and what squared distances of all others are not below."""
+    centre = b.mean(0, dtype=np.float64).astype(dtype)
+    few, candidates = min(k + MORE, len(b)), _candidates if dtype is np.float32 else _exactly
     distances, indices = np.empty((len(a), k)), np.empty((len(a), k), np.int64)
-    targets = [jnp.asarray(b[j : j + COLUMNS] - centre) for j in range(0, len(b), COLUMNS)]
+    bounds = np.zeros(len(a))
     for i in range(0, len(a), ROWS):
         rows = a[i : i + ROWS]
-        x, found, scores = jnp.asarray(rows - centre), [], []
-        for j, target in enumerate(targets):
-            score, index = _candidates(x, target, min(few, len(target)))
-            scores.append(np.asarray(score))
-            found.append(np.asarray(index) + j * COLUMNS)
+        x, found, scores = rows - centre, [], []
+        for j in range(0, len(b), COLUMNS):
+            target = b[j : j + COLUMNS] - centre
+            score, index = candidates(x, target, min(few, len(target)))
+            scores.append(np.asarray(score, np.float64))
+            found.append(np.asarray(index) + j)
         scores, found = np.concatenate(scores, 1), np.concatenate(found, 1)
         order = np.argpartition(scores, few - 1, axis=1)[:, :few]
-        found = np.take_along_axis(found, order, 1)
+        found, scores = np.take_along_axis(found, order, 1), np.take_along_axis(scores, order, 1)
         exact = np.stack([_distance(rows, b[c]) for c in found.T], axis=1)
         best = np.lexsort((found, exact), axis=1)[:, :k]
         distances[i : i + ROWS] = np.take_along_axis(exact, best, 1)
         indices[i : i + ROWS] = np.take_along_axis(found, best, 1)
-    return distances, indices
+        squares = (x.astype(np.float64) ** 2).sum(1)
+        bounds[i : i + ROWS] = np.inf if few == len(b) else squares + scores.max(1)
+    return distances, indices, np.maximum(bounds, 0)  # nothing is below a distance of 0
 
 
 def radii(x: np.ndarray, k: int) -> np.ndarray:
     """The distance [N] of each of x [N, D] to its k-th nearest neighbour, itself left out.
 
     It is 0 for an example of which there are k further copies.
+
+    Raises:
+      ValueError: there are not more than k examples.
     """
-    check_range("the number of neighbours", k, 1, len(x) - 1)
+    check_range("the number of neighbours", k, 1)
+    if len(x) <= k:
+        raise ValueError(f"{k} neighbours of each example need {k + 1} examples, got {len(x)}")
     return nearest(x, x, k + 1)[0][:, k]
 
 
@@ -105,10 +126,18 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @jax.jit(static_argnums=2)
 def _candidates(a: jax.Array, b: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Squared distances, less |a|^2, of the k nearest, and their indices: [N, k]."""
-    product = jnp.matmul(a, b.T, precision="highest")
-    score, index = jax.lax.top_k(2 * product - (b**2).sum(1)[None], k)
+    """The k smallest lower bounds of squared distances, less |a|^2, and their indices: [N, k]."""
+    aa, bb = (a**2).sum(1)[:, None], (b**2).sum(1)[None]
+    error = ROUNDING * (jnp.sqrt(aa) + jnp.sqrt(bb)) ** 2 + SMALLEST
+    score, index = jax.lax.top_k(2 * jnp.matmul(a, b.T, precision="highest") - bb + error, k)
     return -score, index
+
+
+def _exactly(a: np.ndarray, b: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """``_candidates`` of float64, whose error is neglected."""
+    scores = (b**2).sum(1)[None] - 2 * a @ b.T
+    index = np.argpartition(scores, k - 1, axis=1)[:, :k]
+    return np.take_along_axis(scores, index, 1), index
 
 
 @jax.jit
@@ -116,5 +145,5 @@ def _within(a: jax.Array, b: jax.Array, squares: jax.Array) -> tuple[jax.Array, 
     """Whether squared distances are below ``squares`` [M], and where rounding may decide that."""
     aa, bb = (a**2).sum(1)[:, None], (b**2).sum(1)[None]
     gap = aa + bb - 2 * jnp.matmul(a, b.T, precision="highest") - squares[None]
-    error = ROUNDING * ((jnp.sqrt(aa) + jnp.sqrt(bb)) ** 2 + squares[None])
-    return gap < 0, jnp.abs(gap) <= error
+    error = ROUNDING * ((jnp.sqrt(aa) + jnp.sqrt(bb)) ** 2 + squares[None]) + SMALLEST
+    return gap < 0, ~(jnp.abs(gap) > error)  # also where numbers are too large for float32

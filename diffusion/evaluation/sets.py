@@ -64,7 +64,10 @@ class Set:
         return np.concatenate(parts)
 
     def subset(self, index: np.ndarray) -> Set:
-        """Of the examples ``index``, which are sorted."""
+        """Of the examples ``index``, which ascend."""
+        index = np.asarray(index)
+        if not len(index) or index[0] < 0 or index[-1] >= self.count or (np.diff(index) <= 0).any():
+            raise ValueError(f"expected ascending indices below {self.count}, got {index}")
 
         def chunks(output: str) -> Iterator[np.ndarray]:
             start = 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.errors import check_range
-from diffusion.evaluation.intervals import of_mean
+from diffusion.evaluation.intervals import of_mean, of_share
 from diffusion.evaluation.metrics.metric import Judged, Metric
 from diffusion.evaluation.networks.network import Network
 
@@ -43,9 +43,11 @@ def retrieved(
       seed: of the choice of negatives.
 
     Raises:
-      ValueError: there are not as many other captions.
+      ValueError: captions are not known, or there are not as many others.
     """
     check_range("negatives", negatives, 1)
+    if len(captions) != len(pictures) or None in captions:
+        raise ValueError("R-precision needs the caption of each picture, and these have none")
     names, first, own = np.unique(np.asarray(captions), return_index=True, return_inverse=True)
     if len(names) <= negatives:
         raise ValueError(
@@ -58,9 +60,10 @@ def retrieved(
     for i, picture in enumerate(pictures):
         others = rng.choice(len(names) - 1, negatives, replace=False)
         others += others >= own[i]
-        against, mine = texts[others] @ picture, texts[own[i]] @ picture
-        if mine >= against.max():
-            hits[i] = 1 / (1 + (against == mine).sum())
+        # Row by row, not by a matrix product, so that equal embeddings tie to the last bit.
+        mine, *against = (texts[[own[i], *others]] * picture).sum(-1)
+        if mine >= max(against):
+            hits[i] = 1 / (1 + against.count(mine))
     return hits
 
 
@@ -98,7 +101,7 @@ def r_precision(features: Network | None = None, negatives: int = 99, seed: int 
         hits = retrieved(*arrays, samples.subjects, negatives=negatives, seed=seed)
         return {
             judged.name("r_precision"): float(hits.mean()),
-            judged.name("r_precision_ci"): of_mean(hits),
+            judged.name("r_precision_ci"): of_share(hits),
             judged.name("r_precision_chance"): 1 / (1 + negatives),
         }
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from diffusion.errors import check_range
-from diffusion.evaluation.intervals import of_mean
 from diffusion.evaluation.metrics.metric import Judged, Metric
+from diffusion.evaluation.metrics.precision_recall import found
 from diffusion.evaluation.neighbours import inside, radii
 from diffusion.evaluation.networks.network import Network
 
@@ -35,8 +35,8 @@ def metric(
 ) -> Metric:
     """Means of ``density_coverage`` of equally many samples and real examples, ``most`` at most.
 
-    Figures density_NETWORK, coverage_NETWORK; "_ci" counts samples and real examples as independent
-    draws.
+    Figures density_NETWORK, coverage_NETWORK; "_ci" is of the sampling of samples and of real
+    examples, where these suffice for it.
     """
     check_range("neighbours", neighbours, 1, 100)
     check_range("most", most, 2, 1_000_000)
@@ -44,11 +44,7 @@ def metric(
     def measure(judged: Judged) -> dict[str, Any]:
         samples = judged.samples.array(most=most)
         real = judged.real(reference).array(most=len(samples))
-        found = density_coverage(samples[: len(real)], real, neighbours)
-        figures = {}
-        for name, values in zip(("density", "coverage"), found, strict=True):
-            figures[judged.name(name)] = float(values.mean())
-            figures[judged.name(f"{name}_ci")] = of_mean(values)
-        return figures
+        names = ("density", "coverage")
+        return found(judged, names, density_coverage, samples[: len(real)], real, neighbours)
 
     return Metric(measure, network=features, most=most, references=(reference,))

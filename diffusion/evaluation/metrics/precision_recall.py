@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from diffusion.errors import check_range
-from diffusion.evaluation.intervals import of_mean
+from diffusion.evaluation.intervals import of_neighbours, of_share
 from diffusion.evaluation.metrics.metric import Judged, Metric
 from diffusion.evaluation.neighbours import inside, radii
 from diffusion.evaluation.networks.network import Network
@@ -29,13 +30,39 @@ def precision_recall(
     return precise, recalled
 
 
+def found(
+    judged: Judged,
+    names: Sequence[str],
+    of: Callable[[np.ndarray, np.ndarray, int], Sequence[np.ndarray]],
+    samples: np.ndarray,
+    real: np.ndarray,
+    k: int,
+) -> dict[str, float]:
+    """The means of what ``of`` gives of each example by k neighbours, with their intervals."""
+
+    def means(a: np.ndarray, b: np.ndarray) -> list[float]:
+        return [float(values.mean()) for values in of(a, b, k)]
+
+    figures = {}
+    each = of(samples, real, k)
+    halves = of_neighbours(means, samples, real, 4 * k)
+    for name, values, half in zip(names, each, halves, strict=True):
+        figures[judged.name(name)] = float(values.mean())
+        if np.isfinite(half):
+            # Where all groups agree, some misses may still be left out by chance.
+            least = of_share(values) if values.dtype == bool else 0.0
+            figures[judged.name(f"{name}_ci")] = max(float(half), least)
+    return figures
+
+
 def metric(features: Network | None = None, reference: str = "", neighbours: int = 3) -> Metric:
     """``precision_recall`` of all samples and of the first 10,000 real examples.
 
-    Figures precision_NETWORK, recall_NETWORK; "_ci" counts samples and real examples as independent
-    draws. They depend on the numbers of examples: compare only figures with the same ones. So
-    precision_NETWORK_half and recall_NETWORK_half, of as many samples as half of the real examples
-    beside that half, stand beside "_half_real", of the other half beside the same one.
+    Figures precision_NETWORK, recall_NETWORK; "_ci" is of the sampling of samples and of real
+    examples, where these suffice for it. They depend on the numbers of examples: compare only
+    figures with the same ones. So precision_NETWORK_half and recall_NETWORK_half, of as many
+    samples as half of the real examples beside that half, stand beside "_half_real", of the other
+    half beside the same one; with more examples in a half than ``neighbours``.
     """
     check_range("neighbours", neighbours, 1, 100)
 
@@ -45,14 +72,14 @@ def metric(features: Network | None = None, reference: str = "", neighbours: int
         half = min(len(real) // 2, len(samples))
         one, other = real[order[:half]], real[order[half : 2 * half]]
         some = samples[np.random.default_rng(0).permutation(len(samples))[:half]]
-        found = {"": (samples, real), "_half": (some, one), "_half_real": (other, one)}
-        figures: dict[str, Any] = {}
-        for end, sets in found.items():
-            both = precision_recall(*sets, neighbours)
-            for name, values in zip(("precision", "recall"), both, strict=True):
-                figures[judged.name(name) + end] = float(values.mean())
-                if not end:
-                    figures[judged.name(f"{name}_ci")] = of_mean(values)
-        return figures | {judged.name("precision") + "_half_size": half}
+        names = ("precision", "recall")
+        figures: dict[str, Any] = found(judged, names, precision_recall, samples, real, neighbours)
+        if half > neighbours:
+            for end, sets in {"_half": (some, one), "_half_real": (other, one)}.items():
+                both = precision_recall(*sets, neighbours)
+                for name, values in zip(names, both, strict=True):
+                    figures[judged.name(name) + end] = float(values.mean())
+            figures[judged.name("precision") + "_half_size"] = half
+        return figures
 
     return Metric(measure, network=features, references=(reference,))

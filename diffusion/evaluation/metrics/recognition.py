@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.evaluation.intervals import of_mean
+from diffusion.evaluation.intervals import of_share
 from diffusion.evaluation.metrics.metric import Judged, Metric
 from diffusion.evaluation.networks.network import Network
 from diffusion.evaluation.sets import Set
@@ -22,7 +22,7 @@ def recognition(samples: Set, real: Set) -> dict[str, Any]:
     hit, wanted = _hits(samples), np.asarray(samples.subjects)
     return {
         "recognised": float(hit.mean()),
-        "recognised_ci": of_mean(hit),
+        "recognised_ci": of_share(hit),
         "recognised_per_class": {str(c): float(hit[wanted == c].mean()) for c in np.unique(wanted)},
         "recognised_real": float(_hits(real).mean()),
         "recognised_real_count": real.count,

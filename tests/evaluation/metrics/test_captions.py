@@ -96,3 +96,28 @@ def test_retrieval_finds_equal_pictures_and_nothing_in_noise():
     # The second picture of a caption counts as much as the first.
     second = retrieval(real[50:], names[:10], real, captions)
     assert second["first"] == 1
+
+
+def test_retrieval_of_pictures_that_are_all_the_same_is_chance():
+    names, same = [str(i) for i in range(20)], np.full((20, 3), 0.1)
+    found = retrieval(same, names, same, names)
+    assert found["first"] == pytest.approx(1 / 20) == found["first_by_chance"]
+    assert found["among_10"] == pytest.approx(10 / 20) == found["among_10_by_chance"]
+    assert found["mean_rank"] == pytest.approx(0.5)
+
+
+def test_retrieval_is_that_of_all_distances(monkeypatch):
+    monkeypatch.setattr("diffusion.evaluation.metrics.retrieval.ROWS", 7)
+    rng = np.random.default_rng(0)
+    drawn, real = (1e3 + rng.normal(size=(n, 2, 2)) for n in (30, 50))
+    captions = [str(i) for i in rng.permutation(50) % 12]
+    prompts = [str(i) for i in rng.integers(0, 12, 30)]
+    found = retrieval(drawn, prompts, real, captions)
+    ranks = []
+    for x, own in zip(drawn, prompts, strict=True):
+        apart = ((real - x) ** 2).sum((1, 2))
+        least = {c: min(apart[[d == c for d in captions]]) for c in captions}
+        ranks.append(sum(value < least[own] for value in least.values()))
+    assert found["first"] == np.mean(np.array(ranks) == 0)
+    assert found["among_10"] == np.mean(np.array(ranks) < 10)
+    assert found["mean_rank"] == pytest.approx(np.mean(ranks) / 11)

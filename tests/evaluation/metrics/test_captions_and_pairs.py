@@ -123,3 +123,18 @@ def test_diversity_needs_two_of_a_subject_and_lpips(network):
         diversity.metric(network).measure(judged(samples, network, samples))
     with pytest.raises(ValueError, match='needs lpips\\("FILE"\\), got the network two'):
         diversity.metric(TWO)
+
+
+def test_many_captions_with_one_embedding_are_found_by_chance():
+    rng = np.random.default_rng(0)
+    texts = np.tile(rng.normal(size=(1, 512)), (200, 1))
+    names = [str(i) for i in range(200)]
+    hits = clip_score.retrieved(rng.normal(size=(200, 512)), texts, names, negatives=99)
+    np.testing.assert_allclose(hits, 0.01)
+
+
+def test_r_precision_needs_captions():
+    x = np.ones((3, 2))
+    for captions in ([], [None] * 3):
+        with pytest.raises(ValueError, match="needs the caption of each picture"):
+            clip_score.retrieved(x, x, captions, negatives=1)

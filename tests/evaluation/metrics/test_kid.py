@@ -74,3 +74,16 @@ def test_few_examples_are_noted_and_sizes_must_agree():
         kid(x, x[:, :2])
     with pytest.raises(ValueError, match="size must lie in"):
         metric(size=1)
+
+
+def test_features_far_from_zero_keep_their_digits():
+    x, y = (100 + s * rng.standard_normal((60, 16)).astype(np.float32) for s in (1, 1.1))
+    k = [(a.astype(float) @ b.astype(float).T / 16 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    expected = sum((m.sum() - np.trace(m)) / (60 * 59) for m in k[:2]) - 2 * k[2].mean()
+    assert kid(x, y, subsets=1, size=60).mean == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_example_is_too_few():
+    for n, m in ((1, 5), (5, 1), (5, 0)):
+        with pytest.raises(ValueError, match="number of examples"):
+            kid(np.zeros((n, 3)), np.zeros((m, 3)))

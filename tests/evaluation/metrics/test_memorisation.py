@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu, norm
 
 from diffusion.data import sources
 from diffusion.evaluation import harness
@@ -67,3 +68,33 @@ def test_the_closest_samples_are_shown(tmp_path):
     rows = [grid[2 + k * (8 * scale + 2) :][: 8 * scale] for k in range(2)]
     first = [row[:, -(3 * (8 * scale + 2)) :][:, : 8 * scale] for row in rows]
     np.testing.assert_array_equal(*first)  # the copy stands above the example it is of
+
+
+def test_chance_is_the_share_of_held_out_examples():
+    draw = np.random.default_rng(0)
+    train, ours, few = (draw.standard_normal((n, 4)) for n in (200, 1000, 20))
+    found = memorisation(ours, few, train)
+    assert found["closer_real"] == 1 / 20  # one of 20 is the closest, not 1 %
+    assert abs(found["closer"] - found["closer_real"]) < found["closer_ci"]
+    same = memorisation(np.ones((9, 1)), np.ones((9, 1)), np.zeros((4, 1)))
+    assert same["closer"] == same["closer_real"] == 1 and same["copying_z"] == 0
+
+
+def test_copying_z_is_that_of_mann_and_whitney_beyond_small_p_values():
+    draw = np.random.default_rng(0)
+    train = draw.standard_normal((50, 3))
+    far = memorisation(1e-3 + train[:1].repeat(3000, 0) * draw.normal(1, 1e-6, (3000, 1)),
+                       9 + draw.standard_normal((3000, 3)), train)  # fmt: skip
+    n = 3000
+    assert far["copying_z"] == pytest.approx(
+        -n * n / 2 / np.sqrt(n * n * (2 * n + 1) / 12), rel=1e-3
+    )
+    a, b = draw.integers(1, 6, (40, 1)), draw.integers(2, 7, (30, 1))
+    line = memorisation(a, b, np.array([[0.0], [-1.0]]))
+    test = mannwhitneyu(a[:, 0], b[:, 0], use_continuity=False, method="asymptotic")
+    assert line["copying_z"] == pytest.approx(-norm.isf(test.pvalue / 2), rel=1e-9)
+
+
+def test_one_training_example_has_no_neighbour():
+    with pytest.raises(ValueError, match="needs two training examples, got 1"):
+        memorisation(np.ones((3, 1)), np.ones((3, 1)), np.zeros((1, 1)))

@@ -6,6 +6,7 @@ from prdc import compute_prdc
 from scipy.spatial.distance import cdist
 
 from diffusion.evaluation import neighbours
+from diffusion.evaluation.intervals import of_share
 from diffusion.evaluation.metrics import density_coverage, precision_recall
 from diffusion.evaluation.metrics.metric import Judged
 from diffusion.evaluation.networks.network import Network
@@ -88,9 +89,11 @@ def test_tiles_leave_no_more_doubt_than_stated():
         squares = cdist(a.astype(float), b.astype(float)) ** 2
         a_, b_ = np.linalg.norm(a, axis=1)[:, None], np.linalg.norm(b, axis=1)[None]
         tile = neighbours._candidates(a, b, 80)
-        found = np.take_along_axis(squares, np.asarray(tile[1]), 1) - np.asarray(tile[0])
-        error = np.abs(found - a_.astype(float) ** 2)
-        assert error.max() < (neighbours.ROUNDING * (a_ + b_) ** 2).min()
+        bounds = np.empty(squares.shape)
+        np.put_along_axis(bounds, np.asarray(tile[1]), np.asarray(tile[0]), 1)
+        gap = squares - (bounds + (a.astype(float) ** 2).sum(1)[:, None])
+        assert (gap > 0).all()
+        assert (gap < 2 * neighbours.ROUNDING * (a_ + b_) ** 2).all()
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
@@ -136,8 +139,7 @@ def test_figures_and_their_intervals():
     names = {f"{n}_net{end}" for n in ("precision", "recall") for end in ends}
     assert set(found) == {*names, "precision_net_half_size"}
     assert found["precision_net_half_size"] == 50
-    p = found["precision_net"]
-    assert found["precision_net_ci"] == pytest.approx(1.959964 * np.sqrt(p * (1 - p) / 79))
+    assert of_share(np.ones(80)) < found["precision_net_ci"] < 0.2
     found = density_coverage.metric(most=50).measure(judged)
     expected = density_coverage.density_coverage(samples[:50], real.array(most=50))
     assert found["density_net"] == expected[0].mean()
@@ -145,5 +147,32 @@ def test_figures_and_their_intervals():
     assert set(found) == {f"{n}_net{e}" for n in ("density", "coverage") for e in ("", "_ci")}
     with pytest.raises(ValueError, match="neighbours must lie in"):
         precision_recall.metric(neighbours=0)
-    with pytest.raises(ValueError, match=r"number of neighbours must lie in \[1, 2\], got 3"):
+    with pytest.raises(ValueError, match="3 neighbours of each example need 4 examples, got 3"):
         precision_recall.precision_recall(samples[:3], samples)
+
+
+def test_few_examples_have_no_halves_and_no_interval():
+    net, x = Network("net", lambda: None), float32(7, 2)
+    judged = Judged(
+        of_arrays("samples", {"features": x}), lambda _: of_arrays("real", {"features": x}), net
+    )
+    assert precision_recall.metric().measure(judged) == {"precision_net": 1, "recall_net": 1}
+
+
+def test_where_all_agree_the_interval_is_not_empty():
+    net, x = Network("net", lambda: None), float32(60, 2)
+    real = of_arrays("real", {"features": x})
+    judged = Judged(of_arrays("samples", {"features": x}), lambda _: real, net)
+    found = precision_recall.metric().measure(judged)
+    assert found["precision_net"] == 1 and found["precision_net_ci"] > 0.02
+
+
+def test_intervals_of_neighbours_are_no_shorter_than_repeated_draws_demand():
+    """Examples share neighbours: as independent hits, the interval of coverage covers 70 %."""
+    net, draw, found = Network("net", lambda: None), np.random.default_rng(0), []
+    for _ in range(25):
+        samples, real = (of_arrays("x", {"features": draw.normal(size=(160, 8))}) for _ in range(2))
+        found.append(density_coverage.metric().measure(Judged(samples, lambda _: real, net)))  # noqa: B023
+    for name in ("density", "coverage"):
+        spread = np.std([f[f"{name}_net"] for f in found], ddof=1)
+        assert 0.8 < np.mean([f[f"{name}_net_ci"] for f in found]) / (1.96 * spread) < 2
