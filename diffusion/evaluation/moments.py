@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+LARGEST = 20_000  # features
+ROWS = 500  # of examples that are summed at once
 
 
 class Moments(NamedTuple):
@@ -23,22 +26,23 @@ def moments(chunks: Iterable[np.ndarray]) -> Moments:
     the features are cut into chunks, the result is the same to rounding.
 
     Raises:
-      ValueError: there are none, chunks differ in size, or a value is not finite.
+      ValueError: there are none, chunks differ in size, a value is not finite, or there are more
+        than 20,000 features.
     """
     count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
-    for chunk in chunks:
-        if not len(chunk):
-            continue
-        x = np.asarray(chunk, np.float64).reshape(len(chunk), -1)
+    for x in _gathered(chunks):
         if not np.isfinite(x).all():
             raise ValueError("features contain NaN or infinity")
+        if x.shape[1] > LARGEST:
+            raise ValueError(
+                f"examples have {x.shape[1]:,} features, whose covariance takes "
+                f"{x.shape[1] ** 2 / 2**27:.0f} GiB; expected {LARGEST:,} at most"
+            )
         own = x.mean(0)
         x = x - own
         if not count:
             count, mean, scatter = len(x), own, x.T @ x
             continue
-        if own.shape != mean.shape:
-            raise ValueError(f"features differ in size: {len(mean)} and {len(own)}")
         total, apart = count + len(x), own - mean
         scatter += x.T @ x
         scatter += np.outer(apart, apart) * (count * len(x) / total)
@@ -47,3 +51,23 @@ def moments(chunks: Iterable[np.ndarray]) -> Moments:
     if not count:
         raise ValueError("statistics need at least one example, got none")
     return Moments(count, mean, scatter / max(count - 1, 1))
+
+
+def _gathered(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Chunks [b, D] in float64 of at least ``ROWS`` examples, but for the last: the work of a
+    product of matrices D x D hardly depends on b where b is small."""
+    held: list[np.ndarray] = []
+    size = 0
+    for chunk in chunks:
+        if not len(chunk):
+            continue
+        held.append(np.asarray(chunk, np.float64).reshape(len(chunk), -1))
+        found = held[-1].shape[1]
+        size = size or found
+        if found != size:
+            raise ValueError(f"features differ in size: {size} and {found}")
+        if sum(map(len, held)) >= ROWS:
+            yield np.concatenate(held)
+            held = []
+    if held:
+        yield np.concatenate(held)

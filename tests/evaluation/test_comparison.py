@@ -279,3 +279,7 @@ def test_a_picture_shows_the_best_in_its_colour(tmp_path):
     for color in (comparison_report.ORANGE, comparison_report.BLUE):
         rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(pixels - rgb).max(-1) < 20).any()
+
+
+def test_tiny_figures_keep_their_digits():
+    assert merits.shown("kid", 1.234e-12, 1.2e-13) == "1.234e-12 ± 1.2e-13"

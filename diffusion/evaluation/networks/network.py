@@ -78,8 +78,10 @@ class Network:
           outputs: of ``self.outputs``.
 
         Raises:
-          ValueError: x is no picture, or a feature is not finite.
+          ValueError: there are no examples, x is no picture, or a feature is not finite.
         """
+        if not len(x):
+            raise ValueError(f"{self.name} needs one example at least, got none")
         x, parts = self.seen(x), {output: [] for output in outputs}
         for start in range(0, len(x), self.batch):
             # The last batch is filled up, so that nothing compiles twice.
@@ -98,6 +100,8 @@ class Network:
             return np.asarray(x, np.float32) if x.dtype != np.uint8 else x / np.float32(127.5) - 1
         if x.ndim != 4 or x.shape[-1] not in (1, 3):
             raise ValueError(f"{self.name} judges pictures [N, H, W, 1 or 3], got {x.shape}")
+        if x.dtype != np.uint8 and x.dtype.kind != "f":
+            raise ValueError(f"{self.name} judges pictures of uint8 or floats, got {x.dtype}")
         x = x if x.dtype == np.uint8 else to_uint8(x)
         return np.broadcast_to(x, (*x.shape[:-1], 3)) if x.shape[-1] == 1 else x
 
