@@ -5,11 +5,10 @@ Modules have the names of pytorch-i3d: ``Mixed_3b/b1a/conv3d``.
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 
 from diffusion.levels import Array
 from diffusion.models.inception import EXACT, FixedNorm
@@ -52,22 +51,6 @@ class Unit(nn.Module):
         return nn.relu(conv(x) * factor + offset)
 
 
-def max_pool(x: Array, window: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-    """Maxima over windows of x [B, T, H, W, C], padded as TensorFlow's "SAME", an axis at a time.
-
-    Maxima of shifted clips take a fraction of the time of XLA's windows on a CPU.
-    """
-    for axis, (size, stride) in enumerate(zip(window, strides), 1):
-        last = (x.shape[axis] - 1) // stride * stride
-        lacking = max(last + size - x.shape[axis], 0)
-        pads = [(0, 0)] * x.ndim
-        pads[axis] = (lacking // 2, lacking - lacking // 2)
-        padded = jnp.pad(x, pads, constant_values=-jnp.inf)
-        shifted = (lax.slice_in_dim(padded, i, i + last + 1, stride, axis) for i in range(size))
-        x = reduce(jnp.maximum, shifted)
-    return x
-
-
 class Block(nn.Module):
     """Four branches of x [B, T, H, W, C], whose channels are laid side by side."""
 
@@ -80,7 +63,7 @@ class Block(nn.Module):
             Unit(plain, name="b0")(x),
             Unit(wide, 3, name="b1b")(Unit(reduced, name="b1a")(x)),
             Unit(wide2, 3, name="b2b")(Unit(reduced2, name="b2a")(x)),
-            Unit(pooled, name="b3b")(max_pool(x, (3, 3, 3), (1, 1, 1))),
+            Unit(pooled, name="b3b")(nn.max_pool(x, (3, 3, 3), padding="SAME")),
         )
         return jnp.concatenate(branches, axis=-1)
 
@@ -106,14 +89,15 @@ class I3D(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        spatial = partial(nn.max_pool, window_shape=(1, 3, 3), strides=(1, 2, 2), padding="SAME")
         x = Unit(64, 7, 2, name="Conv3d_1a_7x7")(x)
-        x = max_pool(x, (1, 3, 3), (1, 2, 2))
+        x = spatial(x)
         x = Unit(64, name="Conv3d_2b_1x1")(x)
         x = Unit(192, 3, name="Conv3d_2c_3x3")(x)
-        x = max_pool(x, (1, 3, 3), (1, 2, 2))
+        x = spatial(x)
         for name, widths in BLOCKS.items():
             pool = name.startswith("MaxPool3d")
-            x = max_pool(x, widths, (2, 2, 2)) if pool else Block(widths, name=name)(x)
+            x = nn.max_pool(x, widths, (2, 2, 2), "SAME") if pool else Block(widths, name=name)(x)
         x = x.mean((2, 3), keepdims=True)
         x = (x[:, :-1] + x[:, 1:]) / 2  # windows of two steps in time
         return Logits(self.classes, name="logits")(x).mean((1, 2, 3))

@@ -8,7 +8,6 @@ import flax.linen as nn
 
 from diffusion.levels import Array
 from diffusion.models.inception import EXACT
-from diffusion.models.kernels.convolution import three_by_three
 
 BLOCKS = ((64, 1), (128, 1), (256, 2), (512, 2))  # widths and convolutions
 HIDDEN, FEATURES = 4096, 128
@@ -24,9 +23,7 @@ class VGGish(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x, index = x[..., None], 0
-        conv = partial(
-            nn.Conv, kernel_size=(3, 3), precision=EXACT, conv_general_dilated=three_by_three
-        )
+        conv = partial(nn.Conv, kernel_size=(3, 3), precision=EXACT)
         for width, convolutions in BLOCKS:
             for _ in range(convolutions):
                 x = nn.relu(conv(width, name=f"features_{index}")(x))

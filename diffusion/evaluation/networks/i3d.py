@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusion.evaluation import resize as resizers
 from diffusion.evaluation.networks.network import Network, Run, existing
+from diffusion.levels import Array
 from diffusion.models.i3d import FEWEST, I3D
 from diffusion.pretrained.networks import i3d as weights_of
 from diffusion.specs import unknown
@@ -19,6 +20,11 @@ RESIZES = {
     "torch": (resizers.torch_bilinear, "torch bilinear to 224 x 224"),
     "tf": (resizers.tf_bilinear, "TF-1 bilinear to 224 x 224"),
 }
+
+
+@jax.jit
+def _logits(params: Any, x: Array) -> Array:
+    return I3D().apply({"params": params}, x / 127.5 - 1)
 
 
 def i3d(weights: str, resize: str = "torch") -> Network:
@@ -37,7 +43,6 @@ def i3d(weights: str, resize: str = "torch") -> Network:
         raise unknown("i3d(resize)", resize, RESIZES)
     path, (resized, about) = existing("i3d", weights), RESIZES[resize]
     name = "i3d" if resize == "torch" else f"i3d_{resize}"
-    forward = jax.jit(lambda params, x: I3D().apply({"params": params}, x / 127.5 - 1))
 
     def open_weights() -> Run:
         params = weights_of.load(path)
@@ -48,7 +53,7 @@ def i3d(weights: str, resize: str = "torch") -> Network:
                     f"{name} takes clips of {FEWEST} frames or more, got {x.shape[1]}: {x.shape}"
                 )
             frames = resized(x.reshape(-1, *x.shape[2:]), SIDE)
-            return {"features": forward(params, frames.reshape(*x.shape[:2], SIDE, SIDE, 3))}
+            return {"features": _logits(params, frames.reshape(*x.shape[:2], SIDE, SIDE, 3))}
 
         return run
 

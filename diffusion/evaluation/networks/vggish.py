@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from diffusion.evaluation.networks.network import Network, Run, existing
+from diffusion.levels import Array
 from diffusion.models.vggish import PATCH, VGGish
 from diffusion.pretrained.networks import vggish as weights_of
 
@@ -19,6 +20,11 @@ LOW, HIGH = 125, 7500  # Hz
 OFFSET = 0.01
 FRAMES, BANDS = PATCH
 FEWEST = WINDOW + (FRAMES - 1) * HOP  # samples of one patch
+
+
+@jax.jit
+def _forward(params: Any, x: Array) -> Array:
+    return VGGish().apply({"params": params}, x)
 
 
 def vggish(weights: str) -> Network:
@@ -33,14 +39,13 @@ def vggish(weights: str) -> Network:
       weights: a file as ``diffusion.pretrained.networks.vggish.load`` reads it.
     """
     path = existing("vggish", weights)
-    forward = jax.jit(lambda params, x: VGGish().apply({"params": params}, x))
 
     def open_weights() -> Run:
         params = weights_of.load(path)
 
         def run(x: np.ndarray, _: Sequence[Any]) -> dict[str, np.ndarray]:
             found = patches(x)
-            values = forward(params, found.reshape(-1, *PATCH))
+            values = _forward(params, found.reshape(-1, *PATCH))
             return {"features": np.asarray(values).reshape(*found.shape[:2], -1).mean(1)}
 
         return run
@@ -66,7 +71,7 @@ def patches(x: np.ndarray) -> np.ndarray:
         )
     if (peak := np.abs(x).max()) > 2:
         raise ValueError(
-            f"vggish takes waveforms in [-1, 1], got values up to {peak:.4g}; divide 16-bit "
+            f"vggish takes waveforms in [-1, 1], got values up to {peak:.5g}; divide 16-bit "
             "numbers by 32768"
         )
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
