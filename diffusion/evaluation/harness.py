@@ -272,7 +272,7 @@ class Harness:
         x = np.asarray(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)
         for (name, key), real in self._real.items():
             sides = self.needs[key].network.pictures  # grey or not does not matter to these
-            place = slice(2) if sides else slice(None)
+            place = slice(-1) if sides else slice(None)
             if real.shape and real.shape[place] != x.shape[1:][place]:
                 expected = ", ".join(map(str, real.shape))
                 raise ValueError(
@@ -327,8 +327,8 @@ class Harness:
 
 
 def _pictures(shape: Sequence[int]) -> bool:
-    """Whether examples [N, ...] of a shape are pictures."""
-    return len(shape) == 4 and shape[-1] in (1, 3)
+    """Whether examples [N, ...] of a shape are pictures, or clips of them."""
+    return len(shape) in (4, 5) and shape[-1] in (1, 3)
 
 
 def lines(figures: Mapping[str, Any]) -> list[str]:

@@ -31,8 +31,9 @@ def read(path: str, count: int = 0) -> Samples:
 
     Args:
       path: an ``.npz`` with ``arr_0`` uint8 [N, H, W, 3] (and classes ``arr_1``), as ADM has it, or
-        with ``x`` or ``image`` float in [-1, 1], as --mode=sample leaves it; a folder of such
-        files, in the order of their names; or a folder of pictures of one size.
+        clips [N, T, H, W, 3]; one with ``x`` or ``image``, such as float pictures in [-1, 1], as
+        --mode=sample leaves it; a folder of such files, in the order of their names; or a folder of
+        pictures of one size.
       count: of samples.
 
     Raises:
@@ -80,7 +81,7 @@ def _part(path: Path) -> Part:
         )
     array = arrays[name]
     first = array.rows(0, min(array.shape[0], 100)) if array.shape else np.zeros(0)
-    if name == "arr_0" and (array.dtype != np.uint8 or len(array.shape) != 4):
+    if name == "arr_0" and (array.dtype != np.uint8 or len(array.shape) not in (4, 5)):
         kind = "pictures" if array.dtype.kind == "f" else "numbers"
         span = f" in [{first.min():.3g}, {first.max():.3g}]" if first.size else ""
         raise ValueError(
@@ -96,7 +97,7 @@ def _part(path: Path) -> Part:
     if array.dtype != np.uint8:
         if array.dtype.kind != "f":
             raise ValueError(f"{path}: {name} must be uint8 or float, got {array.dtype}")
-        pictures = len(array.shape) == 4 and array.shape[-1] in (1, 3)
+        pictures = len(array.shape) in (4, 5) and array.shape[-1] in (1, 3)
         if pictures and first.size and np.nanmax(np.abs(first)) > 2:
             raise ValueError(
                 f"{path}: {name} is float in [{np.nanmin(first):.3g}, {np.nanmax(first):.3g}]; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from diffusion.evaluation.networks.network import Network
 
 CHUNK = 1000
 SHUFFLED = 10_000
+BYTES = 2**29  # of real examples that are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +124,9 @@ def of_source(
     if len(source) > SHUFFLED:
         source = subset(source, np.random.default_rng(0).permutation(len(source)))
     digest, shape = hashlib.sha256(), ()
-    for first in range(0, len(source), CHUNK):
-        index = np.arange(first, min(first + CHUNK, len(source)))
+    step = max(1, min(CHUNK, BYTES // (4 * math.prod(source.shape))))
+    for first in range(0, len(source), step):
+        index = np.arange(first, min(first + step, len(source)))
         batch = source.read(index)
         x = show(batch["x"])
         shape = x.shape[1:]

@@ -64,7 +64,7 @@ class _Conv(nn.Module):
         )
 
 
-class _Norm(nn.Module):
+class FixedNorm(nn.Module):
     """(factor, offset), each [C]: what a batch norm with fixed statistics does to a channel."""
 
     features: int
@@ -84,7 +84,7 @@ class Unit(nn.Module):
     layer: Layer
 
     def setup(self) -> None:
-        self.conv, self.bn = _Conv(self.layer), _Norm(self.layer.features)
+        self.conv, self.bn = _Conv(self.layer), FixedNorm(self.layer.features)
 
     def kernel(self, channels: int) -> Array:
         """The convolution's kernel [h, w, channels, features]."""

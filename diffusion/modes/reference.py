@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
     shown = config.reference.pictures and len(found.shape) == 3 and found.shape[-1] in (1, 3)
     labels = np.array(some.subjects) if some.subjects and count else None
-    path = folder / f"{name}_{'x'.join(map(str, found.shape[:2]))}_{net.name}.npz"
+    path = folder / f"{name}_{'x'.join(map(str, found.shape[:-1] or found.shape))}_{net.name}.npz"
     references.write(
         path,
         net,

@@ -8,12 +8,14 @@ from diffusion.evaluation.networks import (
     clip,
     digits_svc,
     dinov2,
+    i3d,
     inception,
     lenet5,
     lpips,
     network,
     sentences,
     taef2,
+    vggish,
 )
 
 CHOICES = {
@@ -21,6 +23,7 @@ CHOICES = {
     "clip": clip.clip,
     "digits_svc": digits_svc.digits_svc,
     "dinov2": dinov2.dinov2,
+    "i3d": i3d.i3d,
     "inception": inception.inception,
     "lenet5": lenet5.lenet5,
     "lpips": lpips.lpips,
@@ -28,4 +31,5 @@ CHOICES = {
     "pixels": network.pixels,
     "sentences": sentences.sentences,
     "taef2": taef2.taef2,
+    "vggish": vggish.vggish,
 }

@@ -29,6 +29,7 @@ class Network:
       preparation: what is done with pictures before, such as "PIL bicubic to 224 x 224".
       pictures: whether it takes pictures, uint8 [B, H, W, 3] (grey ones are repeated), or else
         float32 examples as the data have them.
+      clips: whether its pictures come as clips, [B, T, H, W, 3].
       batch: examples at a time.
     """
 
@@ -38,6 +39,7 @@ class Network:
     files: tuple[Path, ...] = ()
     preparation: str = ""
     pictures: bool = True
+    clips: bool = False
     batch: int = 64
 
     @cached_property
@@ -72,13 +74,13 @@ class Network:
         """The named outputs [N, ...] of examples [N, ...], ``batch`` at a time, compiled once.
 
         Args:
-          x: uint8 pictures [N, H, W, 1 or 3], or float examples; pictures in [-1, 1] are rounded
-            to uint8 for a network of pictures.
+          x: uint8 pictures [N, H, W, 1 or 3] or clips of them, or float examples; pictures in
+            [-1, 1] are rounded to uint8 for a network of pictures.
           subjects: class, caption or prompt of each example.
           outputs: of ``self.outputs``.
 
         Raises:
-          ValueError: there are no examples, x is no picture, or a feature is not finite.
+          ValueError: there are no examples, x are no pictures or clips, or a feature is not finite.
         """
         if not len(x):
             raise ValueError(f"{self.name} needs one example at least, got none")
@@ -98,10 +100,11 @@ class Network:
         """Examples as the network takes them."""
         if not self.pictures:
             return np.asarray(x, np.float32) if x.dtype != np.uint8 else x / np.float32(127.5) - 1
-        if x.ndim != 4 or x.shape[-1] not in (1, 3):
-            raise ValueError(f"{self.name} judges pictures [N, H, W, 1 or 3], got {x.shape}")
+        kind, axes = ("clips [N, T,", 5) if self.clips else ("pictures [N,", 4)
+        if x.ndim != axes or x.shape[-1] not in (1, 3):
+            raise ValueError(f"{self.name} judges {kind} H, W, 1 or 3], got {x.shape}")
         if x.dtype != np.uint8 and x.dtype.kind != "f":
-            raise ValueError(f"{self.name} judges pictures of uint8 or floats, got {x.dtype}")
+            raise ValueError(f"{self.name} judges uint8 or floats, got {x.dtype}")
         x = x if x.dtype == np.uint8 else to_uint8(x)
         return np.broadcast_to(x, (*x.shape[:-1], 3)) if x.shape[-1] == 1 else x
 
