@@ -29,7 +29,7 @@ def test_networks_refuse_what_they_would_misread():
 
 def test_pictures_of_a_reference_are_seen_once(tmp_path):
     path, seen = tmp_path / "reference.npz", []
-    np.savez(path, arr_0=np.arange(2 * 48, dtype=np.uint8).reshape(2, 4, 4, 6)[..., :3])
+    np.savez(path, arr_0=np.arange(2 * 96, dtype=np.uint8).reshape(2, 4, 4, 6)[..., :3])
 
     def run(x, _):
         seen.append(len(x))
