@@ -94,6 +94,12 @@ def inside(
       open_balls: whether the surface does not belong to a ball.
     """
     points, centres = _features(points, centres)
+    # Copies are asked once: all their pairs with each other would have to be computed again.
+    rows = np.ascontiguousarray(points).view(np.dtype((np.void, 4 * points.shape[1])))[:, 0]
+    _, first, inverse, copies = np.unique(
+        rows, return_index=True, return_inverse=True, return_counts=True
+    )
+    points = points[first]
     centre = centres.mean(0, dtype=np.float64).astype(np.float32)
     of_points, of_centres = np.zeros(len(points), np.int64), np.zeros(len(centres), np.int64)
     for j in range(0, len(centres), COLUMNS):
@@ -103,13 +109,13 @@ def inside(
             a = points[i : i + ROWS]
             held, doubtful = map(np.array, _within(jnp.asarray(a - centre), target, squares))
             row, column = np.nonzero(doubtful)
-            for first in range(0, len(row), PAIRS):
-                u, v = row[first : first + PAIRS], column[first : first + PAIRS]
+            for start in range(0, len(row), PAIRS):
+                u, v = row[start : start + PAIRS], column[start : start + PAIRS]
                 exact = _distance(a[u], b[v])
                 held[u, v] = exact < r[v] if open_balls else exact <= r[v]
             of_points[i : i + ROWS] += held.sum(1)
-            of_centres[j : j + COLUMNS] += held.sum(0)
-    return of_points, of_centres
+            of_centres[j : j + COLUMNS] += copies[i : i + ROWS] @ held
+    return of_points[inverse], of_centres
 
 
 def _features(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

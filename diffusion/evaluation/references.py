@@ -62,13 +62,16 @@ def read(path: str, net: Network) -> Set:
             f"{path}: arr_0 must be uint8 [N, H, W, C], got {pictures.dtype} {pictures.shape}"
         )
     held = feats if feats is not None else pictures
+    computed: dict[str, list[np.ndarray]] = {}
 
     def chunks(output: str) -> Iterator[np.ndarray]:
         if output == "features" and feats is not None:
             yield from feats.chunks(CHUNK)
         elif pictures is not None:
-            for x in pictures.chunks(CHUNK):
-                yield net(x, [None] * len(x), (output,))[output]
+            if output not in computed:
+                parts = (net(x, [None] * len(x), (output,)) for x in pictures.chunks(CHUNK))
+                computed[output] = [part[output] for part in parts]
+            yield from computed[output]
         else:
             raise ValueError(
                 f"{path} has statistics only; this metric needs feats or pictures, arr_0"

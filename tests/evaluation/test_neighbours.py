@@ -46,3 +46,20 @@ def test_balls_of_numbers_beyond_float32():
     small = precision_recall(samples / np.float32(2**66), real / np.float32(2**66))
     np.testing.assert_array_equal(found, small)
     assert 0 < found[0].mean() <= 1
+
+
+@pytest.mark.parametrize("open_balls", [False, True])
+def test_copies_count_and_are_asked_once(open_balls, monkeypatch):
+    pairs, distance = [], neighbours._distance
+    monkeypatch.setattr(
+        neighbours, "_distance", lambda a, b: pairs.append(len(a)) or distance(a, b)
+    )
+    points = rng.integers(0, 2, (400, 3)).astype(np.float32)
+    centres = rng.integers(0, 2, (300, 3)).astype(np.float32)
+    radius = rng.choice([0.0, 1.0, 2**0.5], 300)
+    d = cdist(points.astype(float), centres.astype(float))
+    held = d < radius if open_balls else d <= radius
+    found = neighbours.inside(points, centres, radius, open_balls=open_balls)
+    np.testing.assert_array_equal(found[0], held.sum(1))
+    np.testing.assert_array_equal(found[1], held.sum(0))
+    assert sum(pairs) <= 8 * 300  # of 8 different points

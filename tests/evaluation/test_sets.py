@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from diffusion.evaluation import references
 from diffusion.evaluation.networks.network import Network, pixels
 from diffusion.evaluation.sets import of_arrays
 
@@ -24,3 +25,17 @@ def test_networks_refuse_what_they_would_misread():
         pictures(np.full((1, 2, 2, 3), 200, np.int64), [None])
     with pytest.raises(ValueError, match="one example at least"):
         pixels()(np.zeros((0, 2)), [])
+
+
+def test_pictures_of_a_reference_are_seen_once(tmp_path):
+    path, seen = tmp_path / "reference.npz", []
+    np.savez(path, arr_0=np.arange(2 * 96, dtype=np.uint8).reshape(2, 4, 4, 6)[..., :3])
+
+    def run(x, _):
+        seen.append(len(x))
+        return {"features": x.reshape(len(x), -1)}
+
+    real = references.read(str(path), Network("net", lambda: run))
+    np.testing.assert_array_equal(real.array(), real.array())
+    real.moments()
+    assert len(seen) == 1

@@ -29,8 +29,8 @@ def test_subsets_are_drawn_in_turn_and_each_is_the_definition():
         for _ in range(5)
     ]
     found = kid(x, y, subsets=5, size=8)
-    assert found.mean == pytest.approx(np.mean(expected), rel=1e-5)
-    assert found.std == pytest.approx(np.std(expected), rel=1e-5)
+    assert found.mean == pytest.approx(np.mean(expected), rel=1e-12)
+    assert found.std == pytest.approx(np.std(expected), rel=1e-12)
 
 
 def test_one_set_against_itself_is_below_zero_by_the_missing_diagonals():
@@ -80,7 +80,7 @@ def test_features_far_from_zero_keep_their_digits():
     x, y = (100 + s * rng.standard_normal((60, 16)).astype(np.float32) for s in (1, 1.1))
     k = [(a.astype(float) @ b.astype(float).T / 16 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
     expected = sum((m.sum() - np.trace(m)) / (60 * 59) for m in k[:2]) - 2 * k[2].mean()
-    assert kid(x, y, subsets=1, size=60).mean == pytest.approx(expected, rel=1e-5)
+    assert kid(x, y, subsets=1, size=60).mean == pytest.approx(expected, rel=1e-9)
 
 
 def test_one_example_is_too_few():
