@@ -22,7 +22,6 @@ from diffusion.levels import Array
 
 Size = int | tuple[int, int]
 Axis = Callable[[int, int], np.ndarray]
-BITS = 22  # of the fraction in Pillow's coefficients for uint8
 
 
 def tf_bilinear(x: Array, size: Size) -> Array:
@@ -49,21 +48,6 @@ def torch_bicubic(x: Array, size: Size) -> Array:
 def pil_bicubic(x: Array, size: Size) -> Array:
     """Pillow's of each channel in float32, clipped and not rounded: clean-fid's "clean"."""
     return jnp.clip(_resized(x, size, _cubic), 0, 255)
-
-
-def pil_bicubic_uint8(x: np.ndarray, size: Size) -> np.ndarray:
-    """Pillow's of uint8 pictures, rounded after columns and after rows; dgm-eval's for DINOv2.
-
-    Pillow computes with integers, whose sums here are exact in float64, on the host. Columns come
-    first, as in Pillow 12; Pillow 13 begins with rows where these shrink more.
-    """
-    if x.dtype != np.uint8:
-        raise ValueError(f"Pillow's resizing with rounding takes uint8 pictures, got {x.dtype}")
-    height, width = _sides(size)
-    x = np.moveaxis(np.asarray(x), -1, 1)
-    x = _rounded(x @ _fixed(x.shape[3], width).T)
-    x = _rounded(_fixed(x.shape[2], height) @ x)
-    return np.moveaxis(x, 1, -1).astype(np.float32)
 
 
 def _sides(size: Size) -> tuple[int, int]:
@@ -126,14 +110,3 @@ def _cubic(old: int, new: int, dtype: type = np.float64) -> np.ndarray:
 def _cubic32(old: int, new: int) -> np.ndarray:
     """``_cubic`` from positions in float32, which PyTorch has."""
     return _cubic(old, new, np.float32)
-
-
-@lru_cache(maxsize=64)
-def _fixed(old: int, new: int) -> np.ndarray:
-    """Pillow's integer coefficients [new, old]: halves are rounded away from 0."""
-    weights = _cubic(old, new) * 2**BITS
-    return np.trunc(weights + np.copysign(0.5, weights))
-
-
-def _rounded(sums: np.ndarray) -> np.ndarray:
-    return np.clip(np.floor((sums + 2 ** (BITS - 1)) / 2**BITS), 0, 255)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from diffusion.evaluation.metrics.metric import Judged, Metric
-from diffusion.evaluation.sets import Set
+from diffusion.evaluation.sets import Set, of_arrays
 
 
 def metric(of: Metric) -> Metric:
@@ -23,12 +25,14 @@ def metric(of: Metric) -> Metric:
 
     def measure(judged: Judged) -> dict[str, Any]:
         found: dict[str, dict[str, float]] = {}
-        for subject in sorted(set(judged.samples.subjects), key=str):
+        samples = in_memory(judged.samples, of.outputs)
+        references = cache(lambda name: in_memory(judged.real(name), of.outputs))
+        for subject in sorted(set(samples.subjects), key=str):
 
             def real(name: str, subject: Any = subject) -> Set:
-                return of_class(judged.real(name), subject)
+                return of_class(references(name), subject)
 
-            own = of_class(judged.samples, subject)
+            own = of_class(samples, subject)
             if own.count < 2:
                 raise ValueError(f"per_class needs two samples of each class; {subject!r} has one")
             for name, figure in of.measure(judged._replace(samples=own, real=real)).items():
@@ -39,6 +43,13 @@ def metric(of: Metric) -> Metric:
         return found
 
     return replace(of, measure=measure)
+
+
+def in_memory(examples: Set, outputs: Sequence[str]) -> Set:
+    """The same examples, whose files need not be read again for each class."""
+    arrays = {output: examples.array(output) for output in outputs}
+    own = of_arrays(examples.name, arrays, examples.subjects, examples.about, examples.shape)
+    return replace(own, examples=examples.examples)
 
 
 def of_class(examples: Set, subject: Any) -> Set:

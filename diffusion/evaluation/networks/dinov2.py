@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion.evaluation.networks.folder import exact, opened
 from diffusion.evaluation.networks.network import Network, Run
+from diffusion.evaluation.resize import torch_bicubic
 from diffusion.models.lpips import MEAN, STD
 from diffusion.specs import unknown
 
@@ -49,14 +50,12 @@ def dinov2(model: str, resize: str = "torch") -> Network:
         @exact
         def run(params: Any, x: jax.Array) -> jax.Array:
             x = x.astype(jnp.float32) / 255
-            if x.shape[1:3] != (SIZE, SIZE):
-                # For cubic curves jax.image.resize has the same weights as PyTorch's antialias.
-                x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "cubic")
             x = (x - jnp.array(MEAN)[None, None, None]) / jnp.array(STD)[None, None, None]
             return net.apply({"params": params}, x)[:, 0]
 
         def features(x: np.ndarray, _: Sequence[Any]) -> dict[str, np.ndarray]:
-            return {"features": run(params, pil(x, SIZE, SIZE) if resize == "pil" else x)}
+            fitted = pil(x, SIZE, SIZE) if resize == "pil" else torch_bicubic(x, SIZE)
+            return {"features": run(params, fitted)}
 
         return features
 
