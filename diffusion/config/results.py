@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from diffusion import pretrained
 from diffusion.config import drawing, judging, pretrained_network
 from diffusion.config.experiment import Experiment
-from diffusion.evaluation import figures, harness, reconstruction
+from diffusion.evaluation import figures, merits, reconstruction
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.noisy_accuracy import accuracy_by_level
 from diffusion.pipelines import gallery
@@ -149,7 +149,7 @@ def write_evaluation(folder: Path, result: dict[str, Any], settings: Mapping[str
     """Writes evaluation.json, with the settings that it is of, and prints the main figures."""
     text = json.dumps({"settings": settings, **result}, indent=2, default=_plain)
     workdirs.write_text(folder / EVALUATION, text + "\n")
-    print("\n".join(harness.lines(result)))
+    print("\n".join(merits.lines(result)))
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from diffusion import errors, specs
 from diffusion.evaluation import metrics, networks, references
 from diffusion.evaluation.figures import to_uint8
 from diffusion.evaluation.metrics import bits
-from diffusion.evaluation.metrics.metric import ENDINGS, Data, Judged, Metric, Samples, shown
+from diffusion.evaluation.metrics.metric import Data, Judged, Metric, Samples, shown
 from diffusion.evaluation.networks.network import Network, pixels
 from diffusion.evaluation.sets import Set, of_source
 from diffusion.evaluation.shards import SAMPLES, SHAPE, Shards
@@ -103,6 +103,11 @@ class Need(NamedTuple):
     def count(self, samples: Samples) -> int:
         """Of how many samples."""
         return min(self.most or samples.count, samples.count)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The name that each output's shards have."""
+        return {output: f"{self.network.key}.{output}" for output in self.outputs}
 
 
 @dataclass(eq=False)
@@ -199,7 +204,11 @@ class Harness:
                     if not metric.moments:
                         next(real.chunks(metric.outputs[0]))
         self._collect(samples, params, shards, keep, part)
-        return not any(shards.missing(key, need.count(samples)) for key, need in self.needs.items())
+        return not any(
+            shards.missing(name, need.count(samples))
+            for need in self.needs.values()
+            for name in need.names.values()
+        )
 
     def figures(
         self, samples: Samples | None, params: Any, shards: Shards, folder: Path | None = None
@@ -246,9 +255,10 @@ class Harness:
         for first in tqdm(starts, "judging", unit="shard", disable=not shown_bar):
             number, end = first // shards.size, min(first + shards.size, samples.count)
             lacking = [
-                need
-                for key, need in self.needs.items()
-                if shards.rows(key, number) < min(end, need.count(samples)) - first
+                (need, output, name)
+                for need in self.needs.values()
+                for output, name in need.names.items()
+                if shards.rows(name, number) < min(end, need.count(samples)) - first
             ]
             kept = shards.rows(SAMPLES, number) >= end - first
             if not lacking and (kept or keep != SAMPLES):
@@ -260,10 +270,12 @@ class Harness:
                 x = to_uint8(x) if x.dtype != np.uint8 and _pictures(x.shape) else x
                 labels = {} if subjects[0] is None else {"arr_1": np.array(subjects)}
                 shards.write(SAMPLES, number, {"arr_0": x} | labels)
-            for need in lacking:
+            for need in {id(need): need for need, _, _ in lacking}.values():
                 last = min(end, need.count(samples)) - first
-                values = need.network(x[:last], subjects[:last], need.outputs)
-                shards.write(need.network.key, number, values)
+                own = {output: name for other, output, name in lacking if other is need}
+                values = need.network(x[:last], subjects[:last], tuple(own))
+                for output, name in own.items():
+                    shards.write(name, number, {output: values[output]})
             shape = {"shape": np.array(x.shape[1:]), "rounded": np.array([x.dtype == np.uint8])}
             shards.write(SHAPE, 0, shape)
 
@@ -299,7 +311,7 @@ class Harness:
             def examples(index: np.ndarray) -> np.ndarray:
                 number = index // shards.size
                 rows = [
-                    shards.read(PIXELS.key, k)["features"][i - k * shards.size]
+                    shards.read(f"{PIXELS.key}.features", k)["features"][i - k * shards.size]
                     for k, i in zip(number, index)
                 ]
                 return np.stack(rows).reshape(-1, *shape)
@@ -307,7 +319,7 @@ class Harness:
         return Set(
             samples.name,
             count,
-            lambda output: shards.chunks(key, output, count),
+            lambda output: shards.chunks(f"{key}.{output}", output, count),
             samples.subjects[:count],
             {"checksum": samples.checksum, "rounded": bool(shards.read(SHAPE, 0)["rounded"][0])},
             shape=shape,
@@ -329,19 +341,3 @@ class Harness:
 def _pictures(shape: Sequence[int]) -> bool:
     """Whether examples [N, ...] of a shape are pictures, or clips of them."""
     return len(shape) in (4, 5) and shape[-1] in (1, 3)
-
-
-def lines(figures: Mapping[str, Any]) -> list[str]:
-    """The main figures in words, a line each, real data's beside those of samples."""
-    text = []
-    for name, figure in figures.items():
-        if isinstance(figure, Mapping) and "bits_per_dim" in figure:
-            text += [f"{name}: {line}" for line in lines(figure)]
-        elif isinstance(figure, str) and name.endswith("_note"):
-            text.append(f"note: {figure}")
-        elif isinstance(figure, float) and not name.endswith(ENDINGS):
-            real, ci = figures.get(f"{name}_real"), figures.get(f"{name}_ci")
-            spread = f" ± {ci:.2g}" if isinstance(ci, float) else ""
-            beside = f" (real data {real:.4g})" if isinstance(real, float) else ""
-            text.append(f"{name}: {figure:.4g}{spread}{beside}")
-    return text

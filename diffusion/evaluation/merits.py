@@ -137,3 +137,19 @@ def title(name: str) -> str:
     """The head of a figure's column or panel."""
     found = merit(name)
     return f"{found.label} [%]" if found.percent else found.label
+
+
+def lines(figures: Mapping[str, Any]) -> list[str]:
+    """The main figures in words, a line each, real data's beside those of samples."""
+    text = []
+    for name, figure in figures.items():
+        if isinstance(figure, Mapping) and "bits_per_dim" in figure:
+            text += [f"{name}: {line}" for line in lines(figure)]
+        elif isinstance(figure, str) and name.endswith("_note"):
+            text.append(f"note: {figure}")
+        elif isinstance(figure, float) and not name.endswith(ENDINGS):
+            real, ci = figures.get(f"{name}_real"), figures.get(f"{name}_ci")
+            spread = f" ± {ci:.2g}" if isinstance(ci, float) else ""
+            beside = f" (real data {real:.4g})" if isinstance(real, float) else ""
+            text.append(f"{name}: {figure:.4g}{spread}{beside}")
+    return text

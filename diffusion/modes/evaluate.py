@@ -42,7 +42,9 @@ def run(config: ConfigDict, workdir: str | None) -> None:
         )
     shards = Shards(
         c.shard,
-        Path(workdir or ".") / "shards" / workdirs.named(settings | {"parameters": of_model}),
+        Path(workdir or ".")
+        / "shards"
+        / workdirs.named(settings | {"parameters": of_model, "shard": c.shard}),
     )
     settings = results.judged(config, settings, made)
     if not made.collect(samples, params, shards, keep=c.keep, part=judging.part(config)):

@@ -39,7 +39,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     outputs = tuple(output for output in references.OUTPUTS if output in net.outputs)
     made = Harness({name: Metric(_nothing, outputs, net)})
     settings = {"reference": name, "checksum": samples.checksum, "count": samples.count}
-    settings |= net.about | ({} if c.samples else {"data": config.data.to_dict()})
+    settings |= (
+        {"shard": c.shard} | net.about | ({} if c.samples else {"data": config.data.to_dict()})
+    )
     shards = Shards(c.shard, folder / "shards" / workdirs.named(settings))
     made.collect(samples, None, shards)
     found = made.set(samples, made.metrics[name], shards)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from diffusion.data import densities, sources
-from diffusion.evaluation import harness
+from diffusion.evaluation import harness, merits
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.frechet import frechet_distance
 from diffusion.evaluation.metrics.metric import Data, Metric, Samples, of_array
-from diffusion.evaluation.networks.network import pixels
+from diffusion.evaluation.networks.network import Network, pixels
 from diffusion.evaluation.shards import Shards
 from diffusion.evaluation.views import VIEWS
 from diffusion.pipelines.codec import Codec
@@ -54,8 +54,8 @@ def test_held_out_data_as_samples_are_as_good_as_real(digits):
     assert list(per_class) == [str(c) for c in range(10)]
     share = np.bincount(real["label"]) / 500
     assert np.dot(share, list(per_class.values())) == pytest.approx(report["recognised"])
-    assert harness.lines(report)[0].startswith(f"recognised: {report['recognised']:.4g} ± ")
-    assert " (real data " in harness.lines(report)[0]
+    assert merits.lines(report)[0].startswith(f"recognised: {report['recognised']:.4g} ± ")
+    assert " (real data " in merits.lines(report)[0]
 
 
 def test_fresh_real_data_match_the_halves(digits):
@@ -236,11 +236,30 @@ def test_a_stopped_judgement_goes_on_and_parts_are_joined(tmp_path):
     drawn.clear()
     more = Samples(45, draw, [0] * 45)
     assert made.collect(more, None, Shards(10, tmp_path / "a")) and not drawn
-    path = next((tmp_path / "a" / "pixels").glob("00002.npz"))
+    path = next((tmp_path / "a" / "pixels.features").glob("00002.npz"))
     path.write_bytes(path.read_bytes()[:-30])  # damaged
     assert made.collect(more, None, Shards(10, tmp_path / "a")) and drawn == [20]
     Shards(10, tmp_path / "a").remove()
     assert not (tmp_path / "a").exists() and (tmp_path / "b").exists()
+
+
+def test_kept_features_serve_another_metric_of_other_outputs(tmp_path):
+    calls = []
+
+    def run(x, _):
+        calls.append(len(x))
+        return {"features": x.mean((1, 2)), "label": x[:, 0, 0, 0].astype(int)}
+
+    net = Network("net", lambda: run, ("features", "label"), batch=8)
+    x = np.random.default_rng(0).integers(0, 256, (20, 2, 2, 3), np.uint8)
+    shards, samples = Shards(8, tmp_path), of_array(x)
+    one = Metric(lambda j: {"mean": float(j.samples.array().mean())}, ("features",), net)
+    two = Metric(lambda j: {"label": float(j.samples.array("label")[-1])}, ("label",), net)
+    for metrics in ({"one": one}, {"one": one, "two": two}, {"two": two}):
+        made = Harness(metrics)
+        assert made.collect(samples, None, shards)
+        found = made.figures(samples, None, shards)
+    assert found["label"] == x[-1, 0, 0, 0] and calls == [8, 8, 8] * 2
 
 
 def test_kept_samples_are_not_drawn_again(tmp_path):
@@ -258,7 +277,7 @@ def test_kept_samples_are_not_drawn_again(tmp_path):
         made.collect(samples, None, shards, keep="samples")
         found = made.figures(samples, None, shards)
         assert found["provenance"]["a()"]["quantised"]
-        for path in (tmp_path / "s" / "pixels").glob("*.npz"):
+        for path in (tmp_path / "s" / "pixels.features").glob("*.npz"):
             path.unlink()
     assert drawn == [0, 4]
     with np.load(tmp_path / "s" / "samples" / "00000.npz") as file:  # as ADM has them
