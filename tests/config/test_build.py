@@ -63,7 +63,7 @@ SPECS = [  # a field of each kind, with a value that its function or constructor
     (dict(sampler__acceleration="cash()"), r"config\.sampler\.acceleration: unknown 'cash'"),
     (dict(sampler__corrector="langevine"), r"config\.sampler\.corrector: unknown 'langevine'"),
     (dict(samples__labels=(3, 10)), r"config\.samples: there is no class 10"),
-    (dict(evaluation__metrics="nearst()"), r"config\.evaluation\.metrics: .*mean 'nearest'"),
+    (dict(evaluation__metrics="retrievl()"), r"config\.evaluation\.metrics: .*mean 'retrieval'"),
     (
         dict(train__snapshot_every=5, train__snapshot_sigma_rel=(0.5,)),
         r"config\.train\.snapshot_sigma_rel: sigma_rel must lie in",

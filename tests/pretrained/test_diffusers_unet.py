@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from unet_cases import PUBLISHED, SMALL
 
 from diffusion.conditioning import Conditioning
 from diffusion.models import unet as presets
 from diffusion.models.unet import UNet
 from diffusion.pretrained.names import bind, from_tensors, to_tensors
 from diffusion.pretrained.networks import unet
-from tests.pretrained.unet_cases import PUBLISHED, SMALL
 
 torch.set_num_threads(1)
 KEY = jax.random.key(0, impl="unsafe_rbg")

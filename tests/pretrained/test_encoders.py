@@ -258,7 +258,7 @@ def test_configs_of_the_hub():
     [
         ({**SD15, "hidden_act": "relu"}, "hidden_act='relu': .*'quick_gelu', 'gelu'"),
         ({**SD15, "hiden_size": 8}, "hiden_size=8: .* did you mean 'hidden_size'"),
-        ({**SD15, "architectures": ["CLIPModel"]}, r"architectures=\['CLIPModel'\]: expected"),
+        ({**SD15, "architectures": ["ClapModel"]}, r"architectures=\['ClapModel'\]: expected"),
         ({**SD15, "use_attention_mask": True}, "use_attention_mask=True"),
         ({**SD15, "eos_token_id": [2, 3]}, r"eos_token_id=\(2, 3\).*a number"),
         ({**VISION, "image_size": [224, 192]}, "image_size=.*squares"),

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from test_diffusers_unet import randomised
+from unet_cases import SD1
 
 from diffusion.conditioning import Conditioning
 from diffusion.pretrained.names import from_tensors
 from diffusion.pretrained.networks import unet
-from tests.pretrained.test_diffusers_unet import randomised
-from tests.pretrained.unet_cases import SD1
 
 X, CONTEXT = (np.random.default_rng(0).normal(size=s) for s in ((1, 64, 64, 4), (1, 77, 768)))
 X, CONTEXT, AT = X.astype(np.float32), CONTEXT.astype(np.float32), np.array([500.0], np.float32)
