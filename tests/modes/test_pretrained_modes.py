@@ -45,7 +45,7 @@ def test_evaluate(config, tmp_path):
     assert found["retrieval_pictures"] == 4 and 2 <= found["retrieval_captions"] <= 4
     assert found["captions_count"] == 2 * found["retrieval_captions"]
     assert all(np.isfinite(v) for v in found.values() if isinstance(v, float))
-    assert found["captions_loss"] > 0 and found["nearest_train"] > 0
+    assert found["captions_loss"] > 0 and found["nearest_train_pixels"] > 0
     assert found["captions_loss"] != found["captions_loss_other"]
 
 
