@@ -64,5 +64,5 @@ def get_config() -> ConfigDict:
     c.sampler.guidance = "cfg(3.0)"
     c.samples.columns = 8
     c.evaluation.count = 500
-    c.evaluation.metrics = ("caption_gap('logit_normal')", "retrieval()", "nearest()")
+    c.evaluation.metrics = ("caption_gap('logit_normal')", "retrieval()", "memorisation()")
     return c

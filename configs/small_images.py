@@ -47,6 +47,6 @@ def get_config() -> ConfigDict:
     c.sampler.steps = 20
     c.sampler.guidance = ("clip()",)
 
-    c.evaluation.metrics = ("nearest()",)
+    c.evaluation.metrics = ("memorisation()",)
     c.evaluation.count = 500
     return c

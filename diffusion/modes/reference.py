@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     found = made.set(samples, made.metrics[name], shards)
     count = min(config.reference.examples, samples.count)
     index = np.linspace(0, samples.count - 1, count).astype(int)
-    some = found.subset(index)
+    some = found.subset(index) if count else None
 
     def pictures() -> Iterator[np.ndarray]:
         for i in index:
@@ -55,14 +55,14 @@ def run(config: ConfigDict, workdir: str) -> None:
             yield x if x.dtype == np.uint8 else to_uint8(x)
 
     shown = config.reference.pictures and len(found.shape) == 3 and found.shape[-1] in (1, 3)
-    labels = np.array(some.subjects) if some.subjects and count else None
+    labels = np.array(some.subjects) if some and some.subjects else None
     path = folder / f"{name}_{'x'.join(map(str, found.shape[:-1] or found.shape))}_{net.name}.npz"
     references.write(
         path,
         net,
         {output: moments(found.chunks(output)) for output in outputs},
-        some.array() if count else np.zeros((0, 0)),
-        ((count, *found.shape), pictures()) if shown and count else None,
+        some.array() if some else np.zeros((0, 0)),
+        ((count, *found.shape), pictures()) if shown and some else None,
         labels if labels is not None and labels.dtype.kind in "iuU" else None,
         {"data": name, "resolution": list(found.shape)},
     )

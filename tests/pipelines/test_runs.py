@@ -49,7 +49,7 @@ def no_data(monkeypatch):
     def opened(*_):
         raise AssertionError("a data set was opened")
 
-    for module in ("data", "drawing", "experiment"):
+    for module in ("data", "judging", "experiment"):
         monkeypatch.setattr(f"diffusion.config.{module}.make_source", opened)
     monkeypatch.setattr("diffusion.config.data.stored", opened)
 
