@@ -27,6 +27,7 @@ class Member:
     dtype: np.dtype
     start: int  # of its values, in the file if they are stored as they are, else in the entry
     stored: bool
+    fortran: bool = False  # whether the first axis varies fastest
 
     @property
     def row(self) -> int:
@@ -35,11 +36,16 @@ class Member:
 
     def rows(self, first: int, end: int) -> np.ndarray:
         """Rows ``first`` to ``end``, without the last."""
-        return next(self.chunks(max(end - first, 1), first, end), self.whole()[:0])
+        none = np.empty((0, *self.shape[1:]), self.dtype)
+        return next(self.chunks(max(end - first, 1), first, end), none)
 
     def chunks(self, size: int, first: int = 0, end: int | None = None) -> Iterator[np.ndarray]:
         """All rows in order, ``size`` at a time."""
         last = self.shape[0] if end is None else min(end, self.shape[0])
+        if self.fortran:
+            x = self.whole()
+            yield from (x[row : min(row + size, last)] for row in range(first, last, size))
+            return
         with _entry(self.path, self.name, self.stored) as file:
             file.seek(self.start + first * self.row)
             for row in range(first, last, size):
@@ -94,8 +100,20 @@ def write(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, Iter
         partial.unlink(missing_ok=True)
 
 
+def check_bytes(pictures: Member) -> None:
+    """Raises ValueError for uint8 that hold floats cut to whole numbers."""
+    first = pictures.rows(0, 100)
+    if first.size and first.max() <= 1:
+        raise ValueError(
+            f"{pictures.path}: {pictures.name} is uint8, but its largest value is {first.max()}: "
+            "were floats cut to whole numbers? Expected 0..255"
+        )
+
+
 def _members(path: Path) -> Iterator[tuple[str, Member]]:
     with zipfile.ZipFile(path) as file:
+        if file.testzip():  # later only parts are read, which no checksum covers
+            raise ValueError("a wrong checksum")
         for info in file.infolist():
             with file.open(info) as entry:
                 version = np.lib.format.read_magic(entry)
@@ -105,16 +123,16 @@ def _members(path: Path) -> Iterator[tuple[str, Member]]:
                 start = entry.tell()
             if dtype.hasobject:
                 raise ValueError("Object arrays")
+            if start + math.prod(shape) * dtype.itemsize != info.file_size:
+                raise ValueError("a header of another size")
             stored = info.compress_type == zipfile.ZIP_STORED
             if stored:
                 with path.open("rb") as raw:
                     raw.seek(info.header_offset)
                     name, extra = struct.unpack("<HH", raw.read(LOCAL)[26:30])
                 start += info.header_offset + LOCAL + name + extra
-            if fortran and len(shape) > 1:
-                raise ValueError("an array in Fortran order")
             name = info.filename.removesuffix(".npy")
-            yield name, Member(path, name, shape, dtype, start, stored)
+            yield name, Member(path, name, shape, dtype, start, stored, fortran and len(shape) > 1)
 
 
 def _entry(path: Path, name: str, stored: bool):

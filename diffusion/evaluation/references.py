@@ -46,7 +46,7 @@ def read(path: str, net: Network) -> Set:
         )
     if about:
         _check_same(path, about, net)
-    elif "mu" in arrays and not net.name.startswith(ADM):
+    elif arrays.keys() & {"mu", "feats"} and not net.name.startswith(ADM):
         raise ValueError(
             f"{path} does not say which network it is of; such files are of {ADM}, not {net.name}"
         )
@@ -57,16 +57,31 @@ def read(path: str, net: Network) -> Set:
         if names[0] in arrays
     }
     pictures, feats = arrays.get("arr_0"), arrays.get("feats")
-    if pictures is not None and (pictures.dtype != np.uint8 or len(pictures.shape) != 4):
-        raise ValueError(
-            f"{path}: arr_0 must be uint8 [N, H, W, C], got {pictures.dtype} {pictures.shape}"
-        )
+    if pictures is not None:
+        if pictures.dtype != np.uint8 or len(pictures.shape) != 4:
+            raise ValueError(
+                f"{path}: arr_0 must be uint8 [N, H, W, C], got {pictures.dtype} {pictures.shape}"
+            )
+        npz.check_bytes(pictures)
+    if feats is not None and (feats.dtype.kind != "f" or len(feats.shape) != 2):
+        raise ValueError(f"{path}: feats must be float [N, D], got {feats.dtype} {feats.shape}")
+    width = len(known["features"].mean) if "features" in known else None
+    if feats is not None and width not in (None, feats.shape[1]):
+        raise ValueError(f"{path}: mu has {width} features, and feats {feats.shape[1]}")
+    listed = [arrays[name] for name in ("feats", "arr_0", "arr_1") if name in arrays]
     held = feats if feats is not None else pictures
+    number = 0 if held is None else held.shape[0]
+    if held is not None and (not number or {a.shape[:1] for a in listed} != {(number,)}):
+        shapes = ", ".join(f"{a.name} {list(a.shape)}" for a in listed)
+        raise ValueError(f"{path}: expected feats, arr_0 and arr_1 of the same examples: {shapes}")
     computed: dict[str, list[np.ndarray]] = {}
 
     def chunks(output: str) -> Iterator[np.ndarray]:
         if output == "features" and feats is not None:
-            yield from feats.chunks(CHUNK)
+            for x in feats.chunks(CHUNK):
+                if not np.isfinite(x).all():
+                    raise ValueError(f"{path}: feats contain NaN or infinity")
+                yield x
         elif pictures is not None:
             if output not in computed:
                 parts = (net(x, [None] * len(x), (output,)) for x in pictures.chunks(CHUNK))
@@ -77,11 +92,11 @@ def read(path: str, net: Network) -> Set:
                 f"{path} has statistics only; this metric needs feats or pictures, arr_0"
             )
 
-    labels = arrays["arr_1"].whole().tolist() if "arr_1" in arrays else ()
+    labels = arrays["arr_1"].whole().tolist() if number and "arr_1" in arrays else ()
     shape = tuple(about.get("resolution", pictures.shape[1:] if pictures is not None else ()))
     facts = {"checksum": _checksum(path), "statistics_of": count}
     name = str(about.get("data", Path(path).name))
-    return Set(name, held.shape[0] if held else 0, chunks, labels, facts, known, shape)
+    return Set(name, number, chunks, labels, facts, known, shape)
 
 
 def write(
@@ -125,9 +140,15 @@ def _about(path: str, arrays: Mapping[str, npz.Member]) -> dict[str, Any]:
         return {}
     try:
         about = json.loads(str(arrays["about"].whole()))
-        return dict(about)
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its description is damaged: {error}") from error
+    about = about if isinstance(about, dict) else {"network": about}
+    for name, default in (("count", 0), ("resolution", [])):
+        value = about.get(name, default)
+        numbers = value if isinstance(value, list) else [value]
+        if type(value) is not type(default) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"{path}: its description is damaged: {name} is {value!r:.100}")
+    return about
 
 
 def _check_same(path: str, about: Mapping[str, Any], net: Network) -> None:
@@ -143,12 +164,23 @@ def _moments(
     path: str, arrays: Mapping[str, npz.Member], names: tuple[str, str], count: int
 ) -> Moments:
     mean, cov = (arrays[name].whole() if name in arrays else np.zeros(0) for name in names)
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+    if (
+        mean.dtype.kind != "f"
+        or cov.dtype.kind != "f"
+        or mean.ndim != 1
+        or cov.shape != (len(mean), len(mean))
+    ):
         raise ValueError(
-            f"{path}: expected {names[0]} [D] and {names[1]} [D, D], got {mean.shape}, {cov.shape}"
+            f"{path}: expected floats {names[0]} [D] and {names[1]} [D, D], got "
+            f"{mean.shape}, {cov.shape}, {mean.dtype} and {cov.dtype}"
         )
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"{path}: {names[0]} or {names[1]} contain NaN or infinity")
+    if (
+        np.abs(cov - cov.T).max(initial=0) > 1e-3 * np.abs(cov).max(initial=0)
+        or (cov.diagonal() < 0).any()
+    ):
+        raise ValueError(f"{path}: {names[1]} is no covariance: it is not symmetric, or below 0")
     return Moments(count, mean.astype(np.float64), cov.astype(np.float64))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -51,6 +52,11 @@ def read(path: str, count: int = 0) -> Samples:
     shapes = {part.array.shape[1:] for part in parts}
     if len(shapes) > 1:
         raise ValueError(f"{path}: its files hold samples of several shapes: {sorted(shapes)}")
+    if len({(part.array.dtype == np.uint8, bool(part.subjects)) for part in parts}) > 1:
+        raise ValueError(
+            f"{path}: some of its files hold uint8 or labels, and others do not: these are samples "
+            "of several kinds"
+        )
     ends = list(accumulate(part.array.shape[0] for part in parts))
 
     def draw(first: int, end: int) -> np.ndarray:
@@ -80,34 +86,37 @@ def _part(path: Path) -> Part:
             f"{path} holds no samples: expected {', '.join(PICTURES)}, got {', '.join(arrays)}"
         )
     array = arrays[name]
-    first = array.rows(0, min(array.shape[0], 100)) if array.shape else np.zeros(0)
+    known = bool(array.shape) and array.dtype.kind in "fiu"
+    first = array.rows(0, min(array.shape[0], 100)) if known else np.zeros(0)
+    span = f"[{np.nanmin(first):.3g}, {np.nanmax(first):.3g}]" if first.size else "nothing"
     if name == "arr_0" and (array.dtype != np.uint8 or len(array.shape) not in (4, 5)):
         kind = "pictures" if array.dtype.kind == "f" else "numbers"
-        span = f" in [{first.min():.3g}, {first.max():.3g}]" if first.size else ""
         raise ValueError(
-            f"{path}: arr_0 must be uint8 0..255 [N, H, W, 3], got {array.dtype}{span} "
+            f"{path}: arr_0 must be uint8 0..255 [N, H, W, 3], got {array.dtype} in {span} "
             f"{array.shape}: {kind} in [-1, 1] become such by numpy.round(127.5 * (x + 1)), or "
             "are read as they are under the name x"
         )
-    if array.dtype == np.uint8 and first.size and first.max() <= 1:
-        raise ValueError(
-            f"{path}: {name} is uint8, but its largest value is {first.max()}: were floats cut to "
-            "whole numbers? Expected 0..255"
-        )
-    if array.dtype != np.uint8:
-        if array.dtype.kind != "f":
-            raise ValueError(f"{path}: {name} must be uint8 or float, got {array.dtype}")
-        pictures = len(array.shape) in (4, 5) and array.shape[-1] in (1, 3)
-        if pictures and first.size and np.nanmax(np.abs(first)) > 2:
+    if not known or (array.dtype.kind != "f" and array.dtype != np.uint8):
+        raise ValueError(f"{path}: {name} must be uint8 or float, got {array.dtype} {array.shape}")
+    if array.dtype == np.uint8:
+        npz.check_bytes(array)
+    elif len(array.shape) in (4, 5) and array.shape[-1] in (1, 3) and first.size:
+        if np.nanmax(np.abs(first)) > 2:
             raise ValueError(
-                f"{path}: {name} is float in [{np.nanmin(first):.3g}, {np.nanmax(first):.3g}]; "
-                "expected [-1, 1], or uint8 0..255"
+                f"{path}: {name} is float in {span}; expected [-1, 1], or uint8 0..255"
+            )
+        if np.nanmin(first) >= 0:
+            raise ValueError(
+                f"{path}: {name} is float in {span}; expected [-1, 1], where 0 is grey: pictures "
+                "in [0, 1] become such by 2 * x - 1"
             )
     found = next((arrays[name] for name in SUBJECTS if name in arrays), None)
-    subjects = [] if found is None else found.whole().tolist()
-    if subjects and len(subjects) != array.shape[0]:
-        raise ValueError(f"{path}: {array.shape[0]} samples but {len(subjects)} labels")
-    return Part(array, subjects)
+    if found is not None and found.shape != array.shape[:1]:
+        raise ValueError(
+            f"{path}: {array.shape[0]} samples but {math.prod(found.shape)} labels: {found.name} "
+            f"is {list(found.shape)}"
+        )
+    return Part(array, [] if found is None else found.whole().tolist())
 
 
 def _of_pictures(folder: Path, count: int) -> Samples:

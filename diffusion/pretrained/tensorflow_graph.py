@@ -57,11 +57,21 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     raise _Damaged("a number has no end")
 
 
+def _bytes(value: memoryview | int) -> memoryview:
+    if isinstance(value, int):
+        raise _Damaged("a number where a message or a text should be")
+    return value
+
+
+def _number(value: memoryview | int) -> int:
+    if not isinstance(value, int) or value >= 2**31:
+        raise _Damaged("a side of a tensor is no number, or is too large")
+    return value
+
+
 def _fields(data: memoryview | int) -> Iterator[Field]:
     """(number, wire type, bytes or varint) of every field of a message."""
-    if not isinstance(data, memoryview):
-        raise _Damaged("a number where a message should be")
-    at = 0
+    data, at = _bytes(data), 0
     while at < len(data):
         key, at = _varint(data, at)
         kind = key & 7
@@ -82,12 +92,12 @@ def _constant(node: memoryview | int) -> tuple[str, memoryview | int | None]:
     name, operation, tensor = "", "", None
     for number, _, value in _fields(node):
         if number == 1:
-            name = str(value, "utf-8")
+            name = str(_bytes(value), "utf-8")
         elif number == 2:
-            operation = str(value, "utf-8")
+            operation = str(_bytes(value), "utf-8")
         elif number == 5:
             entry = {n: v for n, _, v in _fields(value)}
-            if 2 in entry and bytes(entry.get(1, b"")) == b"value":
+            if 2 in entry and _bytes(entry.get(1, b"")) == b"value":
                 tensor = {n: v for n, _, v in _fields(entry[2])}.get(8)
     return name, tensor if operation == "Const" else None
 
@@ -100,15 +110,17 @@ def _array(tensor: memoryview | int) -> np.ndarray | None:
             kind = value
         elif number == 2:
             sides = [dict((n, v) for n, _, v in _fields(side)) for n, _, side in _fields(value)]
-            shape = tuple(side.get(1, 0) for side in sides)
+            shape = tuple(_number(side.get(1, 0)) for side in sides)
         elif number == 4:
-            content = value
+            content = _bytes(value)
         elif number == 5 and wire in (2, 5):
             listed.append(value)
     if kind != FLOAT:
         return None
-    numbers = np.frombuffer(content or b"".join(listed), "<f4")
-    count = math.prod(shape)
+    content, count = content or b"".join(listed), math.prod(shape)
+    if len(content) % 4:
+        raise _Damaged(f"{len(content)} bytes are no whole number of floats")
+    numbers = np.frombuffer(content, "<f4")
     if len(numbers) == 1 < count:  # one number stands for all
         return np.broadcast_to(numbers, shape)
     if len(numbers) != count:
