@@ -215,8 +215,10 @@ def _check_options(
             several = typing.get_origin(hint) is Sequence
             kind = "several, as in (1, 2)" if several else getattr(hint, "__name__", str(hint))
             example = "" if default is empty else f", as in {option}={default!r}"
+            shown = repr(given)
+            shown = f"a {type(given).__name__}" if " at 0x" in shown else shown
             raise ValueError(
-                f"{field}: {name}({option}={given!r}) has the wrong type; expected {kind}{example}"
+                f"{field}: {name}({option}={shown}) has the wrong type; expected {kind}{example}"
             )
 
 

@@ -218,12 +218,16 @@ def settings(config: ConfigDict, pipeline: Pipeline, step: int) -> dict[str, Any
     s["steps"] = s["steps"] or own.steps
     s["guidance"] = texts(own.guidance if s["guidance"] == "auto" else s["guidance"])
     s["acceleration"] = texts(s["acceleration"])
-    names = ("path", "revision", "variant", "prediction_type", "dtype")
+    names = ("path", "revision", "variant", "prediction_type", "dtype", "tokenizer", "vae")
+    asked = {name: config.samples[name] for name in ("prompt", "labels", "negative")}
+    for name in ("prompt", "labels"):
+        if str(asked[name]).startswith("@"):  # the file may change
+            asked[name] = subjects(config)
     return {
         "step": step,
         "model": {name: config.model[name] for name in names},
         "sampler": s,
-        "samples": {name: config.samples[name] for name in ("prompt", "labels", "negative")},
+        "samples": asked,
     }
 
 

@@ -32,7 +32,7 @@ def network(given: str, name: str = "features") -> Network | None:
     """The feature network of a spec, of ``networks.CHOICES``; None of ""."""
     if not given:
         return None
-    with errors.wrong_types():
+    with errors.field(f"{name}={given!r}"), errors.wrong_types():
         return specs.value(given, networks.CHOICES, name)
 
 
@@ -270,14 +270,26 @@ class Harness:
                 x = to_uint8(x) if x.dtype != np.uint8 and _pictures(x.shape) else x
                 labels = {} if subjects[0] is None else {"arr_1": np.array(subjects)}
                 shards.write(SAMPLES, number, {"arr_0": x} | labels)
+            shape = {"shape": np.array(x.shape[1:]), "rounded": np.array([x.dtype == np.uint8])}
+            shards.write(SHAPE, 0, shape)
             for need in {id(need): need for need, _, _ in lacking}.values():
                 last = min(end, need.count(samples)) - first
                 own = {output: name for other, output, name in lacking if other is need}
                 values = need.network(x[:last], subjects[:last], tuple(own))
+                self._check_sizes(need.network, values)
                 for output, name in own.items():
                     shards.write(name, number, {output: values[output]})
-            shape = {"shape": np.array(x.shape[1:]), "rounded": np.array([x.dtype == np.uint8])}
-            shards.write(SHAPE, 0, shape)
+
+    def _check_sizes(self, net: Network, values: Mapping[str, np.ndarray]) -> None:
+        """Refuses features of another size than those of a reference."""
+        for (name, key), real in self._real.items():
+            for output in real.known.keys() & values.keys() if key == net.key else ():
+                size, given = values[output][0].size, len(real.known[output].mean)
+                if size != given:
+                    raise ValueError(
+                        f"{name} has statistics of {given} {output}, and {net.name} gives {size}: "
+                        "it is of another network"
+                    )
 
     def _checked(self, x: np.ndarray, subjects: Sequence[Any], params: Any) -> np.ndarray:
         """Samples that are finite, of the real examples' shape, each with a subject."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,12 +123,12 @@ def _of_pictures(folder: Path, count: int) -> Samples:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES)
     if not files:
         raise ValueError(f"{folder} holds neither .npz files nor pictures")
-    number, size = _number(str(folder), count, len(files)), images.size(files[0])
+    number, size = _number(str(folder), count, len(files)), _seen(images.size, files[0])
 
     def draw(first: int, end: int) -> np.ndarray:
         x = np.empty((end - first, *size, 3), np.uint8)
         for row, file in zip(x, files[first:end]):
-            picture = np.asarray(images.decode(file))
+            picture = np.asarray(_seen(images.decode, file))
             if picture.shape[:2] != size:
                 raise ValueError(
                     f"{file} is {picture.shape[0]} x {picture.shape[1]}, and {files[0].name} is "
@@ -141,6 +141,14 @@ def _of_pictures(folder: Path, count: int) -> Samples:
     for file in files[:number]:
         digest.update(file.read_bytes())
     return Samples(number, draw, (), folder.name, digest.hexdigest()[:16])
+
+
+def _seen(look: Callable[[Path], Any], file: Path) -> Any:
+    """What ``look`` sees in a picture; errors name the file."""
+    try:
+        return look(file)
+    except images.UnreadableError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _number(path: str, count: int, there: int) -> int:

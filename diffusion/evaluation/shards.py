@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from diffusion.data.sources import read_npz
 
 SAMPLES = "samples"
 SHAPE = "shape"
+LOCK, KEPT = "lock", "kept"
 Arrays = dict[str, np.ndarray]
 
 
@@ -53,9 +56,14 @@ class Shards:
         path = self._path(name, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)
+            partial.replace(path)
+        except OSError as error:  # a full disk
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def chunks(self, name: str, array: str, count: int) -> Iterator[np.ndarray]:
         """An array of the first ``count`` examples, shard by shard."""
@@ -67,10 +75,36 @@ class Shards:
         starts = enumerate(range(0, count, self.size))
         return [k for k, first in starts if self.rows(name, k) < min(self.size, count - first)]
 
+    @contextmanager
+    def used(self, keep: bool = False) -> Iterator[None]:
+        """No process removes the shards until the block ends; afterwards neither if ``keep``."""
+        if self.folder is None:
+            yield
+            return
+        with self._shared():
+            if keep:
+                (self.folder / KEPT).touch()
+            yield
+
+    def _shared(self) -> IO:
+        """The lock's file, of a folder that no other process removed meanwhile."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                file = (self.folder / LOCK).open("a")
+                fcntl.flock(file, fcntl.LOCK_SH)  # waits for one that removes
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), (self.folder / LOCK).stat()):
+                        return file
+                file.close()
+
     def remove(self) -> None:
-        """Deletes all shards."""
+        """Deletes all shards, unless they are kept, or others use them and will remove them."""
         self._held.clear()
-        if self.folder is not None:
+        if self.folder is None or (self.folder / KEPT).exists():
+            return
+        with suppress(FileNotFoundError, BlockingIOError), (self.folder / LOCK).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # others are in use
                 self.folder.parent.rmdir()

@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 from diffusion.config import drawing, judging, ranges, results
 from diffusion.errors import field
 from diffusion.evaluation import sample_files
-from diffusion.evaluation.shards import Shards
+from diffusion.evaluation.shards import SAMPLES, Shards
 from diffusion.runs import workdir as workdirs
+
+MANY = 100_000  # samples, among whose subjects are all that there are
 
 
 def run(config: ConfigDict, workdir: str | None) -> None:
@@ -28,31 +30,34 @@ def run(config: ConfigDict, workdir: str | None) -> None:
             samples = sample_files.read(c.samples, c.count)
         made = judging.make(config, None, lambda: judging.data(config))
         settings = {"samples": {"path": c.samples, "checksum": samples.checksum}}
-        of_model = ""
+        of_model = of_subjects = ""
     else:
         model = drawing.opened(config, workdir)
         made = judging.make(config, model.pipeline, lambda: model.data)
         settings = drawing.settings(config, model.pipeline, model.step)
         samples, params = model.samples(c.count) if made.needs else None, model.params
         of_model = judging.fingerprint(params)  # a run may have been trained anew meanwhile
+        of_subjects = model.samples(MANY).subjects if made.needs else ""  # or captions changed
     if not made.metrics:
         raise ValueError(
             f'{judging.METRICS} is empty: choose some, such as ("recognition(digits_svc)", '
             '"frechet(pixels)", "bits(ode())")'
         )
-    shards = Shards(
-        c.shard,
-        Path(workdir or ".")
-        / "shards"
-        / workdirs.named(settings | {"parameters": of_model, "shard": c.shard}),
-    )
+    drawn = settings | {"parameters": of_model, "subjects": of_subjects, "shard": c.shard}
+
+    def place(rounded: bool) -> Path:
+        """Of shards; samples that are kept are rounded, and their features differ a little."""
+        return Path(workdir or ".") / "shards" / workdirs.named(drawn | {"rounded": rounded})
+
+    keep = SAMPLES if place(True).exists() else c.keep
+    shards = Shards(c.shard, place(keep == SAMPLES))
     settings = results.judged(config, settings, made)
-    if not made.collect(samples, params, shards, keep=c.keep, part=judging.part(config)):
-        print(f"part {c.part} is done; the same command makes the others, or waits for them")
-        return
-    with workdirs.results(parent, settings) as folder:
-        figures = made.figures(samples, params, shards, folder)
-        results.write_evaluation(folder, figures, settings)
-    if not c.keep:
-        shards.remove()
+    with shards.used(bool(keep)):
+        if not made.collect(samples, params, shards, keep=keep, part=judging.part(config)):
+            print(f"part {c.part} is done; the same command makes the others, or waits for them")
+            return
+        with workdirs.results(parent, settings) as folder:
+            figures = made.figures(samples, params, shards, folder)
+            results.write_evaluation(folder, figures, settings)
+    shards.remove()
     print(f"{results.EVALUATION} in {parent / workdirs.named(settings)}")

@@ -43,29 +43,32 @@ def run(config: ConfigDict, workdir: str) -> None:
         {"shard": c.shard} | net.about | ({} if c.samples else {"data": config.data.to_dict()})
     )
     shards = Shards(c.shard, folder / "shards" / workdirs.named(settings))
-    made.collect(samples, None, shards)
-    found = made.set(samples, made.metrics[name], shards)
-    count = min(config.reference.examples, samples.count)
-    index = np.linspace(0, samples.count - 1, count).astype(int)
-    some = found.subset(index) if count else None
+    with shards.used():
+        made.collect(samples, None, shards)
+        found = made.set(samples, made.metrics[name], shards)
+        count = min(config.reference.examples, samples.count)
+        index = np.linspace(0, samples.count - 1, count).astype(int)
+        some = found.subset(index) if count else None
 
-    def pictures() -> Iterator[np.ndarray]:
-        for i in index:
-            x = samples.draw(i, i + 1)
-            yield x if x.dtype == np.uint8 else to_uint8(x)
+        def pictures() -> Iterator[np.ndarray]:
+            step = 100 if c.samples else 1  # compressed files are read from their beginning
+            for part in np.split(index, range(step, count, step)):
+                x = samples.draw(part[0], part[-1] + 1)[part - part[0]]
+                yield x if x.dtype == np.uint8 else to_uint8(x)
 
-    shown = config.reference.pictures and len(found.shape) == 3 and found.shape[-1] in (1, 3)
-    labels = np.array(some.subjects) if some and some.subjects else None
-    path = folder / f"{name}_{'x'.join(map(str, found.shape[:-1] or found.shape))}_{net.name}.npz"
-    references.write(
-        path,
-        net,
-        {output: moments(found.chunks(output)) for output in outputs},
-        some.array() if some else np.zeros((0, 0)),
-        ((count, *found.shape), pictures()) if shown and some else None,
-        labels if labels is not None and labels.dtype.kind in "iuU" else None,
-        {"data": name, "resolution": list(found.shape)},
-    )
+        shown = config.reference.pictures and len(found.shape) == 3 and found.shape[-1] in (1, 3)
+        labels = np.array(some.subjects) if some and some.subjects else None
+        size = "x".join(map(str, found.shape[:-1] or found.shape))
+        path = folder / f"{name}_{size}_{net.name}.npz"
+        references.write(
+            path,
+            net,
+            {output: moments(found.chunks(output)) for output in outputs},
+            some.array() if some else np.zeros((0, 0)),
+            ((count, *found.shape), pictures()) if shown and count else None,
+            labels if labels is not None and labels.dtype.kind in "iuU" else None,
+            {"data": name, "resolution": list(found.shape)},
+        )
     shards.remove()
     print(f"{samples.count} examples of {name} in {path}")
 

@@ -66,6 +66,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     settings = results.judged(config, own, made)
     for name in ("solver", "steps", "seed"):
         settings["sampler"].pop(name)
+    settings["parameters"] = judging.fingerprint(model.params)
     settings["reference"] = {k: c[k] for k in ("reference", "reference_steps")} | {"count": count}
     folder = Path(workdir) / "sweeps" / workdirs.named(settings)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Metrics by name, on the same samples: perfect, useless and memorised ones are told apart."""
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -239,6 +240,8 @@ def test_a_stopped_judgement_goes_on_and_parts_are_joined(tmp_path):
     path = next((tmp_path / "a" / "pixels.features").glob("00002.npz"))
     path.write_bytes(path.read_bytes()[:-30])  # damaged
     assert made.collect(more, None, Shards(10, tmp_path / "a")) and drawn == [20]
+    with Shards(10, tmp_path / "a").used():
+        pass
     Shards(10, tmp_path / "a").remove()
     assert not (tmp_path / "a").exists() and (tmp_path / "b").exists()
 
@@ -305,3 +308,66 @@ def test_kept_samples_are_not_drawn_again(tmp_path):
 def test_options_are_checked_before_anything_is_drawn(metric, option):
     with pytest.raises(ValueError, match=rf"metrics=.*{option} must"):
         harness.make((metric,), pipeline())
+
+
+def test_a_judgement_that_stops_at_any_file_goes_on(tmp_path, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    made, write, written = Harness({"a()": mean("x")}), Shards.write, []
+
+    def once(self, name, number, arrays):
+        write(self, name, number, arrays)
+        if len(written) == stop:
+            raise KeyboardInterrupt
+        written.append(name)
+
+    for size, stop in ((9, 0), (9, 1), (4, 0), (4, 1), (4, 2), (4, 3)):
+        written.clear()
+        place = Shards(size, tmp_path / f"{size}_{stop}")
+        monkeypatch.setattr(Shards, "write", once)
+        with pytest.raises(KeyboardInterrupt):
+            made.collect(of_array(x), None, place)
+        monkeypatch.setattr(Shards, "write", write)
+        assert made.collect(of_array(x), None, place)
+        assert made.figures(of_array(x), None, place)["x"] == pytest.approx(x.mean())
+
+
+def test_shards_that_others_use_or_that_are_kept_are_not_removed(tmp_path):
+    one, other = (Shards(4, tmp_path / "s") for _ in range(2))
+    with one.used():
+        one.write("a", 0, {"a": np.arange(3)})
+        other.remove()
+        assert one.rows("a", 0) == 3
+    other.remove()
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(FileNotFoundError), one.used():
+        one.read("a", 0)  # errors in the block are not lost
+    with one.used(keep=True):
+        one.write("a", 0, {"a": np.arange(3)})
+    other.remove()
+    assert one.rows("a", 0) == 3
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"a")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match=r"No space left .*00000\.npz"):
+        Shards(4, tmp_path).write("a", 0, {"a": np.arange(3)})
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_statistics_of_another_size_are_refused_at_the_first_shard(tmp_path):
+    path = tmp_path / "edm2.npz"
+    np.savez(path, mu=np.zeros(5), sigma=np.eye(5))
+    net = Network("inception2015", lambda: lambda x, _: {"features": x.mean((1, 2))})
+    made = Harness(harness.make(("fid()",), None, "m", net), reference=str(path))
+    x = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 3), np.uint8)
+
+    def draw(first, end):
+        assert first == 0, "the second shard is drawn"
+        return x[first:end]
+
+    with pytest.raises(ValueError, match=r"edm2\.npz has statistics of 5 features, and incep.*3"):
+        made.evaluate(Samples(6, draw), shard=2)

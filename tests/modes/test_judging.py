@@ -129,6 +129,35 @@ def test_a_fingerprint_is_of_every_array():
     assert judging.fingerprint(params | {"b": {"d": np.ones(3)}}) != own
 
 
+def test_kept_samples_stay_and_are_judged_again(run):
+    """Metrics that keep nothing find the samples, go on with them and leave them there."""
+    options = ["--config.evaluation.shard=12", "--config.sampler.seed=6"]
+    before = {*(run / "shards").iterdir()} if (run / "shards").exists() else set()
+    first = ["--config.evaluation.count=20", "--config.evaluation.metrics=frechet(pixels)"]
+    evaluate(run, *options, *first, "--config.evaluation.keep=samples")
+    (folder,) = {*(run / "shards").iterdir()} - before
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "samples").iterdir()}
+    second = ["--config.evaluation.count=30", "--config.evaluation.metrics=kid(pixels)"]
+    found, _, _ = evaluate(run, *options, *second)
+    assert {*(run / "shards").iterdir()} - before == {folder}
+    assert len([*(folder / "samples").iterdir()]) == 3  # the rest is drawn and kept as well
+    assert min(kept) in kept and min(kept).stat().st_mtime_ns == kept[min(kept)]
+    assert found["provenance"]["kid(pixels)"]["quantised"]
+
+
+def test_other_prompts_in_the_same_file_are_other_samples(run, place):
+    asked = place / "labels.txt"
+    options = ["--config.evaluation.count=20", "--config.evaluation.metrics=frechet(pixels)"]
+    options += [f"--config.samples.labels=@{asked}", "--config.evaluation.keep=features"]
+    figures = []
+    for text in ("3\n4\n", "5\n6\n"):
+        asked.write_text(text)
+        found, _, folder = evaluate(run, *options)
+        figures.append((found["fd_pixels"], folder))
+        assert found["settings"]["samples"]["labels"] == text.split()
+    assert figures[0] != figures[1]
+
+
 def test_parts_are_made_apart_and_joined(run):
     options = ["--config.evaluation.shard=10", "--config.evaluation.count=30"]
     options += ["--config.sampler.seed=5", "--config.evaluation.metrics=frechet(pixels)"]
@@ -175,6 +204,11 @@ def test_the_worst_is_not_kept(place, best, right):
             ["evaluation.metrics=frechet(pixels)", "evaluation.reference="],
             ["config.evaluation.reference=''", "train, test"],
         ),
+        (
+            ["evaluation.features=clip('/no/such')"],
+            ["config.evaluation.features=", "no such folder"],
+        ),
+        (["evaluation.metrics=fid(pixels)"], ["fid(reference=a Network)", "expected str"]),
         (["evaluation.samples=no.npz"], ["config.evaluation.samples='no.npz'", "no such file"]),
         (["evaluation.part=(3,3)"], ["config.evaluation.part=(3, 3)", "(0, 4)"]),
         (["evaluation.keep=pictures"], ["config.evaluation.keep", "samples"]),
