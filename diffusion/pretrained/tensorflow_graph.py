@@ -59,7 +59,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 def _bytes(value: memoryview | int) -> memoryview:
     if isinstance(value, int):
-        raise _Damaged("a number where a message or a text should be")
+        raise _Damaged("a number where a message should be, or a text")
     return value
 
 

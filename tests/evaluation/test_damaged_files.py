@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion.evaluation import npz, references, sample_files
 from diffusion.evaluation.moments import moments
@@ -195,3 +196,13 @@ def test_a_damaged_graph_is_refused(tmp_path):
         path.write_bytes(graph(**changes))
         with pytest.raises(ValueError, match=r"g\.pb is no TensorFlow graph, or is damaged: .*"):
             constants(path)
+
+
+def test_an_unreadable_picture_is_named(tmp_path):
+    Image.fromarray(PICTURES[0]).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"1\.png cannot be read: "):
+        sample_files.read(str(tmp_path)).draw(0, 2)
+    (tmp_path / "0.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"0\.png cannot be read: it is not a picture"):
+        sample_files.read(str(tmp_path))
