@@ -72,7 +72,7 @@ def _complete(spec: str, metric: Metric, default: Network | None, pipeline: Any)
             raise ValueError(f"{spec} is of a model, and there are only samples from a file")
         return metric
     chosen = metric.network or default
-    like = metric.only or 'dinov2("FOLDER")'
+    like = metric.only or ('clip("FOLDER")' if "text" in metric.outputs else 'dinov2("FOLDER")')
     if chosen is None:
         example = 'inception("FILE")' if metric.only.startswith("inception") else like
         raise ValueError(
@@ -261,7 +261,7 @@ class Harness:
                 if shards.rows(name, number) < min(end, need.count(samples)) - first
             ]
             kept = shards.rows(SAMPLES, number) >= end - first
-            if not lacking and (kept or keep != SAMPLES):
+            if not lacking and (kept or keep != SAMPLES) and shards.rows(SHAPE, 0):
                 continue
             subjects = list(samples.subjects[first:end]) or [None] * (end - first)
             x = shards.read(SAMPLES, number)["arr_0"] if kept else samples.draw(first, end)
@@ -270,7 +270,7 @@ class Harness:
                 x = to_uint8(x) if x.dtype != np.uint8 and _pictures(x.shape) else x
                 labels = {} if subjects[0] is None else {"arr_1": np.array(subjects)}
                 shards.write(SAMPLES, number, {"arr_0": x} | labels)
-            shape = {"shape": np.array(x.shape[1:]), "rounded": np.array([x.dtype == np.uint8])}
+            shape = {"rounded": np.array([x.dtype == np.uint8]), "shape": np.array(x.shape[1:])}
             shards.write(SHAPE, 0, shape)
             for need in {id(need): need for need, _, _ in lacking}.values():
                 last = min(end, need.count(samples)) - first

@@ -12,6 +12,7 @@ from diffusion.evaluation import harness, merits
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.frechet import frechet_distance
 from diffusion.evaluation.metrics.metric import Data, Metric, Samples, of_array
+from diffusion.evaluation.networks.digits_svc import digits_svc
 from diffusion.evaluation.networks.network import Network, pixels
 from diffusion.evaluation.shards import Shards
 from diffusion.evaluation.views import VIEWS
@@ -329,6 +330,10 @@ def test_a_judgement_that_stops_at_any_file_goes_on(tmp_path, monkeypatch):
         monkeypatch.setattr(Shards, "write", write)
         assert made.collect(of_array(x), None, place)
         assert made.figures(of_array(x), None, place)["x"] == pytest.approx(x.mean())
+    for path in place.folder.rglob("*.npz"):  # any damaged file is made anew
+        path.write_bytes(b"damaged")
+        assert made.collect(of_array(x), None, place)
+        assert made.figures(of_array(x), None, place)["x"] == pytest.approx(x.mean())
 
 
 def test_shards_that_others_use_or_that_are_kept_are_not_removed(tmp_path):
@@ -356,6 +361,13 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left .*00000\.npz"):
         Shards(4, tmp_path).write("a", 0, {"a": np.arange(3)})
     assert not list((tmp_path / "a").iterdir())
+
+
+def test_what_a_metric_lacks_is_named():
+    with pytest.raises(ValueError, match=r"needs a feature network: .*clip\("):
+        harness.make(("clip_score()",), pipeline())
+    with pytest.raises(ValueError, match=r"digits_svc takes \[N, 8, 8, 1\], got \(4, 2\)"):
+        digits_svc()(np.zeros((4, 2), np.float32), [0] * 4, ("label",))
 
 
 def test_statistics_of_another_size_are_refused_at_the_first_shard(tmp_path):

@@ -18,6 +18,8 @@ def digits_svc() -> Network:
     """
 
     def predict(x: np.ndarray, _: Any) -> dict[str, np.ndarray]:
+        if x.shape[1:] != (8, 8, 1):
+            raise ValueError(f"digits_svc takes [N, 8, 8, 1], got {x.shape}")
         return {"label": _fitted().predict(x.reshape(len(x), -1))}
 
     return Network("digits_svc", lambda: predict, ("label",), pictures=False, batch=1000)
