@@ -263,6 +263,8 @@ class Harness:
             kept = shards.rows(SAMPLES, number) >= end - first
             if not lacking and (kept or keep != SAMPLES) and shards.rows(SHAPE, 0):
                 continue
+            for need, _, _ in lacking:
+                need.network.ready()
             subjects = list(samples.subjects[first:end]) or [None] * (end - first)
             x = shards.read(SAMPLES, number)["arr_0"] if kept else samples.draw(first, end)
             x = self._checked(x[: end - first], subjects, params)

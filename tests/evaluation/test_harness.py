@@ -366,8 +366,21 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
 def test_what_a_metric_lacks_is_named():
     with pytest.raises(ValueError, match=r"needs a feature network: .*clip\("):
         harness.make(("clip_score()",), pipeline())
-    with pytest.raises(ValueError, match=r"digits_svc takes \[N, 8, 8, 1\], got \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"digits_svc takes \[N, 8, 8, 1\], got \(\d+, 2\)"):
         digits_svc()(np.zeros((4, 2), np.float32), [0] * 4, ("label",))
+
+
+def test_weights_are_read_before_samples_are_drawn(tmp_path):
+    path = tmp_path / "r.npz"
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+
+    def broken():
+        raise ValueError("other weights")
+
+    net = Network("inception2015", broken)
+    made = Harness(harness.make(("fid()",), None, "m", net), reference=str(path))
+    with pytest.raises(ValueError, match="other weights"):
+        made.evaluate(Samples(6, lambda *_: pytest.fail("samples are drawn")))
 
 
 def test_statistics_of_another_size_are_refused_at_the_first_shard(tmp_path):

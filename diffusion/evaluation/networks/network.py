@@ -68,6 +68,10 @@ class Network:
     def _run(self) -> Run:
         return self.open()
 
+    def ready(self) -> None:
+        """Reads the weights, if they are not read yet: wrong ones are an error."""
+        self._run  # noqa: B018
+
     def __call__(
         self, x: np.ndarray, subjects: Sequence[Any], outputs: Sequence[str] = ("features",)
     ) -> Features:
