@@ -35,7 +35,7 @@ from configs import digits, digits_classifier
 from diffusion import compiler
 from diffusion.config.experiment import Experiment, build
 from diffusion.data import batches as pipeline
-from diffusion.evaluation import harness
+from diffusion.evaluation import harness, selection
 from diffusion.evaluation.metrics.metric import Data, of_array
 from diffusion.modes import train
 from diffusion.pipelines import samplers
@@ -181,7 +181,7 @@ def prepared(experiment: Experiment, count: int) -> Training:
     step = make_train_step(*parts, parallel=experiment.config.parallel)
     model, drawer, held_out = experiment.pipeline, experiment.drawer, loss(experiment)
     data = Data(experiment.train, experiment.held_out)
-    judges = harness.Harness(harness.make(METRICS, model), model, lambda: data)
+    judges = harness.Harness(selection.make(METRICS, model), model, lambda: data)
     subjects = drawer.subjects(count)
 
     def judge(state: Any, at: int) -> dict[str, float]:

@@ -265,6 +265,21 @@ def test_a_student_of_another_run(points, place):
     assert np.load(drawn)["x"].shape == (20, 2)
 
 
+def test_a_trained_classifier_judges(digits, classifier):
+    judge = "classifier('runs/digits_classifier')"
+    metrics = f"--config.evaluation.metrics=recognition({judge}), frechet({judge})"
+    few = ["--config.evaluation.count=30", "--mode=evaluate", "--workdir=runs/digits"]
+    succeed(*few, metrics, config=None)
+    judged = json.loads((newest(digits / "evaluations") / "evaluation.json").read_text())
+    (name,) = {key for key in judged if re.fullmatch(r"fd_classifier_[0-9a-f]{8}", key)}
+    assert judged[name] > 0 and judged["classifier"] == name.removeprefix("fd_")
+    levels = json.loads((classifier / "evaluation.json").read_text())["levels"]
+    assert judged["recognised_real"] >= levels[0]["accuracy"] - 0.05  # with less noise
+    wrong = "--config.evaluation.metrics=recognition(classifier('runs/digits'))"
+    error, _ = command(*few, wrong, config=None)
+    assert_names(error, "config.evaluation.metrics", "runs/digits", "expected a classifier")
+
+
 def test_a_classifier_guides(digits, classifier):
     judged = json.loads((classifier / "evaluation.json").read_text())
     assert judged["num_held_out"] == 500
@@ -278,6 +293,8 @@ DOCUMENTS = [
     *(ROOT / "main.py", ROOT / "README.md"),
     *sorted(ROOT.glob("*/README.md")),
     *sorted((ROOT / "configs").glob("*.py")),
+    *sorted((ROOT / "diffusion" / "modes").glob("*.py")),
+    *sorted((ROOT / "colabs").glob("*.ipynb")),
 ]
 PLACEHOLDERS = {
     "--config=...": "--config=configs/digits.py",
@@ -297,6 +314,8 @@ def documented():
         text = path.read_text()
         if path.suffix == ".py":
             text = ast.get_docstring(ast.parse(text)) or ""
+        elif path.suffix == ".ipynb":
+            text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
         text = re.sub(r"\\\n\s*", " ", text)
         for line in re.findall(r"python main\.py ([^\n`]*)", text):
             for placeholder, value in PLACEHOLDERS.items():

@@ -41,6 +41,14 @@ DINOV2 = dict(
     image_size=24,
     patch_size=8,
 )
+BERT = dict(
+    vocab_size=VOCAB,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=80,
+)
 T5 = dict(
     vocab_size=100,
     d_model=32,

@@ -79,8 +79,8 @@ class Drawing:
         return negative(self.config)
 
     def subjects(self, count: int, captions: Sequence[str] = ()) -> list[Subject]:
-        """What ``count`` samples are of; see ``chosen``."""
-        return chosen(self.config, self.drawer, count, captions)
+        """What ``count`` samples are of; see ``in_turn``."""
+        return self.drawer.subjects(count, in_turn(self.config, self.drawer, captions))
 
     def table(self, solver: str, grid: str, steps: int, name: str) -> Solver:
         """The table of another solver than that of config.sampler; ``name`` is for its errors.
@@ -96,15 +96,19 @@ class Drawing:
             )
         return made.solver
 
+    @cached_property
+    def captions(self) -> tuple[str, ...]:
+        """Those of held-out examples, for a model of texts that is not told what to draw."""
+        told = self.pipeline.conditioner.subject != "text" or subjects(self.config)
+        return () if told else tuple(dict.fromkeys(self.data.held_out.captions))
+
     def samples(self, count: int, solver: Solver | None = None, seed: int | None = None) -> Samples:
         """``count`` samples as the data are, by config.sampler or another table or seed.
 
-        A model of texts draws the captions of held-out examples, where config.samples has none.
+        A model of texts draws ``captions``, where config.samples has none.
         """
-        text = self.pipeline.conditioner.subject == "text" and not subjects(self.config)
-        captions = tuple(dict.fromkeys(self.data.held_out.captions)) if text else ()
         drawer = self.drawer if seed is None else replace(self.drawer, seed=seed)
-        return samples(self.config, drawer, self.params, count, captions, solver)
+        return samples(self.config, drawer, self.params, count, self.captions, solver)
 
 
 def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> Drawing:
@@ -281,10 +285,8 @@ def drawer(
     return result, [*made.notes, *samplers.notes(sampler, grid, AT)]
 
 
-def chosen(
-    config: ConfigDict, drawer: Drawer, count: int, captions: Sequence[str] = ()
-) -> list[Subject]:
-    """The subjects of ``count`` samples, in turn: those of config.samples, or the model's own.
+def in_turn(config: ConfigDict, drawer: Drawer, captions: Sequence[str] = ()) -> list[Subject]:
+    """The subjects that samples have in turn: those of config.samples, or the model's own.
 
     A model of texts takes ``captions``, if there are any, instead of its own.
 
@@ -296,7 +298,7 @@ def chosen(
         given = captions or conditioner.suggestions
         if not given:
             raise ValueError("config.samples.prompt is not given: say what should be drawn")
-    return drawer.subjects(count, given)
+    return list(given or conditioner.suggestions)
 
 
 def samples(
@@ -307,8 +309,8 @@ def samples(
     captions: Sequence[str] = (),
     solver: Solver | None = None,
 ) -> Samples:
-    """``count`` samples as the data are, by the drawer's table or another; see ``chosen``."""
-    subjects = chosen(config, drawer, count, captions)
+    """``count`` samples as the data are, by the drawer's table or another; see ``in_turn``."""
+    subjects = drawer.subjects(count, in_turn(config, drawer, captions))
 
     def draw(first: int, end: int) -> np.ndarray:
         own = subjects[first:end]

@@ -13,12 +13,15 @@ from ml_collections import ConfigDict
 from diffusion.config.data import make_source
 from diffusion.data.sources import Source, subset
 from diffusion.errors import field
-from diffusion.evaluation import harness
+from diffusion.evaluation import networks, selection
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.metric import Data
+from diffusion.evaluation.networks.network import Network
+from diffusion.pipelines import judges
 from diffusion.specs import unknown
 
 METRICS = "config.evaluation.metrics"
+NETWORKS = networks.CHOICES | {"classifier": judges.classifier}
 ENDS = 64  # values of an array
 
 
@@ -38,6 +41,11 @@ def split(config: ConfigDict, train: Source, held_out: Source) -> Data:
     return Data(train, test, validation)
 
 
+def network(config: ConfigDict) -> Network | None:
+    """``config.evaluation.features``, the network of metrics that name none."""
+    return selection.network(config.evaluation.features, "config.evaluation.features", NETWORKS)
+
+
 def make(
     config: ConfigDict,
     pipeline: Any,
@@ -52,27 +60,25 @@ def make(
       ValueError: for impossible fields; the message names them.
     """
     c = config.evaluation
-    default = harness.network(c.features, "config.evaluation.features")
-    chosen = harness.make(c.metrics if metrics is None else metrics, pipeline, name, default)
+    default = network(config)
+    given = c.metrics if metrics is None else metrics
+    chosen = selection.make(given, pipeline, name, default, NETWORKS)
     made = Harness(chosen, pipeline, data, reference or c.reference)
     with field(f"config.evaluation.reference={made.reference!r}"):
         made.check_references()
     return made
 
 
-def part(config: ConfigDict) -> tuple[int, int]:
-    """``config.evaluation.part``, checked."""
-    given = config.evaluation.part
-    if len(given) != 2 or not 0 <= given[0] < given[1]:
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for an impossible ``evaluation.part`` or ``evaluation.keep``."""
+    part, keep = config.evaluation.part, config.evaluation.keep
+    if len(part) != 2 or not 0 <= part[0] < part[1]:
         raise ValueError(
-            f"config.evaluation.part={given!r}: expected (i, n), the i-th of n parts from 0, as in "
+            f"config.evaluation.part={part!r}: expected (i, n), the i-th of n parts from 0, as in "
             "(0, 4)"
         )
-    if config.evaluation.keep not in ("", "features", "samples"):
-        raise unknown(
-            "config.evaluation.keep", config.evaluation.keep, ("features", "samples", "''")
-        )
-    return tuple(given)
+    if keep not in ("", "features", "samples"):
+        raise unknown("config.evaluation.keep", keep, ("features", "samples", "''"))
 
 
 def fingerprint(params: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 from collections import Counter, defaultdict
@@ -11,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion.evaluation import merits, significance
+from diffusion.evaluation import merits, provenance, significance
 from diffusion.evaluation.intervals import Z95
+from diffusion.evaluation.provenance import Basis
 from diffusion.specs import unknown
 
 MOST = 6
@@ -25,10 +25,7 @@ IDLE = ("evaluation.metrics", "evaluation.features", "evaluation.shard", "evalua
 IDLE += ("data.threads", "data.workers", "data.prefetch")
 """Settings that make no row of their own: what figures depend on of these is in their
 provenance."""
-UNKNOWN = "it was not recorded what these depend on, so they are compared with no others"
 WELCH, BY_INTERVALS = "Welch's t-test over seeds", "a z-test by the 95 % intervals"
-
-Basis = dict[str, Any]
 
 
 class Result(NamedTuple):
@@ -97,38 +94,8 @@ def result(place: str, config: Mapping[str, Any], evaluation: Mapping[str, Any])
     measured = {k: v for k, v in evaluation.items() if k not in ("settings", "provenance")}
     bases = {}
     for spec, about in evaluation.get("provenance", {}).items():
-        bases |= dict.fromkeys(about["figures"], basis(spec, about))
+        bases |= dict.fromkeys(about["figures"], provenance.basis(spec, about))
     return Result(place, *seeds, settings, merits.figures(measured), bases)
-
-
-def basis(spec: str, about: Mapping[str, Any]) -> Basis:
-    """What a figure depends on, from a metric's entry of the provenance."""
-    names = ("network", "weights", "preparation", "quantised", "count", "resolution")
-    own = {name: about.get(name) for name in names}
-    given = about.get("reference") or []
-    given = [given] if isinstance(given, Mapping) else given
-    listed = [(r.get("checksum") or r.get("name"), r.get("count")) for r in given]
-    own["reference"] = ", ".join(
-        f"{name} of {count:,} examples" if count else str(name) for name, count in listed
-    )
-    return own | {"options": ", ".join(_options(spec))}
-
-
-def _options(spec: str) -> list[str]:
-    """The options of a metric that are no texts: those are files and names of networks."""
-    found = []
-    for node in ast.walk(ast.parse(spec, mode="eval")):
-        if isinstance(node, ast.Call):
-            given = [("", arg) for arg in node.args]
-            given += [(f"{k.arg}=", k.value) for k in node.keywords]
-            numbers = [
-                (name, arg)
-                for name, arg in given
-                if not isinstance(arg, (ast.Call, ast.Name))
-                and not (isinstance(arg, ast.Constant) and isinstance(arg.value, str))
-            ]
-            found += [name + ast.unparse(arg) for name, arg in numbers]
-    return sorted(found)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -138,32 +105,6 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping)
         found |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
     return found
-
-
-def difference(own: Basis | None, other: Basis | None) -> str:
-    """How what a figure depends on differs from what it should; "" if it does not."""
-    if own is None or other is None:
-        return UNKNOWN
-    parts = []
-    for name in own:
-        a, b = own[name], other[name]
-        if a == b:
-            continue
-        if name == "count":
-            parts.append(f"{_number(a)} samples instead of {_number(b)}")
-        elif name == "quantised":
-            parts.append("samples rounded to 8 bits" if a else "samples not rounded to 8 bits")
-        else:
-            parts.append(f"{name} {_text(a)} instead of {_text(b)}")
-    return "; ".join(parts)
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else "unknown"
-
-
-def _text(value: Any) -> str:
-    return " × ".join(map(str, value)) if isinstance(value, list) else str(value or "none")
 
 
 def compare(results: Sequence[Result], figures: Iterable[str] = ()) -> dict[str, Any]:
@@ -263,7 +204,7 @@ def _column(
     most = Counter(json.dumps(b, sort_keys=True) for b in bases if b is not None).most_common(1)
     common = json.loads(most[0][0]) if most else None
     cells = [_cell(name, row, common) for row in rows]
-    notes = [difference(c.basis, common) if c else "" for c in cells]
+    notes = [provenance.difference(c.basis, common) if c else "" for c in cells]
     better = merits.merit(name).better
     finite = [bool(c) and bool(np.isfinite(c.values).all()) for c in cells]
     able = [i for i, c in enumerate(cells) if c and not notes[i] and finite[i]]
@@ -286,7 +227,7 @@ def _column(
             "half": c.half,
             "real": c.real,
             "note": notes[i],
-            "left_out": [difference(b, c.basis) for b in c.left_out],
+            "left_out": [provenance.difference(b, c.basis) for b in c.left_out],
             **found.get(i, none),
         }
         for i, c in enumerate(cells)

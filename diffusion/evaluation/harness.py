@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,79 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from diffusion import errors, specs
-from diffusion.evaluation import metrics, networks, references
+from diffusion import errors
+from diffusion.evaluation import references
 from diffusion.evaluation.figures import to_uint8
-from diffusion.evaluation.metrics import bits
 from diffusion.evaluation.metrics.metric import Data, Judged, Metric, Samples, shown
-from diffusion.evaluation.networks.network import Network, pixels
+from diffusion.evaluation.networks.network import PIXELS, Network
 from diffusion.evaluation.sets import Set, of_source
 from diffusion.evaluation.shards import SAMPLES, SHAPE, Shards
-from diffusion.specs import unknown
 
-AUTO = "auto"
 SHARD = 1000
-PIXELS = pixels()
 SPLITS = ("train", "test", "validation")
-
-
-def network(given: str, name: str = "features") -> Network | None:
-    """The feature network of a spec, of ``networks.CHOICES``; None of ""."""
-    if not given:
-        return None
-    with errors.field(f"{name}={given!r}"), errors.wrong_types():
-        return specs.value(given, networks.CHOICES, name)
-
-
-def make(
-    given: str | Sequence[str],
-    pipeline: Any,
-    name: str = "metrics",
-    default: Network | None = None,
-) -> dict[str, Metric]:
-    """Metrics by their specs, of ``metrics.CHOICES``.
-
-    Args:
-      given: specs; "auto" are those that need nothing but the data of the pipeline.
-      pipeline: that is to be judged; None of samples from a file.
-      name: what errors call the specs.
-      default: the network of metrics that name none.
-
-    Raises:
-      ValueError: a metric's network is not there, or not the one that it is defined for; a metric
-        needs the model, and there is only a file.
-    """
-    if given == AUTO:
-        text = pipeline is not None and pipeline.conditioner.subject == "text"
-        given = () if pipeline is None else pipeline.view.metrics
-        given = ("caption_gap()", "retrieval()", "memorisation()") if text else given
-    inner = networks.CHOICES | bits.CHOICES | metrics.CHOICES
-    with errors.field(f"{name}={given!r}"), errors.wrong_types():
-        made = dict(
-            zip(specs.texts(given), specs.values(given, metrics.CHOICES, name, inner), strict=True)
-        )
-        return {spec: _complete(spec, metric, default, pipeline) for spec, metric in made.items()}
-
-
-def _complete(spec: str, metric: Metric, default: Network | None, pipeline: Any) -> Metric:
-    if not metric.outputs:
-        if pipeline is None:
-            raise ValueError(f"{spec} is of a model, and there are only samples from a file")
-        return metric
-    chosen = metric.network or default
-    like = metric.only or ('clip("FOLDER")' if "text" in metric.outputs else 'dinov2("FOLDER")')
-    if chosen is None:
-        example = 'inception("FILE")' if metric.only.startswith("inception") else like
-        raise ValueError(
-            f"{spec} needs a feature network: config.evaluation.features={example!r}, or as an "
-            f"argument of the metrics that have one; there are {', '.join(networks.CHOICES)}"
-        )
-    if metric.only and chosen.name != metric.only:
-        raise ValueError(f"{spec} is defined for the network {metric.only}, not {chosen.name}")
-    for output in metric.outputs:
-        if output not in chosen.outputs:
-            raise unknown(f"{spec}: output of {chosen.name}", output, chosen.outputs)
-    return replace(metric, network=chosen)
 
 
 class Need(NamedTuple):
@@ -264,7 +201,7 @@ class Harness:
             if not lacking and (kept or keep != SAMPLES) and shards.rows(SHAPE, 0):
                 continue
             for need, _, _ in lacking:
-                need.network.ready()
+                need.network.open()  # wrong weights are an error before anything is drawn
             subjects = list(samples.subjects[first:end]) or [None] * (end - first)
             x = shards.read(SAMPLES, number)["arr_0"] if kept else samples.draw(first, end)
             x = self._checked(x[: end - first], subjects, params)

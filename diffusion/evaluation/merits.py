@@ -41,6 +41,7 @@ KNOWN = {
     "coverage": Merit("coverage", HIGHER),
     "clip_score": Merit("CLIP score", HIGHER),
     "clip_cosine": Merit("CLIP cosine", HIGHER),
+    "caption_similarity": Merit("caption similarity", HIGHER),
     "r_precision": Merit("R-precision", HIGHER, percent=True),
     "diversity": Merit("LPIPS diversity"),
     "retrieval_first": Merit("own caption is the nearest", HIGHER),

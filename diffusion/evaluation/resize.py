@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from PIL import Image
 
 from diffusion.levels import Array
 
@@ -48,6 +49,15 @@ def torch_bicubic(x: Array, size: Size) -> Array:
 def pil_bicubic(x: Array, size: Size) -> Array:
     """Pillow's of each channel in float32, clipped and not rounded: clean-fid's "clean"."""
     return jnp.clip(_resized(x, size, _cubic), 0, 255)
+
+
+def pillow_bicubic(x: np.ndarray, size: Size) -> np.ndarray:
+    """Pillow's own of uint8 pictures, uint8, rounded along each axis: dgm-eval's for DINOv2."""
+    height, width = _sides(size)
+    if x.shape[1:3] == (height, width):
+        return x
+    size = (width, height)
+    return np.stack([np.asarray(Image.fromarray(one).resize(size, Image.BICUBIC)) for one in x])
 
 
 def _sides(size: Size) -> tuple[int, int]:

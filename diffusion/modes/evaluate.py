@@ -12,8 +12,6 @@ from diffusion.evaluation import sample_files
 from diffusion.evaluation.shards import SAMPLES, Shards
 from diffusion.runs import workdir as workdirs
 
-MANY = 100_000  # samples, among whose subjects are all that there are
-
 
 def run(config: ConfigDict, workdir: str | None) -> None:
     """Judges ``config.evaluation.count`` samples by ``config.evaluation.metrics``.
@@ -24,20 +22,22 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     ``workdir/shards`` until the figures are there: a stopped command goes on.
     """
     ranges.check(config)
+    judging.check(config)
     c, parent, params = config.evaluation, Path(workdir or ".") / "evaluations", None
+    of_model, of_subjects = "", []
     if c.samples:
         with field(f"config.evaluation.samples={c.samples!r}"):
             samples = sample_files.read(c.samples, c.count)
         made = judging.make(config, None, lambda: judging.data(config))
         settings = {"samples": {"path": c.samples, "checksum": samples.checksum}}
-        of_model = of_subjects = ""
     else:
         model = drawing.opened(config, workdir)
         made = judging.make(config, model.pipeline, lambda: model.data)
         settings = drawing.settings(config, model.pipeline, model.step)
         samples, params = model.samples(c.count) if made.needs else None, model.params
         of_model = judging.fingerprint(params)  # a run may have been trained anew meanwhile
-        of_subjects = model.samples(MANY).subjects if made.needs else ""  # or captions changed
+        if made.needs:  # captions may have changed too
+            of_subjects = drawing.in_turn(config, model.drawer, model.captions)
     if not made.metrics:
         raise ValueError(
             f'{judging.METRICS} is empty: choose some, such as ("recognition(digits_svc)", '
@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: str | None) -> None:
     shards = Shards(c.shard, place(keep == SAMPLES))
     settings = results.judged(config, settings, made)
     with shards.used(bool(keep)):
-        if not made.collect(samples, params, shards, keep=keep, part=judging.part(config)):
+        if not made.collect(samples, params, shards, keep=keep, part=tuple(c.part)):
             print(f"part {c.part} is done; the same command makes the others, or waits for them")
             return
         with workdirs.results(parent, settings) as folder:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.config import ranges
+from diffusion.config import judging, ranges
 from diffusion.config.data import make_source
 from diffusion.errors import field
-from diffusion.evaluation import harness, references, sample_files
+from diffusion.evaluation import references, sample_files
 from diffusion.evaluation.figures import to_uint8
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.metric import Judged, Metric, Samples
@@ -29,19 +30,18 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     ranges.check(config)
     c, folder = config.evaluation, Path(workdir)
-    net = harness.network(c.features, "config.evaluation.features")
+    net = judging.network(config)
     if net is None or "features" not in net.outputs:
         raise ValueError(
             f"config.evaluation.features={c.features!r}: a reference is of a feature network, such "
             "as 'inception(\"FILE.safetensors\")' or pixels"
         )
-    samples, name = _examples(config)
+    samples, name, pick = _examples(config)
     outputs = tuple(output for output in references.OUTPUTS if output in net.outputs)
     made = Harness({name: Metric(_nothing, outputs, net)})
     settings = {"reference": name, "checksum": samples.checksum, "count": samples.count}
-    settings |= (
-        {"shard": c.shard} | net.about | ({} if c.samples else {"data": config.data.to_dict()})
-    )
+    settings |= net.about | {"shard": c.shard}
+    settings |= {} if c.samples else {"data": config.data.to_dict()}
     shards = Shards(c.shard, folder / "shards" / workdirs.named(settings))
     with shards.used():
         made.collect(samples, None, shards)
@@ -51,9 +51,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         some = found.subset(index) if count else None
 
         def pictures() -> Iterator[np.ndarray]:
-            step = 100 if c.samples else 1  # compressed files are read from their beginning
-            for part in np.split(index, range(step, count, step)):
-                x = samples.draw(part[0], part[-1] + 1)[part - part[0]]
+            for number in np.unique(index // c.shard):
+                x = pick(index[index // c.shard == number])
                 yield x if x.dtype == np.uint8 else to_uint8(x)
 
         shown = config.reference.pictures and len(found.shape) == 3 and found.shape[-1] in (1, 3)
@@ -73,11 +72,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"{samples.count} examples of {name} in {path}")
 
 
-def _examples(config: ConfigDict) -> tuple[Samples, str]:
-    """The real examples, and their name."""
+def _examples(config: ConfigDict) -> tuple[Samples, str, Callable[[np.ndarray], np.ndarray]]:
+    """The real examples, their name, and what picks some of them by ascending indices."""
     if path := config.evaluation.samples:
         with field(f"config.evaluation.samples={path!r}"):
-            return sample_files.read(path), Path(path).stem
+            samples = sample_files.read(path)
+        return samples, Path(path).stem, partial(_among, samples)
     split = config.reference.split
     if split not in ("train", "test"):
         raise unknown("config.reference.split", split, ("train", "test"))
@@ -88,10 +88,17 @@ def _examples(config: ConfigDict) -> tuple[Samples, str]:
         parts = (np.arange(i, min(i + config.evaluation.shard, len(source))) for i in numbers)
         labels = [int(label) for part in parts for label in source.read(part)["label"]]
 
-    def draw(first: int, end: int) -> np.ndarray:
-        return source.read(np.arange(first, end))["x"]
+    def pick(index: np.ndarray) -> np.ndarray:
+        return source.read(index)["x"]
 
-    return Samples(len(source), draw, labels, source.name), f"{source.name}_{split}"
+    def draw(first: int, end: int) -> np.ndarray:
+        return pick(np.arange(first, end))
+
+    return Samples(len(source), draw, labels, source.name), f"{source.name}_{split}", pick
+
+
+def _among(samples: Samples, index: np.ndarray) -> np.ndarray:
+    return samples.draw(index[0], index[-1] + 1)[index - index[0]]
 
 
 def _nothing(judged: Judged) -> dict:

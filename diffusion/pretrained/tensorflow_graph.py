@@ -1,23 +1,35 @@
 """The constants of a frozen TensorFlow graph, read without TensorFlow.
 
-A ``GraphDef`` is a protocol buffer: fields with a number and a wire type, where type 0 is a varint,
-1 and 5 are eight and four bytes, and 2 is a length with as many bytes. Of a graph's nodes (field 1)
-those with the operation "Const" have a name (1), an operation (2) and an attribute (5) "value". Its
-tensor (8) has a type (1), a shape (2) and the numbers as bytes (4) or as a list (5).
+protobuf reads the message; of TensorFlow's schema only the fields that constants need are declared
+here, by their published numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from diffusion.pretrained.files import Tensor, of_array
 
 FLOAT = 1  # in TensorFlow's list of types
-Field = tuple[int, int, memoryview | int]
+SCHEMA = {  # message -> field -> (number, type or message, whether it is repeated)
+    "Size": {"size": (1, "int64", False)},
+    "Shape": {"dim": (2, "Size", True)},
+    "Tensor": {
+        "dtype": (1, "int32", False),
+        "tensor_shape": (2, "Shape", False),
+        "tensor_content": (4, "bytes", False),
+        "float_val": (5, "float", True),
+    },
+    "Value": {"tensor": (8, "Tensor", False)},
+    "Entry": {"key": (1, "string", False), "value": (2, "Value", False)},
+    "Node": {"name": (1, "string", False), "op": (2, "string", False), "attr": (5, "Entry", True)},
+    "Graph": {"node": (1, "Node", True)},
+}
 
 
 def constants(path: Path) -> dict[str, Tensor]:
@@ -26,103 +38,43 @@ def constants(path: Path) -> dict[str, Tensor]:
     Raises:
       ValueError: the file is no such graph, is cut off, or a constant has too few numbers.
     """
-    found = {}
+    found, graph = {}, _graph()()
     try:
-        for number, _, node in _fields(memoryview(path.read_bytes())):
-            if number == 1:
-                name, tensor = _constant(node)
-                if tensor is not None:
-                    array = _array(tensor)
-                    if array is not None:
-                        found[name] = of_array(array)
-    except (_Damaged, UnicodeDecodeError) as error:
+        graph.ParseFromString(path.read_bytes())
+        for node in graph.node:
+            tensors = [e.value.tensor for e in node.attr if e.key == "value"]
+            if node.op == "Const" and tensors and tensors[-1].dtype == FLOAT:
+                found[node.name] = of_array(_array(tensors[-1]))
+    except (message.DecodeError, ValueError) as error:
         raise ValueError(f"{path} is no TensorFlow graph, or is damaged: {error}") from None
     return found
 
 
-class _Damaged(ValueError):
-    pass
+@cache
+def _graph() -> type[message.Message]:
+    """The class of ``SCHEMA``'s last message."""
+    kind = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="graph", package="graph", syntax="proto3")
+    for name, fields in SCHEMA.items():
+        own = file.message_type.add(name=name)
+        for field, (number, of, repeated) in fields.items():
+            label = kind.LABEL_REPEATED if repeated else kind.LABEL_OPTIONAL
+            one = own.field.add(name=field, number=number, label=label)
+            if of in SCHEMA:
+                one.type, one.type_name = kind.TYPE_MESSAGE, f".graph.{of}"
+            else:
+                one.type = getattr(kind, f"TYPE_{of.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("graph.Graph"))
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """(the number at a place, the place after it)."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at == len(data):
-            break
-        byte = data[at]
-        value, at = value | (byte & 127) << shift, at + 1
-        if byte < 128:
-            return value, at
-    raise _Damaged("a number has no end")
-
-
-def _bytes(value: memoryview | int) -> memoryview:
-    if isinstance(value, int):
-        raise _Damaged("a number where a message should be, or a text")
-    return value
-
-
-def _number(value: memoryview | int) -> int:
-    if not isinstance(value, int) or value >= 2**31:
-        raise _Damaged("a side of a tensor is no number, or is too large")
-    return value
-
-
-def _fields(data: memoryview | int) -> Iterator[Field]:
-    """(number, wire type, bytes or varint) of every field of a message."""
-    data, at = _bytes(data), 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-        elif kind in (1, 2, 5):
-            length, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            if at + length > len(data):
-                raise _Damaged(f"{at + length - len(data)} bytes are missing")
-            value, at = data[at : at + length], at + length
-        else:
-            raise _Damaged(f"a field has the unknown wire type {kind}")
-        yield key >> 3, kind, value
-
-
-def _constant(node: memoryview | int) -> tuple[str, memoryview | int | None]:
-    """(name, tensor of the attribute "value" if the node is a constant)."""
-    name, operation, tensor = "", "", None
-    for number, _, value in _fields(node):
-        if number == 1:
-            name = str(_bytes(value), "utf-8")
-        elif number == 2:
-            operation = str(_bytes(value), "utf-8")
-        elif number == 5:
-            entry = {n: v for n, _, v in _fields(value)}
-            if 2 in entry and _bytes(entry.get(1, b"")) == b"value":
-                tensor = {n: v for n, _, v in _fields(entry[2])}.get(8)
-    return name, tensor if operation == "Const" else None
-
-
-def _array(tensor: memoryview | int) -> np.ndarray | None:
-    """A tensor's numbers, or None if they are not float32."""
-    kind, shape, content, listed = 0, (), b"", []
-    for number, wire, value in _fields(tensor):
-        if number == 1:
-            kind = value
-        elif number == 2:
-            sides = [dict((n, v) for n, _, v in _fields(side)) for n, _, side in _fields(value)]
-            shape = tuple(_number(side.get(1, 0)) for side in sides)
-        elif number == 4:
-            content = _bytes(value)
-        elif number == 5 and wire in (2, 5):
-            listed.append(value)
-    if kind != FLOAT:
-        return None
-    content, count = content or b"".join(listed), math.prod(shape)
+def _array(tensor: message.Message) -> np.ndarray:
+    shape = tuple(side.size for side in tensor.tensor_shape.dim)
+    content = tensor.tensor_content
     if len(content) % 4:
-        raise _Damaged(f"{len(content)} bytes are no whole number of floats")
-    numbers = np.frombuffer(content, "<f4")
-    if len(numbers) == 1 < count:  # one number stands for all
-        return np.broadcast_to(numbers, shape)
-    if len(numbers) != count:
-        raise _Damaged(f"a tensor of shape {shape} has {len(numbers)} numbers")
-    return numbers.reshape(shape)
+        raise ValueError(f"{len(content)} bytes are no whole number of floats")
+    numbers = np.frombuffer(content, "<f4") if content else np.array(tensor.float_val, np.float32)
+    if min(shape, default=0) < 0 or len(numbers) not in (1, math.prod(shape)):
+        raise ValueError(f"a tensor of shape {shape} has {len(numbers)} numbers")
+    return np.broadcast_to(numbers, shape) if len(numbers) == 1 else numbers.reshape(shape)

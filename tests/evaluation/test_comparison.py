@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from diffusion.evaluation import comparison, comparison_report, merits, significance
+from diffusion.evaluation import comparison, comparison_report, merits, provenance, significance
 from diffusion.evaluation.comparison import Cell
 
 ABOUT = {
@@ -171,11 +171,11 @@ def test_options_of_a_metric_matter_and_paths_do_not():
 def test_results_without_provenance_are_compared_with_none():
     groups = [results([2.0, 2.1]), results([1.0, 1.1], about=None)]
     found = compared(*groups)
-    assert cells(found)[1]["note"] == comparison.UNKNOWN and not any(
+    assert cells(found)[1]["note"] == provenance.UNKNOWN and not any(
         c["best"] for c in cells(found)
     )
     found = compared(results([2.0, 2.1], about=None), results([1.0, 1.1], about=None))
-    assert all(c["note"] == comparison.UNKNOWN for c in cells(found))
+    assert all(c["note"] == provenance.UNKNOWN for c in cells(found))
 
 
 def test_a_result_of_other_conditions_is_no_seed():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.data import densities, sources
-from diffusion.evaluation import harness, merits
+from diffusion.evaluation import merits, selection
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.frechet import frechet_distance
 from diffusion.evaluation.metrics.metric import Data, Metric, Samples, of_array
@@ -31,7 +31,7 @@ def pipeline(view="images", conditioner=None):
 def digits():
     """(images, labels, other held-out data) -> figures."""
     model = pipeline(conditioner=Labels(10))
-    chosen = harness.make(OF_DIGITS, model)
+    chosen = selection.make(OF_DIGITS, model)
     train, test = sources.digits("train"), sources.digits("test")
     known = Harness(chosen, model, lambda: Data(train, test))
 
@@ -101,7 +101,7 @@ def test_bad_samples_are_refused(digits):
 
 def test_points_are_compared_with_fresh_ones():
     model, data = pipeline("points"), Data(*(sources.points("two_moons", seed=s) for s in (0, 1)))
-    chosen = harness.make("auto", model)
+    chosen = selection.make("auto", model)
     assert list(chosen) == ["wasserstein()", "energy()"]
     real = densities.sample("two_moons", 1000, np.random.default_rng(7))
 
@@ -125,13 +125,13 @@ def test_points_are_compared_with_fresh_ones():
 
 def test_which_metrics_are_chosen_and_refused():
     captions = pipeline(conditioner=Captions(lambda texts: {}))
-    assert list(harness.make("auto", captions)) == [
+    assert list(selection.make("auto", captions)) == [
         "caption_gap()",
         "retrieval()",
         "memorisation()",
     ]
-    assert harness.make("auto", pipeline()) == harness.make((), pipeline()) == {}
-    listed = harness.make("memorisation(), bits(bound(draws=3), count=20)", pipeline())
+    assert selection.make("auto", pipeline()) == selection.make((), pipeline()) == {}
+    listed = selection.make("memorisation(), bits(bound(draws=3), count=20)", pipeline())
     assert list(listed) == ["memorisation()", "bits(bound(draws=3), count=20)"]
     for given, message in [
         ("memorizaton()", r"config\.m: unknown 'memorizaton'.*mean 'memorisation'"),
@@ -146,7 +146,7 @@ def test_which_metrics_are_chosen_and_refused():
         ("bits(ode(), count=0)", r"config\.m=.*count"),
     ]:
         with pytest.raises(ValueError, match=message):
-            harness.make(given, pipeline(), "config.m")
+            selection.make(given, pipeline(), "config.m")
 
 
 def mean(name, **options):
@@ -178,7 +178,7 @@ def test_per_class_is_each_class_alone(digits):
     real = train.all()
     x, label = real["x"][:300], real["label"][:300].tolist()
     model = pipeline(conditioner=Labels(10))
-    made = Harness(harness.make(("per_class(frechet(pixels))",), model), model, data)
+    made = Harness(selection.make(("per_class(frechet(pixels))",), model), model, data)
     found = made.evaluate(of_array(x, label), {}, shard=70)["fd_pixels_per_class"]
     assert list(found) == [str(c) for c in range(10)]
     three = np.array(label) == 3
@@ -190,14 +190,14 @@ def test_per_class_is_each_class_alone(digits):
     with pytest.raises(ValueError, match=r"digits test has no example of class 77"):
         made.evaluate(of_array(x, [77] * 300), {})
     with pytest.raises(ValueError, match=r"per_class needs a metric of samples"):
-        harness.make(("per_class(bits(ode()))",), model)
+        selection.make(("per_class(bits(ode()))",), model)
 
 
 def test_figures_do_not_depend_on_shards(digits):
     real = digits[1].all()
     samples = of_array(real["x"][:230], real["label"][:230].tolist())
     made = Harness(
-        harness.make(OF_DIGITS, pipeline(conditioner=Labels(10))),
+        selection.make(OF_DIGITS, pipeline(conditioner=Labels(10))),
         pipeline(),
         lambda: Data(digits[1], digits[2]),
     )
@@ -308,7 +308,7 @@ def test_kept_samples_are_not_drawn_again(tmp_path):
 )
 def test_options_are_checked_before_anything_is_drawn(metric, option):
     with pytest.raises(ValueError, match=rf"metrics=.*{option} must"):
-        harness.make((metric,), pipeline())
+        selection.make((metric,), pipeline())
 
 
 def test_a_judgement_that_stops_at_any_file_goes_on(tmp_path, monkeypatch):
@@ -365,7 +365,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_what_a_metric_lacks_is_named():
     with pytest.raises(ValueError, match=r"needs a feature network: .*clip\("):
-        harness.make(("clip_score()",), pipeline())
+        selection.make(("clip_score()",), pipeline())
     with pytest.raises(ValueError, match=r"digits_svc takes \[N, 8, 8, 1\], got \(\d+, 2\)"):
         digits_svc()(np.zeros((4, 2), np.float32), [0] * 4, ("label",))
 
@@ -378,7 +378,7 @@ def test_weights_are_read_before_samples_are_drawn(tmp_path):
         raise ValueError("other weights")
 
     net = Network("inception2015", broken)
-    made = Harness(harness.make(("fid()",), None, "m", net), reference=str(path))
+    made = Harness(selection.make(("fid()",), None, "m", net), reference=str(path))
     with pytest.raises(ValueError, match="other weights"):
         made.evaluate(Samples(6, lambda *_: pytest.fail("samples are drawn")))
 
@@ -387,7 +387,7 @@ def test_statistics_of_another_size_are_refused_at_the_first_shard(tmp_path):
     path = tmp_path / "edm2.npz"
     np.savez(path, mu=np.zeros(5), sigma=np.eye(5))
     net = Network("inception2015", lambda: lambda x, _: {"features": x.mean((1, 2))})
-    made = Harness(harness.make(("fid()",), None, "m", net), reference=str(path))
+    made = Harness(selection.make(("fid()",), None, "m", net), reference=str(path))
     x = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 3), np.uint8)
 
     def draw(first, end):

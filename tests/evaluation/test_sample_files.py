@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.evaluation import harness, npz, references, sample_files
+from diffusion.evaluation import npz, references, sample_files, selection
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.metric import of_array
 from diffusion.evaluation.moments import moments
@@ -155,7 +155,7 @@ def test_references_of_others(tmp_path):
     np.savez(path, mu=mean, sigma=cov)  # EDM, clean-fid
     found = references.read(str(path), net)
     np.testing.assert_array_equal(found.moments().cov, cov)
-    judge = Harness(harness.make(("fid()", "frechet()"), None, "m", net), reference=str(path))
+    judge = Harness(selection.make(("fid()", "frechet()"), None, "m", net), reference=str(path))
     figures = judge.evaluate(of_array(PICTURES))  # against statistics alone
     assert figures["fid_inception2015"] < 1e-6 and "fd_inception2015_half" not in figures
     with pytest.raises(ValueError, match=r"has statistics only; this metric needs feats or"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from diffusion.evaluation import harness, references, sample_files
+from diffusion.evaluation import references, sample_files, selection
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.frechet import frechet_distance
 from diffusion.evaluation.metrics.metric import Metric, of_array
@@ -32,7 +32,7 @@ def test_a_reference_is_made_and_judges(tmp_path, name, x, size):
     path = tmp_path / "made" / f"real_{size}_pixels.npz"
     real = references.read(str(path), pixels())
     assert real.shape == x.shape[1:] and real.count == 6
-    metrics = harness.make([f"frechet(pixels, '{path}')"], None)
+    metrics = selection.make([f"frechet(pixels, '{path}')"], None)
     found = Harness(metrics).evaluate(of_array(x[6:]))["fd_pixels"]
     expected = frechet_distance(*(in_float(part) for part in (x[6:], x[:6])))
     assert found == pytest.approx(expected, rel=1e-5)

@@ -2,12 +2,16 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from commands import assert_names, command, first_sentence, newest, succeed
 
 from diffusion.config import judging
 from diffusion.data import sources
+from diffusion.models.inception import Inception
+from diffusion.pretrained import files, weights
+from diffusion.pretrained.networks import inception
 
 QUICK = ["--config.train.steps=4", "--config.train.log_every=2", "--config.optimizer.warmup=0"]
 QUICK += ["--config.model.unet.widths=(8,8)", "--config.model.unet.norm_groups=4"]
@@ -156,6 +160,53 @@ def test_other_prompts_in_the_same_file_are_other_samples(run, place):
         figures.append((found["fd_pixels"], folder))
         assert found["settings"]["samples"]["labels"] == text.split()
     assert figures[0] != figures[1]
+
+
+def test_fid_by_command(place):
+    """The README's commands, with random weights of Inception and eight pictures."""
+    shapes = jax.eval_shape(Inception().init, jax.random.key(0), np.zeros((1, 75, 75, 3)))["params"]
+    rng = np.random.default_rng(0)
+    leaves = jax.tree.map(lambda a: 0.05 * rng.standard_normal(a.shape, np.float32), shapes)
+    leaves = jax.tree_util.tree_map_with_path(
+        lambda path, a: np.abs(a) + 1 if "running_var" in str(path[-1]) else a, leaves
+    )
+    weights_file = place / "inception.safetensors"
+    files.write_file(weights_file, weights.save_params(inception.NAMES, leaves))
+    features = f"--config.evaluation.features=inception('{weights_file}')"
+    for name, seed in (("real", 1), ("fake", 2)):
+        draw = np.random.default_rng(seed)
+        np.savez(place / f"{name}.npz", arr_0=draw.integers(0, 256, (8, 32, 32, 3), np.uint8))
+    succeed(
+        "--mode=reference",
+        f"--workdir={place / 'fid'}",
+        f"--config.evaluation.samples={place / 'real.npz'}",
+        features,
+        config=None,
+    )
+    made = place / "fid" / "real_32x32_inception2015.npz"
+    metrics = "fid(), sfid(), inception_score(), kid(), precision_recall()"
+    found, printed, _ = evaluate(
+        place / "fid",
+        f"--config.evaluation.samples={place / 'fake.npz'}",
+        "--config.evaluation.count=0",
+        features,
+        f"--config.evaluation.reference={made}",
+        f"--config.evaluation.metrics={metrics}",
+    )
+    assert found["fid_inception2015"] > 0 and found["sfid_inception2015"] > 0
+    assert 1 <= found["is_inception2015"] <= 8 and found["fid_inception2015_count"] == 8
+    assert "8 samples are too few" in printed and "kid_inception2015: " in printed
+    about = found["provenance"]["fid()"]
+    assert about["weights"] and about["preparation"].startswith("TF-1 bilinear")
+    again, _, _ = evaluate(
+        place / "fid",
+        f"--config.evaluation.samples={place / 'real.npz'}",
+        "--config.evaluation.count=0",
+        features,
+        f"--config.evaluation.reference={made}",
+        "--config.evaluation.metrics=fid()",
+    )
+    assert again["fid_inception2015"] < 1e-6 * found["fid_inception2015"]
 
 
 def test_parts_are_made_apart_and_joined(run):

@@ -11,7 +11,9 @@ its options, which it checks; its name in ``CHOICES`` is what a config calls it.
 from diffusion.evaluation.metrics import (
     bits,
     caption_gap,
+    caption_similarity,
     clip_score,
+    cmmd,
     density_coverage,
     diversity,
     energy,
@@ -20,7 +22,6 @@ from diffusion.evaluation.metrics import (
     inception_score,
     kid,
     memorisation,
-    mmd,
     per_class,
     precision_recall,
     recognition,
@@ -31,8 +32,9 @@ from diffusion.evaluation.metrics import (
 CHOICES = {
     "bits": bits.metric,
     "caption_gap": caption_gap.metric,
+    "caption_similarity": caption_similarity.metric,
     "clip_score": clip_score.metric,
-    "cmmd": mmd.metric,
+    "cmmd": cmmd.metric,
     "density_coverage": density_coverage.metric,
     "diversity": diversity.metric,
     "energy": energy.metric,

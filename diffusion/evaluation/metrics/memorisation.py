@@ -12,11 +12,10 @@ from diffusion.evaluation import figures
 from diffusion.evaluation.intervals import Z95, of_share
 from diffusion.evaluation.metrics.metric import Judged, Metric
 from diffusion.evaluation.neighbours import nearest
-from diffusion.evaluation.networks.network import Network, pixels
+from diffusion.evaluation.networks.network import PIXELS, Network
 
 PICTURE = "memorisation.png"
 SUSPICIOUS = 0.01
-PIXELS = pixels()
 
 
 def memorisation(

@@ -12,7 +12,7 @@ import numpy as np
 from diffusion.data import densities
 from diffusion.data.sources import Source
 from diffusion.errors import check_range
-from diffusion.evaluation.networks.network import Network, pixels
+from diffusion.evaluation.networks.network import PIXELS, Network
 from diffusion.evaluation.sets import Set
 
 ENDINGS = ("_ci", "_real")
@@ -120,7 +120,7 @@ def of_points(name: str, distance: Callable[[np.ndarray, np.ndarray], float], se
         real, other = fresh[: len(x)], fresh[len(x) :]
         return {name: distance(x, real), f"{name}_real": distance(other, real)}
 
-    return Metric(measure, network=pixels())
+    return Metric(measure, network=PIXELS)
 
 
 def seen(pipeline: Any, params: Any, x: np.ndarray) -> np.ndarray:

@@ -9,9 +9,7 @@ import numpy as np
 
 from diffusion.evaluation.metrics.metric import Judged, Metric
 from diffusion.evaluation.neighbours import ROWS
-from diffusion.evaluation.networks.network import Network, pixels
-
-PIXELS = pixels()
+from diffusion.evaluation.networks.network import PIXELS, Network
 
 
 def retrieval(

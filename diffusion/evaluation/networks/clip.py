@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.evaluation.networks.dinov2 import pil
 from diffusion.evaluation.networks.folder import Lazy, exact, opened, tokens
 from diffusion.evaluation.networks.network import Network, Run
+from diffusion.evaluation.resize import pillow_bicubic
 from diffusion.pretrained import folders
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -74,7 +74,7 @@ def cropped(x: np.ndarray, size: int) -> np.ndarray:
     """The middle size x size of pictures [B, H, W, 3] whose shortest side is resized to size."""
     height, width = x.shape[1:3]
     short = min(height, width)
-    x = pil(x, size * height // short, size * width // short)
+    x = pillow_bicubic(x, (size * height // short, size * width // short))
     top, left = (x.shape[1] - size) // 2, (x.shape[2] - size) // 2
     return x[:, top : top + size, left : left + size]
 

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from diffusion.evaluation.networks.folder import exact, opened
 from diffusion.evaluation.networks.network import Network, Run
-from diffusion.evaluation.resize import torch_bicubic
+from diffusion.evaluation.resize import pillow_bicubic, torch_bicubic
 from diffusion.models.lpips import MEAN, STD
 from diffusion.specs import unknown
 
@@ -54,7 +53,7 @@ def dinov2(model: str, resize: str = "torch") -> Network:
             return net.apply({"params": params}, x)[:, 0]
 
         def features(x: np.ndarray, _: Sequence[Any]) -> dict[str, np.ndarray]:
-            fitted = pil(x, SIZE, SIZE) if resize == "pil" else torch_bicubic(x, SIZE)
+            fitted = pillow_bicubic(x, SIZE) if resize == "pil" else torch_bicubic(x, SIZE)
             return {"features": run(params, fitted)}
 
         return features
@@ -62,11 +61,3 @@ def dinov2(model: str, resize: str = "torch") -> Network:
     kind = SIZES.get(net.width, str(net.width))
     name = f"dinov2_vit{kind}{net.patch}" + ("_pil" if resize == "pil" else "")
     return Network(name, open_weights, files=files, preparation=RESIZES[resize], batch=32)
-
-
-def pil(x: np.ndarray, height: int, width: int) -> np.ndarray:
-    """PIL's bicubic resizing of uint8 pictures [B, H, W, 3], rounded to uint8 in each direction."""
-    if x.shape[1:3] == (height, width):
-        return x
-    size = (width, height)
-    return np.stack([np.asarray(Image.fromarray(one).resize(size, Image.BICUBIC)) for one in x])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,8 @@ class Network:
         said = {"network": self.name, "weights": self.checksum, "preparation": self.preparation}
         return said | {"quantised": self.pictures}
 
-    @cached_property
-    def _run(self) -> Run:
-        return self.open()
-
-    def ready(self) -> None:
-        """Reads the weights, if they are not read yet: wrong ones are an error."""
-        self._run  # noqa: B018
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "open", cache(self.open))  # weights are read once
 
     def __call__(
         self, x: np.ndarray, subjects: Sequence[Any], outputs: Sequence[str] = ("features",)
@@ -92,7 +87,7 @@ class Network:
         for start in range(0, len(x), self.batch):
             # The last batch is filled up, so that nothing compiles twice.
             index = np.minimum(np.arange(start, start + self.batch), len(x) - 1)
-            given = self._run(x[index], [subjects[i] for i in index])
+            given = self.open()(x[index], [subjects[i] for i in index])
             for output in outputs:
                 values = np.asarray(given[output])[: len(x) - start]
                 if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -115,9 +110,10 @@ class Network:
 
 def pixels() -> Network:
     """The examples themselves, flattened and not rounded: pixels, coordinates or latents."""
-    return Network(
-        "pixels", lambda: lambda x, _: {"features": x.reshape(len(x), -1)}, pictures=False
-    )
+    return PIXELS
+
+
+PIXELS = Network("pixels", lambda: lambda x, _: {"features": x.reshape(len(x), -1)}, pictures=False)
 
 
 def existing(name: str, path: str) -> Path:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion.evaluation.metrics import clip_score, diversity
+from diffusion.evaluation.metrics import caption_similarity, clip_score, diversity
 from diffusion.evaluation.metrics.metric import Judged
 from diffusion.evaluation.networks.lpips import lpips
 from diffusion.evaluation.networks.network import Network
@@ -138,3 +138,30 @@ def test_r_precision_needs_captions():
     for captions in ([], [None] * 3):
         with pytest.raises(ValueError, match="needs the caption of each picture"):
             clip_score.retrieved(x, x, captions, negatives=1)
+
+
+def test_caption_similarity_is_the_cosine_of_the_nearest_pictures_caption():
+    angles = {"a": 0.0, "b": np.pi / 3, "c": np.pi}
+
+    def encode(_, texts):
+        return {"text": np.array([[np.cos(angles[t]), np.sin(angles[t])] for t in texts])}
+
+    encoder = Network("words", lambda: encode, ("text",), pictures=False)
+    place = Network("place", lambda: None)
+    real = of_arrays("real", {"features": np.array([[0.0], [1.0], [10.0]])}, ["a", "b", "c"])
+    # The nearest real pictures have the captions b, c and a.
+    samples = of_arrays("x", {"features": np.array([[1.2], [9.0], [-3.0]])}, ["a", "c", "a"])
+    found = caption_similarity.metric(encoder, place).measure(judged(samples, place, real))
+    name = "caption_similarity_words_place"
+    assert found[name] == pytest.approx((0.5 + 1 + 1) / 3)
+    # Of real pictures: a beside b, b beside a, c beside b.
+    assert found[f"{name}_real"] == pytest.approx((0.5 + 0.5 - 0.5) / 3)
+    own, known = np.array([0, np.pi, 0]), np.array(list(angles.values()))
+    chance = np.cos(own[:, None] - known[None]).mean()
+    assert found[f"{name}_chance"] == pytest.approx(chance)
+    assert found[f"{name}_ci"] > 0
+    numbers = of_arrays("x", {"features": np.zeros((2, 1))}, [1, 2])
+    with pytest.raises(ValueError, match="needs a caption of each example; x has none"):
+        caption_similarity.metric(encoder, place).measure(judged(numbers, place, real))
+    with pytest.raises(ValueError, match=r"needs a network of texts, .*got place"):
+        caption_similarity.metric(place)

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import mannwhitneyu, norm
 
 from diffusion.data import sources
-from diffusion.evaluation import harness
+from diffusion.evaluation import selection
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.memorisation import memorisation
 from diffusion.evaluation.metrics.metric import Data, of_array
@@ -53,7 +53,7 @@ def test_the_interval_covers_the_ratio():
 def test_the_closest_samples_are_shown(tmp_path):
     train, test = sources.digits("train"), sources.digits("test")
     made = Harness(
-        harness.make(("memorisation(pictures=3)",), SimpleNamespace()),
+        selection.make(("memorisation(pictures=3)",), SimpleNamespace()),
         None,
         lambda: Data(train, test),
     )

@@ -125,15 +125,7 @@ def test_a_folder_without_the_model_is_an_error_at_once(dino, tmp_path):
 
 
 def test_sentences_equal_transformers(tmp_path):
-    config = BertConfig(
-        vocab_size=1000,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=40,
-        max_position_embeddings=80,
-    )
-    model = tiny_encoders.randomise(BertModel(config))
+    model = tiny_encoders.randomise(BertModel(BertConfig(**tiny_encoders.BERT)))
     model.save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer(tmp_path)
     given = tokenizer(CAPTIONS, padding=True, return_tensors="pt")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffusion.data.sources import Source
-from diffusion.evaluation import harness, sample_files
+from diffusion.evaluation import sample_files, selection
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.metric import Data, of_array
 from diffusion.evaluation.networks import i3d as networks
@@ -156,7 +156,7 @@ def test_clips_of_all_kinds_are_told_apart(theirs, small, tmp_path):
     elsewhere, still = np.roll(real, 2, axis=3), np.repeat(real[:, :1], 18, axis=1)
     spec = f'frechet(i3d("{theirs[1]}"), splits=1)'
     judge = Harness(
-        harness.make([spec], None),
+        selection.make([spec], None),
         None,
         lambda: Data(source(real), source(real)),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from diffusion.data.sources import Source
-from diffusion.evaluation import harness, sample_files
+from diffusion.evaluation import sample_files, selection
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.metric import Data, of_array
 from diffusion.evaluation.networks.vggish import FEWEST, mel_weights, patches, vggish
@@ -126,7 +126,7 @@ def test_tones_are_nearer_to_tones_than_noise(theirs, tmp_path):
     noise = rng.uniform(-0.5, 0.5, (8, FEWEST)).astype(np.float32)
     held_out = Source("tones", 8, real.shape[1:], lambda index: {"x": real[index]})
     judge = Harness(
-        harness.make([f'frechet(vggish("{theirs[1]}"), splits=1)'], None),
+        selection.make([f'frechet(vggish("{theirs[1]}"), splits=1)'], None),
         None,
         lambda: Data(held_out, held_out),
     )

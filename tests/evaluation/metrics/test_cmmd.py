@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from diffusion.evaluation.metrics import mmd
+from diffusion.evaluation.metrics import cmmd
 from diffusion.evaluation.metrics.metric import Judged
 from diffusion.evaluation.networks.network import Network
 from diffusion.evaluation.sets import of_arrays
@@ -22,24 +22,24 @@ def by_definition(a, b):
 
 
 def test_figure_is_the_definition_in_float64_at_full_width(monkeypatch):
-    monkeypatch.setattr(mmd, "ROWS", 300)
-    monkeypatch.setattr(mmd, "COLUMNS", 700)
+    monkeypatch.setattr(cmmd, "ROWS", 300)
+    monkeypatch.setattr(cmmd, "COLUMNS", 700)
     a, b = rng.standard_normal((1000, 768)), rng.standard_normal((900, 768)) + 0.05
-    assert mmd.cmmd(a, b)[0] == pytest.approx(by_definition(a, b), abs=1e-6)
+    assert cmmd.cmmd(a, b)[0] == pytest.approx(by_definition(a, b), abs=1e-6)
 
 
 def test_two_points_have_a_closed_form_and_lengths_do_not_matter():
     a, b = np.array([[3.0, 0.0]]), np.array([[0.0, 0.1]])
-    assert mmd.cmmd(a, b)[0] == pytest.approx(2000 * (1 - np.exp(-2 / 200)), rel=1e-6)
+    assert cmmd.cmmd(a, b)[0] == pytest.approx(2000 * (1 - np.exp(-2 / 200)), rel=1e-6)
 
 
 def test_equal_sets_are_zero_in_any_order():
     a = rng.standard_normal((200, 16))
-    assert mmd.cmmd(a, a[::-1])[0] == pytest.approx(0, abs=1e-6)
+    assert cmmd.cmmd(a, a[::-1])[0] == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="0 and has no direction"):
-        mmd.cmmd(np.zeros((3, 2)), a[:, :2])
+        cmmd.cmmd(np.zeros((3, 2)), a[:, :2])
     with pytest.raises(ValueError, match="differ in size: 16 and 15"):
-        mmd.cmmd(a, a[:, 1:])
+        cmmd.cmmd(a, a[:, 1:])
 
 
 def test_interval_is_that_of_repeated_draws():
@@ -51,6 +51,6 @@ def test_interval_is_that_of_repeated_draws():
 
     for _ in range(150):
         samples = of_arrays("s", {"features": rng.random((200, 4)) + np.eye(4)[0] / 3})
-        found.append(mmd.metric().measure(Judged(samples, given, net)))
+        found.append(cmmd.metric().measure(Judged(samples, given, net)))
     figures, halves = ([f[n] for f in found] for n in ("cmmd_net", "cmmd_net_ci"))
     assert np.mean(halves) / 1.959964 == pytest.approx(np.std(figures), rel=0.15)
