@@ -18,8 +18,9 @@ from transformers import (
 
 from diffusion.evaluation.networks.autoencoder import autoencoder
 from diffusion.evaluation.networks.clip import MEAN, STD, clip
-from diffusion.evaluation.networks.dinov2 import dinov2, pil
+from diffusion.evaluation.networks.dinov2 import dinov2
 from diffusion.evaluation.networks.sentences import sentences
+from diffusion.evaluation.resize import pillow_bicubic
 from diffusion.models.lpips import MEAN as IMAGENET_MEAN
 from diffusion.models.lpips import STD as IMAGENET_STD
 
@@ -64,7 +65,7 @@ def test_dinov2_equals_transformers(dino, sides, resize):
     folder, model = dino
     x = pictures(*sides)
     if resize == "pil":
-        given = torch.as_tensor(pil(x, 224, 224)).movedim(-1, 1).float() / 255
+        given = torch.as_tensor(pillow_bicubic(x, (224, 224))).movedim(-1, 1).float() / 255
     else:
         given = torch.as_tensor(x).movedim(-1, 1).float() / 255
         given = torch.nn.functional.interpolate(given, (224, 224), mode="bicubic", antialias=True)
