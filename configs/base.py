@@ -86,6 +86,15 @@ def get_config() -> ConfigDict:
     c.model.refiner = ""  # an SDXL refiner, which takes the last steps
     c.model.tile = 0  # pixels of the tiles in which pictures are decoded; 0: whole pictures
 
+    # Adapters that are merged into the model that is drawn from, by file or folder: LoRA and its
+    # relatives and embeddings, such as ("style.safetensors(0.8)", "runs/lora", "token.safetensors")
+    c.adapters = FieldReference((), field_type=object)
+    # What ControlNets and T2I-Adapters follow, in --mode=generate:
+    # canny(net="FOLDER", image="x.png", scale=0.8)
+    c.control = FieldReference((), field_type=object)
+    # Pictures whose content or style is taken over: ip_adapter("FILE", image="x.png", scale=0.6)
+    c.image_prompts = FieldReference((), field_type=object)
+
     c.objective = ConfigDict()
     c.objective.name = "denoising"  # consistency, autoencoding or classification (of noised ones)
     c.objective.schedule = "cosine"

@@ -13,6 +13,42 @@ from diffusion.levels import Array
 
 
 @flax.struct.dataclass
+class Hint:
+    """A picture that a ControlNet or a T2I-Adapter follows, and how strongly.
+
+    Attributes:
+      image: [B, H, W, C] in [0, 1], as large as the picture in pixels.
+      scale: [B, K] factors of the residuals, or [B, 1] of all; None: 1.
+      first, last: [B] the c_noise between which the hint acts, both included; None: always. A scale
+        of 0 leaves an example as it is, to the bit.
+    """
+
+    image: Array
+    scale: Array | None = None
+    first: Array | None = None
+    last: Array | None = None
+
+
+@flax.struct.dataclass
+class ImagePrompt:
+    """Pictures whose content or style is taken over by an IP-Adapter's own cross-attention.
+
+    Attributes:
+      tokens: [B, N, C] for the adapter's keys and values; None: the network makes them from
+        ``features``.
+      features: [B, ...] the image encoder's, for training.
+      scale: [B, A] a factor for each of the network's cross-attentions, in the order down, up, mid,
+        or [B, 1] for all; None: 1.
+      mask: [B, h, w, 1] in [0, 1], the part of the picture where the prompt acts, or None.
+    """
+
+    tokens: Array | None = None
+    features: Array | None = None
+    scale: Array | None = None
+    mask: Array | None = None
+
+
+@flax.struct.dataclass
 class Conditioning:
     """Optional conditioning signals, each with the batch as its first axis.
 
@@ -25,6 +61,8 @@ class Conditioning:
       time_ids: [B, K] numbers that are Fourier-embedded (SDXL's sizes and crops).
       guidance: [B] guidance scale, for guidance-distilled networks.
       image: [B, H, W, C] channels concatenated with the input (inpainting, upscaling).
+      hints: one for each ControlNet or T2I-Adapter around the network.
+      image_prompts: one for each IP-Adapter around it.
     """
 
     label: Array | None = None
@@ -35,12 +73,24 @@ class Conditioning:
     time_ids: Array | None = None
     guidance: Array | None = None
     image: Array | None = None
+    hints: tuple[Hint, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
 
 def from_batch(batch: Mapping[str, Array]) -> Conditioning:
-    """The conditioning in a batch dict: its entries with the names of fields."""
+    """The conditioning in a batch dict: its entries with the names of fields.
+
+    "hint" [B, H, W, C] becomes the one of ``hints``, "image_features" [B, ...] that of
+    ``image_prompts``.
+    """
     names = [f.name for f in fields(Conditioning)]
-    return Conditioning(**{name: batch[name] for name in names if name in batch})
+    cond = Conditioning(**{name: batch[name] for name in names if name in batch})
+    if "hint" in batch:
+        cond = cond.replace(hints=(Hint(batch["hint"]),))
+    if "image_features" in batch:
+        prompt = ImagePrompt(features=batch["image_features"])
+        cond = cond.replace(image_prompts=(prompt,))
+    return cond
 
 
 def null_like(cond: Conditioning, **nulls: Array | float) -> Conditioning:

@@ -1,8 +1,9 @@
-"""A denoiser's network together with a text encoder, both trained at once."""
+"""What stands around a denoiser's network: a text encoder that is trained with it, adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 
@@ -40,6 +41,36 @@ class TextToImage(nn.Module):
         return self.image(x, time, cond, train=train, **options)
 
 
+class Around(nn.Module):
+    """A denoiser's network with something around it, such as a ControlNet; others derive.
+
+    Its parameters are {"network": the inner one's, ...}, and its inner network may again have
+    something around it.
+
+    Attributes:
+      network: the inner one.
+    """
+
+    network: nn.Module
+
+
 def image_network(network: nn.Module) -> nn.Module:
-    """The denoiser's network within ``network``, or that itself."""
-    return network.image if isinstance(network, TextToImage) else network
+    """The innermost denoiser's network within ``network``, without text encoder and adapters."""
+    while isinstance(network, TextToImage | Around):
+        network = network.image if isinstance(network, TextToImage) else network.network
+    return network
+
+
+def surrounded(network: nn.Module, make: Callable[[nn.Module], Around]) -> nn.Module:
+    """``network`` with something around its denoiser; a text encoder stays outside."""
+    if isinstance(network, TextToImage):
+        return network.clone(image=make(network.image))
+    return make(network)
+
+
+def surrounded_params(network: nn.Module, params: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of ``surrounded(network, ...)``: those of ``network`` and the surrounding's own,
+    by the names of its submodules."""
+    if isinstance(network, TextToImage):
+        return {**params, "image": {"network": params["image"], **own}}
+    return {"network": params, **own}

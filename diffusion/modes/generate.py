@@ -120,6 +120,8 @@ def _request(config: ConfigDict, source: Opened | Run) -> Request:
         **given
         | {
             "negative": drawing.negative(config),
+            "control": config.control,
+            "image_prompts": config.image_prompts,
             "image": s.image or None,
             "mask": s.mask or None,
             "size": (s.height, s.width),

@@ -17,9 +17,9 @@ from scipy import ndimage
 
 from diffusion.conditioning import Conditioning
 from diffusion.evaluation.figures import to_uint8
+from diffusion.pipelines import control, image_prompts, samplers, tasks
 from diffusion.pipelines import guidance as guidances
 from diffusion.pipelines import request as requests
-from diffusion.pipelines import samplers, tasks
 from diffusion.pipelines.codec import check_finite, folded
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.draw import Inputs
@@ -39,6 +39,7 @@ class Generation:
       size: (height, width) of the pictures; for an upscaler, of the small ones.
       given: the picture and the mask, [H, W, C], by name.
       drawer: makes latents.
+      extensions: what is put around the network.
       notes: settings that have no effect.
 
     Args:
@@ -77,6 +78,12 @@ class Generation:
             )
         else:
             sampler, last = self._shared(pipeline, refiner, at)
+        self.extensions = (
+            *control.make(pipeline, sampler, request.control, self.size),
+            *image_prompts.make(pipeline, sampler, request.image_prompts, self.size),
+        )
+        for extension in self.extensions:
+            pipeline = extension.pipeline(pipeline)
         corrector = samplers.make_corrector(request.corrector, sampler, at)
         guided = guidances.make(
             pipeline,
@@ -121,6 +128,8 @@ class Generation:
         """
         codec = self.pipeline.codec if self._refiner is None else self._refiner.codec
         weights = params if refined is None else refined
+        for extension in self.extensions:
+            params = extension.load(params)
 
         def prepare(
             index: np.ndarray, keys: jax.Array, cond: Conditioning, null: Conditioning | None
@@ -155,6 +164,8 @@ class Generation:
     ) -> Inputs:
         pipeline = self.pipeline
         cond, null = self._micro(pipeline, cond, null)
+        for extension in self.extensions:
+            cond, null = extension.condition(params, keys, cond, null)
         given = {name: np.stack([a] * len(keys)) for name, a in self.given.items()}
         if self.task == "new":
             return tasks.new(pipeline, cond, null, size=self.size)

@@ -16,6 +16,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.evaluation.views import VIEWS, View
 from diffusion.levels import Array, NoiseLevel
+from diffusion.models.text_to_image import image_network
 from diffusion.pipelines.codec import Codec
 from diffusion.pipelines.conditioners import Conditioner
 from diffusion.predictions import Prediction
@@ -87,8 +88,8 @@ class Pipeline:
 
     @property
     def image_network(self) -> nn.Module:
-        """The network without the text encoder that was trained with it."""
-        return getattr(self.network, "image", self.network)
+        """The network without the text encoder that was trained with it, and without adapters."""
+        return image_network(self.network)
 
     @property
     def extra_channels(self) -> int:

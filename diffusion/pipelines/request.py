@@ -46,6 +46,8 @@ class Request:
       original, crop, aesthetic: SDXL's micro-conditioning: (height, width) of the training picture
         (empty: the picture's), (top, left) of where it was cropped, and the refiner's scores, to
         steer to and away from.
+      control: specs of ``control.CHOICES``: what ControlNets and T2I-Adapters follow.
+      image_prompts: specs of ``image_prompts.CHOICES``: what IP-Adapters take over.
     """
 
     negative: Subject | None = None
@@ -71,6 +73,8 @@ class Request:
     original: tuple[int, int] | tuple[()] = ()
     crop: tuple[int, int] = (0, 0)
     aesthetic: tuple[float, float] = (6.0, 2.5)
+    control: Specs = ()
+    image_prompts: Specs = ()
 
 
 def task(pipeline: Pipeline, request: Request) -> str:
