@@ -1,6 +1,7 @@
-"""The contract of what is put around a pipeline's network for some pictures.
+"""The contracts of what is attached to a model, and of what is put around it for some pictures.
 
-ControlNets and T2I-Adapters (``control``) and IP-Adapters (``image_prompts``) are extensions.
+LoRA (``adapters``) and textual inversion (``concepts``) are attached. ControlNets and T2I-Adapters
+(``control``) and IP-Adapters (``image_prompts``) are extensions.
 """
 
 from __future__ import annotations
@@ -15,8 +16,19 @@ from diffusion.conditioning import Conditioning
 from diffusion.pipelines.pipeline import Params, Pipeline
 
 
-class Extension(Protocol):
-    """Something around a network, checked before any weight is read.
+class Attachment(Protocol):
+    """What changes a model's parameters, checked before any of them is read."""
+
+    def pipeline(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline with this attached."""
+
+    def load(self, params: Params) -> Params:
+        """The parameters of ``pipeline(...)``, of those of the pipeline that it is attached to,
+        which stay as they are."""
+
+
+class Extension(Attachment, Protocol):
+    """Something around a network, which conditions it further.
 
     Attributes:
       pictures: [H, W, C] in [-1, 1], by name: what is saved beside the results, such as the edges
@@ -24,12 +36,6 @@ class Extension(Protocol):
     """
 
     pictures: Mapping[str, np.ndarray]
-
-    def pipeline(self, pipeline: Pipeline) -> Pipeline:
-        """The pipeline with this around its network."""
-
-    def load(self, params: Params) -> Params:
-        """The parameters of ``pipeline(...)``, of those of the pipeline that it is put around."""
 
     def condition(
         self, params: Params, keys: jax.Array, cond: Conditioning, null: Conditioning | None

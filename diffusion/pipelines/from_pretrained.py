@@ -25,6 +25,7 @@ from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.pipelines import memory
 from diffusion.pipelines.codec import KL, Codec
 from diffusion.pipelines.conditioners import Conditioner, Labels
+from diffusion.pipelines.extension import Attachment
 from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
 from diffusion.pipelines.prompts import Prompts
 from diffusion.pipelines.tiles import Tiling
@@ -77,12 +78,14 @@ class Opened:
       models: the files of network, autoencoder and encoders, by subfolder.
       dtype: that its parameters will have.
       name: what pictures call the model.
+      attached: what changes the parameters once they are read, in turn.
     """
 
     pipeline: Pipeline
     models: Mapping[str, Model]
     dtype: DTypeLike
     name: str = ""
+    attached: tuple[Attachment, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +111,11 @@ class Opened:
         pipeline = replace(self.pipeline, codec=replace(codec, network=net))
         return replace(self, pipeline=pipeline, models={**self.models, "vae": model})
 
+    def attach(self, attachment: Attachment) -> Opened:
+        """With something attached."""
+        pipeline = attachment.pipeline(self.pipeline)
+        return replace(self, pipeline=pipeline, attached=(*self.attached, attachment))
+
     def load(self, progress: bool = False) -> Params:
         """The parameters, on the default device."""
         loaded = {}
@@ -117,7 +125,10 @@ class Opened:
         params = {"network": loaded[network]}
         if "vae" in loaded:
             params["autoencoder"] = loaded["vae"]
-        return params | {"encoders": [loaded[name] for name in ENCODERS if name in loaded]}
+        params |= {"encoders": [loaded[name] for name in ENCODERS if name in loaded]}
+        for attachment in self.attached:
+            params = attachment.load(params)
+        return params
 
     def working_bytes(self, size: tuple[int, int], batch: int) -> int:
         """An estimate of what computing takes beside the weights, for pictures of this size."""

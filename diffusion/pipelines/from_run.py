@@ -6,13 +6,14 @@ pipeline, params = opened.pipeline, opened.load()
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from diffusion import pretrained
 from diffusion.pipelines import description
+from diffusion.pipelines.extension import Attachment
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.runs import averages
 from diffusion.runs import workdir as workdirs
@@ -27,12 +28,14 @@ class Run:
       description: what its model is.
       average: which average of the parameters, a spec of ``runs.averages``.
       checkpoint: "newest", "best" or a step.
+      attached: what changes the parameters once they are read, in turn.
     """
 
     path: Path
     description: description.Description
     average: str = "ema"
     checkpoint: str = "newest"
+    attached: tuple[Attachment, ...] = ()
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -42,10 +45,13 @@ class Run:
           ValueError: something that the model needs is not where it was, or model.json is damaged.
         """
         try:
-            return description.pipeline(self.description)
+            pipeline = description.pipeline(self.description)
         except description.DAMAGED as error:
             file = self.path / description.FILE
             raise ValueError(f"{file} is damaged: it does not describe a model") from error
+        for attachment in self.attached:
+            pipeline = attachment.pipeline(pipeline)
+        return pipeline
 
     @property
     def name(self) -> str:
@@ -69,9 +75,16 @@ class Run:
                 + (f", what others load is {self.path}/autoencoder" * (kind == "autoencoder"))
             )
 
+    def attach(self, attachment: Attachment) -> Run:
+        """With something attached."""
+        return replace(self, attached=(*self.attached, attachment))
+
     def load(self, progress: bool = False) -> Params:
         """The parameters of the network, and of the autoencoder where there is one."""
-        return {"network": self.restored[0]["network"]} | components(self.description)
+        params = {"network": self.restored[0]["network"]} | components(self.description)
+        for attachment in self.attached:
+            params = attachment.load(params)
+        return params
 
 
 def is_run(path: str | Path) -> bool:
