@@ -97,6 +97,9 @@ def get_config() -> ConfigDict:
 
     c.objective = ConfigDict()
     c.objective.name = "denoising"  # consistency, autoencoding or classification (of noised ones)
+    # What is trained beside the model in model.path (model.name="pretrained"), which stays as it
+    # is, such as "lora(rank=16)" (adapters/choices.py); empty: the network itself is trained
+    c.objective.adapter = ""
     c.objective.schedule = "cosine"
     c.objective.prediction = "v"  # eps, x0, v, flow or edm
     c.objective.c_noise = "auto"  # ddpm_index, thousand_t, log_sigma; auto depends on the schedule

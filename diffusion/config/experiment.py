@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from diffusion import ema, specs
 from diffusion.config import (
+    adaptation,
     autoencoder,
     consistency,
     drawing,
@@ -36,6 +37,7 @@ from diffusion.errors import field, wrong_types
 from diffusion.evaluation import merits
 from diffusion.evaluation.convergence import deterministic
 from diffusion.objectives import couplings
+from diffusion.objectives.adapting import BASE
 from diffusion.objectives.objective import Context, Objective
 from diffusion.pipelines.description import Description
 from diffusion.pipelines.drawer import Drawer
@@ -62,6 +64,7 @@ class Experiment:
       emas: averages of the parameters, by name.
       drawer: draws samples; None for a classifier or an autoencoder.
       frozen: parameters that the objective needs and that are not trained, or None.
+      adaptation: the adapter that is trained and its model, or None.
       notes: what a user should know about this combination.
     """
 
@@ -75,6 +78,7 @@ class Experiment:
     emas: dict[str, ema.Profile]
     drawer: Drawer | None = None
     frozen: Any = None
+    adaptation: adaptation.Adaptation | None = None
     notes: tuple[str, ...] = ()
 
     def params(self, trained: Any) -> Params:
@@ -83,6 +87,8 @@ class Experiment:
 
     @cached_property
     def _components(self) -> dict[str, Any]:
+        if self.adaptation is not None:
+            return self.adaptation.others
         return components(self.description)
 
 
@@ -103,10 +109,15 @@ def build(config: ConfigDict) -> Experiment:
     objectives.check(config)
     with field("config.sampler"):
         averages.check(config.sampler.average, config.sampler.checkpoint)
+    made = adaptation.make(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
     _check_data(config, train, held_out)
-    description = model.describe(config, train, held_out)
-    pipeline = model.pipeline(config, description, train)
+    if made is None:
+        description = model.describe(config, train, held_out)
+        pipeline = model.pipeline(config, description, train)
+    else:
+        train, held_out = made.source(train), made.source(held_out)
+        description, pipeline = made.describe(), made.pipeline
     update = optimizer.make(config, config.train.steps)
     with field("config.ema"), wrong_types():
         profile = specs.value(config.ema, ema.CHOICES, "config.ema")
@@ -116,10 +127,11 @@ def build(config: ConfigDict) -> Experiment:
     elif config.objective.name == "classification":
         objective = objectives.classification(config, pipeline)
     else:
-        objective = objectives.denoising(config, pipeline, _nulls(description, train), train.shape)
-        if pretrained_network.is_pretrained(config):
+        trained = pipeline if made is None else made.joint
+        objective = objectives.denoising(config, trained, _nulls(pipeline, train), train.shape)
+        if pretrained_network.is_pretrained(config) and made is None:
             pretrained_network.check(config, objective)
-        drawer, found = drawing.drawer(config, pipeline, config.objective.schedule)
+        drawer, found = drawing.drawer(config, pipeline, description.schedule)
         judging.make(config, pipeline, None)
         chosen, name = config.train.validation_metrics, "config.train.validation_metrics"
         judging.make(config, pipeline, None, chosen, name)
@@ -134,6 +146,8 @@ def build(config: ConfigDict) -> Experiment:
         objective, train, frozen = terms.attach(config, objective, train)
         objective, teacher = consistency.attach(config, objective, pipeline)
         frozen = frozen | teacher
+        if made is not None:
+            objective, frozen = made.objective(objective), frozen | {BASE: made.frozen}
     emas = {"ema": profile} | _snapshots(config)
     _check_shapes(objective, train, frozen or None, emas)
     return Experiment(
@@ -147,15 +161,17 @@ def build(config: ConfigDict) -> Experiment:
         emas=emas,
         drawer=drawer,
         frozen=frozen or None,
+        adaptation=made,
         notes=tuple(notes),
     )
 
 
-def _nulls(description: Description, train: Source) -> dict[str, Any]:
+def _nulls(pipeline: Pipeline, train: Source) -> dict[str, Any]:
     """Fields of the conditioning that stands for none."""
-    if description.num_classes:
-        return {"label": description.num_classes}
-    if not description.tokenizer:
+    conditioner = pipeline.conditioner
+    if conditioner.subject == "label":
+        return {"label": conditioner.count}
+    if conditioner.subject != "text":
         return {}
     return {name: value[0] for name, value in train.encode([""]).items()}
 

@@ -58,9 +58,12 @@ class Loaded:
         )
 
 
-def initial(config: ConfigDict, workdir: str) -> Initial | None:
-    """Gives ``fit`` the parameters that training begins with; None: random ones."""
-    c, base = config.train, pretrained_network.initial(config)
+def initial(config: ConfigDict, workdir: str, own: Initial | None = None) -> Initial | None:
+    """Gives ``fit`` the parameters that training begins with; None: random ones.
+
+    ``own`` gives those of an adapter without ``config.train.init_from``.
+    """
+    c, base = config.train, own or pretrained_network.initial(config)
     if not c.init_from:
         return base
 

@@ -57,7 +57,7 @@ class Samples:
         """loss.png, samples.png, trajectory.png, trajectory.gif, evaluation.json, pipeline/."""
         experiment, drawer = self._experiment, self._drawer
         config, params = experiment.config, experiment.params(trained)
-        if pretrained_network.is_pretrained(config):
+        if pretrained_network.is_pretrained(config) and experiment.adaptation is None:
             pretrained_network.export(config, params, folder / "pipeline")
         _loss_curve(experiment, folder)
         self.grid(trained, folder / "samples.png")

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion import processes
 from diffusion.config import (
+    adaptation,
     drawing,
     initialization,
     judging,
@@ -62,6 +63,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
+    adaptation.resolve(config, workdir)
     if latents.needed(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment = build(config)
@@ -130,7 +132,9 @@ def _train(experiment: Experiment, folder: Path, began: float) -> None:
         workdir=workdir,
         seed=config.seed,
         frozen=experiment.frozen,
-        initial_params=initialization.initial(config, workdir),
+        initial_params=initialization.initial(
+            config, workdir, experiment.adaptation and experiment.adaptation.initial()
+        ),
         accumulate=config.train.accumulate,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,

@@ -49,7 +49,7 @@ def weak(path: str, pipeline: Pipeline, schedule: str = "") -> Companion:
       ValueError, FileNotFoundError: there is no such run, or it is one of other data.
     """
     run = open_run(path)
-    if run.description.network not in description.DENOISERS:
+    if run.description.network not in description.DRAWN:
         raise ValueError(f"{path} holds a run of a {run.description.network}; expected a denoiser")
     other, own = run.pipeline, pipeline.conditioner
     _check_shape(path, other.shape, pipeline.shape)

@@ -47,6 +47,7 @@ FILE = "model.json"
 FORMAT = 1
 TOKENIZER = "tokenizer"
 DENOISERS = ("unet", "dit", "mlp", "pretrained")
+DRAWN = (*DENOISERS, "adapted")
 NETWORKS = {"unet": UNet, "dit": DiT, "mlp": MLP, "classifier": NoisyClassifier}
 NETWORKS |= {"autoencoder": AutoencoderKL}
 DAMAGED = (KeyError, TypeError, AttributeError)
@@ -58,8 +59,9 @@ class Description:
     """A model, in words and numbers that JSON knows.
 
     Attributes:
-      network: the name of one of ``NETWORKS``, or "pretrained".
-      fields: of the network; of a pretrained one, {"path": a pipeline's folder or hub id}.
+      network: the name of one of ``NETWORKS``, "pretrained", or "adapted".
+      fields: of the network; of a pretrained one, {"path": a pipeline's folder or hub id}; of an
+        adapted one also "adapter", a spec, and "base", the fingerprint of what lies at that path.
       schedule, prediction, c_noise: specs.
       shape: of one example as the network sees it.
       dtype: of the computation.
@@ -137,7 +139,7 @@ def read(folder: str | Path) -> Description:
         if content["autoencoder"] and (own := path.with_name("autoencoder")).is_dir():
             content["autoencoder"] = str(own)
         d = Description(**content)
-        known = {d.network: (*NETWORKS, "pretrained"), d.view: VIEWS, d.dtype: DTYPES}
+        known = {d.network: (*NETWORKS, *DRAWN), d.view: VIEWS, d.dtype: DTYPES}
         for name, names in known.items():
             if name not in names:
                 raise KeyError(name)

@@ -11,9 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from diffusion import pretrained
-from diffusion.pipelines import description
+from diffusion.adapters.adapter import Adapter
+from diffusion.pipelines import adapted, description
 from diffusion.pipelines.extension import Attachment
+from diffusion.pipelines.from_pretrained import Opened, open_pipeline
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.runs import averages
 from diffusion.runs import workdir as workdirs
@@ -38,6 +43,29 @@ class Run:
     attached: tuple[Attachment, ...] = ()
 
     @cached_property
+    def base(self) -> Opened | Run | None:
+        """The model that an adapter was trained for; None of any other run.
+
+        Raises:
+          ValueError: it is not what it was then.
+        """
+        d = self.description
+        if d.network != adapted.NETWORK:
+            return None
+        path = d.fields["path"]
+        if adapted.fingerprint(path) != d.fields["base"]:
+            raise ValueError(
+                f"{self.path} holds {d.fields['adapter']}, trained for the model in {path}, whose "
+                "weights are others now"
+            )
+        return open_base(path, description.DTYPES[d.dtype])
+
+    @property
+    def adapter(self) -> Adapter:
+        """What was trained for ``base``."""
+        return adapted.adapter(self.description.fields["adapter"])
+
+    @cached_property
     def pipeline(self) -> Pipeline:
         """Everything but the parameters.
 
@@ -45,7 +73,11 @@ class Run:
           ValueError: something that the model needs is not where it was, or model.json is damaged.
         """
         try:
-            pipeline = description.pipeline(self.description)
+            if self.base is not None:
+                own, defaults = self.adapter, self.description.sampler
+                pipeline = adapted.pipeline(self.base.pipeline, own, defaults)
+            else:
+                pipeline = description.pipeline(self.description)
         except description.DAMAGED as error:
             file = self.path / description.FILE
             raise ValueError(f"{file} is damaged: it does not describe a model") from error
@@ -68,7 +100,7 @@ class Run:
     def check_draws(self) -> None:
         """Raises ValueError unless the run's model draws samples."""
         kind = self.description.network
-        if kind not in description.DENOISERS:
+        if kind not in description.DRAWN:
             raise ValueError(
                 f"a run of a model.name={kind!r} draws nothing; how well it does is in "
                 f"{self.path}/evaluation.json"
@@ -81,7 +113,7 @@ class Run:
 
     def load(self, progress: bool = False) -> Params:
         """The parameters of the network, and of the autoencoder where there is one."""
-        params = {"network": self.restored[0]["network"]} | components(self.description)
+        params = {"network": self.restored[0]["network"]} | components(self.description) if self.base is None else adapted.load(self.base.pipeline, self.base.load(progress), self.adapter, self.restored[0])
         for attachment in self.attached:
             params = attachment.load(params)
         return params
@@ -115,6 +147,11 @@ def open_run(path: str | Path, *, average: str = "ema", checkpoint: str = "newes
     if not is_run(path):
         raise FileNotFoundError(f"{path} is not the workdir of a run: no {description.FILE}")
     return Run(Path(path), description.read(path), average, checkpoint)
+
+
+def open_base(path: str | Path, dtype: DTypeLike = jnp.float32) -> Opened | Run:
+    """What an adapter is trained for: a run's workdir, a folder as diffusers saves it, a hub id."""
+    return open_run(path) if is_run(path) else open_pipeline(path, dtype=dtype)
 
 
 def components(d: description.Description) -> dict[str, Any]:

@@ -148,6 +148,13 @@ class Prompts(Conditioner):
             cond, null = cond.replace(context_mask=mask), null.replace(context_mask=mask)
         return cond, null
 
+    def ids(self, text: str) -> np.ndarray:
+        """Tokens [E, L] of a text for each encoder, cut to one chunk, for training."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pairs = zip(self.tokenizers, self.encoders)
+            return np.concatenate([_chunks(t, e, text, False, 1).ids for t, e in pairs])
+
 
 class _Chunks(NamedTuple):
     """Tokens [N, L] and their weights; with the batch in front where texts are stacked."""

@@ -1,0 +1,10 @@
+"""The adapters that can be trained, by the name that a spec gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffusion.adapters.adapter import Adapter
+from diffusion.adapters.full import full
+
+CHOICES: dict[str, Callable[..., Adapter]] = {"full": full}

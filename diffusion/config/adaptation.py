@@ -1,0 +1,214 @@
+"""Training of adapters: from ``config.objective.adapter`` and a model to what is trained.
+
+``config.model.name="pretrained"`` with a ``config.model.path``, a run's workdir or a pipeline's
+folder or id, names the model that the adapter is for. Its levels, its prediction and its captions'
+tokens are the adapter's, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.adapters.adapter import Adapter
+from diffusion.config import pretrained_network
+from diffusion.data import sources
+from diffusion.data.sources import Source
+from diffusion.errors import field
+from diffusion.objectives.adapting import OWN, Adapting
+from diffusion.objectives.denoising import Denoising
+from diffusion.pipelines import adapted, joint
+from diffusion.pipelines.description import DTYPES, Description
+from diffusion.pipelines.from_pretrained import Opened
+from diffusion.pipelines.from_run import Run, open_base
+from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
+from diffusion.specs import texts
+
+NAME = "config.objective.adapter"
+FROM_BASE = ("schedule", "prediction", "c_noise")
+"""Fields of config.objective that are the model's, and "auto" therefore."""
+
+
+def is_adapted(config: ConfigDict) -> bool:
+    """Whether an adapter is trained."""
+    return bool(config.objective.adapter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """An adapter and the model that it is for.
+
+    Attributes:
+      config: the whole config.
+      opened: the model.
+      adapter: what is trained.
+    """
+
+    config: ConfigDict
+    opened: Opened | Run
+    adapter: Adapter
+
+    @cached_property
+    def base(self) -> Pipeline:
+        """The model without the adapter."""
+        return self.opened.pipeline
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The model with it."""
+        with field(f"{NAME}={self.config.objective.adapter!r}"):
+            return adapted.pipeline(self.base, self.adapter, self._defaults)
+
+    @property
+    def joint(self) -> Pipeline:
+        """What is trained: the network with text encoders and adapter inside."""
+        network = self.adapter.network(joint.network(self.base))
+        return dataclasses.replace(self.base, network=network)
+
+    @cached_property
+    def params(self) -> Params:
+        """The model's parameters."""
+        return self.opened.load()
+
+    @cached_property
+    def frozen(self) -> Any:
+        """The joint network's parameters without the adapter."""
+        return joint.params(self.base, self.params)
+
+    @property
+    def others(self) -> Params:
+        """Parameters of the pipeline that the joint network does not hold."""
+        return {k: v for k, v in self.params.items() if k not in ("network", "encoders")}
+
+    def source(self, images: Source) -> Source:
+        """The data with what the model is conditioned on: tokens of captions, or labels.
+
+        Raises:
+          ValueError: the model takes captions, or other labels, and the data have none of these.
+        """
+        conditioner, name = self.base.conditioner, f"config.data.name={self.config.data.name!r}"
+        if conditioner.subject == "label" and images.num_classes != conditioner.count:
+            raise ValueError(
+                f"{name} has {images.num_classes} classes; the model knows {conditioner.count}"
+            )
+        if images.shape != self.base.shape:
+            raise ValueError(
+                f"{name}: the examples are {images.shape} as the network sees them; the model in "
+                f"{self.config.model.path} was trained on {self.base.shape} (config.data.size, "
+                "config.data.autoencoder)"
+            )
+        if conditioner.subject != "text":
+            return images
+        if not images.captions:
+            raise ValueError(f"{name} has no captions, which the model takes")
+        prompts = joint.encoders(self.base)
+        encode = conditioner.encode if prompts is None else partial(joint.encode, prompts)
+        columns = encode(images.captions)
+        if getattr(prompts, "sdxl", False):
+            sides = tuple(self.base.codec.factor * side for side in images.shape[:2])
+            ids = np.array([*sides, 0, 0, *sides], np.float32)  # size, place of the crop, target
+            columns["time_ids"] = np.broadcast_to(ids, (len(images), 6))
+        made = sources.with_columns(images, columns, without=("label",))
+        return dataclasses.replace(made, num_classes=0, class_names=(), encode=encode)
+
+    def describe(self) -> Description:
+        """What ``model.json`` says of the run."""
+        path = self.config.model.path
+        fields = {
+            "path": str(Path(path).absolute()) if Path(path).exists() else path,
+            "adapter": self.config.objective.adapter,
+            "base": adapted.fingerprint(path),
+        }
+        known = getattr(self.opened, "description", None)
+        dtype = next(name for name, kind in DTYPES.items() if kind == self._dtype)
+        return Description(
+            adapted.NETWORK,
+            fields,
+            schedule="" if known is None else known.schedule,
+            prediction="",
+            c_noise="",
+            shape=tuple(self.base.shape),
+            dtype=dtype if known is None else known.dtype,
+            view="images" if known is None else known.view,
+            sampler=self._defaults,
+        )
+
+    def objective(self, objective: Denoising) -> Adapting:
+        """The denoising objective of the joint network, as the adapter's."""
+        return Adapting(objective, self.adapter, joint.network(self.base), adapted.parts(self.base))
+
+    def initial(self) -> Callable[[Any, Callable[[], Any]], Any]:
+        """Gives the parameters that training begins with."""
+
+        def load(shapes: Any, random: Callable[[], Any]) -> Any:
+            key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+            own = jax.jit(self.adapter.init)(key, self.frozen)
+            return {**(random() if set(shapes) > {OWN} else {}), OWN: own}
+
+        return load
+
+    @property
+    def _dtype(self) -> Any:
+        return DTYPES["float32" if self.config.model.dtype == "auto" else self.config.model.dtype]
+
+    @property
+    def _defaults(self) -> Defaults:
+        """The model's own where config.sampler leaves a field open."""
+        c, usual = self.config.sampler, self.base.defaults
+        return Defaults(
+            usual.solver if c.solver == "auto" else c.solver,
+            usual.grid if c.grid == "auto" else c.grid,
+            c.steps or usual.steps,
+            usual.guidance if c.guidance == "auto" else tuple(texts(c.guidance)),
+        )
+
+
+def make(config: ConfigDict) -> Adaptation | None:
+    """The adaptation of a config, or None where no adapter is trained.
+
+    Raises:
+      ValueError, FileNotFoundError: there is no such model or adapter, or they do not fit.
+    """
+    if not is_adapted(config):
+        return None
+    c, path = config.objective, config.model.path
+    if not pretrained_network.is_pretrained(config) or not path:
+        raise ValueError(
+            f"{NAME}={c.adapter!r} is trained for a model: set config.model.name=pretrained and "
+            "config.model.path, a run's workdir or a pipeline's folder or id"
+        )
+    if c.name != "denoising":
+        raise ValueError(f"{NAME}={c.adapter!r} has the objective denoising, not {c.name!r}")
+    for name in FROM_BASE:
+        if c[name] != "auto":
+            raise ValueError(
+                f"config.objective.{name}={c[name]!r} has no effect: an adapter takes that of "
+                f"{path}; leave it 'auto'"
+            )
+    with field(f"config.model.path={path!r}"):
+        dtype = DTYPES["float32" if config.model.dtype == "auto" else config.model.dtype]
+        opened = open_base(path, dtype)
+        if isinstance(opened, Run):
+            opened.check_draws()
+    return Adaptation(config, opened, adapted.adapter(c.adapter, NAME))
+
+
+def resolve(config: ConfigDict, workdir: str) -> None:
+    """Sets the autoencoder of config.data to the model's, and a cache for its latents."""
+    if not is_adapted(config) or config.data.autoencoder:
+        return
+    made = make(config)
+    known = getattr(made.opened, "description", None)
+    if known is not None:
+        config.data.autoencoder = known.autoencoder
+    elif "vae" in made.opened.models:
+        config.data.autoencoder = str(Path(config.model.path) / "vae")
+    if config.data.autoencoder and not config.data.cache:
+        config.data.cache = str(Path(workdir) / "latents")

@@ -1,0 +1,75 @@
+"""Training of an adapter: a few parameters beside a network that stays as it is.
+
+    loss(adapter) = denoising loss of merge(base, adapter)
+
+Whatever an adapter is (low-rank factors, a ControlNet, an image prompt's attention, new words), the
+denoising objective is that of the whole network. Gradients, optimiser state, averages and
+checkpoints are of the adapter alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion import conditioning
+from diffusion.adapters.adapter import Adapter
+from diffusion.levels import Array, NoiseLevel
+from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.objective import Batch, Context, Measured, Params
+
+BASE = "base"
+"""The frozen network's parameters in ``Context.frozen``."""
+OWN = "adapter"
+"""The adapter's among the trained ones, beside those of the objective's terms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapting:
+    """Trains an adapter.
+
+    Attributes:
+      objective: of the network with the adapter, ``adapter.network(base)``.
+      adapter: what is trained.
+      base: the network without it, whose parameters are ``context.frozen["base"]``.
+      part: parameters of the network -> those of the pipeline that it is from.
+    """
+
+    objective: Denoising
+    adapter: Adapter
+    base: nn.Module
+    part: Callable[[Params], Params] = lambda params: {"network": params}
+    step: ClassVar[None] = None
+
+    def init(self, key: Array, batch: Batch) -> Params:
+        """{"adapter": ...} beside random parameters of the base, and those of the terms."""
+        x, cond = jnp.asarray(batch["x"]), conditioning.from_batch(batch)
+        o = self.objective
+        time = o.c_noise(o.schedule(jnp.full(len(x), 0.5 * o.schedule.t_max)))
+        cond = cond.replace(hints=(), image_prompts=())
+        base = self.base.init(key, x, time, cond)["params"]
+        terms = {}
+        if o.terms:
+            terms = {name: own for name, own in o.init(key, batch).items() if name != "network"}
+        return {OWN: self.adapter.init(jax.random.fold_in(key, 0), base), **terms}
+
+    def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
+        """That of the objective for the network with the adapter."""
+        return self.objective.loss(self._whole(params, context.frozen), context, batch, key)
+
+    def levels(self, key: Array, index: Array) -> NoiseLevel:
+        """The objective's."""
+        return self.objective.levels(key, index)
+
+    def network_params(self, params: Params, frozen: Any = None) -> Params:
+        """The pipeline's parameters with the adapter in them."""
+        return self.part(self._whole(params, frozen)["network"])
+
+    def _whole(self, params: Params, frozen: Any) -> Params:
+        terms = {name: own for name, own in params.items() if name != OWN}
+        return {"network": self.adapter.merge(frozen[BASE], params[OWN]), **terms}

@@ -1,0 +1,67 @@
+"""Runs of adapters as pipelines: the model that an adapter was trained for, with it merged in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusion import specs
+from diffusion.adapters.adapter import Adapter
+from diffusion.adapters.choices import CHOICES
+from diffusion.errors import field, wrong_types
+from diffusion.objectives.adapting import OWN
+from diffusion.pipelines import joint
+from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
+from diffusion.pretrained import hub
+from diffusion.runs import workdir as workdirs
+
+NETWORK = "adapted"
+"""What a description calls the network of such a run."""
+
+
+def adapter(text: str, name: str = "adapter") -> Adapter:
+    """The adapter of a spec such as "lora(rank=16)".
+
+    Raises:
+      ValueError: there is no such adapter, or an option is wrong; ``name`` is the field's.
+    """
+    with field(f"{name}={text!r}"), wrong_types():
+        return specs.value(text, CHOICES, name)
+
+
+def pipeline(base: Pipeline, own: Adapter, defaults: Defaults | None = None) -> Pipeline:
+    """The base's pipeline with the adapter's network."""
+    network = joint.image_part(own.network(joint.network(base)), joint.encoders(base) is not None)
+    return replace(base, network=network, defaults=defaults or base.defaults)
+
+
+def load(base: Pipeline, params: Params, own: Adapter, trained: Mapping[str, Any]) -> Params:
+    """The parameters of ``pipeline(base, own)``, of the base's and what was trained."""
+    merged = jax.jit(own.merge)(joint.params(base, params), trained[OWN])
+    return {**params, **joint.parted(merged, joint.encoders(base) is not None)}
+
+
+def parts(base: Pipeline) -> partial:
+    """Parameters of the joint network -> those of the pipeline."""
+    return partial(joint.parted, has_encoders=joint.encoders(base) is not None)
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a model's weights: of a run's newest checkpoint, or of all files of a folder."""
+    steps = workdirs.steps(path) if Path(path).is_dir() else []
+    root = Path(path) / workdirs.CHECKPOINTS / str(max(steps)) if steps else hub.locate(path)
+    digest = hashlib.sha256()
+    files = [root] if root.is_file() else sorted(root.rglob("*"))
+    names = (".safetensors",) if not steps else ("manifest.json",)
+    for file in files:
+        if file.is_file() and file.name.endswith(names):
+            digest.update(file.relative_to(root.parent).as_posix().encode())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
