@@ -154,6 +154,9 @@ def get_config() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 1.0  # 0: no clipping
+    # Factors of the learning rate of some parameters, by a regular expression over their paths:
+    # (("text/", 0.1), ("/up$", 16.0)); the first that fits counts
+    c.optimizer.rates = FieldReference((), field_type=object)
 
     c.ema = "constant(decay=0.999)"  # average of the parameters; or power_function(sigma_rel=0.1)
 

@@ -38,6 +38,5 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 4
     c.train.sample_every = 500
     c.samples.columns = 4
-    c.samples.count = 16
     c.evaluation.metrics = ()
     return c

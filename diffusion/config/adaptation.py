@@ -49,11 +49,13 @@ class Adaptation:
       config: the whole config.
       opened: the model.
       adapter: what is trained.
+      captions: some that are held out, which are drawn by default.
     """
 
     config: ConfigDict
     opened: Opened | Run
     adapter: Adapter
+    captions: tuple[str, ...] = ()
 
     @cached_property
     def base(self) -> Pipeline:
@@ -64,7 +66,7 @@ class Adaptation:
     def pipeline(self) -> Pipeline:
         """The model with it."""
         with field(f"{NAME}={self.config.objective.adapter!r}"):
-            return adapted.pipeline(self.base, self.adapter, self._defaults)
+            return adapted.pipeline(self.base, self.adapter, self._defaults, self.captions)
 
     @property
     def joint(self) -> Pipeline:
@@ -137,6 +139,7 @@ class Adaptation:
             shape=tuple(self.base.shape),
             dtype=dtype if known is None else known.dtype,
             view="images" if known is None else known.view,
+            captions=self.captions,
             sampler=self._defaults,
         )
 

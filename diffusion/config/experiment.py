@@ -117,6 +117,8 @@ def build(config: ConfigDict) -> Experiment:
         pipeline = model.pipeline(config, description, train)
     else:
         train, held_out = made.source(train), made.source(held_out)
+        if made.base.conditioner.subject == "text":
+            made = dataclasses.replace(made, captions=model.shown(held_out))
         description, pipeline = made.describe(), made.pipeline
     update = optimizer.make(config, config.train.steps)
     with field("config.ema"), wrong_types():

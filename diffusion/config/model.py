@@ -48,8 +48,6 @@ def describe(config: ConfigDict, train: Source, held_out: Source) -> Description
         fields = {"path": config.model.path, "remat": config.model.remat}
     if captioned and train.vocabulary:
         _check_text_encoder(config)
-    different = list(dict.fromkeys(held_out.captions)) if captioned else []
-    chosen = np.linspace(0, len(different) - 1, min(SHOWN, len(different))).astype(int)
     return Description(
         network=network,
         fields=fields,
@@ -70,9 +68,16 @@ def describe(config: ConfigDict, train: Source, held_out: Source) -> Description
         text=config.model.text.to_dict() if captioned and train.vocabulary else {},
         text_encoder=config.data.text_encoder if captioned else "",
         autoencoder=config.data.autoencoder,
-        captions=tuple(different[i] for i in chosen),
+        captions=shown(held_out) if captioned else (),
         sampler=_sampler(config),
     )
+
+
+def shown(held_out: Source) -> tuple[str, ...]:
+    """Some of the captions that are held out."""
+    different = list(dict.fromkeys(held_out.captions))
+    chosen = np.linspace(0, len(different) - 1, min(SHOWN, len(different))).astype(int)
+    return tuple(different[i] for i in chosen)
 
 
 def pipeline(config: ConfigDict, d: Description, train: Source) -> Pipeline:

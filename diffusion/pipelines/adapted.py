@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,10 +35,15 @@ def adapter(text: str, name: str = "adapter") -> Adapter:
         return specs.value(text, CHOICES, name)
 
 
-def pipeline(base: Pipeline, own: Adapter, defaults: Defaults | None = None) -> Pipeline:
-    """The base's pipeline with the adapter's network."""
+def pipeline(
+    base: Pipeline, own: Adapter, defaults: Defaults, captions: Sequence[str] = ()
+) -> Pipeline:
+    """The base's pipeline with the adapter's network, and with captions that it draws by default."""
     network = joint.image_part(own.network(joint.network(base)), joint.encoders(base) is not None)
-    return replace(base, network=network, defaults=defaults or base.defaults)
+    conditioner = base.conditioner
+    if captions:
+        conditioner = replace(conditioner, suggestions=tuple(captions))
+    return replace(base, network=network, conditioner=conditioner, defaults=defaults)
 
 
 def load(base: Pipeline, params: Params, own: Adapter, trained: Mapping[str, Any]) -> Params:

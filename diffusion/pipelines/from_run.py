@@ -74,8 +74,10 @@ class Run:
         """
         try:
             if self.base is not None:
-                own, defaults = self.adapter, self.description.sampler
-                pipeline = adapted.pipeline(self.base.pipeline, own, defaults)
+            if self.base is not None:
+                d = self.description
+                own = self.adapter, d.sampler, d.captions
+                pipeline = adapted.pipeline(self.base.pipeline, *own)
             else:
                 pipeline = description.pipeline(self.description)
         except description.DAMAGED as error:
@@ -113,7 +115,11 @@ class Run:
 
     def load(self, progress: bool = False) -> Params:
         """The parameters of the network, and of the autoencoder where there is one."""
-        params = {"network": self.restored[0]["network"]} | components(self.description) if self.base is None else adapted.load(self.base.pipeline, self.base.load(progress), self.adapter, self.restored[0])
+        if self.base is None:
+            params = {"network": self.restored[0]["network"]} | components(self.description)
+        else:
+            params, trained = self.base.load(progress), self.restored[0]
+            params = adapted.load(self.base.pipeline, params, self.adapter, trained)
         for attachment in self.attached:
             params = attachment.load(params)
         return params

@@ -36,11 +36,13 @@ class Prompts(Conditioner):
         ``params["encoders"]``.
       tokenizers: one for each.
       zeros: whether an SDXL's absent negative is zeros instead of the empty text.
+      suggestions: prompts to draw where none are given.
     """
 
     encoders: tuple[ClipText, ...]
     tokenizers: tuple[Any, ...]
     zeros: bool = True
+    suggestions: tuple[str, ...] = ()
     subject: str = "text"
     null: bool = True
 

@@ -6,12 +6,16 @@ counts is the same number, because the train step accumulates gradients before a
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+
+from diffusion.errors import check_range
 
 NAMES = ("adam", "adamw", "lion", "muon", "sgd")
 DECAYS = ("constant", "cosine", "linear", "rsqrt")
@@ -77,6 +81,7 @@ def make(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    rates: Sequence[tuple[str, float]] = (),
 ) -> Optimizer:
     """The optimiser by name, with its learning-rate schedule.
 
@@ -87,6 +92,9 @@ def make(
       learning_rate, warmup, decay, decay_start, steps: see ``schedule``.
       weight_decay: decoupled, on parameters of at least two axes (not on biases and scales); not
         for adam and sgd.
+      rates: pairs (regular expression, factor): the updates of parameters in whose paths, such as
+        "network/conv_in/kernel", the expression is found are multiplied by the factor, that of the
+        first pair that fits. So have LoRA's B (Hayou et al., 2024) or a text encoder their own.
       clip_norm: gradients with a larger global norm are scaled down to it; None for no clipping.
     """
     if name not in NAMES:
@@ -115,9 +123,39 @@ def make(
             adam_weight_decay=weight_decay,
             consistent_rms=0.2,
         )
+    if rates:
+        tx = optax.chain(tx, scaled_by_path(rates))
     if clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
     return Optimizer(tx, rate)
+
+
+def scaled_by_path(rates: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Multiplies updates by the factor of the first pair whose expression is found in their path.
+
+    Raises:
+      ValueError: not pairs of a regular expression and a factor of at least 0; in ``update``, an
+        expression that is found in no path.
+    """
+    for pair in rates:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"rates={rates}: expected pairs, as in (('text/', 0.1),)")
+        check_range(f"rates: the factor of {pair[0]!r}", pair[1], 0)
+        try:
+            re.compile(pair[0])
+        except re.error as error:
+            raise ValueError(f"rates: {pair[0]!r} is no regular expression: {error}") from None
+
+    def update(updates: Any, params: Any = None) -> Any:
+        paths, structure = jax.tree.flatten_with_path(updates)
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+        for pattern, _ in rates:
+            if not any(re.search(pattern, name) for name in names):
+                raise ValueError(f"rates: no parameter's path has {pattern!r}; one is {names[0]}")
+        factors = [next((f for p, f in rates if re.search(p, name)), 1.0) for name in names]
+        return jax.tree.unflatten(structure, [f * leaf for f, (_, leaf) in zip(factors, paths)])
+
+    return optax.stateless(update)
 
 
 def _matrices(params: Any) -> Any:
