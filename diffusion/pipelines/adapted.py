@@ -38,7 +38,7 @@ def adapter(text: str, name: str = "adapter") -> Adapter:
 def pipeline(
     base: Pipeline, own: Adapter, defaults: Defaults, captions: Sequence[str] = ()
 ) -> Pipeline:
-    """The base's pipeline with the adapter's network, and with captions that it draws by default."""
+    """The base with the adapter's network, and with captions that it draws by default."""
     network = joint.image_part(own.network(joint.network(base)), joint.encoders(base) is not None)
     conditioner = base.conditioner
     if captions:
