@@ -74,7 +74,6 @@ class Run:
         """
         try:
             if self.base is not None:
-            if self.base is not None:
                 d = self.description
                 own = self.adapter, d.sampler, d.captions
                 pipeline = adapted.pipeline(self.base.pipeline, *own)
