@@ -61,6 +61,16 @@ def image_network(network: nn.Module) -> nn.Module:
     return network
 
 
+def parts(network: nn.Module, path: str = "network") -> dict[str, nn.Module]:
+    """The networks within ``network`` by the paths of their parameters, without what is around
+    them: {"network/text": ..., "network/image": ...}, or {"network": network}."""
+    if isinstance(network, TextToImage):
+        return parts(network.text, f"{path}/text") | parts(network.image, f"{path}/image")
+    if isinstance(network, Around):
+        return parts(network.network, f"{path}/network")
+    return {path: network}
+
+
 def surrounded(network: nn.Module, make: Callable[[nn.Module], Around]) -> nn.Module:
     """``network`` with something around its denoiser; a text encoder stays outside."""
     if isinstance(network, TextToImage):

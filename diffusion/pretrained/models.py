@@ -181,7 +181,7 @@ def open_model(
         raise ValueError(f"{folder} holds a model of class {name}; expected {expected}")
     module = from_config(config, str(path))
     tensors = folders.open_folder(folder, variant) if with_weights else None
-    model = Model(module, config, _file(module).names(module), tensors, str(folder))
+    model = Model(module, config, table(module), tensors, str(folder))
     if with_weights:
         model.check()
     return model
@@ -236,14 +236,18 @@ def save(
     differing = [key for key in own if own[key] != other.get(key)]
     if differing:
         raise ValueError(f"config describes another network; it differs in {', '.join(differing)}")
-    table = file.names(module)
-    tensors = weights.save_params(table, params, dtype=dtype)
-    expected = names.bind(table, shapes(module))
+    tensors = weights.save_params(table(module), params, dtype=dtype)
+    expected = names.bind(table(module), shapes(module))
     names.check(expected, {key: tensor.shape for key, tensor in tensors.items()}, "params")
     config = dict(own if config is None else config)
     base = folders.DIFFUSERS if "_class_name" in config else folders.TRANSFORMERS
     folders.write_folder(folder, base, tensors, max_shard_bytes=max_shard_bytes, variant=variant)
     folders.write_json(Path(folder) / "config.json", config)
+
+
+def table(module: nn.Module) -> names.Names:
+    """The name table of a module's weights."""
+    return _file(module).names(module)
 
 
 def to_config(module: nn.Module) -> dict[str, Any]:
