@@ -54,6 +54,17 @@ def locate(
     return folder
 
 
+def adapter(repo: str) -> Path:
+    """The folder of an adapter's repository on the hub, 'owner/name'.
+
+    Raises:
+      FileNotFoundError: the hub has none or cannot be reached.
+    """
+    if repo.count("/") != 1 or repo.endswith(".safetensors"):
+        raise FileNotFoundError(f"no such file or folder: {repo}")
+    return _fetch(repo, ["*.safetensors", "adapter_config.json"], None)
+
+
 def _patterns(subfolder: str | None, variant: str | None, weights: bool) -> list[str]:
     """The files to fetch from a repository: shell patterns, whose ``*`` matches ``/`` as well.
 

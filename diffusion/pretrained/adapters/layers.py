@@ -65,9 +65,7 @@ class Table(NamedTuple):
     context: int | None
 
 
-def table(
-    network: nn.Module, encoders: Sequence[nn.Module], shapes: Mapping[str, Any]
-) -> Table:
+def table(network: nn.Module, encoders: Sequence[nn.Module], shapes: Mapping[str, Any]) -> Table:
     """The layers of a pipeline's network and text encoders.
 
     Args:
@@ -80,7 +78,7 @@ def table(
     modules = parts(network) | {f"encoders/{i}": net for i, net in enumerate(encoders)}
     for path, module in modules.items():
         kind = KINDS.get(type(module).__name__, _own)
-        for layer, names in kind(module, path, _below(shapes, path)):
+        for layer, names in kind(module, path, _below(shapes, path), len(encoders) > 1):
             found.append(layer)
             for name in dict.fromkeys(names):
                 if aliases.setdefault(name, layer) is not layer:
@@ -92,7 +90,7 @@ def table(
 Named = Iterator[tuple[Layer, list[str]]]
 
 
-def _unet(net: nn.Module, path: str, params: Any) -> Named:
+def _unet(net: nn.Module, path: str, params: Any, several: bool) -> Named:
     """Of a U-Net: names of diffusers, of the original code, and of former attention processors."""
     original = _original(net, params)
     # Files for SDXL have the original code's numbers, others diffusers'.
@@ -120,10 +118,11 @@ def _original(net: nn.Module, params: Any) -> dict[str, str]:
     return {m.ours[0]: m.theirs[0].rpartition(".")[0] for m in matches}
 
 
-def _clip(net: nn.Module, path: str, params: Any) -> Named:
-    """Of a CLIP text encoder; one with a projection is SDXL's second."""
+def _clip(net: nn.Module, path: str, params: Any, several: bool) -> Named:
+    """Of a CLIP text encoder, one of several or not; one with a projection is SDXL's second."""
     second = net.projection is not None
     component = TEXT_2 if second else TEXT
+    kohya = "lora_te2_" if second else "lora_te1_" if several else "lora_te_"
     first = path != "encoders/1"
     prefixes = ("lora_te2_", "lycoris_te2_") if second else ("lora_te_", "lora_te1_", "lycoris_te_")
     for name, group in _grouped(bind(models.table(net), params)).items():
@@ -135,11 +134,10 @@ def _clip(net: nn.Module, path: str, params: Any) -> Named:
             former = f"{head}.{FORMER_TEXT[last]}"
             dotted += [former, former.removeprefix("text_model.")]
         names += [n for d in dotted for n in _prefixed(component, d, alone=first)]
-        kohya = ("lora_te2_" if second else "lora_te1_" if path == "encoders/0" else "lora_te_")
         yield _layer(component, name, kohya + name.replace(".", "_"), path, group), names
 
 
-def _own(net: nn.Module, path: str, params: Any) -> Named:
+def _own(net: nn.Module, path: str, params: Any, several: bool) -> Named:
     """Of any other network: the paths of our parameters, with dots."""
     below = path.removeprefix("network").removeprefix("/")
     rule = Names(lambda module: f"{below}/{module}".strip("/").replace("/", "."))
@@ -148,7 +146,7 @@ def _own(net: nn.Module, path: str, params: Any) -> Named:
         yield layer, [layer.peft, layer.kohya]
 
 
-KINDS: dict[str, Callable[[nn.Module, str, Any], Named]] = {"UNet": _unet, "ClipText": _clip}
+KINDS: dict[str, Callable[[nn.Module, str, Any, bool], Named]] = {"UNet": _unet, "ClipText": _clip}
 """Classes whose layers have names in others' files, as in ``models.MODULES``."""
 
 
