@@ -17,7 +17,7 @@ from diffusion import pipelines
 from diffusion.config import judging, ranges
 from diffusion.errors import field
 from diffusion.evaluation.metrics.metric import Data, Samples
-from diffusion.pipelines import description, guidance, samplers
+from diffusion.pipelines import adapters, description, guidance, samplers
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.description import DTYPES
 from diffusion.pipelines.draw import program
@@ -35,6 +35,7 @@ AT = "config.sampler."
 # depend on them.
 FREE = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
 FREE += ("data.threads", "data.workers", "data.prefetch", "model.path", "model.tile", "compare.*")
+FREE += ("adapters", "control", "image_prompts")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
     source = open_model(config, path, name)
     if isinstance(source, Run):
         _check_same(config, path)
-    return source
+    return adapters.attach(source, config.adapters, "config.adapters")
 
 
 def _check_same(config: ConfigDict, path: str) -> None:
@@ -232,6 +233,7 @@ def settings(config: ConfigDict, pipeline: Pipeline, step: int) -> dict[str, Any
         "model": {name: config.model[name] for name in names},
         "sampler": s,
         "samples": asked,
+        **({"adapters": adapters.listed(config.adapters)} if config.adapters else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Which fields of ``model``, ``sampler`` and ``samples`` act in which mode.
+"""Which fields of ``model``, ``sampler``, ``samples`` and beside them act in which mode.
 
 What depends on the model is checked where it is opened (``pipelines.open_any``) and where what is
 to be made is known (``pipelines.request``).
@@ -34,6 +34,7 @@ ACTING = {
     "model.path": (*DRAWING, "profile", "cache"),
     **{f"model.{name}": JUDGING for name in ["revision", "variant", "prediction_type"]},
     **{f"model.{name}": JUDGING for name in ["tokenizer", "vae", "tile"]},
+    "adapters": JUDGING,
 }
 """Pattern -> modes; a field's first pattern counts."""
 BUILT = ("name", "unet", "dit", "mlp", "autoencoder", "text", "remat")
@@ -50,7 +51,7 @@ def check(mode: str, given: Iterable[str]) -> None:
                 f"config.{name} has no effect in --mode={mode}; it is for {', '.join(modes)}"
             )
         section, _, field = name.partition(".")
-        if section in ("model", "sampler", "samples") and "evaluation.samples" in given:
+        if section in ("model", "sampler", "samples", "adapters") and "evaluation.samples" in given:
             raise ValueError(
                 f"config.{name} has no effect: config.evaluation.samples are there, and nothing is "
                 "drawn"

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from diffusion.config import drawing, ranges
 from diffusion.errors import field
 from diffusion.evaluation import figures
-from diffusion.pipelines import memory
+from diffusion.pipelines import adapters, memory
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.from_run import Run, is_run
@@ -150,6 +150,7 @@ def _about(config: ConfigDict, made: Generation, subject: Subject, index: int) -
         "seed": str(config.sampler.seed),
         "index": str(index),
         "evaluations": str(made.evaluations),
+        "adapters": ", ".join(adapters.listed(config.adapters)),
         "solver": solver,
         "settings": json.dumps(config.to_dict() | {kind: subject}, default=str),
     }

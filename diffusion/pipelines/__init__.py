@@ -9,6 +9,7 @@ pictures[0].save("seven.png")
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from diffusion.pipelines import adapters as adapting
 from diffusion.pipelines.from_pretrained import Opened, open_pipeline, save_pretrained
 from diffusion.pipelines.from_run import Run, is_run, open_run
 from diffusion.pipelines.from_single_file import open_checkpoint
@@ -38,6 +40,7 @@ def open_any(
     vae: str = "",
     dtype: DTypeLike | None = None,
     tile: int = 0,
+    adapters: str | Sequence[str] = (),
 ) -> Opened | Run:
     """A model whose weights are not read yet; ``pipeline``, ``load()``.
 
@@ -51,6 +54,8 @@ def open_any(
       vae: an autoencoder's folder or hub id, instead of a pretrained model's own.
       dtype: of a pretrained model; None: bfloat16, but float32 on a CPU.
       tile: pixels of the tiles in which pictures are decoded; 0: whole.
+      adapters: of the model's weights, such as ("style.safetensors(0.8)", ...); see
+        ``pipelines.adapters``.
 
     Raises:
       FileNotFoundError: there is no such model.
@@ -75,7 +80,8 @@ def open_any(
         if value not in (usual.get(name), None, "", 0) and not acts:
             raise ValueError(f"{name}={value!r} has no effect: it is for {kind}")
     if run:
-        return open_run(path_or_id, average=average, checkpoint=checkpoint)
+        opened = open_run(path_or_id, average=average, checkpoint=checkpoint)
+        return adapting.attach(opened, adapters)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if jnp.dtype(dtype) == jnp.float16 and jax.default_backend() == "cpu":
@@ -86,10 +92,16 @@ def open_any(
         opened = open_checkpoint(path_or_id, made, prediction_type=prediction_type, **common)
     else:
         opened = open_pipeline(path_or_id, revision=revision, variant=variant, **common)
-    return opened.with_autoencoder(vae) if vae else opened
+    opened = opened.with_autoencoder(vae) if vae else opened
+    return adapting.attach(opened, adapters)
 
 
-def load(path_or_id: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Pipeline, Params]:
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    adapters: str | Sequence[str] = (),
+) -> tuple[Pipeline, Params]:
     """A model and its parameters; arguments and errors of ``open_any``."""
-    opened = open_any(path_or_id, dtype=dtype)
+    opened = open_any(path_or_id, dtype=dtype, adapters=adapters)
     return opened.pipeline, opened.load()

@@ -92,6 +92,13 @@ class Opened:
         """Of all weights, once they are loaded."""
         return sum(model.nbytes(self.dtype) for model in self.models.values())
 
+    @property
+    def shapes(self) -> Params:
+        """Of the parameters of network and encoders, ``jax.ShapeDtypeStruct``s."""
+        network = next(name for name in NETWORKS if name in self.models)
+        encoders = [self.models[name].shapes for name in ENCODERS if name in self.models]
+        return {"network": self.models[network].shapes, "encoders": encoders}
+
     def with_autoencoder(self, path_or_id: str | Path) -> Opened:
         """With the autoencoder of another folder or hub id, one of the same latents' shape.
 

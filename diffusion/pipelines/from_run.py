@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -97,6 +98,18 @@ class Run:
         params, step, text = averages.parameters(self.path, self.average, self.checkpoint)
         print(f"{self.path}: {text}")
         return params, step
+
+    @property
+    def shapes(self) -> Params:
+        """Of the parameters of network and encoders, ``jax.ShapeDtypeStruct``s or arrays."""
+        trained = self.restored[0]
+        if self.base is None:
+            return {"network": trained["network"]}
+
+        def load(params: Params) -> Params:
+            return adapted.load(self.base.pipeline, params, self.adapter, trained)
+
+        return jax.eval_shape(load, self.base.shapes)
 
     def check_draws(self) -> None:
         """Raises ValueError unless the run's model draws samples."""

@@ -6,6 +6,7 @@ inside, they can be trained, or trained through.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,15 @@ def parted(joint: Any, has_encoders: bool) -> dict[str, Any]:
         "network": joint["image"],
         "encoders": [text[ENCODER.format(i)] for i in range(len(text))],
     }
+
+
+def path(inside: str, has_encoders: bool) -> str:
+    """The path of a parameter in the pipeline's, "encoders/0/...", of its one in the joint
+    network's, "text/encoders_0/..."."""
+    if not has_encoders:
+        return f"network/{inside}"
+    own = re.sub(r"^image/", "network/", inside)
+    return re.sub(r"^text/encoders_(\d+)/", r"encoders/\1/", own)
 
 
 def image_part(network: nn.Module, has_encoders: bool) -> nn.Module:

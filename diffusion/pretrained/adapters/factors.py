@@ -94,7 +94,7 @@ def deltas(
     alpha = arrays.get("alpha", np.zeros(()))
     if alpha.size != 1:
         raise ValueError(f"{parts['alpha'].key} {alpha.shape}: alpha must be one number")
-    number = float(alpha.astype(np.float32).reshape(()))
+    number = float(alpha.reshape(()).astype(np.float64))
 
     def scaled(rank: int | None) -> np.ndarray:
         return np.asarray(scale(number, rank), np.float32)
@@ -111,12 +111,12 @@ def deltas(
             raise ValueError(f"{listed}: the {kind.leaf} of {layer.peft} {what}")
         try:
             delta = kind.make(arrays, scaled)
-            fits = _product(delta) == (shape[0], math.prod(shape[1:]))
+            fitting = fits(delta, shape)
         except KeyError as error:
             raise ValueError(f"{listed}: the layer's {error} is missing in the file") from None
         except (IndexError, ValueError):
-            fits = False
-        if not fits:
+            fitting = False
+        if not fitting:
             raise ValueError(f"{listed} do not fit {layer.peft}, whose {kind.leaf} is {shape}")
         found[path] = delta
     for name in ("magnitude", "dora_scale"):
@@ -127,6 +127,12 @@ def deltas(
             magnitude = _magnitude(parts[name], layer.shapes["weight"], peft=name == "magnitude")
             found[path] = Decomposed(found[path], magnitude)
     return found
+
+
+def fits(delta: Delta, shape: tuple[int, ...]) -> bool:
+    """Whether a delta is one of a parameter of this shape, in PyTorch's layout."""
+    own = delta.delta if isinstance(delta, Decomposed) else delta
+    return _product(own) == (shape[0], math.prod(shape[1:]))
 
 
 def rank(delta: Delta) -> int | None:

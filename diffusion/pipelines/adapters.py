@@ -1,0 +1,173 @@
+"""Adapters of a model's weights, as specs: "style.safetensors", "runs/lora(0.8)".
+
+What a spec names is a file, a folder as PEFT or diffusers saves it, an id on the Hugging Face hub,
+or the workdir of a run that trained one. Its strength is one number, or several by name,
+
+    style.safetensors(0.8, text=0.5, up=(1, (1, 0.2, 0), 0))
+
+which are ``Strengths``' fields. At strength 0 a model computes what it does without the adapter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+from jax.typing import DTypeLike
+
+from diffusion import specs
+from diffusion.adapters.low_rank.deltas import Deltas
+from diffusion.adapters.low_rank.merge import merge
+from diffusion.errors import field
+from diffusion.objectives.adapting import OWN
+from diffusion.pipelines import joint
+from diffusion.pipelines.from_pretrained import Opened
+from diffusion.pipelines.from_run import Run, is_run, open_run
+from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.pipelines.strengths import COMPONENTS, Strengths, strengths
+from diffusion.pretrained.adapters import factors, layers, reading, writing
+from diffusion.pretrained.adapters.layers import Table
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Adapters that are merged into the parameters of a model.
+
+    Attributes:
+      adapters: of each its deltas, and their strengths by path.
+    """
+
+    adapters: Sequence[tuple[Deltas, Mapping[str, float]]]
+
+    def pipeline(self, pipeline: Pipeline) -> Pipeline:
+        """The same."""
+        return pipeline
+
+    def load(self, params: Params) -> Params:
+        """The parameters with the adapters in them."""
+        return merge(params, self.adapters)
+
+
+def attach(
+    source: Opened | Run, given: str | Sequence[str], name: str = "adapters"
+) -> Opened | Run:
+    """A model with adapters, which are read and checked here and merged when it is loaded.
+
+    Warns of tensors that belong to no layer of the model.
+
+    Args:
+      source: the model.
+      given: specs of adapters.
+      name: of the field, for errors.
+
+    Raises:
+      FileNotFoundError: there is no such file or run.
+      ValueError: a file is damaged, or is for another model; the message says what is wrong.
+    """
+    chosen = listed(given)
+    if not chosen:
+        return source
+    table = _table(source.pipeline, source.shapes)
+    adapters = []
+    for text in chosen:
+        with field(f"{name}={text!r}"):
+            path, own = parse(text)
+            deltas = read(path, table, own)
+            adapters.append((deltas, own.by_path(deltas, table)))
+    return source.attach(Merged(tuple(adapters)))
+
+
+def listed(given: str | Sequence[str]) -> list[str]:
+    """The specs of a field, which may be one text or several."""
+    return [given] if isinstance(given, str) and given else list(given)
+
+
+def read(path: str, table: Table, own: Strengths) -> Deltas:
+    """The deltas of a file, a folder, a hub id or a run for a model with these layers.
+
+    Raises:
+      FileNotFoundError, ValueError: as ``attach``. An adapter for an encoder that the model does
+        not have is refused unless its strength there is 0.
+    """
+    if is_run(path):
+        return _of_run(open_run(path), table)
+    file = reading.find(path)
+    found = reading.read(file, table)
+    for component, key in found.absent.items():
+        if own.of(component):
+            raise ValueError(
+                f"{file} changes the {component}, which this model does not have ({key}, ...); "
+                f"({COMPONENTS[component]}=0) leaves that out"
+            )
+    if found.unused:
+        shown = ", ".join(found.unused[:3]) + (", ..." if len(found.unused) > 3 else "")
+        count = len(found.unused)
+        warnings.warn(
+            f"{file}: {count} tensors belong to no layer of this model: {shown}", stacklevel=3
+        )
+    return found.deltas
+
+
+def save(
+    path: str | Path,
+    deltas: Deltas,
+    pipeline: Pipeline,
+    params: Params,
+    *,
+    naming: str = "peft",
+    dtype: DTypeLike | None = None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Writes an adapter's file for other software; see ``writing.write``.
+
+    ``params`` are the pipeline's, or their shapes.
+    """
+    table = _table(pipeline, params)
+    writing.write(path, deltas, table, naming=naming, dtype=dtype, about=about)
+
+
+def parse(text: str) -> tuple[str, Strengths]:
+    """The path and the strengths in a spec; a text that is a path has none."""
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"expected a text such as 'style.safetensors(0.8)', got {text!r}")
+    path, inside = (text, "") if Path(text).exists() else _split(text.strip())
+    call = {"strengths": strengths}
+    return path, specs.value(f"strengths({inside})", call, "its strengths")
+
+
+def _split(text: str) -> tuple[str, str]:
+    """(path, what is in the brackets that end the text)."""
+    depth = 0
+    for i in range(len(text) - 1, 0, -1) if text.endswith(")") else ():
+        depth += (text[i] == ")") - (text[i] == "(")
+        if depth == 0:
+            return text[:i], text[i + 1 : -1]
+    return text, ""
+
+
+def _table(pipeline: Pipeline, shapes: Params) -> Table:
+    encoders: Sequence[nn.Module] = getattr(pipeline.conditioner, "encoders", ())
+    return layers.table(pipeline.network, encoders, shapes)
+
+
+def _of_run(run: Run, table: Table) -> Deltas:
+    """What a run trained."""
+    own: Any = run.adapter if run.base is not None else None
+    if not hasattr(own, "deltas"):
+        what = "a whole model; it is for config.model.path" if own is None else "no such adapter"
+        raise ValueError(f"{run.path} is a run that trained {what}")
+    inside = joint.encoders(run.base.pipeline) is not None
+    trained = own.deltas(run.restored[0][OWN])
+    deltas = {joint.path(path, inside): delta for path, delta in trained.items()}
+    places = {p: layer.shapes[k] for layer in table.layers for k, p in layer.paths.items()}
+    for path, delta in deltas.items():
+        if path not in places or not factors.fits(delta, places[path]):
+            raise ValueError(
+                f"{run.path} is for another model: in this one {path} is "
+                f"{places.get(path, 'absent')}"
+            )
+    return deltas
