@@ -83,6 +83,8 @@ class Experiment:
 
     def params(self, trained: Any) -> Params:
         """The pipeline's parameters, of what was trained."""
+        if self.adaptation is not None:  # the base lies on one device
+            trained = jax.device_put(trained, jax.local_devices()[0])
         return self.objective.network_params(trained, self.frozen) | self._components
 
     @cached_property

@@ -134,7 +134,7 @@ def scaled_by_path(rates: Sequence[tuple[str, float]]) -> optax.GradientTransfor
     """Multiplies updates by the factor of the first pair whose expression is found in their path.
 
     Raises:
-      ValueError: not pairs of a regular expression and a factor of at least 0; in ``update``, an
+      ValueError: not pairs of a regular expression and a factor of at least 0; in ``init``, an
         expression that is found in no path.
     """
     for pair in rates:
@@ -146,16 +146,23 @@ def scaled_by_path(rates: Sequence[tuple[str, float]]) -> optax.GradientTransfor
         except re.error as error:
             raise ValueError(f"rates: {pair[0]!r} is no regular expression: {error}") from None
 
-    def update(updates: Any, params: Any = None) -> Any:
-        paths, structure = jax.tree.flatten_with_path(updates)
-        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-        for pattern, _ in rates:
-            if not any(re.search(pattern, name) for name in names):
-                raise ValueError(f"rates: no parameter's path has {pattern!r}; one is {names[0]}")
-        factors = [next((f for p, f in rates if re.search(p, name)), 1.0) for name in names]
-        return jax.tree.unflatten(structure, [f * leaf for f, (_, leaf) in zip(factors, paths)])
+    def names(tree: Any) -> list[str]:
+        paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
+        return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
 
-    return optax.stateless(update)
+    def init(params: Any) -> optax.EmptyState:
+        known = names(params)
+        for pattern, _ in rates:
+            if not any(re.search(pattern, name) for name in known):
+                raise ValueError(f"rates: no parameter's path has {pattern!r}; one is {known[0]}")
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+        known, (leaves, structure) = names(updates), jax.tree.flatten(updates)
+        factors = [next((f for p, f in rates if re.search(p, name)), 1.0) for name in known]
+        return jax.tree.unflatten(structure, [f * leaf for f, leaf in zip(factors, leaves)]), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _matrices(params: Any) -> Any:

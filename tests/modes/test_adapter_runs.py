@@ -1,0 +1,129 @@
+"""Training of adapters, as commands: what is trained, what stays, and what a run draws after."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+from commands import command
+from flax.traverse_util import flatten_dict
+
+from diffusion import pipelines
+from diffusion.modes import train
+from diffusion.runs import averages
+
+QUICK = {
+    "config.optimizer.name": "sgd",
+    "config.optimizer.learning_rate": 0.5,
+    "config.optimizer.weight_decay": 0.0,
+    "config.optimizer.warmup": 0,
+    "config.ema": "constant(decay=0.5)",
+    "config.train.batch_size": 8,
+    "config.train.sample_every": 0,
+    "config.train.log_every": 1,
+    "config.train.checkpoint_every": 2,
+    "config.sampler.steps": 2,
+    "config.sampler.batch_size": 4,
+    "config.samples.columns": 2,
+}
+WITHOUT_DATA = ("--config.model.name=pretrained",)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Runs to adapt, by kind, and the options that name their data."""
+    folder = tmp_path_factory.mktemp("bases")
+    digits, captioned = tiny_runs.digits(), tiny_runs.captioned(folder)
+    tiny_runs.trained(digits, folder / "digits")
+    tiny_runs.trained(captioned, folder / "captioned")
+    return {
+        "digits": (folder / "digits", {"config.data.name": "digits"}),
+        "captioned": (
+            folder / "captioned",
+            {
+                "config.data.dir": folder / "pairs.npz",
+                "config.data.size": 8,
+                "config.data.held_out": 0.2,
+            },
+        ),
+    }
+
+
+def adapt(base, workdir, adapter, **others):
+    """Runs the command that trains an adapter; (error, printed)."""
+    path, data = base
+    options = QUICK | data | {"config.model.path": path, "config.objective.adapter": adapter}
+    options |= {f"config.{name}": value for name, value in others.items()}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return command(*given, f"--workdir={workdir}", config="configs/finetune_lora.py")
+
+
+@pytest.mark.parametrize("kind", ["digits", "captioned"])
+def test_only_the_adapter_changes(bases, kind, tmp_path):
+    path, _ = bases[kind]
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    what = {"digits": "mid_block", "captioned": "text/encoder"}[kind]
+    error, printed = adapt(bases[kind], tmp_path / "run", f"full('{what}')", **{"train.steps": 2})
+    assert error is None, printed
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    kept, step, _ = averages.parameters(tmp_path / "run", "params", "newest")
+    assert step == 2 and set(kept) == {"adapter"}
+    (_, base), (_, adapted) = pipelines.load(path), pipelines.load(tmp_path / "run")
+    base, adapted = (flatten_dict(tree["network"], sep="/") for tree in (base, adapted))
+    changed = {name for name in base if not np.array_equal(base[name], adapted[name])}
+    assert changed and all(what in name for name in changed)
+    assert (tmp_path / "run" / "samples.png").exists()
+    error, printed = command(
+        "--mode=sample", f"--workdir={tmp_path / 'run'}", "--config.samples.count=2", config=None
+    )
+    assert error is None, printed
+
+
+def test_killed_and_resumed_to_the_bit(bases, tmp_path):
+    for name, ends in {"whole": (4,), "parts": (2, 4)}.items():
+        for end in ends:
+            error, printed = adapt(
+                bases["digits"], tmp_path / name, "full('attentions')", **{"train.steps": end}
+            )
+            assert error is None, printed
+    whole, parts = (
+        averages.parameters(tmp_path / name, "params", "newest")[0] for name in ("whole", "parts")
+    )
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, parts))
+
+
+def test_a_base_that_was_trained_on_is_refused(bases, tmp_path):
+    path, data = bases["digits"]
+    copy = tmp_path / "base"
+    shutil.copytree(path, copy)
+    adapt((copy, data), tmp_path / "run", "full('mid_block')", **{"train.steps": 1})
+    c = tiny_runs.digits()
+    c.train.steps = 3
+    train.run(c, str(copy))
+    error, _ = command("--mode=sample", f"--workdir={tmp_path / 'run'}", config=None)
+    assert "whose weights are others now" in error
+    described = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert described["fields"]["adapter"] == "full('mid_block')"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "others", "expected"),
+    [
+        ("ful()", {}, "Did you mean 'full'"),
+        ("full('(')", {}, "no regular expression"),
+        ("full('attn9')", {}, "no parameter has such a path"),
+        ("full()", {"model.name": "unet"}, "config.model.name=pretrained"),
+        ("full()", {"model.path": "nowhere"}, "nowhere"),
+        ("full()", {"objective.prediction": "v"}, "leave it 'auto'"),
+        ("full()", {"objective.name": "consistency"}, "denoising"),
+        ("full()", {"optimizer.rates": "(('nothing', 2.0),)"}, "no parameter's path has 'nothing'"),
+        ("full()", {"optimizer.rates": "('text', 2.0)"}, "expected pairs"),
+        ("full()", {"data.name": "mnist", "data.dir": "nowhere"}, "nowhere"),
+    ],
+)
+def test_mistakes(bases, tmp_path, adapter, others, expected):
+    error, _ = adapt(bases["digits"], tmp_path / "run", adapter, **others)
+    assert error is not None and expected in error, error
+    assert not (tmp_path / "run" / "checkpoints").exists()
