@@ -18,6 +18,7 @@ from typing import Any
 
 import flax.linen as nn
 from jax.typing import DTypeLike
+from PIL import Image
 
 from diffusion import specs
 from diffusion.adapters.low_rank.deltas import Deltas
@@ -25,11 +26,13 @@ from diffusion.adapters.low_rank.merge import merge
 from diffusion.errors import field
 from diffusion.objectives.adapting import OWN
 from diffusion.pipelines import joint
+from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.from_run import Run, is_run, open_run
+from diffusion.pipelines.generation import generate
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pipelines.strengths import COMPONENTS, Strengths, strengths
-from diffusion.pretrained.adapters import factors, layers, reading, writing
+from diffusion.pretrained.adapters import bases, factors, layers, reading, writing
 from diffusion.pretrained.adapters.layers import Table
 
 
@@ -160,6 +163,7 @@ def _of_run(run: Run, table: Table) -> Deltas:
     if not hasattr(own, "deltas"):
         what = "a whole model; it is for config.model.path" if own is None else "no such adapter"
         raise ValueError(f"{run.path} is a run that trained {what}")
+    bases.check_context(_table(run.base.pipeline, run.base.shapes).context, table.context)
     inside = joint.encoders(run.base.pipeline) is not None
     trained = own.deltas(run.restored[0][OWN])
     deltas = {joint.path(path, inside): delta for path, delta in trained.items()}
@@ -171,3 +175,27 @@ def _of_run(run: Run, table: Table) -> Deltas:
                 f"{places.get(path, 'absent')}"
             )
     return deltas
+
+
+def at_strengths(
+    pipeline: Pipeline,
+    params: Params,
+    path: str,
+    strengths: Sequence[float],
+    prompt: Subject,
+    **options: Any,
+) -> list[Image.Image]:
+    """Pictures of one prompt, from the same noise, with an adapter at several strengths.
+
+    Nothing is compiled again from one strength to the next.
+
+    Args:
+      pipeline, params: what ``load`` gives.
+      path: of the adapter, without strengths.
+      strengths: of each picture.
+      prompt: of all pictures.
+      options: those of ``generate``.
+    """
+    deltas = read(path, _table(pipeline, params), Strengths())
+    made = (merge(params, [(deltas, strength)]) for strength in strengths)
+    return [generate(pipeline, weights, prompt, **options)[0] for weights in made]

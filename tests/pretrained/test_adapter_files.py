@@ -1,161 +1,33 @@
 """Adapters' files in every naming, against changes of weights that are computed by hand here."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_pipelines as tiny
+from adapter_cases import (
+    FORMATS,
+    KINDS,
+    UNET,
+    assert_close,
+    by_hand,
+    chosen,
+    factors,
+    place,
+    processor,
+    random,
+    tiny_models,
+    under,
+)
 from safetensors.numpy import save_file
 
+from diffusion.adapters.low_rank.merge import merge
 from diffusion.adapters.low_rank.products import product
-from diffusion.pipelines import open_any
-from diffusion.pretrained.adapters import layers, reading
-
-KINDS = {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
-UNET = {  # diffusers' names -> those of the original code
-    "down_blocks.0.attentions.0.proj_in": "input_blocks.1.1.proj_in",
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (
-        "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
-    ),
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (
-        "middle_block.1.transformer_blocks.0.attn2.to_k"
-    ),
-    "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_out.0": (
-        "output_blocks.3.1.transformer_blocks.0.attn1.to_out.0"
-    ),
-    "up_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj": (
-        "output_blocks.3.1.transformer_blocks.0.ff.net.0.proj"
-    ),
-    "down_blocks.1.resnets.0.conv1": "input_blocks.3.0.in_layers.2",
-    "down_blocks.1.resnets.0.time_emb_proj": "input_blocks.3.0.emb_layers.1",
-    "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.3.0.skip_connection",
-    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_out": "out.2",
-}
-TEXT = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")
-TEXT = tuple(f"text_model.encoder.layers.1.{name}" for name in TEXT)
-FORMER = {"q_proj": "to_q", "out_proj": "to_out"}
-
-
-def under(name):
-    return name.replace(".", "_")
-
-
-def processor(name):
-    attention, _, projection = name.removesuffix(".0").rpartition(".")
-    return f"{attention}.processor.{projection}_lora"
-
-
-def former(name):
-    head, _, last = name.rpartition(".")
-    return f"{head}.{FORMER[last]}_lora"
-
-
-PEFT, OLD, LINEAR, KOHYA = (
-    {"down": ".lora_A.weight", "up": ".lora_B.weight"},
-    {"down": ".lora.down.weight", "up": ".lora.up.weight"},
-    {"down": ".lora_linear_layer.down.weight", "up": ".lora_linear_layer.up.weight"},
-    {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"},
-)
-JOINED = {"down": ".down.weight", "up": ".up.weight"}
-NAMED = {"down": ".lora_A.default.weight", "up": ".lora_B.default.weight"}
-# component, naming of a module, endings, and which modules have such names
-FORMATS = {
-    "peft": ("unet", lambda n: f"unet.{n}", PEFT),
-    "peft, no prefix": ("unet", lambda n: n, PEFT),
-    "peft folder": ("unet", lambda n: f"base_model.model.{n}", PEFT),
-    "peft, adapter's name": ("unet", lambda n: f"unet.base_model.model.{n}", NAMED),
-    "diffusers 2023": ("unet", lambda n: f"unet.{n}", OLD),
-    "processors": ("unet", lambda n: f"unet.{processor(n)}", JOINED),
-    "processors, no prefix": ("unet", processor, JOINED),
-    "kohya": ("unet", lambda n: f"lora_unet_{under(n)}", KOHYA),
-    "kohya, original blocks": ("unet", lambda n: f"lora_unet_{under(UNET[n])}", KOHYA),
-    "lycoris": ("unet", lambda n: f"lycoris_{under(n)}", KOHYA),
-    "dotted original": ("unet", lambda n: f"diffusion_model.{UNET[n]}", KOHYA),
-    "text, peft": ("text_encoder", lambda n: f"text_encoder.{n}", PEFT),
-    "text, flat": ("text_encoder", lambda n: f"text_encoder.{n[11:]}", PEFT),
-    "text, 2023": ("text_encoder", lambda n: f"text_encoder.{n}", LINEAR),
-    "text, former": ("text_encoder", lambda n: f"text_encoder.{former(n)}", JOINED),
-    "text, folder": ("text_encoder", lambda n: f"base_model.model.{n}", PEFT),
-    "text, kohya": ("text_encoder", lambda n: f"lora_te_{under(n)}", KOHYA),
-    "text, kohya 1": ("text_encoder", lambda n: f"lora_te1_{under(n)}", KOHYA),
-    "text 2, kohya": ("text_encoder_2", lambda n: f"lora_te2_{under(n)}", KOHYA),
-    "text 2, peft": ("text_encoder_2", lambda n: f"text_encoder_2.{n}", PEFT),
-    "text 2, former": ("text_encoder_2", lambda n: f"text_encoder_2.{former(n)}", JOINED),
-}
+from diffusion.pretrained.adapters import reading
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Of each kind: the folder, the opened pipeline, its layers, and the weights elsewhere."""
-    made = {}
-    for name, kind in KINDS.items():
-        folder = tmp_path_factory.mktemp(name)
-        theirs = tiny.whole(kind, folder)
-        opened = open_any(folder)
-        table = layers.table(
-            opened.pipeline.network, opened.pipeline.conditioner.encoders, opened.shapes
-        )
-        parts = ("unet", "text_encoder", "text_encoder_2")
-        weights = {
-            part: {k: v.numpy() for k, v in getattr(theirs, part).state_dict().items()}
-            for part in parts
-            if getattr(theirs, part, None) is not None
-        }
-        for part in parts[1:]:  # versions of transformers differ in the prefix
-            if part in weights:
-                named = {k.removeprefix("text_model."): v for k, v in weights[part].items()}
-                weights[part] = {
-                    k if k.startswith("text_projection") else f"text_model.{k}": v
-                    for k, v in named.items()
-                }
-        made[name] = SimpleNamespace(
-            folder=folder, opened=opened, table=table, weights=weights, theirs=theirs
-        )
-    return made
-
-
-def chosen(name, model):
-    """The modules that have names in a format, and their weights' shapes."""
-    component = FORMATS[name][0]
-    modules = list(UNET) if component == "unet" else list(TEXT)
-    if "processors" in name:
-        modules = [m for m in modules if "attn" in m]
-    if "former" in name:
-        modules = [m for m in modules if "self_attn" in m]
-    weights = model.weights[component]
-    return {m: weights[f"{m}.weight"].shape for m in modules}
-
-
-def factors(modules, ranks, dtype=np.float32, seed=0):
-    """Random A and B of every module."""
-    rng = np.random.default_rng(seed)
-    made = {}
-    for i, (module, (out, width, *kernel)) in enumerate(modules.items()):
-        r = ranks[i % len(ranks)]
-        down = rng.normal(size=(r, width, *kernel)).astype(dtype)
-        made[module] = down, rng.normal(size=(out, r, *(1 for _ in kernel))).astype(dtype)
-    return made
-
-
-def by_hand(down, up, alpha):
-    """alpha / r B A in float64."""
-    r = len(down)
-    matrix = up.reshape(len(up), r).astype(np.float64) @ down.reshape(r, -1).astype(np.float64)
-    return (alpha or r) / r * matrix.reshape(len(up), *down.shape[1:])
-
-
-def place(model, component, module):
-    """Path and layer of a module."""
-    layer = model.table.aliases[f"{component}.{module}"]
-    return layer.paths["weight"], layer.shapes["weight"]
-
-
-def assert_close(actual, expected, limit=1e-6):
-    assert np.abs(np.asarray(actual) - expected).max() <= limit * np.abs(expected).max()
+def models():
+    return tiny_models()
 
 
 ALPHAS = {"equal": (3,), "mixed": (1, 4, 0.5), "missing": (None,), "some": (2, None)}
@@ -204,3 +76,160 @@ def test_every_naming(models, tmp_path, kind, name):
             for module, parts in given.items():
                 path, shape = place(model, component, module)
                 assert_close(product(read.deltas[path], shape), by_hand(*parts))
+
+
+CONV, SQUARE = "down_blocks.1.resnets.0.conv1", "down_blocks.1.resnets.0.time_emb_proj"
+NORM = "down_blocks.1.resnets.0.norm1"
+
+
+def test_every_kind(models, tmp_path):
+    """LoCon and Tucker, LoHa, LoKr, full differences, biases and norms, against closed forms."""
+    model, linear = models["sd"], "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    c_out, c_in = model.weights["unet"][f"{CONV}.weight"].shape[:2]
+    out, width = model.weights["unet"][f"{linear}.weight"].shape
+    r, alpha, s = 3, 2.0, 2 / 3
+    a, b, c, d = random(out, r), random(r, width), random(out, r), random(r, width) + 1
+    up, mid, down = random(c_out, r, 1, 1), random(r, r, 3, 3), random(r, c_in, 1, 1)
+    ta, tb, tc, td = random(r, c_out), random(r, c_in), random(r, c_out) + 1, random(r, c_in) - 1
+    t1, t2 = random(r, r, 3, 3), random(r, r, 3, 3) + 1
+    k1, k2, ka = random(4, 2), random(out // 4, width // 2), random(out // 4, r)
+    kb, kc = random(r, width // 2), random(4, r)
+    kt, kl = random(r, c_out // 4), random(r, c_in // 2)
+    tucker = "om,mnhw,ni->oihw"
+    cases = {
+        ("tucker", CONV): (
+            {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down},
+            s * np.einsum(tucker, up[..., 0, 0], mid, down[..., 0, 0]),
+        ),
+        ("loha", linear): (
+            {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d},
+            s * (a @ b) * (c @ d),
+        ),
+        ("loha, tucker", CONV): (
+            {"hada_w1_a": ta, "hada_w1_b": tb, "hada_w2_a": tc, "hada_w2_b": td}
+            | {"hada_t1": t1, "hada_t2": t2},
+            s * np.einsum(tucker, ta.T, t1, tb) * np.einsum(tucker, tc.T, t2, td),
+        ),
+        ("lokr, whole: alpha means nothing", linear): (
+            {"lokr_w1": k1, "lokr_w2": k2},
+            np.kron(k1, k2),
+        ),
+        ("lokr, factored", linear): (
+            {"lokr_w1_a": kc, "lokr_w1_b": random(r, 2), "lokr_w2_a": ka, "lokr_w2_b": kb},
+            s * np.kron(kc @ random(r, 2), ka @ kb),
+        ),
+        ("lokr, tucker", CONV): (
+            {"lokr_w1": k1, "lokr_w2_a": kt, "lokr_w2_b": kl, "lokr_t2": t1},
+            s * np.kron(k1[..., None, None], np.einsum(tucker, kt.T, t1, kl)),
+        ),
+        ("4-D factors of a matrix", linear): (
+            {"lora_up.weight": a[..., None, None], "lora_down.weight": b[..., None, None]},
+            s * a @ b,
+        ),
+        ("full", CONV): ({"diff": random(c_out, c_in, 3, 3)}, random(c_out, c_in, 3, 3)),
+        ("norm", NORM): ({"w_norm": random(c_in)}, random(c_in)),
+    }
+    for (name, module), (parts, expected) in cases.items():
+        tensors = {f"lora_unet_{under(module)}.{part}": array for part, array in parts.items()}
+        tensors[f"lora_unet_{under(module)}.alpha"] = np.asarray(alpha, np.float16)
+        save_file(tensors, tmp_path / "x.safetensors")
+        read = reading.read(tmp_path / "x.safetensors", model.table)
+        path, shape = place(model, "unet", module)
+        assert list(read.deltas) == [path], name
+        assert not read.unused, name
+        assert_close(product(read.deltas[path], shape), expected)
+    biases = {f"lora_unet_{under(CONV)}.diff_b": random(c_out)}
+    biases[f"lora_unet_{under(NORM)}.b_norm"] = random(c_in)
+    save_file(biases, tmp_path / "x.safetensors")
+    read = reading.read(tmp_path / "x.safetensors", model.table)
+    for module, bias in ((CONV, random(c_out)), (NORM, random(c_in))):
+        path = model.table.aliases[f"unet.{module}"].paths["bias"]
+        np.testing.assert_array_equal(product(read.deltas[path], bias.shape), bias)
+
+
+@pytest.mark.parametrize("module", [CONV, SQUARE])
+@pytest.mark.parametrize("axis", ["out", "in", "peft"])
+def test_dora(models, tmp_path, module, axis):
+    """W' = m (W + s B A) / ||W + s B A||, with norms of rows or of columns."""
+    model = models["sd"]
+    w = model.weights["unet"][f"{module}.weight"].astype(np.float64)
+    ((down, up),) = factors({module: w.shape}, (2,)).values()
+    ones = (1,) * (w.ndim - 2)
+    shapes = {"out": (len(w), 1, *ones), "in": (1, w.shape[1], *ones)}
+    shapes["peft"] = (1, len(w), *ones) if ones else (len(w),)
+    magnitude = np.abs(random(*shapes[axis])) + 0.5
+    ending = ".lora_magnitude_vector" if axis == "peft" else ".dora_scale"
+    stem = f"lora_unet_{under(module)}"
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file(tensors | {f"{stem}{ending}": magnitude}, tmp_path / "x.safetensors")
+    read = reading.read(tmp_path / "x.safetensors", model.table)
+    total = w + by_hand(down, up, None)
+    axes = (0, *range(2, w.ndim)) if axis == "in" else tuple(range(1, w.ndim))
+    m = magnitude.reshape(shapes["out"]) if axis == "peft" else magnitude
+    expected = m * total / np.sqrt((total**2).sum(axes, keepdims=True))
+    params = model.opened.load()
+    (path,) = read.deltas
+    for strength in (1.0, 0.3):
+        made = merge(params, [(read.deltas, strength)])
+        kernel = made["network"]
+        for name in path.split("/")[1:]:
+            kernel = kernel[name]
+        actual = np.moveaxis(kernel, (-1, -2), (0, 1))
+        assert_close(actual, w + strength * (expected - w))
+
+
+def test_namings_are_mixed_within_a_file_and_a_layer(models, tmp_path):
+    model, (first, second, third) = models["xl"], list(UNET)[1:4]
+    given = factors(chosen("peft", model), (2,))
+    (a1, b1), (a2, b2), (a3, b3) = (given[m] for m in (first, second, third))
+    tensors = {
+        f"unet.{first}.lora.down.weight": a1,
+        f"lora_unet_{under(UNET[first])}.lora_up.weight": b1,  # the same layer
+        f"lora_unet_{under(second)}.lora_down.weight": a2,
+        f"lora_unet_{under(UNET[second])}.lora_up.weight": b2,
+        f"{third}.lora_A.weight": a3,
+        f"unet.{processor(third)}.up.weight": b3,
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    read = reading.read(tmp_path / "x.safetensors", model.table)
+    assert not read.unused
+    for module in (first, second, third):
+        path, shape = place(model, "unet", module)
+        assert_close(product(read.deltas[path], shape), by_hand(*given[module], None))
+
+
+def test_rank_stabilised_and_bias_of_peft(models, tmp_path):
+    """alpha / sqrt(r), which only PEFT's config says; B's bias is scaled as the product is."""
+    model = models["sd"]
+    shape = model.weights["unet"][f"{SQUARE}.weight"].shape
+    ((down, up),) = factors({SQUARE: shape}, (4,)).values()
+    bias = random(len(up))
+    tensors = {f"base_model.model.{SQUARE}.lora_A.weight": down}
+    tensors |= {f"base_model.model.{SQUARE}.lora_B.weight": up}
+    tensors |= {f"base_model.model.{SQUARE}.lora_B.bias": bias}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"r": 4, "lora_alpha": 3, "use_rslora": True, "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    read = reading.read(reading.find(tmp_path), model.table)
+    layer = model.table.aliases[f"unet.{SQUARE}"]
+    actual = product(read.deltas[layer.paths["weight"]], shape)
+    assert_close(actual, by_hand(down, up, 3) * 2)
+    assert_close(product(read.deltas[layer.paths["bias"]], bias.shape), 3 / 2 * bias)
+
+
+def test_dtypes(models, tmp_path):
+    """Half precision is read as it is, and multiplied in float32."""
+    import ml_dtypes
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    model, module = models["sd"], "conv_out"
+    shape = model.weights["unet"][f"{module}.weight"].shape
+    for dtype, theirs in ((np.float16, torch.float16), (ml_dtypes.bfloat16, torch.bfloat16)):
+        ((down, up),) = factors({module: shape}, (2,), dtype).values()
+        tensors = {"unet.conv_out.lora_A.weight": down, "unet.conv_out.lora_B.weight": up}
+        tensors = {k: torch.tensor(v.astype(np.float32)).to(theirs) for k, v in tensors.items()}
+        save_torch(tensors, tmp_path / "x.safetensors")
+        (delta,) = reading.read(tmp_path / "x.safetensors", model.table).deltas.values()
+        assert delta.down.dtype == dtype
+        assert_close(product(delta, shape), by_hand(down, up, None))

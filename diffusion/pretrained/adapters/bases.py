@@ -75,6 +75,11 @@ def check(tensors: Tensors, about: Mapping[str, str], context: int | None) -> No
     found = width(tensors)
     if found is None and context in BASES:
         found = named(about)
+    check_context(found, context)
+
+
+def check_context(found: int | None, context: int | None) -> None:
+    """Raises ValueError for an adapter of a model with other text embeddings than this one has."""
     if found is not None and context is not None and found != context:
         raise ValueError(f"it was made for {_called(found)}, this model is {_called(context)}")
 

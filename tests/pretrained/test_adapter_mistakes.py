@@ -1,0 +1,112 @@
+"""Adapters' files that are refused, and what the messages name."""
+
+import numpy as np
+import pytest
+from adapter_cases import UNET, lora, random, tiny_models, under
+from safetensors.numpy import save_file
+
+from diffusion.pipelines.adapters import attach
+from diffusion.pretrained.adapters import reading
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_models()
+
+
+FIRST = f"lora_unet_{under(next(iter(UNET)))}"
+
+
+def changed(tensors, **changes):
+    """With tensors of the first layer replaced, or left out where they are None."""
+    made = tensors | {f"{FIRST}.{k.replace('__', '.')}": v for k, v in changes.items()}
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def test_mistakes(models, tmp_path):
+    model, file = models["sd"], tmp_path / "x.safetensors"
+    good = lora(model)
+
+    def refused(tensors, about=None):
+        save_file(tensors, file, about)
+        with pytest.raises(ValueError, match=r"x\.safetensors") as error:
+            reading.read(file, model.table)
+        return str(error.value)
+
+    nan = good[f"{FIRST}.lora_up.weight"].copy()
+    nan[3] = np.nan
+    text = refused(changed(good, lora_up__weight=nan))
+    assert f"{FIRST}.lora_up.weight" in text
+    assert "not finite" in text
+    text = refused(changed(good, lora_up__weight=None))
+    assert f"{FIRST}.lora_down.weight" in text
+    assert "'up' is missing" in text
+    text = refused(changed(good, lora_up__weight=random(7, 2)))
+    assert "(7, 2)" in text
+    assert "(16, 16, 1, 1)" in text
+    assert f"{FIRST}.lora_up.weight" in text
+    assert "do not fit" in refused(changed(good, lora_up__weight=random(16, 3)))  # ranks
+    assert "dora_scale" in refused(changed(good, dora_scale=random(5, 1, 1, 1)))
+    assert "another way" in refused(changed(good, diff=random(16, 16, 1, 1)))
+    assert "floating" in refused(changed(good, lora_up__weight=np.ones((16, 2), np.int8)))
+    assert "not equal" in refused(
+        good | {f"lycoris_{FIRST[10:]}.lora_up.weight": random(16, 2, 1, 1)}
+    )
+    assert "none of its 1 tensors" in refused({"something.lora_A.weight": random(2, 2)})
+    assert "config.control" in refused({"zero_convs.0.0.weight": random(2, 2)})
+    assert "config.control" in refused({"controlnet_cond_embedding.conv_in.weight": random(2, 2)})
+    assert "Control-LoRA" in refused({"lora_controlnet": random(1), **good})
+    assert "config.image_prompts" in refused({"ip_adapter.1.to_k_ip.weight": random(2, 2)})
+    assert "config.model.path" in refused({"conv_in.weight": random(2, 2)})
+    assert "FLUX" in refused(
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": random(2, 2)}
+    )
+    bad = {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 1}}'}
+    assert "damaged" in refused(good, bad)
+    save_file(good, file)
+    content = file.read_bytes()
+    file.write_bytes(content[:-9])
+    with pytest.raises(ValueError, match="truncated"):
+        reading.read(file, model.table)
+    file.with_suffix(".pt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="unpickling"):
+        reading.read(file.with_suffix(".pt"), model.table)
+
+
+def test_files_for_another_base_are_refused_by_its_name(models, tmp_path):
+    file = tmp_path / "x.safetensors"
+    for name in ("kohya", "peft", "processors", "kohya, original blocks"):
+        save_file(lora(models["xl"], name), file)
+        with pytest.raises(ValueError, match=r"made for .* 64 numbers.* this model is .* 32 numb"):
+            reading.read(file, models["sd"].table)
+    table = models["sd"].table._replace(context=768)
+    text = lora(models["sd"], "text, kohya")
+    for about, name in (
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "SDXL"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "Stable Diffusion 2"),
+    ):
+        save_file(text, file, about)
+        with pytest.raises(
+            ValueError, match=rf"made for {name} .*this model is Stable Diffusion 1"
+        ):
+            reading.read(file, table)
+    for version in ("sd_v1", "sd_1.5", "stable-diffusion-v1"):
+        save_file(text, file, {"ss_base_model_version": version})
+        assert reading.read(file, table).deltas
+
+
+def test_unused_and_absent(models, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file(lora(models["sd"]) | {"mystery.alpha": random(1)}, file)
+    assert reading.read(file, models["sd"].table).unused == ("mystery.alpha",)
+    with pytest.warns(UserWarning, match=r"1 tensors belong to no layer.*mystery\.alpha"):
+        attach(models["sd"].opened, str(file))
+    second = {
+        k.replace("lora_te1", "lora_te2"): v for k, v in lora(models["sd"], "text, kohya 1").items()
+    }
+    save_file(lora(models["sd"]) | second, file)
+    with pytest.raises(
+        ValueError, match=r"text_encoder_2, which this model does not have.*text_2=0"
+    ):
+        attach(models["sd"].opened, str(file))
+    assert attach(models["sd"].opened, f"{file}(text_2=0)").attached
