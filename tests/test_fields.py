@@ -137,6 +137,7 @@ RUNS = {
     "autoencoder": DATA | TRAIN | AUTOENCODER,
 }
 ELSEWHERE = {
+    "adapters": "pipelines/test_adapters.py",
     **{f"evaluation.{name}": "modes/test_judging.py" for name in ("keep", "part", "samples")},
     "reference.": "modes/test_judging.py",
     "consistency.": "test_main.py",
