@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffusion.adapters.adapter import Adapter
+from diffusion.adapters.controlnet import controlnet
 from diffusion.adapters.full import full
 
-CHOICES: dict[str, Callable[..., Adapter]] = {"full": full}
+CHOICES: dict[str, Callable[..., Adapter]] = {"controlnet": controlnet, "full": full}
