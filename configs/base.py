@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     # digits, mnist, cifar10, latents, points; folder (images in class subfolders, or with captions
     # in metadata.jsonl), arrays (.npz, .npy); any TFDS name; with captions in .npz: captioned,
-    # emoji, tiles, emoji_and_tiles
+    # emoji, tiles, emoji_and_tiles; subject (DreamBooth's, below); edits (InstructPix2Pix's: .npz
+    # with images, edited and caption, or a folder whose metadata.jsonl names edited files)
     c.data.name = "digits"
     c.data.dir = ""  # the folder of the files or TFDS sets; mnist and cifar10 are downloaded to it
     c.data.padding = 0  # pixels of zeros around each image (mnist)
@@ -57,10 +58,21 @@ def get_config() -> ConfigDict:
     c.data.prefetch = 8  # batches kept ready
     c.data.tokenizer = ""  # CLIP's bpe_simple_vocab_16e6.txt.gz, or a tokenizer's folder
     c.data.tokens = 20  # longest caption, with start and end
+    c.data.shuffle_tags = False  # shuffle captions' tags, parted by commas, in every epoch
+    c.data.keep_tags = 0  # the first tags, which are neither shuffled nor dropped
+    c.data.tag_dropout = 0.0  # share of the other tags that is left out
     c.data.autoencoder = ""  # folder of an autoencoder; training is then on latents of the images
     c.data.text_encoder = ""  # folder of a frozen text encoder; training is on its embeddings
     c.data.cache = ""  # folder for latents and embeddings, computed once
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
+
+    c.data.subject = ConfigDict()  # data.name="subject", whose pictures are in data.dir
+    c.data.subject.prompt = ""  # what it is called, with a rare word: "a photo of sks dog"
+    # Pictures of its class, which half of each batch is of, with objective.terms=
+    # "prior_preservation()"; the model draws what is missing of them. Empty: the subject alone
+    c.data.subject.class_dir = ""
+    c.data.subject.class_prompt = ""  # "a photo of a dog"
+    c.data.subject.class_count = 200  # pictures of the class, at least
 
     c.model = ConfigDict()
     c.model.name = "unet"  # which of those below: unet, dit, mlp, autoencoder; or pretrained
@@ -115,6 +127,10 @@ def get_config() -> ConfigDict:
     c.objective.conditional = True  # use labels or captions, if the data have them
     # Share trained without label or caption, for classifier-free guidance
     c.objective.label_dropout = 0.1
+    # Which signals are dropped at that rate: together; instruct (InstructPix2Pix: text, both,
+    # picture) or image_prompt (IP-Adapter: picture, text, both), each of three at that rate, which
+    # takes another as image_prompt(rate=0.05). auto depends on what pictures the data have
+    c.objective.dropout = "auto"
     # How noise is drawn. offset: strength of noise that all pixels of a channel share;
     # perturbation: strength of noise in the input that the target does not have
     c.objective.noise = "gaussian(offset=0.0, perturbation=0.0)"
@@ -122,6 +138,7 @@ def get_config() -> ConfigDict:
     # ("variational_bound(weight=1e-3)", "uncertainty()"):
     # - uncertainty(): weighs each noise level by its learned uncertainty (EDM2)
     # - variational_bound(weight=1e-3): learned variances (improved DDPM); needs discrete times
+    # - prior_preservation(weight=1.0): the share of a class's pictures (data.name="subject")
     # - alignment(encoder="...", block=0, weight=0.5, stop=0, hidden=2048): aligns inner tokens with
     #   an encoder's (REPA; config/alignment.py explains the options)
     c.objective.terms = FieldReference((), field_type=object)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from diffusion.levels import Array
+
+Signals = TypeVar("Signals")  # a pytree
 
 
 @flax.struct.dataclass
@@ -96,14 +99,26 @@ def from_batch(batch: Mapping[str, Array]) -> Conditioning:
 def null_like(cond: Conditioning, **nulls: Array | float) -> Conditioning:
     """``cond`` with the given fields replaced by null values, broadcast over the batch.
 
-    Signals that are never dropped (an inpainting mask, a size) stay as they are.
+    ``image_features`` stands for those of each of ``image_prompts``. Signals that are never dropped
+    (an inpainting mask, a size) stay as they are.
     """
-    replaced = {}
-    for name, value in nulls.items():
-        old = getattr(cond, name)
-        if old is not None:
-            replaced[name] = jnp.broadcast_to(jnp.asarray(value, old.dtype), old.shape)
-    return cond.replace(**replaced)
+
+    def like(old: Array, value: Array | float) -> Array:
+        return jnp.broadcast_to(jnp.asarray(value, old.dtype), old.shape)
+
+    if "image_features" in nulls:
+        nulls = dict(nulls)
+        value = nulls.pop("image_features")
+        cond = cond.replace(
+            image_prompts=tuple(
+                p if p.features is None else p.replace(features=like(p.features, value))
+                for p in cond.image_prompts
+            )
+        )
+    present = {name: getattr(cond, name) for name in nulls}
+    return cond.replace(
+        **{name: like(old, nulls[name]) for name, old in present.items() if old is not None}
+    )
 
 
 def concatenate(*conds: Conditioning) -> Conditioning:
@@ -111,8 +126,8 @@ def concatenate(*conds: Conditioning) -> Conditioning:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conds)
 
 
-def drop(cond: Conditioning, null: Conditioning, dropped: Array) -> Conditioning:
-    """``null`` for the examples where dropped [B] is True, ``cond`` elsewhere."""
+def drop(cond: Signals, null: Signals, dropped: Array) -> Signals:
+    """``null`` for the examples where dropped [B] is True, ``cond`` elsewhere; whole, or a part."""
 
     def select(n, c):
         return jnp.where(dropped.reshape((-1,) + (1,) * (c.ndim - 1)), n, c)

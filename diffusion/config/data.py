@@ -15,17 +15,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import specs
-from diffusion.config import captions, latents
+from diffusion.config import captions, edits, latents, subject
 from diffusion.data import arrays, buckets, folder, image_source, mnist_cifar, sources, tfds
 from diffusion.data import batches as pipeline
 from diffusion.data.batches import CROPS, DTYPES, Augmentation
 from diffusion.data.folder import Listing
 from diffusion.data.sources import Batch, Source
+from diffusion.data.tags import Tags
 from diffusion.errors import field
 
 WHOLE = ("digits", "mnist", "cifar10", "latents", "points")  # with splits and sizes of their own
-STORED = ("folder", "arrays")  # and TFDS sets: in any size
-NAMES = (*WHOLE, *STORED, *captions.PAIRS)
+STORED = ("folder", "arrays", "subject")  # and TFDS sets: in any size
+NAMES = (*WHOLE, *STORED, *captions.PAIRS, "edits")
 CHECKED = Path("~", ".cache", "diffusion-jax", "checked")  # what on_error=skip has found out
 
 
@@ -70,6 +71,10 @@ def stored(c: ConfigDict, split: str) -> Source:
             return _folder(c, split)
         if c.name == "arrays":
             return _arrays(c, split)
+        if c.name == "subject":
+            return subject.make_source(c, split)
+        if c.name == "edits":
+            return edits.make_source(c, split)
         return tfds.source(c.name, split, directory, held_out=c.held_out, known=NAMES)
 
 
@@ -110,8 +115,21 @@ def batches(
 
 
 def augmentation(c: ConfigDict) -> Augmentation:
-    """Of config.data."""
-    return Augmentation(flip=c.flip, crop=c.crop, dtype=c.dtype)
+    """Of config.data.
+
+    Raises:
+      ValueError: its fields do not fit together; the message names them.
+    """
+    tags = None
+    if c.shuffle_tags or c.keep_tags or c.tag_dropout:
+        with field("config.data.shuffle_tags, keep_tags, tag_dropout"):
+            tags = Tags(c.shuffle_tags, c.keep_tags, c.tag_dropout)
+            if c.text_encoder and c.workers:
+                raise ValueError(
+                    f"config.data.workers={c.workers}: changed captions are embedded by "
+                    "config.data.text_encoder, which this process has; expected 0"
+                )
+    return Augmentation(flip=c.flip, crop=c.crop, tags=tags, dtype=c.dtype)
 
 
 def check(c: ConfigDict) -> None:
@@ -144,6 +162,11 @@ def _shapes(c: ConfigDict) -> tuple[buckets.Shape, ...]:
         raise ValueError(
             f"config.data.buckets={c.buckets!r}: {c.name} has images of one size; they are for "
             "folder, arrays and TFDS sets"
+        )
+    if c.name == "subject":
+        raise ValueError(
+            f"config.data.buckets={c.buckets!r}: half of each batch is of the subject, half of its "
+            "class, and pictures of both are squares; expected ''"
         )
     if c.size < 1:
         raise ValueError(f"config.data.buckets={c.buckets!r} needs config.data.size, of the square")

@@ -113,7 +113,6 @@ def build(config: ConfigDict) -> Experiment:
         averages.check(config.sampler.average, config.sampler.checkpoint)
     made = adaptation.make(config)
     train, held_out = (make_source(config.data, split) for split in ("train", "test"))
-    _check_data(config, train, held_out)
     if made is None:
         description = model.describe(config, train, held_out)
         pipeline = model.pipeline(config, description, train)
@@ -122,6 +121,7 @@ def build(config: ConfigDict) -> Experiment:
         if made.base.conditioner.subject == "text":
             made = dataclasses.replace(made, captions=model.shown(held_out))
         description, pipeline = made.describe(), made.pipeline
+    _check_data(config, train, held_out)
     update = optimizer.make(config, config.train.steps)
     with field("config.ema"), wrong_types():
         profile = specs.value(config.ema, ema.CHOICES, "config.ema")
@@ -171,13 +171,14 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def _nulls(pipeline: Pipeline, train: Source) -> dict[str, Any]:
-    """Fields of the conditioning that stands for none."""
+    """Fields of the conditioning that stands for none; pictures of zeros stand for no picture."""
     conditioner = pipeline.conditioner
+    nulls = {name: 0.0 for name in ("image", "image_features") if name in train[0]}
     if conditioner.subject == "label":
-        return {"label": conditioner.count}
+        return nulls | {"label": conditioner.count}
     if conditioner.subject != "text":
-        return {}
-    return {name: value[0] for name, value in train.encode([""]).items()}
+        return nulls
+    return nulls | {name: value[0] for name, value in train.encode([""]).items()}
 
 
 def _snapshots(config: ConfigDict) -> dict[str, ema.Profile]:

@@ -54,6 +54,12 @@ def encode(folder: str, images: np.ndarray) -> Batch:
     return {"x": np.asarray(mean), "x_std": np.asarray(std)}
 
 
+def given(folder: str, images: np.ndarray) -> np.ndarray:
+    """The latents of images [B, H, W, 3] in [-1, 1] that are edited: the mode, unscaled."""
+    net, params = codec(folder)
+    return np.asarray(net.encode(params, images, scaled=False))
+
+
 def check(c: ConfigDict) -> None:
     """Raises ValueError where the fields of config.data do not fit together."""
     if needed(c) and not c.cache:
@@ -177,7 +183,10 @@ def _encoder(c: ConfigDict) -> FrozenEncoder | None:
 
 def _rows(images: Source, autoencoder: str, index: np.ndarray) -> Batch:
     batch = images.read(index)
-    return batch | encode(autoencoder, batch["x"]) if autoencoder else batch
+    if not autoencoder:
+        return batch
+    edited = {"image": given(autoencoder, batch["image"])} if "image" in batch else {}
+    return batch | encode(autoencoder, batch["x"]) | edited
 
 
 def _read(rows: array_cache.Table, index: np.ndarray) -> Batch:

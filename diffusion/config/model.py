@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion import specs
 from diffusion.config import pretrained_network
-from diffusion.config.objective import learns_variance
+from diffusion.config.objective import drops_text, learns_variance
 from diffusion.data.sources import Source
 from diffusion.errors import field, wrong_types
 from diffusion.pipelines import description
@@ -61,7 +61,7 @@ def describe(config: ConfigDict, train: Source, held_out: Source) -> Description
         view=train.view,
         num_classes=classes,
         class_names=train.class_names if classes else (),
-        null=c.label_dropout > 0,
+        null=drops_text(config),
         tokenizer=config.data.tokenizer if captioned else "",
         tokens=config.data.tokens if captioned else 0,
         vocabulary=train.vocabulary if captioned else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion import specs
-from diffusion.conditioning import null_like
+from diffusion.conditioning import Conditioning, null_like
 from diffusion.config import consistency
 from diffusion.errors import field, wrong_types
 from diffusion.objectives import couplings, distances, times, weightings
+from diffusion.objectives import dropout as dropouts
 from diffusion.objectives import noise as noises
 from diffusion.objectives.classification import Classification
 from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.dropout import Dropout
 from diffusion.pipelines.pipeline import Pipeline
 from diffusion.pipelines.samplers import FAINT, MOSTLY
 from diffusion.schedules import EDM, Schedule, Table
@@ -103,7 +106,8 @@ def denoising(
     """The objective of a denoiser or a consistency model, without terms and teacher.
 
     Those need other networks or the data: ``terms.attach`` and ``consistency.attach`` add them.
-    ``nulls`` are fields of the null conditioning, ``shape`` is that of an example.
+    ``nulls`` are fields of the null conditioning (see ``null_like``), ``shape`` is that of an
+    example.
     """
     c, at = config.objective, "config.objective"
     with field(f"{at}.noise={c.noise!r}"), wrong_types():
@@ -114,10 +118,35 @@ def denoising(
         "distance": _distance(c.distance),
         "coupling": _coupling(config, "label" in nulls, shape),
         "null": partial(null_like, **nulls),
-        "dropout": c.label_dropout if nulls else 0.0,
+        "dropout": dropout(config, nulls),
         "noise": noise,
     }
     return consistency.make(config, fields) if c.name == "consistency" else Denoising(**fields)
+
+
+def dropout(config: ConfigDict, nulls: Collection[str]) -> Dropout | None:
+    """Which signals of which examples are null in training, of those that have a null; or None."""
+    pictures = {"instruct": "image", "image_prompt": "image_features"}
+    usual = next((kind for kind, signal in pictures.items() if signal in nulls), "together")
+    made, text = _dropout(config, usual), config.objective.dropout
+    with field(f"{AT}dropout={text!r}"), wrong_types():
+        made(Conditioning(), Conditioning(), jnp.zeros(1))  # its options are checked in the call
+        signal = pictures.get(name_of(text), "")
+        if signal and signal not in nulls:
+            raise ValueError(f"it drops pictures, and the data have no {signal}")
+    return made if nulls and made.keywords["rate"] > 0 else None
+
+
+def drops_text(config: ConfigDict) -> bool:
+    """Whether some examples are trained without label or caption."""
+    return _dropout(config).keywords["rate"] > 0
+
+
+def _dropout(config: ConfigDict, usual: str = "together") -> partial:
+    c = config.objective
+    text, context = usual if c.dropout == "auto" else c.dropout, {"rate": c.label_dropout}
+    filled = ("cond", "null", "u")
+    return specs.function(text, dropouts.CHOICES, AT + "dropout", context, filled)
 
 
 def notes(config: ConfigDict, pipeline: Pipeline, objective: Denoising) -> list[str]:

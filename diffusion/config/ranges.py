@@ -54,6 +54,7 @@ RANGES = {
     "data.threads": Range(0, 1024),
     "data.workers": Range(0, 1024),
     "data.prefetch": Range(1, DEEP.high),
+    "data.tag_dropout": Range(0, 1),
     "data.*": NOT_NEGATIVE,
     "model.*dropout": Range(0, BELOW_ONE),
     "model.*eps": POSITIVE,

@@ -14,6 +14,7 @@ from diffusion.config.objective import name_of, term_specs
 from diffusion.data.sources import Source
 from diffusion.errors import field, wrong_types
 from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.terms.prior import PriorPreservation
 from diffusion.objectives.terms.uncertainty import Uncertainty
 from diffusion.objectives.terms.variance import VariationalBound
 from diffusion.schedules import Table
@@ -37,10 +38,20 @@ def _variational_bound(weight: float = 1e-3, *, setting: alignment.Setting) -> V
     return VariationalBound(schedule, weight, schedule.steps, setting.train.levels or 256)
 
 
+def _prior_preservation(weight: float = 1.0, *, setting: alignment.Setting) -> PriorPreservation:
+    if not setting.train.shares:
+        raise ValueError(
+            "it needs pictures of the subject's class: config.data.name='subject' with "
+            "config.data.subject.class_dir and class_prompt"
+        )
+    return PriorPreservation(weight)
+
+
 TERMS: dict[str, Callable] = {
     "uncertainty": Uncertainty,
     "variational_bound": _variational_bound,
     "alignment": alignment.make,
+    "prior_preservation": _prior_preservation,
 }
 TRAINING = ("alignment",)  # those that only training needs, with their encoders
 
@@ -64,6 +75,11 @@ def attach(
             if term.name in terms:
                 raise ValueError(f"there are two terms {term.name}; each may stand once")
         terms[term.name] = term
+    if train.shares and PriorPreservation.name not in terms:
+        raise ValueError(
+            f"{FIELD}={config.objective.terms!r}: the data have pictures of the subject's class "
+            "(config.data.subject.class_dir), which need 'prior_preservation(weight=1.0)'"
+        )
     if terms:
         objective = dataclasses.replace(objective, terms=tuple(terms.values()))
     return objective, train, frozen

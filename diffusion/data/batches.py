@@ -8,7 +8,8 @@ global batch, so the global batch does not depend on how many there are. If a so
 ``x_std`` beside ``x``, the deviation and mean of latents, the batch holds samples of the latents.
 
 A source in buckets has such a stream per bucket, and every batch comes from one of them; see
-``buckets.Schedule``.
+``buckets.Schedule``. A source with shares has one per share, and every batch takes from all of
+them in turn.
 
 Whole batches are read at once: per-example iteration costs more than the training step of a
 small model. Grain supplies the reading threads and processes, and the prefetching.
@@ -20,7 +21,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import ml_dtypes
@@ -28,18 +29,22 @@ import numpy as np
 from absl import flags
 
 from diffusion.data.buckets import Schedule
-from diffusion.data.sources import Batch, Source
+from diffusion.data.sources import Batch, Source, subset
+from diffusion.data.tags import Tags
 
 CROPS = ("center", "random")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+PICTURES = ("x", "image")  # what is mirrored
+NOISE, BUCKETS, SHARES, TAGS = 1, 2, 4, 5  # what a seed is for, after the run's; 3 orders buckets
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Random changes of images, new ones in every epoch, and the type of the result."""
+    """Random changes of examples, new ones in every epoch, and the type of the result."""
 
     flip: bool = False  # mirror each image left-right with probability 1/2
     crop: str = "center"  # where larger images are cropped: ``center`` or ``random``
+    tags: Tags | None = None  # changes of captions, before they are encoded
     dtype: str = "float32"  # of ``x``; bfloat16 halves the transfer to the device
 
 
@@ -49,25 +54,31 @@ PLAIN = Augmentation()
 class _Stream:
     """Batches of one source: positions of an endless stream of its epochs."""
 
-    def __init__(self, source: Source, batch_size: int, seed: tuple[int, ...], random_crop: bool):
-        self._fields = source, batch_size, seed, random_crop
-        self.source, self._batch_size, self._seed, self._random_crop = self._fields
+    def __init__(
+        self, source: Source, batch_size: int, seed: tuple[int, ...], augmentation: Augmentation
+    ):
+        self._fields = source, batch_size, seed, augmentation
+        self.source, self._batch_size, self._seed, self._augmentation = self._fields
         # A batch touches few epochs, mostly one.
         self._epoch = functools.lru_cache(maxsize=2)(self._draw)
 
-    def __reduce__(self):  # another process gets only what reading needs
-        bare = dataclasses.replace(self.source, captions=(), encode=None, buckets=(), pictures=None)
-        return _Stream, (bare, *self._fields[1:])
+    def __reduce__(self):
+        return _Stream, (_bare(self.source, self._augmentation), *self._fields[1:])
 
     def _draw(self, number: int) -> tuple[np.ndarray, ...]:
         """Of an epoch: order of the examples [N], flips [N] bool, positions of crops [N, 2]."""
         rng, n = np.random.default_rng((*self._seed, number)), len(self.source)
         drawn = rng.permutation(n), rng.random(n) < 0.5
-        return (*drawn, rng.random((n, 2), np.float32)) if self._random_crop else drawn
+        random_crop = self._augmentation.crop == "random"
+        return (*drawn, rng.random((n, 2), np.float32)) if random_crop else drawn
+
+    def _places(self, number: int, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, places in them) of the rows ``part`` of batch ``number``."""
+        return np.divmod(number * self._batch_size + part, len(self.source))
 
     def drawn(self, number: int, part: np.ndarray) -> list[np.ndarray]:
         """The draws of ``_draw`` for the rows ``part`` of batch ``number``."""
-        which, place = np.divmod(number * self._batch_size + part, len(self.source))
+        which, place = self._places(number, part)
         rows = [(place[which == e], self._epoch(int(e))) for e in np.unique(which)]
         pieces = zip(*([values[at] for values in epoch] for at, epoch in rows))
         return [np.concatenate(piece) for piece in pieces]
@@ -75,14 +86,68 @@ class _Stream:
     def read(self, number: int, part: np.ndarray) -> tuple[Batch, np.ndarray]:
         """The rows ``part`` of batch ``number``, and whether each is flipped."""
         order, flipped, *at = self.drawn(number, part)
-        return self.source.crop(order, at[0]) if at else self.source.read(order), flipped
+        batch = self.source.crop(order, at[0]) if at else self.source.read(order)
+        if (tags := self._augmentation.tags) is not None:
+            rows = zip(self._places(number, part)[0].tolist(), order.tolist())
+            captions = [
+                tags(self.source.captions[i], (*self._seed, TAGS, epoch, i)) for epoch, i in rows
+            ]
+            batch |= self.source.encode(captions)
+        return batch, flipped
+
+
+class _Shares:
+    """Batches of a source with K shares: row r is the row r // K of the stream of share r mod K."""
+
+    def __init__(self, source: Source, batch_size: int, seed: int, augmentation: Augmentation):
+        self._fields = source, batch_size, seed, augmentation
+        self.source, self._count = source, len(source.shares)
+        self._starts, size = np.cumsum((0, *source.shares[:-1])), batch_size // self._count
+        self._streams = [
+            _Stream(subset(source, start + np.arange(n)), size, (seed, SHARES, k), augmentation)
+            for k, (start, n) in enumerate(zip(self._starts, source.shares))
+        ]
+
+    def __reduce__(self):
+        return _Shares, (_bare(self.source, self._fields[-1]), *self._fields[1:])
+
+    def drawn(self, number: int, part: np.ndarray) -> list[np.ndarray]:
+        """Indices of the examples in the whole source, and the other draws of a ``_Stream``."""
+        pieces = []
+        for stream, start, own in zip(self._streams, self._starts, self._rows(part)):
+            order, *others = stream.drawn(number, own)
+            pieces.append((start + order, *others))
+        return [self._interleaved(part, values) for values in zip(*pieces)]
+
+    def read(self, number: int, part: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """The rows ``part`` of batch ``number``, and whether each is flipped."""
+        rows = zip(self._streams, self._rows(part))
+        batches, flipped = zip(*(stream.read(number, own) for stream, own in rows))
+        batch = {name: self._interleaved(part, [b[name] for b in batches]) for name in batches[0]}
+        return batch, self._interleaved(part, flipped)
+
+    def _rows(self, part: np.ndarray) -> list[np.ndarray]:
+        """The rows of each stream that the rows ``part`` of a batch are."""
+        return [part[part % self._count == k] // self._count for k in range(self._count)]
+
+    def _interleaved(self, part: np.ndarray, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        values = np.empty((len(part), *pieces[0].shape[1:]), pieces[0].dtype)
+        for k, piece in enumerate(pieces):
+            values[part % self._count == k] = piece
+        return values
+
+
+def _bare(source: Source, augmentation: Augmentation) -> Source:
+    """What another process needs of a source, to read it."""
+    texts = {} if augmentation.tags else {"captions": (), "encode": None}
+    return dataclasses.replace(source, buckets=(), pictures=None, **texts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """step -> this process's part of the global batch."""
 
-    streams: tuple[_Stream, ...]
+    streams: tuple[_Stream | _Shares, ...]
     schedule: Schedule | None
     batch_size: int
     seed: int
@@ -94,7 +159,7 @@ class Batches:
         stream, number = self._stream(step)
         return stream.source, stream.drawn(number, self.part)[0]
 
-    def _stream(self, step: int) -> tuple[_Stream, int]:
+    def _stream(self, step: int) -> tuple[_Stream | _Shares, int]:
         bucket, number = self.schedule(step) if self.schedule else (0, step)
         return self.streams[bucket], number
 
@@ -102,12 +167,13 @@ class Batches:
         stream, number = self._stream(step)
         batch, flipped = stream.read(number, self.part)
         if "x_std" in batch:  # of the whole global batch: processes must not share noise
-            rng = np.random.default_rng((self.seed, 1, step))
+            rng = np.random.default_rng((self.seed, NOISE, step))
             shape = (self.batch_size, *stream.source.shape)
             noise = rng.standard_normal(shape, np.float32)[self.part]
             batch["x"] = batch["x"] + batch.pop("x_std") * noise
         if self.augmentation.flip:
-            batch["x"][flipped] = batch["x"][flipped][:, :, ::-1]
+            for picture in (batch[name] for name in PICTURES if name in batch):
+                picture[flipped] = picture[flipped][:, :, ::-1]
         batch["x"] = batch["x"].astype(DTYPES[self.augmentation.dtype], copy=False)
         return batch | {"index": self.part.astype(np.int32)}
 
@@ -127,6 +193,11 @@ def batch_function(
             f"batch_size must be a positive multiple of the {process_count} processes, "
             f"got {batch_size}"
         )
+    if (shares := len(source.shares)) and batch_size // process_count % shares:
+        raise ValueError(
+            f"batch_size={batch_size}: each process's part of it must be a multiple of {shares}, "
+            f"to hold as many examples of each part of {source.name}"
+        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
     if len(source) == 0:
@@ -134,14 +205,17 @@ def batch_function(
     check(augmentation, source)
     local = batch_size // process_count
     part = np.arange(process_index * local, (process_index + 1) * local)
-    random_crop, schedule = augmentation.crop == "random", None
-    streams = [_Stream(source, batch_size, (seed,), random_crop)]
+    schedule = None
     if source.buckets:
         schedule = Schedule(tuple(map(len, source.buckets)), batch_size, seed)
-        seeds = [(seed, 2, b) for b in range(len(source.buckets))]
         streams = [
-            _Stream(bucket, batch_size, s, random_crop) for bucket, s in zip(source.buckets, seeds)
+            _Stream(bucket, batch_size, (seed, BUCKETS, b), augmentation)
+            for b, bucket in enumerate(source.buckets)
         ]
+    elif source.shares:
+        streams = [_Shares(source, batch_size, seed, augmentation)]
+    else:
+        streams = [_Stream(source, batch_size, (seed,), augmentation)]
     return Batches(tuple(streams), schedule, batch_size, seed, part, augmentation)
 
 
@@ -155,6 +229,10 @@ def check(augmentation: Augmentation, source: Source) -> None:
             raise ValueError(f"{name}={value!r}; choose {' or '.join(valid)}")
     if augmentation.crop == "random" and source.crop is None:
         raise ValueError(f"crop='random': {source.name} has images of one size, nothing to crop")
+    if augmentation.tags is not None and not (source.captions and source.encode):
+        raise ValueError(
+            f"tags are shuffled and dropped in captions, with a tokenizer; {source.name} has none"
+        )
 
 
 def batches(

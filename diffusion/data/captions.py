@@ -54,21 +54,29 @@ def _read_file(path: Path, keep: Callable[[dict[str, str]], bool] | None) -> Pai
     images = file.get("images", file.get("image"))
     if images is None or "caption" not in file:
         raise ValueError(f"{path} needs 'images' and 'caption', it has {sorted(file)}")
-    texts = {n: array for n, array in file.items() if array.dtype.kind == "U" and array.ndim == 1}
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            f"{path}: 'images' must be uint8 [N, H, W, 1, 3 or 4], got {images.dtype} "
-            f"{images.shape}"
-        )
-    wrong = [name for name, values in texts.items() if len(values) != len(images)]
-    if "caption" not in texts or "caption" in wrong:
-        raise ValueError(f"{path}: 'caption' must be {len(images)} strings, one per image")
-    captions = [str(caption) for caption in texts["caption"]]
+    check_images(images, f"{path}: 'images'")
+    captions = texts_of(file["caption"], len(images), f"{path}: 'caption'")
     if keep is not None:
+        texts = {n: x for n, x in file.items() if x.dtype.kind == "U" and x.ndim == 1}
         rows = ({name: str(v[i]) for name, v in texts.items()} for i in range(len(images)))
         index = [i for i, row in enumerate(rows) if keep(row)]
         images, captions = images[index], [captions[i] for i in index]
     return Pairs(images, tuple(captions))
+
+
+def check_images(images: np.ndarray, at: str) -> None:
+    """Raises ValueError unless images are uint8 [N, H, W, 1, 3 or 4]."""
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{at} must be uint8 [N, H, W, 1, 3 or 4], got {images.dtype} {images.shape}"
+        )
+
+
+def texts_of(captions: np.ndarray, count: int, at: str) -> list[str]:
+    """An array of captions as texts; raises ValueError unless there are ``count``."""
+    if captions.dtype.kind != "U" or captions.shape != (count,):
+        raise ValueError(f"{at} must be {count} strings, one per image")
+    return [str(caption) for caption in captions]
 
 
 def tiles(path: str | Path) -> Pairs:

@@ -4,6 +4,8 @@
     DIR/1.png, DIR/metadata.jsonl             {"file_name": "1.png", "text": "a cat"}
     DIR/1.png, DIR/metadata.csv               file_name,text: a header, then a line for each image
     DIR/1.png, DIR/1.txt                      its caption, beside each image (also in subfolders)
+    DIR/1.png, DIR/2.png, DIR/metadata.jsonl  {"file_name": "1.png", "edited": "2.png",
+                                              "text": "make it red"}, for each edit of an image
     DIR/train/..., DIR/test/...               any of these, in splits; also val or validation
 
 Without splits, a share of the images is held out: those whose path has a small hash. So the same
@@ -17,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ METADATA = "metadata.jsonl"
 TABLE = "metadata.csv"
 TEXT = ".txt"
 CAPTIONS = ("text", "caption")
+EDITED = "edited"
 HELD_OUT = ("test", "val", "validation")
 
 
@@ -42,6 +45,7 @@ class Listing:
     label: np.ndarray | None = None  # [N] int32
     class_names: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()  # one per image, or none at all
+    edited: tuple[str, ...] = ()  # the image after an edit, one per image, or none at all
 
     def __len__(self) -> int:
         return len(self.files)
@@ -54,6 +58,7 @@ class Listing:
             files=tuple(self.files[i] for i in index),
             label=None if self.label is None else self.label[index],
             captions=tuple(self.captions[i] for i in index) if self.captions else (),
+            edited=tuple(self.edited[i] for i in index) if self.edited else (),
         )
 
     @property
@@ -102,6 +107,14 @@ def read(folder: str | Path, split: str, held_out: float = 0.05) -> Listing:
     return parts["train"] if split == "train" else _with_classes(parts[tests[0]], names)
 
 
+def pictures(folder: str | Path) -> tuple[Path, ...]:
+    """The images in a folder and below, whatever they are called, in order."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    return tuple(root / name for name in _images(_files(root)))
+
+
 def _below(listing: Listing, name: str) -> Listing:
     return listing.take(np.array([file.startswith(f"{name}/") for file in listing.files], bool))
 
@@ -147,7 +160,7 @@ def held_out_by_hash(names: Sequence[str], share: float, what: str) -> np.ndarra
 def _read_one(root: Path, several: bool = True) -> Listing:
     """All images of a folder without splits, or of one split."""
     every = set(_files(root))
-    files = sorted(file for file in every if file.lower().endswith(images.SUFFIXES))
+    files = _images(every)
     path = _metadata(root)
     if path:
         return _read_metadata(path, files)
@@ -180,6 +193,10 @@ def _read_one(root: Path, several: bool = True) -> Listing:
         )
     label = np.array([names.index(name) for name in top], np.int32)
     return Listing(root, tuple(files), label, tuple(names))
+
+
+def _images(files: Iterable[str]) -> list[str]:
+    return sorted(file for file in files if file.lower().endswith(images.SUFFIXES))
 
 
 def _files(root: Path, below: str = "") -> Iterable[str]:
@@ -238,15 +255,15 @@ def _read_metadata(path: Path, files: Sequence[str]) -> Listing:
     rows: list[dict[str, Any]] = []
     for number, row in _lines(path):
         at = f"{path}, line {number}"
-        name = os.path.normpath(_text(row, "file_name", at)).replace(os.sep, "/")
-        if name.startswith(("../", "/")) or name == "..":
-            raise ValueError(f"{at}: file_name={name!r} lies outside of {root}")
-        if name in seen:
-            raise ValueError(f"{at}: file_name={name!r} is already in line {seen[name]}")
-        if name not in there and not _is_file(root / name):
-            raise FileNotFoundError(f"{at}: file_name={name!r}: there is no such file")
-        seen[name] = number
-        rows.append({**row, "file_name": name, "at": at})
+        names = tuple(
+            _named(row, key, at, root, there)
+            for key in ("file_name", EDITED)
+            if key == "file_name" or key in row
+        )
+        if names in seen:
+            raise ValueError(f"{at}: file_name={names[0]!r} is already in line {seen[names]}")
+        seen[names] = number
+        rows.append({**row, "at": at})
     if not rows:
         raise ValueError(f"{path} is empty; expected lines such as " + _EXAMPLE)
     key = next((key for key in CAPTIONS if any(key in row for row in rows)), None)
@@ -254,7 +271,21 @@ def _read_metadata(path: Path, files: Sequence[str]) -> Listing:
     label, names = _labels(rows) if any("label" in row for row in rows) else (None, ())
     if label is None and not captions:
         raise ValueError(f"{path} has neither text, caption nor label; an example: {_EXAMPLE}")
-    return Listing(root, tuple(seen), label, names, captions)
+    for pair, row in zip(seen, rows):
+        if len(pair) != len(next(iter(seen))):
+            raise ValueError(f"{row['at']}: expected {EDITED} in all lines, or in none")
+    files, *edited = zip(*seen)
+    return Listing(root, files, label, names, captions, *edited)
+
+
+def _named(row: dict[str, Any], key: str, at: str, root: Path, there: Collection[str]) -> str:
+    """A file that a line of metadata names, below its folder."""
+    name = os.path.normpath(_text(row, key, at)).replace(os.sep, "/")
+    if name.startswith(("../", "/")) or name == "..":
+        raise ValueError(f"{at}: {key}={name!r} lies outside of {root}")
+    if name not in there and not _is_file(root / name):
+        raise FileNotFoundError(f"{at}: {key}={name!r}: there is no such file")
+    return name
 
 
 def _is_file(path: Path) -> bool:

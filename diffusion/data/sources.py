@@ -18,6 +18,7 @@ from diffusion.data import densities
 from diffusion.data.images import Picture
 
 Batch = dict[str, np.ndarray]
+Read = Callable[..., Batch]  # indices [B], and where pictures are cropped positions [B, 2]
 
 MOST_CLASSES = 1_000_000
 """A larger number is a mistake: the labels are then other numbers."""
@@ -61,6 +62,8 @@ class Source:
       crop: indices [B] and positions of crops, [B, 2] in [0, 1] from the top left -> as ``read``,
         which crops in the middle; None if there is nothing to crop.
       buckets: the same examples, grouped by the shape that fits best; empty if all have one shape.
+      shares: numbers of examples of parts, one after another, of which each batch holds equally
+        many: example i of a batch is of part i mod len(shares); empty if there is one part.
       pictures: the images as they are stored, if they are decoded one by one.
       view: how examples are shown, a name of ``evaluation.views.VIEWS``.
     """
@@ -78,6 +81,7 @@ class Source:
     vocabulary: tuple[int, ...] = ()
     crop: Callable[[np.ndarray, np.ndarray], Batch] | None = None
     buckets: tuple[Source, ...] = ()
+    shares: tuple[int, ...] = ()
     pictures: Pictures | None = None
     view: str = "images"
 
@@ -172,8 +176,8 @@ def subset(source: Source, index: np.ndarray) -> Source:
         pictures = Pictures(len(index), get, name, columns)
     read, crop = (f and partial(_read_subset, f, index) for f in (source.read, source.crop))
     captions = tuple(source.captions[i] for i in index) if source.captions else ()
-    changes = dict(read=read, crop=crop, captions=captions, pictures=pictures, buckets=())
-    return dataclasses.replace(source, size=len(index), **changes)
+    changes = dict(read=read, crop=crop, captions=captions, pictures=pictures)
+    return dataclasses.replace(source, size=len(index), buckets=(), shares=(), **changes)
 
 
 def _at(function: Callable, index: np.ndarray, i: int) -> Any:

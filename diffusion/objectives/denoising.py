@@ -22,6 +22,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives import couplings, distances, times, weightings
+from diffusion.objectives.dropout import Dropout
 from diffusion.objectives.noise import PLAIN, Gaussian
 from diffusion.objectives.objective import Batch, Context, Measured, Params, network_alone
 from diffusion.objectives.terms.term import Noised, Term
@@ -37,7 +38,7 @@ class Denoising:
       network: linen module ``(x, c_noise, cond, train) -> F``.
       coupling: which noise an example is mixed with, in training alone.
       null: makes the null conditioning (for classifier-free guidance) from a conditioning.
-      dropout: probability that an example is trained with the null conditioning.
+      dropout: which signals of which examples are null in training; None drops nothing.
       stratify: the global batch size, to spread times evenly over it; None draws independently.
       t_min: smallest time trained on.
     """
@@ -51,7 +52,7 @@ class Denoising:
     distance: distances.Distance = distances.l2
     coupling: couplings.Coupling = couplings.independent
     null: Callable[[Conditioning], Conditioning] = lambda cond: cond
-    dropout: float = 0.0
+    dropout: Dropout | None = None
     stratify: int | None = None
     t_min: float = 1e-5
     noise: Gaussian = PLAIN
@@ -90,7 +91,7 @@ class Denoising:
         noised, output = self._noised(params, batch, x_t, level, cond, context.train, rngs)
         distance = self.distance(output, predictions.target(self.prediction, level, x0, noise))
         loss = weightings.weights(self.weighting, self.prediction, level) * distance
-        metrics = {"distance": distance.mean()}
+        metrics, noised = {"distance": distance.mean()}, noised._replace(distance=distance)
         for term in self.terms:
             loss, measured = term(loss, params.get(term.name), context, noised)
             metrics |= measured
@@ -102,12 +103,11 @@ class Denoising:
         return times.levels(u, self.times, self.schedule, self.t_min)
 
     def conditioning(self, batch: Batch, index: Array, key: Array) -> Conditioning:
-        """The batch's, with the null conditioning at the rate of ``dropout``."""
+        """The batch's, with what ``dropout`` leaves of it."""
         cond = conditioning.from_batch(batch)
-        if self.dropout > 0:
-            dropped = times.independent_uniforms(key, index) < self.dropout
-            cond = conditioning.drop(cond, self.null(cond), dropped)
-        return cond
+        if self.dropout is None:
+            return cond
+        return self.dropout(cond, self.null(cond), times.independent_uniforms(key, index))
 
     def denoiser(self, params: Params, **options: Any) -> ConditionalDenoise:
         """E[x_0 | x_t] as the network estimates it, called with these parameters and options."""

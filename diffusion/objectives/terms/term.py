@@ -22,6 +22,7 @@ class Noised(NamedTuple):
       variance: [B, ...] the second half of the channels, in [-1, 1], of a network that gives twice
         as many as the examples have; else None.
       tokens: [B, h, w, C] of each block in a term's ``blocks``; empty outside training.
+      distance: [B] between output and target, unweighted; None when terms are initialised.
     """
 
     batch: Batch
@@ -30,6 +31,7 @@ class Noised(NamedTuple):
     x0_hat: Array
     variance: Array | None
     tokens: dict[int, Array]
+    distance: Array | None = None
 
 
 class Term(Protocol):
