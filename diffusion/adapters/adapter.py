@@ -14,7 +14,8 @@ Params = Any
 class Adapter(Protocol):
     """What is trained beside a network that stays as it is.
 
-    An adapter is made for one network, whose parameters ``base`` are nested dicts.
+    An adapter is made for one network, whose parameters ``base`` are nested dicts. One that makes a
+    network edit pictures, which it takes as ``cond.image``, has the member ``edits``, True.
     """
 
     def network(self, network: nn.Module) -> nn.Module:

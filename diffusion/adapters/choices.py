@@ -7,5 +7,10 @@ from collections.abc import Callable
 from diffusion.adapters.adapter import Adapter
 from diffusion.adapters.controlnet import controlnet
 from diffusion.adapters.full import full
+from diffusion.adapters.instruct import instruct
 
-CHOICES: dict[str, Callable[..., Adapter]] = {"controlnet": controlnet, "full": full}
+CHOICES: dict[str, Callable[..., Adapter]] = {
+    "controlnet": controlnet,
+    "full": full,
+    "instruct": instruct,
+}

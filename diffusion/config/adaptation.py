@@ -165,6 +165,8 @@ class Adaptation:
     def _defaults(self) -> Defaults:
         """The model's own where config.sampler leaves a field open."""
         c, usual = self.config.sampler, self.base.defaults
+        if getattr(self.adapter, "edits", False):
+            usual = usual._replace(guidance=("instruct(7.5, 1.5)",))
         return Defaults(
             usual.solver if c.solver == "auto" else c.solver,
             usual.grid if c.grid == "auto" else c.grid,

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from diffusion import pipelines
 from diffusion.config import judging, ranges
+from diffusion.config.data import make_source
+from diffusion.data.sources import Source
 from diffusion.errors import field
 from diffusion.evaluation.metrics.metric import Data, Samples
 from diffusion.pipelines import adapters, description, guidance, samplers
@@ -31,6 +33,8 @@ from diffusion.sampling.tables import Solver
 from diffusion.specs import texts, unknown
 
 AT = "config.sampler."
+GIVEN = 256
+"""Held-out pictures that a model which edits is given, at most."""
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
 FREE = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
@@ -125,6 +129,8 @@ def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> 
     made, notes = drawer(config, pipeline, schedule, preview)
     for note in notes:
         print(f"note: {note}")
+    if pipeline.edits:
+        made = editing(made, make_source(config.data, "test"))
     return Drawing(config, source, made, Path(workdir))
 
 
@@ -285,6 +291,21 @@ def drawer(
     )
     grid = samplers.chosen_grid(pipeline, c.grid)
     return result, [*made.notes, *samplers.notes(sampler, grid, AT)]
+
+
+def editing(drawer: Drawer, held_out: Source) -> Drawer:
+    """The drawer with held-out pictures to edit, which a model that edits is given in turn.
+
+    Raises:
+      ValueError: the data have none.
+    """
+    given = held_out.read(np.arange(min(len(held_out), GIVEN))).get("image")
+    if given is None:
+        raise ValueError(
+            f"this model edits pictures, and {held_out.name} has none to edit: "
+            "config.data.name='edits' has; --mode=generate edits the one in config.samples.image"
+        )
+    return replace(drawer, given=given)
 
 
 def in_turn(config: ConfigDict, drawer: Drawer, captions: Sequence[str] = ()) -> list[Subject]:

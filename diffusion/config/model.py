@@ -69,6 +69,7 @@ def describe(config: ConfigDict, train: Source, held_out: Source) -> Description
         text_encoder=config.data.text_encoder if captioned else "",
         autoencoder=config.data.autoencoder,
         captions=shown(held_out) if captioned else (),
+        edits=name == "denoising" and "image" in train[0],
         sampler=_sampler(config),
     )
 

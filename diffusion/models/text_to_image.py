@@ -61,6 +61,15 @@ def image_network(network: nn.Module) -> nn.Module:
     return network
 
 
+def with_image_network(network: nn.Module, image: nn.Module) -> nn.Module:
+    """``network`` with another innermost denoiser's network; what is around it stays."""
+    if isinstance(network, TextToImage):
+        return network.clone(image=with_image_network(network.image, image))
+    if isinstance(network, Around):
+        return network.clone(network=with_image_network(network.network, image))
+    return image
+
+
 def parts(network: nn.Module, path: str = "network") -> dict[str, nn.Module]:
     """The networks within ``network`` by the paths of their parameters, without what is around
     them: {"network/text": ..., "network/image": ...}, or {"network": network}."""

@@ -17,6 +17,7 @@ from diffusion.adapters.choices import CHOICES
 from diffusion.errors import field, wrong_types
 from diffusion.objectives.adapting import OWN
 from diffusion.pipelines import joint
+from diffusion.pipelines.from_pretrained import EDITOR
 from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
 from diffusion.pretrained import hub
 from diffusion.runs import workdir as workdirs
@@ -39,11 +40,17 @@ def pipeline(
     base: Pipeline, own: Adapter, defaults: Defaults, captions: Sequence[str] = ()
 ) -> Pipeline:
     """The base with the adapter's network, and with captions that it draws by default."""
+    kind, edits = base.kind, getattr(own, "edits", False)
+    if edits:
+        if base.edits:
+            raise ValueError("the model edits pictures already: full() trains it further")
+        kind = EDITOR if kind == "StableDiffusionPipeline" else kind
     network = joint.image_part(own.network(joint.network(base)), joint.encoders(base) is not None)
     conditioner = base.conditioner
     if captions:
         conditioner = replace(conditioner, suggestions=tuple(captions))
-    return replace(base, network=network, conditioner=conditioner, defaults=defaults)
+    options = {"network": network, "conditioner": conditioner, "defaults": defaults}
+    return replace(base, kind=kind, edits=edits or base.edits, **options)
 
 
 def load(base: Pipeline, params: Params, own: Adapter, trained: Mapping[str, Any]) -> Params:

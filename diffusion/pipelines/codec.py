@@ -33,8 +33,18 @@ class Codec:
 
     factor: int = 1
 
-    def encode(self, params: Mapping[str, Any], x: Array, keys: jax.Array | None = None) -> Array:
-        """What the network sees of examples x [B, ...]; keys [B] where there is chance in it."""
+    def encode(
+        self,
+        params: Mapping[str, Any],
+        x: Array,
+        keys: jax.Array | None = None,
+        *,
+        scaled: bool = True,
+    ) -> Array:
+        """What the network sees of examples x [B, ...]; keys [B] where there is chance in it.
+
+        Without ``scaled`` it is as a network sees pictures that it edits.
+        """
         return jnp.asarray(x)
 
     def decode(

@@ -77,6 +77,7 @@ class Description:
       text_encoder: folder of a frozen encoder of captions.
       autoencoder: folder of the autoencoder whose latents the network sees; empty: none.
       captions: some held-out ones, which are drawn by default.
+      edits: whether it edits a picture as a caption says.
       sampler: solver, grid, steps and guidance.
     """
 
@@ -100,6 +101,7 @@ class Description:
     text_encoder: str = ""
     autoencoder: str = ""
     captions: tuple[str, ...] = ()
+    edits: bool = False
     sampler: Defaults = DEFAULTS
 
 
@@ -252,6 +254,7 @@ def pipeline(d: Description, known: Conditioner | None = None, at: str = "") -> 
         conditioner(d) if known is None else known,
         VIEWS[d.view],
         d.sampler,
+        edits=d.edits,
     )
 
 

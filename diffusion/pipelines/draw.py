@@ -219,13 +219,13 @@ def trajectory(
     made, solver = program(pipeline, sampler, companions), sampler.solver
 
     @jax.jit
-    def run(given: Any, solver: Any, cond: Any, null: Any, chain: Chain) -> tuple:
-        denoise = made.guided(given, cond, null, chain)
+    def run(given: Any, solver: Any, cond: Any, null: Any, chain: Chain, middle: Any) -> tuple:
+        denoise = made.guided(given, cond, null, chain, middle)
         options = {"corrector": corrector, "trajectory": True}
         return sampling.sample(denoise, solver, keys, inputs.shape, **options)
 
     given = weights(params, solver.evaluations, companions, acceleration)
-    x, path = run(given, solver, inputs.cond, inputs.null, chain)
+    x, path = run(given, solver, inputs.cond, inputs.null, chain, inputs.middle)
     scale = np.hypot(solver.level.alpha, solver.level.sigma)
     path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)
     return np.concatenate([path, np.asarray(x)[None]])

@@ -52,6 +52,7 @@ class Drawer:
       preview: is given x_0_hat after every so many evaluations (``preview_every``).
       unit: what bars count.
       paired: whether guidance makes two estimates at each evaluation.
+      given: [N, h, w, C] what a network that edits sees of pictures, which it edits in turn.
     """
 
     pipeline: Pipeline
@@ -68,6 +69,7 @@ class Drawer:
     preview_every: int = 0
     unit: str = "image"
     paired: bool = False
+    given: np.ndarray | None = None
 
     @cached_property
     def _monitor(self) -> Monitor | None:
@@ -92,10 +94,11 @@ class Drawer:
           subjects: one for each sample.
           negative: what to steer away from; None: what stands for none.
           solver: another table than the sampler's.
-          prepare: makes a batch's inputs; by default new samples of the network's own size.
+          prepare: makes a batch's inputs; by default new samples of the network's own size, or
+            edits of the pictures ``given``.
           first: number of the first sample.
         """
-        pipeline, count = self.pipeline, len(subjects)
+        count = len(subjects)
         size = min(self.batch_size, count)
         evaluations = (self.sampler.solver if solver is None else solver).evaluations
         watch, bar_shown = nullcontext(), sys.stderr.isatty()
@@ -109,7 +112,7 @@ class Drawer:
                 keys = image_keys(self.seed, first + index)
                 cond, null = self.conditioning(params, [subjects[i] for i in index], negative)
                 inputs = (
-                    tasks.new(pipeline, cond, null)
+                    self._inputs(params, first + index, cond, null)
                     if prepare is None
                     else prepare(first + index, keys, cond, null)
                 )
@@ -156,8 +159,9 @@ class Drawer:
         self, params: Params, subjects: Sequence[Subject], negative: Subject | None = None
     ) -> np.ndarray:
         """[R + 1, N, ...] from noise to samples; see ``draw.trajectory``."""
-        keys = image_keys(self.seed, np.arange(len(subjects)))
-        inputs = tasks.new(self.pipeline, *self.conditioning(params, subjects, negative))
+        numbers = np.arange(len(subjects))
+        keys, pair = image_keys(self.seed, numbers), self.conditioning(params, subjects, negative)
+        inputs = self._inputs(params, numbers, *pair)
         return drawing.trajectory(
             self.pipeline,
             params,
@@ -175,6 +179,20 @@ class Drawer:
     ) -> tuple[Conditioning, Conditioning | None]:
         """What the samples are steered towards, and away from."""
         return self.pipeline.conditioner(params, subjects, negative, **self.condition)
+
+    def _inputs(
+        self, params: Params, numbers: np.ndarray, cond: Conditioning, null: Conditioning | None
+    ) -> Inputs:
+        """Of samples of these numbers."""
+        if not self.pipeline.edits:
+            return tasks.new(self.pipeline, cond, null)
+        if self.given is None:
+            raise ValueError(
+                "this model edits pictures, and none are given: --mode=generate takes one in "
+                "config.samples.image, other modes those of config.data.name='edits'"
+            )
+        given = self.given[numbers % len(self.given)]
+        return tasks.edited(self.pipeline, params, cond, null, given, encoded=True)
 
     def subjects(self, count: int, given: Sequence[Subject] = ()) -> list[Subject]:
         """Of ``count`` samples, those given in turn, by default the conditioner's suggestions."""

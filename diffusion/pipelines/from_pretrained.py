@@ -36,11 +36,12 @@ from diffusion.pretrained.models import Model, example
 from diffusion.pretrained.schedulers import catalogue as schedulers
 from diffusion.pretrained.schedulers import from_diffusers
 
+EDITOR = "StableDiffusionInstructPix2PixPipeline"
 KINDS = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
-    "StableDiffusionInstructPix2PixPipeline",
+    EDITOR,
     "StableDiffusionUpscalePipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
@@ -55,7 +56,7 @@ PIXELS = ("DDPMPipeline", "DDIMPipeline")
 STEPS = 10  # of a sampler that is only made to read what the network's output means
 DEFAULTS = {
     "StableDiffusionUpscalePipeline": Defaults("", "uniform", 75, ("cfg(9)",)),
-    "StableDiffusionInstructPix2PixPipeline": Defaults("", "uniform", 100, ("instruct(7.5, 1.5)",)),
+    EDITOR: Defaults("", "uniform", 100, ("instruct(7.5, 1.5)",)),
     "LatentConsistencyModelPipeline": Defaults("", "uniform", 4, ("cfg(8.5)",)),
     "DiTPipeline": Defaults("", "uniform", 50, ("cfg(4)",)),
     "DDPMPipeline": Defaults("", "uniform", 1000, ("cfg(1)",)),
@@ -271,6 +272,7 @@ def assemble(
         defaults=DEFAULTS.get(kind, Defaults("", "uniform", 30, ("cfg(7.5)",))),
         scheduler=scheduler,
         low_res_scheduler=low_res,
+        edits=kind == EDITOR,
         options=options,
     )
 

@@ -92,7 +92,6 @@ class Generation:
             negative=request.negative,
             accelerations=request.acceleration,
             corrected=corrector is not None,
-            edits=self.task == "edit",
             at=at,
         )
         self.pipeline, self.notes = guided.pipeline, guided.notes

@@ -60,7 +60,6 @@ def make(
     accelerations: Specs = (),
     schedule: str = "",
     corrected: bool = False,
-    edits: bool = False,
     at: str = "",
 ) -> Guidance:
     """The guidance of a pipeline.
@@ -73,7 +72,6 @@ def make(
       accelerations: specs of ``acceleration.CHOICES``.
       schedule: the pipeline's, as a spec.
       corrected: whether a corrector follows the solver's steps.
-      edits: whether the network edits a picture as a text says (InstructPix2Pix).
       at: what errors say before the names of the arguments: "config.sampler.".
 
     Raises:
@@ -99,11 +97,11 @@ def make(
     with field(name):
         links.check_levels(chain, sampler.solver.level, sampler.prediction)
         for link in chain:
-            if (link.name == "instruct") > edits:
+            if link.name == "instruct" and not pipeline.edits:
                 raise ValueError("instruct is for networks that edit pictures (InstructPix2Pix)")
             if link.name == "perturbed_attention":
                 chain = links.resolve(chain, _attentions(pipeline))
-        if edits and not any(link.name == "instruct" for link in chain):
+        if pipeline.edits and not any(link.name == "instruct" for link in chain):
             raise ValueError("this network follows text and picture: expected instruct(7.5, 1.5)")
     pair = chains.pair(chain)
     subject, null = pipeline.conditioner.subject, pipeline.conditioner.null

@@ -61,6 +61,7 @@ class Pipeline:
       defaults: solver, grid, steps and guidance.
       scheduler: the fields of diffusers' ``scheduler_config.json``; None for a run.
       low_res_scheduler: config of what noises an upscaler's small picture.
+      edits: whether it edits a picture as a text says (InstructPix2Pix).
       options: other fields of ``model_index.json``, such as requires_aesthetics_score.
     """
 
@@ -76,6 +77,7 @@ class Pipeline:
     defaults: Defaults = DEFAULTS
     scheduler: Mapping[str, Any] | None = None
     low_res_scheduler: Mapping[str, Any] | None = None
+    edits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def denoiser(self, params: Params) -> ConditionalDenoise:

@@ -15,11 +15,6 @@ from diffusion.pipelines.guidance import Specs
 from diffusion.pipelines.picture_files import Picture
 from diffusion.pipelines.pipeline import Pipeline
 
-EDITORS = {
-    "StableDiffusionUpscalePipeline": "upscale",
-    "StableDiffusionInstructPix2PixPipeline": "edit",
-}
-
 
 @dataclass(frozen=True)
 class Request:
@@ -84,11 +79,13 @@ def task(pipeline: Pipeline, request: Request) -> str:
             f"this model makes no pictures: its examples have shape {pipeline.shape}. "
             "--mode=sample draws them"
         )
-    task = EDITORS.get(pipeline.kind)
-    if task is None:
-        task = "new" if request.image is None else "from picture"
-        if request.mask is not None or pipeline.extra_channels == pipeline.shape[-1] + 1:
-            task = "repaint"
+    task = "new" if request.image is None else "from picture"
+    if pipeline.edits:
+        task = "edit"
+    elif pipeline.low_res_scheduler is not None:
+        task = "upscale"
+    elif request.mask is not None or pipeline.extra_channels == pipeline.shape[-1] + 1:
+        task = "repaint"
     takes = {"image": task != "new", "mask": task == "repaint"}
     for name, taken in takes.items():
         given = getattr(request, name) is not None

@@ -150,13 +150,22 @@ def upscaled(
 
 
 def edited(
-    pipeline: Pipeline, params: Params, cond: Conditioning, null: Conditioning, images: Array
+    pipeline: Pipeline,
+    params: Params,
+    cond: Conditioning,
+    null: Conditioning,
+    images: Array,
+    *,
+    encoded: bool = False,
 ) -> Inputs:
     """Pictures edited by an instruction, the prompt: InstructPix2Pix (Brooks et al., 2023).
 
-    The chain has the link ``instruct(scale, image_scale)``.
+    The chain has the link ``instruct(scale, image_scale)``. With ``encoded``, images are what the
+    network sees of them already, unscaled latents.
     """
-    latents = pipeline.codec.encode(params, images, scaled=False)
+    latents = jnp.asarray(images)
+    if not encoded:
+        latents = pipeline.codec.encode(params, images, scaled=False)
     return Inputs(
         _with_image(cond, latents),
         _with_image(null, jnp.zeros_like(latents)),
