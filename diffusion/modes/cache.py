@@ -1,4 +1,4 @@
-"""--mode=cache: latents and text embeddings, before training."""
+"""--mode=cache: latents, text embeddings and pictures of a class, before training."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from diffusion.config import latents, ranges
+from diffusion.config import class_pictures, latents, ranges
 from diffusion.config.data import make_images
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Computes latents and text embeddings into ``config.data.cache``, as training does at first.
+    """Computes latents and text embeddings into ``config.data.cache``, as training does at first,
+    and draws the pictures that ``config.data.subject.class_dir`` lacks.
 
     What was interrupted goes on; what is there already stays. ``workdir`` is not touched.
     """
     del workdir
     ranges.check(config)
+    drawn = class_pictures.draw_missing(config)
     if not latents.needed(config.data):
-        raise ValueError(
-            "nothing to cache: config.data.autoencoder and config.data.text_encoder are empty"
-        )
+        if drawn is None:
+            raise ValueError(
+                "nothing to cache: config.data.autoencoder and config.data.text_encoder are empty"
+            )
+        return
     latents.compute(config.data, partial(make_images, config.data))
     print(f"cached in {config.data.cache}")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from diffusion import processes
 from diffusion.config import (
     adaptation,
+    class_pictures,
     drawing,
     initialization,
     judging,
@@ -64,6 +65,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         )
         return
     adaptation.resolve(config, workdir)
+    if jax.process_count() == 1:
+        class_pictures.draw_missing(config)
     if latents.needed(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment = build(config)

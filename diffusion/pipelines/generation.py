@@ -119,11 +119,11 @@ class Generation:
         return self.drawer.sampler.solver.evaluations + last
 
     def pictures(
-        self, params: Params, refined: Params | None = None
+        self, params: Params, refined: Params | None = None, *, first: int = 0
     ) -> Iterator[tuple[int, np.ndarray]]:
         """(number, picture [H, W, C] in [-1, 1]) of each subject, batch by batch.
 
-        ``refined`` are the refiner's parameters.
+        ``refined`` are the refiner's parameters, ``first`` is the number of the first picture.
         """
         codec = self.pipeline.codec if self._refiner is None else self._refiner.codec
         weights = params if refined is None else refined
@@ -135,11 +135,12 @@ class Generation:
         ) -> Inputs:
             return self._inputs(params, keys, cond, null)
 
-        request = self.request
-        parts = self.drawer.batches(params, self.subjects, request.negative, prepare=prepare)
+        options = {"prepare": prepare, "first": first}
+        parts = self.drawer.batches(params, self.subjects, self.request.negative, **options)
         for index, latents in parts:
             if self._refiner is not None:
-                latents = self._refine(weights, index, latents)
+                own = [self.subjects[i - first] for i in index]
+                latents = self._refine(weights, index, own, latents)
             images = np.asarray(codec.decode(weights, latents, index))
             for i, image in zip(index, images):
                 yield int(i), self._pasted(image)
@@ -181,11 +182,12 @@ class Generation:
             return tasks.upscaled(pipeline, keys, cond, null, image, **level)
         return tasks.edited(pipeline, params, cond, null, image)
 
-    def _refine(self, weights: Params, index: np.ndarray, latents: np.ndarray) -> np.ndarray:
+    def _refine(
+        self, weights: Params, index: np.ndarray, subjects: Sequence[Subject], latents: np.ndarray
+    ) -> np.ndarray:
         """What the refiner makes of a batch."""
         drawer, request = self._last, self.request
         keys = folded(image_keys(request.seed, index), tasks.REFINER)
-        subjects = [self.subjects[i] for i in index]
         cond, null = drawer.conditioning(weights, subjects, request.negative)
         cond, null = self._micro(drawer.pipeline, cond, null)
         x = drawer.batch(weights, keys, tasks.continued(cond, null, latents))
