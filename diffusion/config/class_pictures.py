@@ -53,15 +53,14 @@ def draw_missing(config: ConfigDict) -> int | None:
 
 def _model(config: ConfigDict) -> Opened | Run:
     """The model that training begins with."""
-    if config.model.path:
-        return drawing.open_model(
-            config, config.model.path, f"config.model.path={config.model.path!r}"
-        )
+    path = config.model.path
+    if path:
+        return drawing.open_model(config, path, f"config.model.path={path!r}")
     if not config.train.init_from:
         raise ValueError(
             "it has too few pictures, and there is no model to draw others: expected "
             "config.model.path, config.train.init_from or more pictures"
         )
-    root, step = initialization.source(config.train.init_from)
+    root, step = initialization.source_of(config.train.init_from)
     checkpoint = "newest" if step is None else str(step)
     return pipelines.open_any(root, average=config.train.init_average, checkpoint=checkpoint)

@@ -68,7 +68,7 @@ def initial(config: ConfigDict, workdir: str, own: Initial | None = None) -> Ini
         return base
 
     def load(shapes: Any, random: Callable[[], Any]) -> Any:
-        root, step = source(c.init_from)
+        root, step = source_of(c.init_from)
         with field(f"config.train.init_from={c.init_from!r}"):
             given, found = restore.restore_ema(root, c.init_average, step=step)
         own = (lambda: base(shapes, random)) if base else random
@@ -128,14 +128,14 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.train.init_what={c.init_what!r} needs config.train.init_from, a run's workdir"
         )
-    if c.init_from and not workdirs.steps(source(c.init_from)[0]):
+    if c.init_from and not workdirs.steps(source_of(c.init_from)[0]):
         raise ValueError(
             f"config.train.init_from={c.init_from!r} is not the workdir of a run with a "
             "checkpoint, nor a checkpoint, such as runs/digits/checkpoints/600"
         )
 
 
-def source(path: str) -> tuple[Path, int | None]:
+def source_of(path: str) -> tuple[Path, int | None]:
     """(workdir, step) of ``config.train.init_from``; None for the newest step."""
     folder = Path(path)
     if folder.name.isdigit() and folder.parent.name == workdirs.CHECKPOINTS:

@@ -14,6 +14,7 @@ from diffusion.pipelines.generation import Generation
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pipelines.request import Request
 
+USUAL = Request()
 PROMPT = "prompt"
 """The text chunk of a picture that says what was asked for."""
 
@@ -24,7 +25,7 @@ def generate_class_pictures(
     prompt: str,
     count: int,
     folder: str | Path,
-    request: Request = Request(),
+    request: Request = USUAL,
 ) -> int:
     """Draws what is missing of ``count`` pictures of a prompt, into PNGs; gives how many.
 

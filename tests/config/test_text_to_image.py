@@ -19,6 +19,7 @@ from diffusion.denoiser import as_estimate
 from diffusion.levels import NoiseLevel
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.modes import sample, train
+from diffusion.objectives.dropout import together
 from diffusion.pretrained.models import shapes
 from diffusion.sampling.guidance.chain import Branches, guide
 
@@ -111,7 +112,8 @@ def test_dropped_captions_are_the_empty_caption(config):
     empty = encode(["", ""])
     np.testing.assert_array_equal(null.tokens, empty["tokens"])
     np.testing.assert_array_equal(null.context_mask, empty["context_mask"])
-    assert experiment.objective.dropout == config.objective.label_dropout
+    assert experiment.objective.dropout.func is together
+    assert experiment.objective.dropout.keywords == {"rate": config.objective.label_dropout}
     assert null_like(null).tokens is null.tokens
 
 

@@ -14,6 +14,7 @@ from diffusion.denoiser import ddpm_index, log_sigma, thousand_t
 from diffusion.objectives import times, weightings
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.distances import pseudo_huber
+from diffusion.objectives.dropout import together
 from diffusion.objectives.noise import Gaussian
 from diffusion.objectives.objective import Context
 from diffusion.objectives.terms.uncertainty import Uncertainty
@@ -89,7 +90,9 @@ def batch_of(n):
 @pytest.mark.parametrize("stratify", [None, 8])
 def test_loss_does_not_depend_on_how_the_batch_is_split(stratify):
     objective = affine_objective(
-        stratify=stratify, dropout=0.5, null=lambda cond: null_like(cond, label=3)
+        stratify=stratify,
+        dropout=partial(together, rate=0.5),
+        null=lambda cond: null_like(cond, label=3),
     )
     batch = batch_of(8)
     params = objective.init(jax.random.key(0), batch)
@@ -115,7 +118,7 @@ def test_dropout_uses_the_null_label_at_its_rate():
     objective = affine_objective(
         network=Echo(),
         prediction=predictions.x0,
-        dropout=0.3,
+        dropout=partial(together, rate=0.3),
         null=lambda cond: null_like(cond, label=3),
     )
     batch = batch_of(4000) | {"x": np.zeros((4000, 2), np.float32)}
