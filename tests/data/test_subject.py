@@ -20,7 +20,7 @@ def source(tmp_path_factory):
     for name, first, count in (("own", 0, 3), ("class", 100, 7)):
         (root / name / "deeper").mkdir(parents=True)
         for i in range(count):
-            place = root / name / ("deeper" if i == 1 else "")
+            place = root / name / ("deeper" if i == count - 1 else "")
             Image.fromarray(np.full((4, 4, 3), first + i, np.uint8)).save(place / f"{i}.png")
     (root / "own" / "notes.txt").write_text("no picture")
     own, of_class = (folder.pictures(root / name) for name in ("own", "class"))
