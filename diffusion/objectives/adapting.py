@@ -52,6 +52,8 @@ class Adapting:
         o = self.objective
         time = o.c_noise(o.schedule(jnp.full(len(x), 0.5 * o.schedule.t_max)))
         cond = cond.replace(hints=(), image_prompts=())
+        if getattr(self.adapter, "edits", False):  # the base alone does not
+            cond = cond.replace(image=None)
         base = self.base.init(key, x, time, cond)["params"]
         terms = {}
         if o.terms:

@@ -18,11 +18,6 @@ X, TIME = jnp.asarray(RNG.normal(size=(2, 4, 4, 3)), jnp.float32), jnp.array([0.
 UNET = UNet(widths=(8,), attention=(1,), mid_attention=1, num_heads=2, norm_groups=4)
 CASES = {
     "unet": (UNET.clone(attention=0, mid_attention=0), {}, Conditioning()),
-    "in_channels": (
-        UNET.clone(attention=0, mid_attention=0, in_channels=3),
-        {},
-        Conditioning(),
-    ),
     "dit": (DiT(width=8, depth=1, heads=2, patch=2), {"channels": 3}, Conditioning()),
     "text": (
         TextToImage(ClipText(vocab_size=9, length=4, width=8, depth=1, heads=2, hidden=16), UNET),
@@ -72,6 +67,13 @@ def test_it_begins_as_the_base_and_then_sees_the_picture(case):
     flat = flatten_dict(params, sep="/")
     assert set(own) == {path for path in flat if not path.startswith("text/")}
     assert all(value.dtype == jnp.float32 for value in own.values())
+
+
+def test_channels_that_a_network_knows_are_doubled():
+    assert instruct().network(UNET.clone(in_channels=3)).in_channels == 6
+    text = CASES["text"][0]
+    text = text.clone(image=UNET.clone(in_channels=3))
+    assert instruct().network(text).image.in_channels == 6
 
 
 def test_mistakes():

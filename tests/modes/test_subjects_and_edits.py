@@ -1,12 +1,19 @@
 """DreamBooth and InstructPix2Pix as commands: data, what is drawn for them, training, and use."""
 
+import jax
 import numpy as np
 import pytest
 import tiny_runs
 from commands import command
 from PIL import Image
 
+from configs import finetune_lora
 from diffusion import pipelines
+from diffusion.config import adaptation, latents
+from diffusion.config.data import make_images
+from diffusion.config.experiment import build
+from diffusion.data import edits
+from diffusion.objectives import dropout
 from diffusion.pipelines.class_pictures import generate_class_pictures
 from diffusion.pipelines.request import Request
 from diffusion.runs import averages
@@ -67,7 +74,7 @@ def subject(base, folder, **options):
     } | options
 
 
-def edits(base, **options):
+def editing(base, **options):
     return {
         "objective.adapter": "instruct(channels=2)",
         "objective.label_dropout": 0.05,
@@ -116,7 +123,7 @@ def test_pictures_of_the_class_are_filled_up(base, tmp_path):
 def test_a_run_learns_to_edit_and_edits(base, tmp_path):
     for name, ends in {"whole": (2,), "parts": (1, 2)}.items():
         for end in ends:
-            error, printed = taught(base, tmp_path / name, **edits(base, **{"train.steps": end}))
+            error, printed = taught(base, tmp_path / name, **editing(base, **{"train.steps": end}))
             assert error is None, printed
     whole, parts = (
         averages.parameters(tmp_path / name, "params", "newest")[0]["adapter"]
@@ -128,7 +135,7 @@ def test_a_run_learns_to_edit_and_edits(base, tmp_path):
 
     run = tmp_path / "whole"
     assert (run / "samples.png").exists() and (run / "trajectory.png").exists()
-    pipeline, params = pipelines.load(run)
+    pipeline = pipelines.load(run)[0]
     assert pipeline.edits and pipeline.defaults.guidance == ("instruct(7.5, 1.5)",)
     given = base / "subject" / "1.png"
     edit = ("--mode=generate", "--config.samples.prompt=red", "--config.sampler.steps=2")
@@ -142,6 +149,39 @@ def test_a_run_learns_to_edit_and_edits(base, tmp_path):
         "--mode=sample", f"--workdir={run}", "--config.samples.count=3", config=None
     )
     assert error is None, printed
+
+
+def test_held_out_pictures_are_edited_as_the_network_sees_them(base, tmp_path):
+    """Unscaled latents at the posterior's mode, or the pictures themselves."""
+    given = edits.read(base / "edits.npz", "test", 0.3).images / np.float32(127.5) - 1
+    c = finetune_lora.get_config()
+    c.model.path, c.ema = str(base / "run"), "constant(decay=0.5)"
+    c.objective.adapter = "instruct(channels=2)"
+    c.data.update(name="edits", dir=str(base / "edits.npz"), size=8, held_out=0.3)
+    c.train.batch_size = 8
+    adaptation.resolve(c, str(tmp_path))
+    latents.compute(c.data, lambda split: make_images(c.data, split))
+    made = build(c)
+    assert made.objective.objective.dropout.func is dropout.instruct
+    codec, params = latents.codec(c.data.autoencoder)
+    mode = codec.encode(params, given, scaled=False)
+    np.testing.assert_allclose(made.drawer.given, mode, atol=1e-5)
+    # A run that is trained from scratch in pixels edits too.
+    c = tiny_runs.captioned(tmp_path)
+    c.data.update(name="edits", dir=str(base / "edits.npz"), size=8, held_out=0.3)
+    c.data.autoencoder = c.data.cache = ""
+    c.sampler.guidance = "instruct(3.0, 1.5)"
+    made = build(c)
+    assert made.description.edits and made.pipeline.edits
+    np.testing.assert_array_equal(made.drawer.given, given)
+    batch = {name: np.stack([value] * 8) for name, value in made.train[0].items()}
+    params = made.params(made.objective.init(jax.random.key(0), batch))
+    drawn = made.drawer.draw(params, ["red", "blue"])
+    assert drawn.shape == (2, 8, 8, 3) and np.isfinite(drawn).all()
+    inputs = made.drawer._inputs(params, np.array([1]), *made.drawer.conditioning(params, ["red"]))
+    np.testing.assert_array_equal(inputs.cond.image, given[1:2])
+    np.testing.assert_array_equal(inputs.middle.image, given[1:2])
+    assert not inputs.null.image.any()
 
 
 @pytest.mark.parametrize(
@@ -176,5 +216,5 @@ def test_mistakes_of_edits(base, tmp_path):
         ({"sampler.guidance": "cfg(3.0)"}, "expected instruct(7.5, 1.5)"),
         ({"objective.terms": "prior_preservation()"}, "needs pictures of the subject's class"),
     ):
-        error, _ = taught(base, tmp_path / "run", **edits(base, **options))
+        error, _ = taught(base, tmp_path / "run", **editing(base, **options))
         assert error is not None and expected in error, error
