@@ -57,6 +57,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     began = time.perf_counter()
     ranges.check(config)
+    adaptation.resolve(config, workdir)
     drawing.check(config, workdir, FREE)
     if _finished(Path(workdir), config):
         print(
@@ -64,7 +65,6 @@ def run(config: ConfigDict, workdir: str) -> None:
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
-    adaptation.resolve(config, workdir)
     if jax.process_count() == 1:
         class_pictures.draw_missing(config)
     if latents.needed(config.data) and jax.process_count() == 1:

@@ -1,6 +1,5 @@
 """DreamBooth and InstructPix2Pix as commands: data, what is drawn for them, training, and use."""
 
-import jax
 import numpy as np
 import pytest
 import tiny_runs
@@ -121,19 +120,12 @@ def test_pictures_of_the_class_are_filled_up(base, tmp_path):
 
 
 def test_a_run_learns_to_edit_and_edits(base, tmp_path):
-    for name, ends in {"whole": (2,), "parts": (1, 2)}.items():
-        for end in ends:
-            error, printed = taught(base, tmp_path / name, **editing(base, **{"train.steps": end}))
-            assert error is None, printed
-    whole, parts = (
-        averages.parameters(tmp_path / name, "params", "newest")[0]["adapter"]
-        for name in ("whole", "parts")
-    )
-    assert whole.keys() == parts.keys()
-    assert all(np.array_equal(whole[path], parts[path]) for path in whole)
-    assert np.any(whole["image/x_embedder/kernel"].reshape(16, 4, -1)[:, 2:])
-
-    run = tmp_path / "whole"
+    run = tmp_path / "run"
+    for end in (1, 2):  # stopped in between
+        error, printed = taught(base, run, **editing(base, **{"train.steps": end}))
+        assert error is None, printed
+    trained = averages.parameters(run, "params", "newest")[0]["adapter"]
+    assert np.any(trained["image/x_embedder/kernel"].reshape(16, 4, -1)[:, 2:])
     assert (run / "samples.png").exists() and (run / "trajectory.png").exists()
     pipeline = pipelines.load(run)[0]
     assert pipeline.edits and pipeline.defaults.guidance == ("instruct(7.5, 1.5)",)
@@ -174,11 +166,7 @@ def test_held_out_pictures_are_edited_as_the_network_sees_them(base, tmp_path):
     made = build(c)
     assert made.description.edits and made.pipeline.edits
     np.testing.assert_array_equal(made.drawer.given, given)
-    batch = {name: np.stack([value] * 8) for name, value in made.train[0].items()}
-    params = made.params(made.objective.init(jax.random.key(0), batch))
-    drawn = made.drawer.draw(params, ["red", "blue"])
-    assert drawn.shape == (2, 8, 8, 3) and np.isfinite(drawn).all()
-    inputs = made.drawer._inputs(params, np.array([1]), *made.drawer.conditioning(params, ["red"]))
+    inputs = made.drawer._inputs({}, np.array([1]), *made.drawer.conditioning({}, ["red"]))
     np.testing.assert_array_equal(inputs.cond.image, given[1:2])
     np.testing.assert_array_equal(inputs.middle.image, given[1:2])
     assert not inputs.null.image.any()
