@@ -1,0 +1,54 @@
+"""Tags that config.data shuffles and drops are tokenised anew in every epoch."""
+
+import itertools
+
+import numpy as np
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+
+from configs import emoji_text_to_image
+from diffusion.config.data import augmentation, batches, make_source
+
+TAGS = ("cat", "red", "small", "sitting", "night")
+
+
+@pytest.fixture
+def config(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 4, 4, 3), np.uint8)
+    captions = np.array([", ".join((name, *TAGS)) for name in ("dog", "house") * 4])
+    np.savez(tmp_path / "pairs.npz", images=images, caption=captions)
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    c = emoji_text_to_image.get_config()
+    c.data.update(name="captioned", dir=str(tmp_path / "pairs.npz"), held_out=0.2, size=4)
+    c.data.update(tokenizer=str(tmp_path / "tokenizer"), autoencoder="", cache="")
+    c.train.batch_size = 4
+    return c
+
+
+def test_tags_are_shuffled_dropped_and_kept(config):
+    config.data.update(shuffle_tags=True, keep_tags=2, tag_dropout=0.5)
+    source = make_source(config.data, "train")
+    first = next(iter(source.captions)).split(", ")[:2]
+    begin = source.encode([", ".join(first) + ","])["tokens"][0, :4]  # start, a word, comma, a word
+    seen = [b["tokens"] for b in itertools.islice(batches(config, source, 0), 6)]
+    for tokens in np.concatenate(seen):
+        np.testing.assert_array_equal(tokens[:4], begin)
+    assert len({tuple(row) for row in np.concatenate(seen)}) > 10
+    lengths = np.concatenate(
+        [b["context_mask"].sum(1) for b in itertools.islice(batches(config, source, 0), 6)]
+    )
+    assert lengths.min() < lengths.max() <= source.encode(source.captions[:1])["context_mask"].sum()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep_tags": 1}, "config.data.shuffle_tags, keep_tags, tag_dropout: keep=1"),
+        ({"shuffle_tags": True, "text_encoder": "folder", "workers": 1}, "config.data.workers=1"),
+    ],
+)
+def test_tags_that_cannot_act_are_refused(config, fields, message):
+    config.data.update(fields)
+    with pytest.raises(ValueError, match=message):
+        augmentation(config.data)
