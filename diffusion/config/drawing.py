@@ -33,7 +33,7 @@ from diffusion.sampling.tables import Solver
 from diffusion.specs import texts, unknown
 
 AT = "config.sampler."
-GIVEN = 256
+GIVEN = 64
 """Held-out pictures that a model which edits is given, at most."""
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
