@@ -38,7 +38,7 @@ LONG = (  # whole commands, whole pipelines, whole runs; those with the longest 
     *("test_taef2_network.py", "test_encoder_networks.py", "test_i3d_network.py"),
     *("test_vggish_network.py", "test_clips_and_sounds.py", "test_compare_mode.py"),
     *("test_adapter_runs.py",),
-    *("test_judging.py", "test_torch_fidelity.py"),
+    *("test_judging.py", "test_torch_fidelity.py", "test_concepts.py"),
     *("test_inception_parity.py", "test_resize_parity.py"),
 )
 

@@ -202,7 +202,7 @@ def make(config: ConfigDict) -> Adaptation | None:
         opened = open_base(path, dtype)
         if isinstance(opened, Run):
             opened.check_draws()
-    return Adaptation(config, opened, adapted.adapter(c.adapter, NAME))
+    return Adaptation(config, opened, adapted.adapter(c.adapter, opened.pipeline, NAME))
 
 
 def resolve(config: ConfigDict, workdir: str) -> None:

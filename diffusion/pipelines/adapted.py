@@ -12,28 +12,30 @@ from typing import Any
 import jax
 
 from diffusion import specs
+from diffusion.adapters import choices
 from diffusion.adapters.adapter import Adapter
-from diffusion.adapters.choices import CHOICES
 from diffusion.errors import field, wrong_types
 from diffusion.objectives.adapting import OWN
-from diffusion.pipelines import joint
+from diffusion.pipelines import concepts, joint
 from diffusion.pipelines.from_pretrained import EDITOR
 from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
 from diffusion.pretrained import hub
 from diffusion.runs import workdir as workdirs
 
+CHOICES = choices.CHOICES | {"textual_inversion": concepts.textual_inversion}
+"""The adapters that can be trained."""
 NETWORK = "adapted"
 """What a description calls the network of such a run."""
 
 
-def adapter(text: str, name: str = "adapter") -> Adapter:
-    """The adapter of a spec such as "lora(rank=16)".
+def adapter(text: str, base: Pipeline, name: str = "adapter") -> Adapter:
+    """The adapter of a spec such as "lora(rank=16)", for a model.
 
     Raises:
       ValueError: there is no such adapter, or an option is wrong; ``name`` is the field's.
     """
     with field(f"{name}={text!r}"), wrong_types():
-        return specs.value(text, CHOICES, name)
+        return specs.function(text, CHOICES, name, {"base": base}, filled=("base",))()
 
 
 def pipeline(
@@ -47,6 +49,8 @@ def pipeline(
         kind = EDITOR if kind == "StableDiffusionPipeline" else kind
     network = joint.image_part(own.network(joint.network(base)), joint.encoders(base) is not None)
     conditioner = base.conditioner
+    if hasattr(own, "conditioner"):
+        conditioner = own.conditioner(conditioner, base.network)
     if captions:
         conditioner = replace(conditioner, suggestions=tuple(captions))
     options = {"network": network, "conditioner": conditioner, "defaults": defaults}

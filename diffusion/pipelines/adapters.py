@@ -25,14 +25,14 @@ from diffusion.adapters.low_rank.deltas import Deltas
 from diffusion.adapters.low_rank.merge import merge
 from diffusion.errors import field
 from diffusion.objectives.adapting import OWN
-from diffusion.pipelines import joint
+from diffusion.pipelines import concepts, joint
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.from_run import Run, is_run, open_run
 from diffusion.pipelines.generation import generate
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pipelines.strengths import COMPONENTS, Strengths, strengths
-from diffusion.pretrained.adapters import bases, factors, layers, reading, writing
+from diffusion.pretrained.adapters import bases, embeddings, factors, layers, reading, writing
 from diffusion.pretrained.adapters.layers import Table
 
 
@@ -71,7 +71,15 @@ def attach(
       FileNotFoundError: there is no such file or run.
       ValueError: a file is damaged, or is for another model; the message says what is wrong.
     """
-    chosen = listed(given)
+    chosen = []
+    for text in listed(given):
+        with field(f"{name}={text!r}"):
+            path, inside = split(text)
+            if embeddings.holds(path):
+                option = specs.value(f"word({inside})", {"word": word}, "its word")
+                source = _with_words(source, path, option)
+            else:
+                chosen.append(text)
     if not chosen:
         return source
     table = _table(source.pipeline, source.shapes)
@@ -133,11 +141,28 @@ def save(
     writing.write(path, deltas, table, naming=naming, dtype=dtype, about=about)
 
 
-def parse(text: str) -> tuple[str, Strengths]:
-    """The path and the strengths in a spec; a text that is a path has none."""
+def word(token: str = "") -> str:
+    """How prompts write the word in a file of textual inversion."""
+    return token
+
+
+def _with_words(source: Opened | Run, path: str, token: str) -> Opened | Run:
+    for found in embeddings.read(path, token):
+        concepts.check(source.pipeline, found, path)
+        source = source.attach(concepts.Concept(found))
+    return source
+
+
+def split(text: str) -> tuple[str, str]:
+    """The path in a spec, and what is in the brackets behind it; a text that is a path has none."""
     if not isinstance(text, str) or not text:
         raise ValueError(f"expected a text such as 'style.safetensors(0.8)', got {text!r}")
-    path, inside = (text, "") if Path(text).exists() else _split(text.strip())
+    return (text, "") if Path(text).exists() else _split(text.strip())
+
+
+def parse(text: str) -> tuple[str, Strengths]:
+    """The path and the strengths in a spec."""
+    path, inside = split(text)
     call = {"strengths": strengths}
     return path, specs.value(f"strengths({inside})", call, "its strengths")
 

@@ -64,7 +64,7 @@ class Run:
     @property
     def adapter(self) -> Adapter:
         """What was trained for ``base``."""
-        return adapted.adapter(self.description.fields["adapter"])
+        return adapted.adapter(self.description.fields["adapter"], self.base.pipeline)
 
     @cached_property
     def pipeline(self) -> Pipeline:

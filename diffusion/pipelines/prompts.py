@@ -7,10 +7,12 @@ its refiner has the second encoder alone. An encoder with a projection therefore
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,8 @@ from diffusion.pipelines.emphasis import BREAK, RESTORE, check, parse, weigh
 from diffusion.specs import unknown
 
 Texts = str | Sequence[str]
+Words = Mapping[str, Sequence[int]]
+"""New words, and the tokens that an encoder has for each."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class Prompts(Conditioner):
       tokenizers: one for each.
       zeros: whether an SDXL's absent negative is zeros instead of the empty text.
       suggestions: prompts to draw where none are given.
+      words: new ones, each with the number of its first row in each encoder, and their count.
     """
 
     encoders: tuple[ClipText, ...]
     tokenizers: tuple[Any, ...]
     zeros: bool = True
     suggestions: tuple[str, ...] = ()
+    words: tuple[tuple[str, tuple[int, ...], int], ...] = ()
     subject: str = "text"
     null: bool = True
 
@@ -50,6 +56,18 @@ class Prompts(Conditioner):
     def sdxl(self) -> bool:
         """Whether contexts are SDXL's."""
         return self.encoders[-1].projection is not None
+
+    def with_word(self, token: str, count: int) -> Prompts:
+        """The conditioner of encoders that have ``count`` more rows, which ``token`` stands for."""
+        pairs = zip(self.encoders, self.tokenizers)
+        firsts = tuple(encoder.vocab_size for encoder in self.encoders)
+        # The end is named: it is no longer the largest number of a text's tokens.
+        larger = (e.clone(vocab_size=e.vocab_size + count, end=t.eos_token_id) for e, t in pairs)
+        return replace(self, encoders=tuple(larger), words=(*self.words, (token, firsts, count)))
+
+    def own_words(self, i: int) -> Words:
+        """The new words as encoder ``i`` numbers them: {word: its tokens}."""
+        return {word: range(firsts[i], firsts[i] + count) for word, firsts, count in self.words}
 
     def check(self, subject: str | int) -> None:
         """Raises ValueError unless it is a text that says something."""
@@ -118,13 +136,14 @@ class Prompts(Conditioner):
         ]
         for text in dict.fromkeys(text for pair in both for texts in pair for text in texts):
             self.check(text)
+        known = [self.own_words(i) for i in range(len(self.encoders))]
         # [encoder][prompts or negatives][text]
         chunked = [
             [
-                [_chunks(tokenizer, encoder, t, weighted, max_chunks) for t in texts]
+                [_chunks(tokenizer, encoder, t, weighted, max_chunks, words) for t in texts]
                 for texts in pair
             ]
-            for encoder, tokenizer, pair in zip(self.encoders, self.tokenizers, both)
+            for encoder, tokenizer, pair, words in zip(self.encoders, self.tokenizers, both, known)
         ]
         needed = np.array([[[len(c.ids) for c in texts] for texts in pair] for pair in chunked])
         counts = needed[:, :1].max((0, 1)) if zeros else needed.max((0, 1))
@@ -154,8 +173,11 @@ class Prompts(Conditioner):
         """Tokens [E, L] of a text for each encoder, cut to one chunk, for training."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pairs = zip(self.tokenizers, self.encoders)
-            return np.concatenate([_chunks(t, e, text, False, 1).ids for t, e in pairs])
+            rows = [
+                _chunks(t, e, text, False, 1, self.own_words(i)).ids
+                for i, (t, e) in enumerate(zip(self.tokenizers, self.encoders))
+            ]
+        return np.concatenate(rows)
 
 
 class _Chunks(NamedTuple):
@@ -197,18 +219,31 @@ def _encode(
 
 
 def _chunks(
-    tokenizer: Any, encoder: ClipText, text: str, weighted: bool, most: int | None
+    tokenizer: Any,
+    encoder: ClipText,
+    text: str,
+    weighted: bool,
+    most: int | None,
+    words: Words = MappingProxyType({}),
 ) -> _Chunks:
-    """Of a text, each as long as the encoder's texts are."""
+    """Of a text, each as long as the encoder's texts are; new words stay whole where they fit."""
     inside = min(tokenizer.model_max_length, encoder.length) - 2
-    groups: list[list[tuple[int, float]]] = [[]]  # of (token, weight), parted by BREAK
+    rows: list[list[tuple[int, float]]] = [[]]  # of (token, weight)
     for part, weight in parse(text) if weighted else [(text, 1.0)]:
         for number, piece in enumerate(BREAK.split(part)):
             if number:
-                groups.append([])
-            ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-            groups[-1] += [(token, weight) for token in ids]
-    rows = [g[i : i + inside] for g in groups for i in range(0, max(len(g), 1), inside)]
+                rows.append([])
+            for plain, word in split(piece, words):
+                ids = (
+                    tokenizer(plain, add_special_tokens=False, verbose=False).input_ids
+                    if word is None
+                    else words[word]
+                )
+                whole = word is not None and len(ids) <= inside
+                for unit in [ids] if whole else [[token] for token in ids]:
+                    if len(rows[-1]) + len(unit) > inside:
+                        rows.append([])
+                    rows[-1] += [(token, weight) for token in unit]
     largest = max((token for row in rows for token, _ in row), default=0)
     if largest >= encoder.vocab_size:
         raise ValueError(
@@ -236,3 +271,18 @@ def _for_each(prompts: list[str], texts: Texts, name: str) -> list[str]:
     if len(texts) != len(prompts):
         raise ValueError(f"{name}: {len(texts)} texts for {len(prompts)} prompts; expected as many")
     return list(texts)
+
+
+def split(text: str, words: Iterable[str]) -> list[tuple[str, str | None]]:
+    """A text as pieces (text, None) and (word, word), at the bounds of words, longer ones first."""
+    ordered = sorted(words, key=len, reverse=True)
+    if not ordered:
+        return [(text, None)]
+    pattern = "|".join(
+        (r"(?<!\w)" if word[0].isalnum() else "")
+        + re.escape(word)
+        + (r"(?!\w)" if word[-1].isalnum() else "")
+        for word in ordered
+    )
+    parts = re.split(f"({pattern})", text)
+    return [(part, part if i % 2 else None) for i, part in enumerate(parts) if part]
