@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
     c.data.autoencoder = ""  # folder of an autoencoder; training is then on latents of the images
     c.data.text_encoder = ""  # folder of a frozen text encoder; training is on its embeddings
     c.data.cache = ""  # folder for latents and embeddings, computed once
+    # What a ControlNet learns to follow: canny(low=100, high=200), soft_edges(), scribble(),
+    # lineart(), segments(), blur(), shuffle(); or given, the pictures to edit of data.name="edits"
+    c.data.hint = ""
     c.data.std = 0.5  # sigma_data of EDM's preconditioning and weighting
 
     c.data.subject = ConfigDict()  # data.name="subject", whose pictures are in data.dir

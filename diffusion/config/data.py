@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import specs
+from diffusion import conditions, specs
 from diffusion.config import captions, edits, latents, subject
-from diffusion.data import arrays, buckets, folder, image_source, mnist_cifar, sources, tfds
+from diffusion.data import arrays, buckets, folder, hints, image_source, mnist_cifar, sources, tfds
 from diffusion.data import batches as pipeline
 from diffusion.data.batches import CROPS, DTYPES, Augmentation
 from diffusion.data.folder import Listing
 from diffusion.data.sources import Batch, Source
 from diffusion.data.tags import Tags
-from diffusion.errors import field
+from diffusion.errors import field, wrong_types
 
 WHOLE = ("digits", "mnist", "cifar10", "latents", "points")  # with splits and sizes of their own
 STORED = ("folder", "arrays", "subject")  # and TFDS sets: in any size
@@ -32,11 +32,32 @@ CHECKED = Path("~", ".cache", "diffusion-jax", "checked")  # what on_error=skip 
 
 def make_source(c: ConfigDict, split: str) -> Source:
     """The data of config.data, "train" or "test": images, points, or cached latents of images."""
-    images = make_images(c, split)
-    if not latents.needed(c):
-        return images
-    with field(f"config.data.cache={c.cache!r}"):
-        return latents.source(c, split, images)
+    images = source = make_images(c, split)
+    if latents.needed(c):
+        with field(f"config.data.cache={c.cache!r}"):
+            source = latents.source(c, split, images)
+    return _hinted(c, source, images) if c.hint else source
+
+
+def _hinted(c: ConfigDict, source: Source, images: Source) -> Source:
+    """With the hints of config.data.hint."""
+    name = f"config.data.hint={c.hint!r}"
+    if c.flip or c.crop != "center" or c.buckets:
+        raise ValueError(
+            f"{name} is of whole pictures: leave config.data.flip, crop and buckets as they are"
+        )
+    if images.view != "images":
+        raise ValueError(f"{name} is read from pictures; config.data.name={c.name!r} has none")
+    if c.hint == "given":
+        if "image" not in images[0]:
+            raise ValueError(
+                f"{name}: hints are given by config.data.name='edits', as the pictures to edit"
+            )
+        return hints.with_images(source, images)
+    with field(name), wrong_types():
+        condition = specs.function(c.hint, conditions.CHOICES, "config.data.hint")
+        condition(np.zeros((*images.shape[:2], 3), np.uint8))  # its options are checked in the call
+    return hints.with_maps(source, images, condition)
 
 
 def make_images(c: ConfigDict, split: str) -> Source:

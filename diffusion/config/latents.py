@@ -27,6 +27,7 @@ from diffusion.pipelines.conditioners import FrozenEncoder
 
 SPLITS = ("train", "test")
 INDIFFERENT = ("cache", "std", "flip", "scale", "dtype", "threads", "workers", "prefetch", "crop")
+INDIFFERENT += ("hint",)
 BATCH = 64  # images or captions that are encoded at once
 
 

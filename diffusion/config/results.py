@@ -16,7 +16,8 @@ from diffusion.config.experiment import Experiment
 from diffusion.evaluation import figures, merits, reconstruction
 from diffusion.evaluation.harness import Harness
 from diffusion.evaluation.metrics.noisy_accuracy import accuracy_by_level
-from diffusion.pipelines import gallery
+from diffusion.objectives.adapting import OWN
+from diffusion.pipelines import adapter_export, gallery
 from diffusion.runs import workdir as workdirs
 from diffusion.specs import texts
 
@@ -57,7 +58,12 @@ class Samples:
         """loss.png, samples.png, trajectory.png, trajectory.gif, evaluation.json, pipeline/."""
         experiment, drawer = self._experiment, self._drawer
         config, params = experiment.config, experiment.params(trained)
-        if pretrained_network.is_pretrained(config) and experiment.adaptation is None:
+        made = experiment.adaptation
+        if made is not None:
+            own = made.base, made.opened.shapes, made.adapter, trained[OWN]
+            if (written := adapter_export.save(folder, *own)) is not None:
+                print(f"{written}: the adapter alone, for other software and config.adapters")
+        elif pretrained_network.is_pretrained(config):
             pretrained_network.export(config, params, folder / "pipeline")
         _loss_curve(experiment, folder)
         self.grid(trained, folder / "samples.png")

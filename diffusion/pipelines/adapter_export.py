@@ -1,0 +1,45 @@
+"""What a run that trained an adapter leaves for other software."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusion import pretrained
+from diffusion.adapters.adapter import Adapter, Params
+from diffusion.pipelines import adapters, joint
+from diffusion.pipelines.pipeline import Pipeline
+from diffusion.pretrained.adapters import embeddings
+
+FILE, CONTROLNET = "adapter.safetensors", "controlnet"
+
+
+def save(
+    folder: Path, base: Pipeline, shapes: Any, adapter: Adapter, params: Params
+) -> Path | None:
+    """Writes an adapter as others read it, or nothing where they have no such thing.
+
+    Low-rank adapters and words become ``adapter.safetensors``, which config.adapters takes, too; a
+    ControlNet becomes a folder as diffusers saves one.
+
+    Args:
+      folder: the run's.
+      base: the model that the adapter is for; ``shapes`` are those of its parameters.
+      adapter, params: what was trained.
+    """
+    params, file = jax.device_get(params), folder / FILE
+    if hasattr(adapter, "deltas"):
+        inside = joint.encoders(base) is not None
+        deltas = {joint.path(path, inside): d for path, d in adapter.deltas(params).items()}
+        adapters.save(file, deltas, base, shapes)
+        return file
+    if hasattr(adapter, "word"):
+        embeddings.write(file, [adapter.word(params)])
+        return file
+    if hasattr(adapter, "hint_widths") and base.scheduler is not None:
+        net = adapter.network(base.network).nets[0]
+        pretrained.save(folder / CONTROLNET, net, params)
+        return folder / CONTROLNET
+    return None
