@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
     c.data.shuffle_tags = False  # shuffle captions' tags, parted by commas, in every epoch
     c.data.keep_tags = 0  # the first tags, which are neither shuffled nor dropped
     c.data.tag_dropout = 0.0  # share of the other tags that is left out
+    # Sentences around captions, which are then a word to learn: object or style; empty: none
+    c.data.template = ""
     c.data.autoencoder = ""  # folder of an autoencoder; training is then on latents of the images
     c.data.text_encoder = ""  # folder of a frozen text encoder; training is on its embeddings
     c.data.cache = ""  # folder for latents and embeddings, computed once

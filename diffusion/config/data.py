@@ -22,6 +22,7 @@ from diffusion.data.batches import CROPS, DTYPES, Augmentation
 from diffusion.data.folder import Listing
 from diffusion.data.sources import Batch, Source
 from diffusion.data.tags import Tags
+from diffusion.data.templates import Template
 from diffusion.errors import field, wrong_types
 
 WHOLE = ("digits", "mnist", "cifar10", "latents", "points")  # with splits and sizes of their own
@@ -141,16 +142,23 @@ def augmentation(c: ConfigDict) -> Augmentation:
     Raises:
       ValueError: its fields do not fit together; the message names them.
     """
-    tags = None
-    if c.shuffle_tags or c.keep_tags or c.tag_dropout:
+    rewrite = None
+    if c.template:
+        with field(f"config.data.template={c.template!r}"):
+            rewrite = Template(c.template)
+            if c.shuffle_tags or c.keep_tags or c.tag_dropout:
+                raise ValueError(
+                    "its sentences are no tags: shuffle_tags, keep_tags and tag_dropout"
+                )
+    elif c.shuffle_tags or c.keep_tags or c.tag_dropout:
         with field("config.data.shuffle_tags, keep_tags, tag_dropout"):
-            tags = Tags(c.shuffle_tags, c.keep_tags, c.tag_dropout)
+            rewrite = Tags(c.shuffle_tags, c.keep_tags, c.tag_dropout)
             if c.text_encoder and c.workers:
                 raise ValueError(
                     f"config.data.workers={c.workers}: changed captions are embedded by "
                     "config.data.text_encoder, which this process has; expected 0"
                 )
-    return Augmentation(flip=c.flip, crop=c.crop, tags=tags, dtype=c.dtype)
+    return Augmentation(flip=c.flip, crop=c.crop, captions=rewrite, dtype=c.dtype)
 
 
 def check(c: ConfigDict) -> None:

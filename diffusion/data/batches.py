@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import ml_dtypes
@@ -30,12 +30,14 @@ from absl import flags
 
 from diffusion.data.buckets import Schedule
 from diffusion.data.sources import Batch, Source, subset
-from diffusion.data.tags import Tags
 
 CROPS = ("center", "random")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 PICTURES = ("x", "image")  # what is mirrored
-NOISE, BUCKETS, SHARES, TAGS = 1, 2, 4, 5  # what a seed is for, after the run's; 3 orders buckets
+# What a seed is for, after the run's; 3 orders buckets
+NOISE, BUCKETS, SHARES, CAPTIONS = 1, 2, 4, 5
+Rewrite = Callable[[str, Sequence[int]], str]
+"""(caption, seed) -> the caption as training sees it this time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Augmentation:
 
     flip: bool = False  # mirror each image left-right with probability 1/2
     crop: str = "center"  # where larger images are cropped: ``center`` or ``random``
-    tags: Tags | None = None  # changes of captions, before they are encoded
+    captions: Rewrite | None = None  # changes of captions, before they are encoded
     dtype: str = "float32"  # of ``x``; bfloat16 halves the transfer to the device
 
 
@@ -87,10 +89,11 @@ class _Stream:
         """The rows ``part`` of batch ``number``, and whether each is flipped."""
         order, flipped, *at = self.drawn(number, part)
         batch = self.source.crop(order, at[0]) if at else self.source.read(order)
-        if (tags := self._augmentation.tags) is not None:
+        if (rewrite := self._augmentation.captions) is not None:
             rows = zip(self._places(number, part)[0].tolist(), order.tolist())
             captions = [
-                tags(self.source.captions[i], (*self._seed, TAGS, epoch, i)) for epoch, i in rows
+                rewrite(self.source.captions[i], (*self._seed, CAPTIONS, epoch, i))
+                for epoch, i in rows
             ]
             batch |= self.source.encode(captions)
         return batch, flipped
@@ -139,7 +142,7 @@ class _Shares:
 
 def _bare(source: Source, augmentation: Augmentation) -> Source:
     """What another process needs of a source, to read it."""
-    texts = {} if augmentation.tags else {"captions": (), "encode": None}
+    texts = {} if augmentation.captions else {"captions": (), "encode": None}
     return dataclasses.replace(source, buckets=(), pictures=None, **texts)
 
 
@@ -229,9 +232,9 @@ def check(augmentation: Augmentation, source: Source) -> None:
             raise ValueError(f"{name}={value!r}; choose {' or '.join(valid)}")
     if augmentation.crop == "random" and source.crop is None:
         raise ValueError(f"crop='random': {source.name} has images of one size, nothing to crop")
-    if augmentation.tags is not None and not (source.captions and source.encode):
+    if augmentation.captions is not None and not (source.captions and source.encode):
         raise ValueError(
-            f"tags are shuffled and dropped in captions, with a tokenizer; {source.name} has none"
+            f"captions are changed before a tokenizer reads them; {source.name} has none"
         )
 
 

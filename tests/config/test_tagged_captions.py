@@ -1,5 +1,6 @@
 """Tags that config.data shuffles and drops are tokenised anew in every epoch."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from configs import emoji_text_to_image
 from diffusion.config.data import augmentation, batches, make_source
+from diffusion.data import templates
 
 TAGS = ("cat", "red", "small", "sitting", "night")
 
@@ -41,9 +43,24 @@ def test_tags_are_shuffled_dropped_and_kept(config):
     assert lengths.min() < lengths.max() <= source.encode(source.captions[:1])["context_mask"].sum()
 
 
+def test_a_word_stands_in_other_sentences_each_time(config):
+    config.data.update(template="object", size=4)
+    source = make_source(config.data, "train")
+    source = dataclasses.replace(source, captions=("cat",) * len(source))
+    seen = [b["tokens"] for b in itertools.islice(batches(config, source, 0), 6)]
+    assert len({tuple(row) for row in np.concatenate(seen)}) > 5
+    again = [b["tokens"] for b in itertools.islice(batches(config, source, 3), 3)]
+    np.testing.assert_array_equal(again, seen[3:])
+    made = {templates.Template("style")("<s>", (0, i)) for i in range(500)}
+    assert made == {sentence.format("<s>") for sentence in templates.STYLE}
+    assert (len(templates.OBJECT), len(templates.STYLE)) == (27, 19)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"template": "objects"}, "Did you mean 'object'"),
+        ({"template": "style", "shuffle_tags": True}, "its sentences are no tags"),
         ({"keep_tags": 1}, "config.data.shuffle_tags, keep_tags, tag_dropout: keep=1"),
         ({"shuffle_tags": True, "text_encoder": "folder", "workers": 1}, "config.data.workers=1"),
     ],

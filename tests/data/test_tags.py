@@ -55,7 +55,7 @@ def captioned():
 
 
 def test_a_step_decides_and_each_epoch_is_new():
-    options = {"augmentation": Augmentation(tags=Tags(shuffle=True, keep=1))}
+    options = {"augmentation": Augmentation(captions=Tags(shuffle=True, keep=1))}
     source = captioned()
     whole = list(itertools.islice(pipeline.batches(source, 5, 0, **options), 8))
     later = list(itertools.islice(pipeline.batches(source, 5, 0, 3, **options), 5))
@@ -88,7 +88,9 @@ def encode_lengths(captions):
 
 def test_other_processes_have_the_captions():
     source = dataclasses.replace(captioned(), encode=encode_lengths)
-    made = pipeline.batch_function(source, 5, 0, augmentation=Augmentation(tags=Tags(dropout=0.5)))
+    made = pipeline.batch_function(
+        source, 5, 0, augmentation=Augmentation(captions=Tags(dropout=0.5))
+    )
     stream = pickle.loads(pickle.dumps(made.streams[0]))
     part = np.arange(5)
     for a, b in zip(stream.read(3, part)[0].values(), made.streams[0].read(3, part)[0].values()):
@@ -105,5 +107,5 @@ def test_impossible_tags_are_refused():
             sources.from_arrays("numbers", np.zeros((4, 2), np.float32)),
             2,
             0,
-            augmentation=Augmentation(tags=Tags(shuffle=True)),
+            augmentation=Augmentation(captions=Tags(shuffle=True)),
         )
