@@ -8,9 +8,11 @@ from diffusion.adapters.adapter import Adapter
 from diffusion.adapters.controlnet import controlnet
 from diffusion.adapters.full import full
 from diffusion.adapters.instruct import instruct
+from diffusion.adapters.low_rank.lora import lora
 
 CHOICES: dict[str, Callable[..., Adapter]] = {
     "controlnet": controlnet,
     "full": full,
     "instruct": instruct,
+    "lora": lora,
 }

@@ -1,7 +1,7 @@
 """What LoRA and its family add to a weight: dW of each kind, from its factors.
 
 All are in PyTorch's layout (out, in, kh, kw), as files hold them, and ``in`` is what the layer
-takes; ``of_ours`` and ``to_ours`` change the layout. An adapter is a dict
+takes; ``merge`` changes the layout. An adapter is a dict
 
     {"network/down_blocks_0/attentions_0/proj_in/kernel": LowRank(...), "encoders/0/...": ...}
 

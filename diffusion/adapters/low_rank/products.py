@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import singledispatch
 
 import jax.numpy as jnp
@@ -10,54 +11,87 @@ from diffusion.adapters.low_rank.deltas import Delta, Full, Hadamard, Kronecker,
 from diffusion.levels import Array
 
 
-@singledispatch
 def product(delta: Delta, shape: tuple[int, ...]) -> Array:
-    """dW of a weight of ``shape`` (out, in[, kh, kw]), or of a bias (out,)."""
+    """dW of a weight of ``shape`` (out, in[, kh, kw]), or of a bias (out,).
+
+    Factors of a matrix fit a 1 x 1 convolution and the other way round.
+
+    Raises:
+      ValueError: the factors do not fit the weight.
+    """
+    made = matrix(delta)
+    check(made.shape, shape)
+    return made.reshape(shape)
+
+
+@singledispatch
+def matrix(delta: Delta) -> Array:
+    """dW as (out, in kh kw), or (out, 1) of a bias."""
     raise TypeError(f"{type(delta).__name__} is not a sum that is added to a weight")
 
 
-@product.register
-def _low_rank(delta: LowRank, shape: tuple[int, ...]) -> Array:
-    return delta.scale * _multiplied(delta.up, delta.down, delta.mid).reshape(shape)
+@matrix.register
+def _low_rank(delta: LowRank) -> Array:
+    return matmul(*factors(delta))
 
 
-@product.register
-def _hadamard(delta: Hadamard, shape: tuple[int, ...]) -> Array:
+@matrix.register
+def _hadamard(delta: Hadamard) -> Array:
     tucker = delta.t1 is not None
     a, b = ((w.T if tucker else w) for w in (delta.w1_a, delta.w2_a))
-    first = _multiplied(a, delta.w1_b, delta.t1)
-    return delta.scale * (first * _multiplied(b, delta.w2_b, delta.t2)).reshape(shape)
+    first, second = _whole((a, delta.w1_b, delta.t1)), _whole((b, delta.w2_b, delta.t2))
+    return delta.scale * first * second
 
 
-@product.register
-def _kronecker(delta: Kronecker, shape: tuple[int, ...]) -> Array:
-    w1, w2 = (_whole(w) for w in (delta.w1, delta.w2))
-    w2 = w2.reshape(*w2.shape[:1], -1, *shape[2:])  # (o2, i2, kh, kw)
-    w1 = w1.reshape(*w1.shape[:2], *(1,) * (len(shape) - 2))
-    return delta.scale * jnp.kron(w1, w2).reshape(shape)
+@matrix.register
+def _kronecker(delta: Kronecker) -> Array:
+    w1, w2 = (w if not isinstance(w, tuple) else _of_kronecker(*w) for w in (delta.w1, delta.w2))
+    return delta.scale * jnp.kron(_flat(w1), _flat(w2))
 
 
-@product.register
-def _full(delta: Full, shape: tuple[int, ...]) -> Array:
-    return delta.scale * _float32(delta.diff).reshape(shape)
+@matrix.register
+def _full(delta: Full) -> Array:
+    return delta.scale * _flat(delta.diff)
 
 
-def _whole(w: Array | tuple[Array, ...]) -> Array:
-    if not isinstance(w, tuple):
-        return _float32(w)
-    a, b, *core = w
-    return _multiplied(a.T if core else a, b, *core)
+def factors(delta: LowRank) -> tuple[Array, Array]:
+    """The two matrices whose product is dW: (out, r) with the scale in it, (r, in kh kw).
+
+    A core is multiplied into the second.
+    """
+    up, down = _flat(delta.up), _flat(delta.down)
+    if delta.mid is not None:
+        core = jnp.einsum("mnhw,ni->mihw", float32(delta.mid), down, precision="highest")
+        down = _flat(core)
+    return up * delta.scale, down
 
 
-def _multiplied(up: Array, down: Array, core: Array | None = None) -> Array:
-    """(out, in kh kw): up (out, r) times down (r, in kh kw), or with a core (r, r, kh, kw)."""
-    up = _float32(up).reshape(len(up), -1)
-    down = _float32(down).reshape(len(down), -1)
-    if core is None:
-        return jnp.matmul(up, down, precision="highest")
-    made = jnp.einsum("om,mnhw,ni->oihw", up, _float32(core), down, precision="highest")
-    return made.reshape(len(up), -1)
+def check(made: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a change (out, in kh kw) is one of a weight of ``shape``."""
+    if made != (shape[0], math.prod(shape[1:])):
+        raise ValueError(f"factors make a change {made}, which does not fit a weight {shape}")
 
 
-def _float32(a: Array) -> Array:
+def float32(a: Array) -> Array:
+    """``a`` in float32, in which everything here is computed."""
     return jnp.asarray(a, jnp.float32)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Matrix product without the shortcuts that accelerators take by default."""
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _of_kronecker(a: Array, b: Array, core: Array | None = None) -> Array:
+    return _whole((a if core is None else a.T, b, core))
+
+
+def _whole(parts: tuple[Array, Array, Array | None]) -> Array:
+    """(out, in kh kw) of (out, r), (r, in kh kw), or (out, r), (r, in) and (r, r, kh, kw)."""
+    up, down, core = parts
+    return matrix(LowRank(down, up, 1.0, core))
+
+
+def _flat(a: Array) -> Array:
+    """(out, all others)."""
+    return float32(a).reshape(len(a), -1)
