@@ -15,7 +15,9 @@ class Adapter(Protocol):
     """What is trained beside a network that stays as it is.
 
     An adapter is made for one network, whose parameters ``base`` are nested dicts. One that makes a
-    network edit pictures, which it takes as ``cond.image``, has the member ``edits``, True.
+    network edit pictures, which it takes as ``cond.image``, has the member ``edits``, True. One
+    that leaves out some of its parameters at random has ``dropped(params, key) -> params``, which a
+    training step sees.
     """
 
     def network(self, network: nn.Module) -> nn.Module:

@@ -62,6 +62,9 @@ class Adapting:
 
     def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
         """That of the objective for the network with the adapter."""
+        if context.train and hasattr(self.adapter, "dropped"):
+            key, own = jax.random.split(key)
+            params = {**params, OWN: self.adapter.dropped(params[OWN], own)}
         return self.objective.loss(self._whole(params, context.frozen), context, batch, key)
 
     def levels(self, key: Array, index: Array) -> NoiseLevel:

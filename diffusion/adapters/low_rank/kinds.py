@@ -12,31 +12,64 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.adapters.low_rank.deltas import Delta, Hadamard, Kronecker, LowRank
 from diffusion.levels import Array
 
-Factors = dict[str, Array]
 Shape = tuple[int, ...]
+
+
+class Begin(NamedTuple):
+    """How a factor begins: uniform in +-bound, normal with this deviation, or 0 without either."""
+
+    shape: Shape
+    bound: float = 0.0
+    deviation: float = 0.0
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it is not 0."""
+        return self.bound > 0 or self.deviation > 0
+
+    def of(self, uniform: Array) -> Array:
+        """The factor, of numbers that are uniform in (-1, 1)."""
+        if self.bound:
+            return self.bound * uniform
+        return self.deviation * 2**0.5 * jax.lax.erf_inv(uniform)
 
 
 class Kind(NamedTuple):
     """A kind of adapter.
 
     Attributes:
-      init: (key, shape (out, in[, kh, kw]) of the weight, rank, normal) -> factors. The random ones
-        are normal with deviation 1 / rank, or uniform in +-1 / sqrt(in kh kw).
+      begin: (shape (out, in[, kh, kw]) of the weight, rank, normal) -> how each factor begins. With
+        ``normal``, which LoRA alone has, A has the deviation 1 / rank.
       delta: (factors, scale) -> dW.
     """
 
-    init: Callable[[Array, Shape, int, bool], Factors]
+    begin: Callable[[Shape, int, bool], dict[str, Begin]]
     delta: Callable[[Mapping[str, Array], Array], Delta]
 
 
-def uniform(key: Array, shape: Shape) -> Array:
+def init(key: Array, begins: Mapping[str, Mapping[str, Begin]]) -> dict[str, dict[str, Array]]:
+    """The factors of all layers, whose random numbers are drawn at once: that compiles quickly."""
+    sizes = [math.prod(b.shape) for own in begins.values() for b in own.values() if b.is_random]
+    least = np.nextafter(np.float32(-1), np.float32(0))
+    drawn = jnp.split(jax.random.uniform(key, (sum(sizes),), minval=least), np.cumsum(sizes)[:-1])
+    numbers = iter(drawn)
+    return {
+        layer: {
+            name: b.of(next(numbers).reshape(b.shape)) if b.is_random else jnp.zeros(b.shape)
+            for name, b in own.items()
+        }
+        for layer, own in begins.items()
+    }
+
+
+def uniform(*shape: int) -> Begin:
     """[r, ...], uniform in +-1 / sqrt(of the other axes' size)."""
-    bound = math.prod(shape[1:]) ** -0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return Begin(shape, bound=math.prod(shape[1:]) ** -0.5)
 
 
 def halves(number: int) -> tuple[int, int]:
@@ -45,36 +78,29 @@ def halves(number: int) -> tuple[int, int]:
     return low, number // low
 
 
-def _lora(key: Array, shape: Shape, rank: int, normal: bool) -> Factors:
+def _lora(shape: Shape, rank: int, normal: bool) -> dict[str, Begin]:
     out, *rest = shape
-    down = (rank, *rest)
-    first = jax.random.normal(key, down) / rank if normal else uniform(key, down)
-    return {"down": first, "up": jnp.zeros((out, rank, *(1,) * (len(shape) - 2)))}
+    down = Begin((rank, *rest), deviation=1 / rank) if normal else uniform(rank, *rest)
+    return {"down": down, "up": Begin((out, rank, *(1,) * (len(shape) - 2)))}
 
 
-def _loha(key: Array, shape: Shape, rank: int, normal: bool) -> Factors:
+def _loha(shape: Shape, rank: int, normal: bool) -> dict[str, Begin]:
     """Deviations 0.1, 1, 0 and 1, as in LyCORIS."""
     del normal
-    keys = jax.random.split(key, 3)
     a, b = (shape[0], rank), (rank, math.prod(shape[1:]))
-    return {
-        "w1_a": 0.1 * jax.random.normal(keys[0], a),
-        "w1_b": jax.random.normal(keys[1], b),
-        "w2_a": jnp.zeros(a),
-        "w2_b": jax.random.normal(keys[2], b),
-    }
+    deviations = {"w1_a": (a, 0.1), "w1_b": (b, 1.0), "w2_a": (a, 0.0), "w2_b": (b, 1.0)}
+    return {name: Begin(own, deviation=d) for name, (own, d) in deviations.items()}
 
 
-def _lokr(key: Array, shape: Shape, rank: int, normal: bool) -> Factors:
+def _lokr(shape: Shape, rank: int, normal: bool) -> dict[str, Begin]:
     """w1 is whole, and so is w2 where two factors of this rank would be no smaller."""
     del normal
     (o1, o2), (i1, i2) = halves(shape[0]), halves(shape[1])
-    first, second = jax.random.split(key)
-    w1 = uniform(first, (o1, i1))
+    w1 = uniform(o1, i1)
     if 2 * rank >= max(o2, i2):
-        return {"w1": w1, "w2": jnp.zeros((o2, i2, *shape[2:]))}
-    w2_b = jnp.zeros((rank, i2 * math.prod(shape[2:])))
-    return {"w1": w1, "w2_a": uniform(second, (o2, rank)), "w2_b": w2_b}
+        return {"w1": w1, "w2": Begin((o2, i2, *shape[2:]))}
+    w2_b = Begin((rank, i2 * math.prod(shape[2:])))
+    return {"w1": w1, "w2_a": uniform(o2, rank), "w2_b": w2_b}
 
 
 def _kronecker(own: Mapping[str, Array], scale: Array) -> Kronecker:

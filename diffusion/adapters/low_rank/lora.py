@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusion.adapters.adapter import Params
+from diffusion.adapters.low_rank import kinds
 from diffusion.adapters.low_rank.deltas import Decomposed, Delta, Deltas
 from diffusion.adapters.low_rank.kinds import KINDS
 from diffusion.adapters.low_rank.merge import changed, torch_shape
@@ -77,10 +78,12 @@ class Lora:
         found = layers(base)
         ranks = choose(found, self.ranks)
         self._scales(ranks)
-        return {
-            KERNEL.format(layer): self._begin(layer, rank, key, found[layer])
-            for layer, rank in ranks.items()
-        }
+        begins = {layer: self._begins(found[layer].shape, rank) for layer, rank in ranks.items()}
+        made = kinds.init(key, begins)
+        if self.dora:
+            for layer, own in made.items():
+                own["magnitude"] = _norms(found[layer])
+        return {KERNEL.format(layer): own for layer, own in made.items()}
 
     def deltas(self, params: Params) -> Deltas:
         """What the parameters add to the weights, by path within the network."""
@@ -91,17 +94,13 @@ class Lora:
             made[path] = Decomposed(delta, own["magnitude"]) if self.dora else delta
         return made
 
-    def merge(self, base: Params, params: Params, key: Array | None = None) -> Params:
+    def merge(self, base: Params, params: Params) -> Params:
         """The base's parameters with the adapter in them; those that it changes are float32.
-
-        ``key`` is that of a training step, in which there is dropout.
 
         Raises:
           ValueError: the adapter is for another network; the message names the parameter.
         """
         flat: dict[str, Any] = flatten_dict(base, sep="/", keep_empty_nodes=True)
-        if key is not None and self.dropout:
-            params = {path: self._dropped(path, own, key) for path, own in params.items()}
         for path, delta in self.deltas(params).items():
             if path not in flat:
                 near = ", ".join(get_close_matches(path, flat, 1)) or "none"
@@ -112,19 +111,16 @@ class Lora:
                 raise ValueError(f"{path}: {error}") from None
         return unflatten_dict(flat, sep="/")
 
-    def _begin(self, layer: str, rank: int, key: Array, w: Array) -> Params:
-        """The factors of a layer, which depend on its path and on no other layer."""
-        key = jax.random.fold_in(key, zlib.crc32(layer.encode()) >> 1)
-        if w.ndim == 3:
-            return jax.vmap(partial(self._factors, rank))(jax.random.split(key, len(w)), w)
-        return self._factors(rank, key, w)
+    def dropped(self, params: Params, key: Array) -> Params:
+        """The parameters as a training step sees them, without the rows that dropout takes."""
+        if not self.dropout:
+            return params
+        return {path: self._dropped(path, own, key) for path, own in params.items()}
 
-    def _factors(self, rank: int, key: Array, w: Array) -> Params:
-        own = KINDS[self.kind].init(key, torch_shape(w.shape), rank, self.normal)
-        if self.dora:
-            norm = jnp.sqrt(jnp.sum(float32(w) ** 2, axis=tuple(range(w.ndim - 1))))
-            own["magnitude"] = norm.reshape(-1, *(1,) * (w.ndim - 1))
-        return own
+    def _begins(self, shape: tuple[int, ...], rank: int) -> dict[str, kinds.Begin]:
+        stack = shape[:1] if len(shape) == 3 else ()
+        begins = KINDS[self.kind].begin(torch_shape(shape[len(stack) :]), rank, self.normal)
+        return {name: b._replace(shape=stack + b.shape) for name, b in begins.items()}
 
     def _scales(self, chosen: Any) -> dict[str, Array]:
         """Layer -> alpha / r or alpha / sqrt(r)."""
@@ -149,6 +145,13 @@ def _merged(w: Array, delta: Delta) -> Array:
         return changed(w, [(delta, jnp.ones(()))], kernel=True)
     delta = jax.tree.map(lambda a: a if a.ndim else jnp.full(len(w), a), delta)
     return jax.vmap(partial(changed, kernel=True))(w, [(delta, jnp.ones(len(w)))])
+
+
+def _norms(w: Array) -> Array:
+    """||W|| as (out, 1[, 1, 1]), or of stacked layers as (L, out, 1)."""
+    axes = (1,) if w.ndim == 3 else tuple(range(w.ndim - 1))
+    norms = jnp.sqrt(jnp.sum(float32(w) ** 2, axis=axes))
+    return norms[..., None] if w.ndim == 3 else norms.reshape(-1, *(1,) * (w.ndim - 1))
 
 
 def _layer(path: str) -> str:
