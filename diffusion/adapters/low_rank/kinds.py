@@ -27,17 +27,6 @@ class Begin(NamedTuple):
     bound: float = 0.0
     deviation: float = 0.0
 
-    @property
-    def is_random(self) -> bool:
-        """Whether it is not 0."""
-        return self.bound > 0 or self.deviation > 0
-
-    def of(self, uniform: Array) -> Array:
-        """The factor, of numbers that are uniform in (-1, 1)."""
-        if self.bound:
-            return self.bound * uniform
-        return self.deviation * 2**0.5 * jax.lax.erf_inv(uniform)
-
 
 class Kind(NamedTuple):
     """A kind of adapter.
@@ -54,17 +43,22 @@ class Kind(NamedTuple):
 
 def init(key: Array, begins: Mapping[str, Mapping[str, Begin]]) -> dict[str, dict[str, Array]]:
     """The factors of all layers, whose random numbers are drawn at once: that compiles quickly."""
-    sizes = [math.prod(b.shape) for own in begins.values() for b in own.values() if b.is_random]
+    size = sum(math.prod(b.shape) for own in begins.values() for b in own.values())
     least = np.nextafter(np.float32(-1), np.float32(0))
-    drawn = jnp.split(jax.random.uniform(key, (sum(sizes),), minval=least), np.cumsum(sizes)[:-1])
-    numbers = iter(drawn)
-    return {
-        layer: {
-            name: b.of(next(numbers).reshape(b.shape)) if b.is_random else jnp.zeros(b.shape)
-            for name, b in own.items()
-        }
-        for layer, own in begins.items()
-    }
+    uniform = jax.random.uniform(key, (size,), minval=least)
+    normal = 2**0.5 * jax.lax.erf_inv(uniform)
+    place, made = 0, {}
+    for layer, own in begins.items():
+        made[layer] = {}
+        for name, b in own.items():
+            end = place + math.prod(b.shape)
+            if b.bound or b.deviation:
+                drawn, factor = (uniform, b.bound) if b.bound else (normal, b.deviation)
+                made[layer][name] = factor * drawn[place:end].reshape(b.shape)
+            else:
+                made[layer][name] = jnp.zeros(b.shape)
+            place = end
+    return made
 
 
 def uniform(*shape: int) -> Begin:
