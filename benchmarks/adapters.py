@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
-from diffusion.adapters.low_rank.lora import lora
 
 from diffusion import compiler, denoiser, ema, predictions, schedules
+from diffusion.adapters.low_rank.lora import lora
 from diffusion.adapters.low_rank.merge import merge
 from diffusion.conditioning import Conditioning
 from diffusion.models.unet import UNet, sd15
