@@ -14,6 +14,7 @@ import jax
 from diffusion import specs
 from diffusion.adapters import choices
 from diffusion.adapters.adapter import Adapter
+from diffusion.adapters.low_rank.deltas import Deltas
 from diffusion.errors import field, wrong_types
 from diffusion.objectives.adapting import OWN
 from diffusion.pipelines import concepts, joint
@@ -61,6 +62,15 @@ def load(base: Pipeline, params: Params, own: Adapter, trained: Mapping[str, Any
     """The parameters of ``pipeline(base, own)``, of the base's and what was trained."""
     merged = jax.jit(own.merge)(joint.params(base, params), trained[OWN])
     return {**params, **joint.parted(merged, joint.encoders(base) is not None)}
+
+
+def deltas(base: Pipeline, own: Adapter, trained: Mapping[str, Any]) -> Deltas | None:
+    """What an adapter of weights adds to the base's parameters, by their paths in the pipeline;
+    None of any other adapter."""
+    if not hasattr(own, "deltas"):
+        return None
+    inside = joint.encoders(base) is not None
+    return {joint.path(path, inside): d for path, d in own.deltas(trained[OWN]).items()}
 
 
 def parts(base: Pipeline) -> partial:

@@ -24,8 +24,7 @@ from diffusion import specs
 from diffusion.adapters.low_rank.deltas import Deltas
 from diffusion.adapters.low_rank.merge import merge
 from diffusion.errors import field
-from diffusion.objectives.adapting import OWN
-from diffusion.pipelines import concepts, joint
+from diffusion.pipelines import adapted, concepts
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.from_run import Run, is_run, open_run
@@ -183,15 +182,17 @@ def _table(pipeline: Pipeline, shapes: Params) -> Table:
 
 
 def _of_run(run: Run, table: Table) -> Deltas:
-    """What a run trained."""
-    own: Any = run.adapter if run.base is not None else None
-    if not hasattr(own, "deltas"):
-        what = "a whole model; it is for config.model.path" if own is None else "no such adapter"
-        raise ValueError(f"{run.path} is a run that trained {what}")
-    bases.check_context(_table(run.base.pipeline, run.base.shapes).context, table.context)
-    inside = joint.encoders(run.base.pipeline) is not None
-    trained = own.deltas(run.restored[0][OWN])
-    deltas = {joint.path(path, inside): delta for path, delta in trained.items()}
+    """What a run trained, for the base that it was trained with or another one like it."""
+    if run.base is None:
+        raise ValueError(f"{run.path} is a run that trained a whole model: it is for model.path")
+    base = run.base.pipeline
+    bases.check_context(_table(base, run.base.shapes).context, table.context)
+    deltas = adapted.deltas(base, run.adapter, run.restored[0])
+    if deltas is None:
+        raise ValueError(
+            f"{run.path} holds {run.description.fields['adapter']}, which changes more than "
+            "weights: draw from the run itself, or give it to config.control or image_prompts"
+        )
     places = {p: layer.shapes[k] for layer in table.layers for k, p in layer.paths.items()}
     for path, delta in deltas.items():
         if path not in places or not factors.fits(delta, places[path]):

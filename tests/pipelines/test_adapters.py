@@ -10,8 +10,12 @@ from safetensors.numpy import save_file
 from configs import base as config_base
 from diffusion.adapters.low_rank.deltas import LowRank
 from diffusion.adapters.low_rank.merge import merge
+from diffusion.conditioning import Conditioning
 from diffusion.config import drawing, effects
 from diffusion.evaluation.figures import to_uint8
+from diffusion.models.clip import ClipText
+from diffusion.models.dit import DiT
+from diffusion.models.text_to_image import TextToImage
 from diffusion.modes import generate as mode
 from diffusion.objectives.adapting import OWN
 from diffusion.pipelines import (
@@ -28,7 +32,7 @@ from diffusion.pipelines.adapters import attach, parse
 from diffusion.pipelines.draw import draw
 from diffusion.pipelines.from_run import open_run
 from diffusion.pipelines.strengths import Strengths
-from diffusion.pretrained.adapters import reading
+from diffusion.pretrained.adapters import layers, reading, writing
 from diffusion.pretrained.schedulers import from_diffusers
 from diffusion.runs import averages
 from diffusion.sampling.guidance.links import cfg
@@ -278,22 +282,52 @@ def test_on_a_run(tmp_path, monkeypatch):
         kernel = made["mid_block"]["attentions_0"][name]["kernel"]
         np.testing.assert_allclose(kernel, before[name]["kernel"] + 0.5 * (up @ down).T, atol=1e-5)
     with pytest.raises(
-        ValueError, match=r"is a run that trained a whole model; it is for config\."
+        ValueError, match=r"trained a whole model: it is for model\.path"
     ):
         open_any(tmp_path, adapters=str(tmp_path))
+
+
+def test_a_network_of_this_project_and_its_text_encoder(tmp_path):
+    """What no other software has is named after our paths; its text encoder is CLIP's."""
+    net = TextToImage(
+        text=ClipText(vocab_size=20, width=16, depth=1, heads=2, hidden=32, length=6),
+        image=DiT(width=16, depth=1, heads=2, patch=4, num_classes=0, cross_attention=True),
+    )
+    cond = Conditioning(tokens=np.zeros((1, 6), int), context_mask=np.ones((1, 6), bool))
+    inputs = np.zeros((1, 8, 8, 2)), np.zeros(1), cond
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
+    made = layers.table(net, (), {"network": shapes})
+    one = np.ones((), np.float32)
+    paths = {
+        "network.image.blocks_0.attn.qkv": "network/image/blocks_0/attn/qkv/kernel",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1": (
+            "network/text/encoder/layers_0/mlp/fc1/kernel"
+        ),
+    }
+    deltas = {}
+    for name, path in paths.items():
+        out, width = made.aliases[name].shapes["weight"]
+        deltas[path] = LowRank(random(2, width), random(out, 2), one)
+    for naming in ("peft", "kohya"):
+        writing.write(tmp_path / "x.safetensors", deltas, made, naming=naming)
+        read = reading.read(tmp_path / "x.safetensors", made).deltas
+        jax.tree.map(np.testing.assert_array_equal, read, deltas)
+    with pytest.raises(ValueError, match=r"up=0\.5 has no effect: the model has no such blocks"):
+        Strengths(up=0.5).by_path(deltas, made)
+    assert set(Strengths(text=0.5).by_path(deltas, made).values()) == {0.5, 1}
 
 
 def test_a_run_as_an_adapter(models, tmp_path, monkeypatch):
     """Its checkpoint holds the adapter alone; inside it the encoders lie within the network."""
     model = models["sd"]
     query = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    layers = [model.table.aliases[f"unet.{query}"]]
-    layers += [model.table.aliases["text_encoder.text_model.encoder.layers.0.mlp.fc1"]]
-    inside = [layer.paths["weight"] for layer in layers]
+    found = [model.table.aliases[f"unet.{query}"]]
+    found += [model.table.aliases["text_encoder.text_model.encoder.layers.0.mlp.fc1"]]
+    inside = [layer.paths["weight"] for layer in found]
     inside[0] = inside[0].replace("network/", "image/", 1)
     inside[1] = inside[1].replace("encoders/0/", "text/encoders_0/", 1)
     trained = {}
-    for path, layer in zip(inside, layers):
+    for path, layer in zip(inside, found):
         out, width = layer.shapes["weight"]
         trained[path] = {"down": np.ones((1, width)), "up": np.ones((out, 1))}
 

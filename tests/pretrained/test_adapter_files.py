@@ -233,3 +233,17 @@ def test_dtypes(models, tmp_path):
         (delta,) = reading.read(tmp_path / "x.safetensors", model.table).deltas.values()
         assert delta.down.dtype == dtype
         assert_close(product(delta, shape), by_hand(down, up, None))
+
+
+def test_what_one_trainer_adds(models, tmp_path):
+    """The second encoder's projection, and embeddings of tokens beside the weights."""
+    out, width = models["xl"].weights["text_encoder_2"]["text_projection.weight"].shape
+    up, down, rows = random(out, 2), random(2, width), random(3, 32)
+    tensors = {"lora_te2_text_projection.lora_up.weight": up}
+    tensors |= {"lora_te2_text_projection.lora_down.weight": down, "bundle_emb.<cat>.clip_l": rows}
+    save_file(tensors, tmp_path / "x.safetensors")
+    read = reading.read(tmp_path / "x.safetensors", models["xl"].table)
+    assert not read.unused
+    path, shape = place(models["xl"], "text_encoder_2", "text_projection")
+    assert_close(product(read.deltas[path], shape), by_hand(down, up, None))
+    np.testing.assert_array_equal(read.embeddings["<cat>"]["clip_l"], rows)
