@@ -93,7 +93,8 @@ def attach(
 
 def listed(given: str | Sequence[str]) -> list[str]:
     """The specs of a field, which may be one text or several."""
-    return [given] if isinstance(given, str) and given else list(given)
+    several = list(given) if isinstance(given, (tuple, list)) else [given]
+    return [] if several == [""] else several
 
 
 def read(path: str, table: Table, own: Strengths) -> Deltas:
@@ -113,6 +114,9 @@ def read(path: str, table: Table, own: Strengths) -> Deltas:
                 f"{file} changes the {component}, which this model does not have ({key}, ...); "
                 f"({COMPONENTS[component]}=0) leaves that out"
             )
+    if found.embeddings:
+        tokens = ", ".join(found.embeddings)
+        warnings.warn(f"{file}: its embeddings of {tokens} are not used", stacklevel=3)
     if found.unused:
         shown = ", ".join(found.unused[:3]) + (", ..." if len(found.unused) > 3 else "")
         count = len(found.unused)

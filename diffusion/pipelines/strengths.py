@@ -50,9 +50,11 @@ class Strengths:
         """The strength of each delta.
 
         Raises:
-          ValueError: one is given for what the adapter does not change, or the numbers of a tuple
-            are not as many as the blocks.
+          ValueError: there are no deltas, a strength is given for what they do not change, or the
+            numbers of a tuple are not as many as the blocks.
         """
+        if not deltas:
+            raise ValueError("nothing of the adapter is for this model")
         places = {path: layer for layer in table.layers for path in layer.paths.values()}
         changed = [places[path] for path in deltas]
         named = {COMPONENTS[layer.component] for layer in changed}

@@ -6,6 +6,7 @@ import pytest
 import tiny_pipelines as tiny
 from adapter_cases import UNET, chosen, factors, lora, place, random, tiny_models
 from safetensors.numpy import save_file
+from tiny_tokenizer import tiny_tokenizer
 
 from configs import base as config_base
 from diffusion.adapters.low_rank.deltas import LowRank
@@ -31,6 +32,7 @@ from diffusion.pipelines import (
 from diffusion.pipelines.adapters import attach, parse
 from diffusion.pipelines.draw import draw
 from diffusion.pipelines.from_run import open_run
+from diffusion.pipelines.from_single_file import open_checkpoint, save_checkpoint
 from diffusion.pipelines.strengths import Strengths
 from diffusion.pretrained.adapters import layers, reading, writing
 from diffusion.pretrained.schedulers import from_diffusers
@@ -148,6 +150,7 @@ def test_errors_name_the_field_and_come_before_weights(models, file, tmp_path, m
         ("nowhere.safetensors", FileNotFoundError, r"x='nowhere.safetensors': no such file or f"),
         (f"{file}(text_2=1)", ValueError, r"^x='.*text_2=1 has no effect"),
         (str(tmp_path), FileNotFoundError, "holds no .safetensors file"),
+        (0.8, ValueError, "expected a text such as 'style.safetensors"),
     ):
         with pytest.raises(kind, match=message):
             attach(models["sd"].opened, given, "x")
@@ -252,6 +255,17 @@ def test_config_adapters(models, file, tmp_path, monkeypatch):
     effects.check("sweep", ["adapters"])
 
 
+def test_on_a_single_file(models, file, tmp_path):
+    model = models["sd"]
+    params = model.opened.load()
+    save_checkpoint(tmp_path / "one.safetensors", "v1", model.opened.pipeline, params)
+    modules = {name: part.module for name, part in model.opened.models.items()}
+    opened = open_checkpoint(
+        tmp_path / "one.safetensors", lambda pad: tiny_tokenizer(pad=pad), modules=modules
+    )
+    assert_trees_equal(attach(opened, file).load(), attach(model.opened, file).load())
+
+
 def described(tmp_path, monkeypatch, network, params, **fields):
     """The workdir of a run with these parameters."""
     d = description.Description(
@@ -281,9 +295,7 @@ def test_on_a_run(tmp_path, monkeypatch):
     for name in ("to_q", "to_k"):
         kernel = made["mid_block"]["attentions_0"][name]["kernel"]
         np.testing.assert_allclose(kernel, before[name]["kernel"] + 0.5 * (up @ down).T, atol=1e-5)
-    with pytest.raises(
-        ValueError, match=r"trained a whole model: it is for model\.path"
-    ):
+    with pytest.raises(ValueError, match=r"trained a whole model: it is for model\.path"):
         open_any(tmp_path, adapters=str(tmp_path))
 
 

@@ -110,3 +110,8 @@ def test_unused_and_absent(models, tmp_path):
     ):
         attach(models["sd"].opened, str(file))
     assert attach(models["sd"].opened, f"{file}(text_2=0)").attached
+    alone = {key: value for key, value in second.items() if "lora_te2" in key}
+    save_file(alone | {"bundle_emb.<cat>.clip_l": random(1, 32)}, file)
+    unused = pytest.warns(UserWarning, match="embeddings of <cat> are not used")
+    with unused, pytest.raises(ValueError, match="nothing of the adapter is for this model"):
+        attach(models["sd"].opened, f"{file}(text_2=0)")
