@@ -64,13 +64,13 @@ def load(base: Pipeline, params: Params, own: Adapter, trained: Mapping[str, Any
     return {**params, **joint.parted(merged, joint.encoders(base) is not None)}
 
 
-def deltas(base: Pipeline, own: Adapter, trained: Mapping[str, Any]) -> Deltas | None:
+def deltas(base: Pipeline, own: Adapter, params: Any) -> Deltas | None:
     """What an adapter of weights adds to the base's parameters, by their paths in the pipeline;
     None of any other adapter."""
     if not hasattr(own, "deltas"):
         return None
     inside = joint.encoders(base) is not None
-    return {joint.path(path, inside): d for path, d in own.deltas(trained[OWN]).items()}
+    return {joint.path(path, inside): d for path, d in own.deltas(params).items()}
 
 
 def parts(base: Pipeline) -> partial:

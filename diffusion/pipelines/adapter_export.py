@@ -9,7 +9,7 @@ import jax
 
 from diffusion import pretrained
 from diffusion.adapters.adapter import Adapter, Params
-from diffusion.pipelines import adapters, joint
+from diffusion.pipelines import adapted, adapters
 from diffusion.pipelines.pipeline import Pipeline
 from diffusion.pretrained.adapters import embeddings
 
@@ -30,9 +30,8 @@ def save(
       adapter, params: what was trained.
     """
     params, file = jax.device_get(params), folder / FILE
-    if hasattr(adapter, "deltas"):
-        inside = joint.encoders(base) is not None
-        deltas = {joint.path(path, inside): d for path, d in adapter.deltas(params).items()}
+    deltas = adapted.deltas(base, adapter, params)
+    if deltas is not None:
         adapters.save(file, deltas, base, shapes)
         return file
     if hasattr(adapter, "word"):

@@ -24,6 +24,7 @@ from diffusion import specs
 from diffusion.adapters.low_rank.deltas import Deltas
 from diffusion.adapters.low_rank.merge import merge
 from diffusion.errors import field
+from diffusion.objectives.adapting import OWN
 from diffusion.pipelines import adapted, concepts
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.from_pretrained import Opened
@@ -32,6 +33,7 @@ from diffusion.pipelines.generation import generate
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pipelines.strengths import COMPONENTS, Strengths, strengths
 from diffusion.pretrained.adapters import bases, embeddings, factors, layers, reading, writing
+from diffusion.pretrained.adapters.embeddings import Word
 from diffusion.pretrained.adapters.layers import Table
 
 
@@ -76,7 +78,7 @@ def attach(
             path, inside = split(text)
             if embeddings.holds(path):
                 option = specs.value(f"word({inside})", {"word": word}, "its word")
-                source = _with_words(source, path, option)
+                source = _with_words(source, path, embeddings.read(path, option))
             else:
                 chosen.append(text)
     if not chosen:
@@ -86,8 +88,9 @@ def attach(
     for text in chosen:
         with field(f"{name}={text!r}"):
             path, own = parse(text)
-            deltas = read(path, table, own)
+            deltas, words = read(path, table, own)
             adapters.append((deltas, own.by_path(deltas, table)))
+            source = _with_words(source, path, words)
     return source.attach(Merged(tuple(adapters)))
 
 
@@ -97,15 +100,16 @@ def listed(given: str | Sequence[str]) -> list[str]:
     return [] if several == [""] else several
 
 
-def read(path: str, table: Table, own: Strengths) -> Deltas:
-    """The deltas of a file, a folder, a hub id or a run for a model with these layers.
+def read(path: str, table: Table, own: Strengths) -> tuple[Deltas, Sequence[Word]]:
+    """What a file, a folder, a hub id or a run holds for a model with these layers: its deltas, and
+    new words of prompts that are bundled with them.
 
     Raises:
       FileNotFoundError, ValueError: as ``attach``. An adapter for an encoder that the model does
         not have is refused unless its strength there is 0.
     """
     if is_run(path):
-        return _of_run(open_run(path), table)
+        return _of_run(open_run(path), table), ()
     file = reading.find(path)
     found = reading.read(file, table)
     for component, key in found.absent.items():
@@ -114,16 +118,13 @@ def read(path: str, table: Table, own: Strengths) -> Deltas:
                 f"{file} changes the {component}, which this model does not have ({key}, ...); "
                 f"({COMPONENTS[component]}=0) leaves that out"
             )
-    if found.embeddings:
-        tokens = ", ".join(found.embeddings)
-        warnings.warn(f"{file}: its embeddings of {tokens} are not used", stacklevel=3)
     if found.unused:
         shown = ", ".join(found.unused[:3]) + (", ..." if len(found.unused) > 3 else "")
         count = len(found.unused)
         warnings.warn(
             f"{file}: {count} tensors belong to no layer of this model: {shown}", stacklevel=3
         )
-    return found.deltas
+    return found.deltas, found.words
 
 
 def save(
@@ -132,7 +133,7 @@ def save(
     pipeline: Pipeline,
     params: Params,
     *,
-    naming: str = "peft",
+    naming: str | None = None,
     dtype: DTypeLike | None = None,
     about: Mapping[str, str] | None = None,
 ) -> None:
@@ -149,8 +150,8 @@ def word(token: str = "") -> str:
     return token
 
 
-def _with_words(source: Opened | Run, path: str, token: str) -> Opened | Run:
-    for found in embeddings.read(path, token):
+def _with_words(source: Opened | Run, path: str, words: Sequence[Word]) -> Opened | Run:
+    for found in words:
         concepts.check(source.pipeline, found, path)
         source = source.attach(concepts.Concept(found))
     return source
@@ -191,7 +192,7 @@ def _of_run(run: Run, table: Table) -> Deltas:
         raise ValueError(f"{run.path} is a run that trained a whole model: it is for model.path")
     base = run.base.pipeline
     bases.check_context(_table(base, run.base.shapes).context, table.context)
-    deltas = adapted.deltas(base, run.adapter, run.restored[0])
+    deltas = adapted.deltas(base, run.adapter, run.restored[0][OWN])
     if deltas is None:
         raise ValueError(
             f"{run.path} holds {run.description.fields['adapter']}, which changes more than "
@@ -226,6 +227,6 @@ def at_strengths(
       prompt: of all pictures.
       options: those of ``generate``.
     """
-    deltas = read(path, _table(pipeline, params), Strengths())
+    deltas, _ = read(path, _table(pipeline, params), Strengths())
     made = (merge(params, [(deltas, strength)]) for strength in strengths)
     return [generate(pipeline, weights, prompt, **options)[0] for weights in made]

@@ -102,12 +102,12 @@ def test_every_kind_goes_out_as_lycoris(models, tmp_path):
     ):
         given = deltas | common
         args = (given, model.opened.pipeline, model.opened.shapes)
-        save(tmp_path / "x.safetensors", *args, naming="kohya")
+        save(tmp_path / "x.safetensors", *args)
         read = reading.read(tmp_path / "x.safetensors", model.table)
         assert_same(read.deltas, given)
         assert read.about["ss_network_module"] == "lycoris.kohya"
         with pytest.raises(ValueError, match="PEFT has no name for this kind; choose kohya"):
-            save(tmp_path / "y.safetensors", *args)
+            save(tmp_path / "y.safetensors", *args, naming="peft")
         assert not (tmp_path / "y.safetensors").exists()
 
 
@@ -140,7 +140,7 @@ def test_diffusers_reads_it(models, tmp_path, kind, naming):
             magnitude = np.abs(random(len(delta.up))).reshape(-1, *ones) + 0.5
             deltas[path] = Decomposed(delta, magnitude)
     args = deltas, model.opened.pipeline, model.opened.shapes
-    save(tmp_path / "x.safetensors", *args, naming="kohya" if naming == "kohya" else "peft")
+    save(tmp_path / "x.safetensors", *args, naming="kohya" if naming == "kohya" else None)
     theirs = model.theirs
     theirs.load_lora_weights(tmp_path, weight_name="x.safetensors")
     theirs.fuse_lora(components=["unet"])

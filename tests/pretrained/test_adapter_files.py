@@ -241,9 +241,13 @@ def test_what_one_trainer_adds(models, tmp_path):
     up, down, rows = random(out, 2), random(2, width), random(3, 32)
     tensors = {"lora_te2_text_projection.lora_up.weight": up}
     tensors |= {"lora_te2_text_projection.lora_down.weight": down, "bundle_emb.<cat>.clip_l": rows}
+    tensors |= {"bundle_emb.<cat>.clip_g": rows + 1}
     save_file(tensors, tmp_path / "x.safetensors")
     read = reading.read(tmp_path / "x.safetensors", models["xl"].table)
     assert not read.unused
     path, shape = place(models["xl"], "text_encoder_2", "text_projection")
     assert_close(product(read.deltas[path], shape), by_hand(down, up, None))
-    np.testing.assert_array_equal(read.embeddings["<cat>"]["clip_l"], rows)
+    ((token, (first, second)),) = read.words
+    assert token == "<cat>"
+    np.testing.assert_array_equal(first, rows)
+    np.testing.assert_array_equal(second, rows + 1)

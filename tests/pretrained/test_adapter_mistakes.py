@@ -110,8 +110,18 @@ def test_unused_and_absent(models, tmp_path):
     ):
         attach(models["sd"].opened, str(file))
     assert attach(models["sd"].opened, f"{file}(text_2=0)").attached
-    alone = {key: value for key, value in second.items() if "lora_te2" in key}
-    save_file(alone | {"bundle_emb.<cat>.clip_l": random(1, 32)}, file)
-    unused = pytest.warns(UserWarning, match="embeddings of <cat> are not used")
-    with unused, pytest.raises(ValueError, match="nothing of the adapter is for this model"):
+    save_file({key: value for key, value in second.items() if "lora_te2" in key}, file)
+    with pytest.raises(ValueError, match="nothing of the adapter is for this model"):
         attach(models["sd"].opened, f"{file}(text_2=0)")
+
+
+def test_words_that_come_with_weights(models, tmp_path):
+    file, rows = tmp_path / "x.safetensors", random(2, 32)
+    save_file(lora(models["sd"]) | {"bundle_emb.<cat>.clip_l": rows}, file)
+    opened = attach(models["sd"].opened, f"{file}(0.5)")
+    assert [word for word, *_ in opened.pipeline.conditioner.words] == ["<cat>"]
+    embedding = opened.load()["encoders"][0]["embeddings"]["token_embedding"]["embedding"]
+    np.testing.assert_array_equal(embedding[-2:], rows)
+    save_file(lora(models["sd"]) | {"bundle_emb.<cat>.clip_l": random(2, 31)}, file)
+    with pytest.raises(ValueError, match=r"embeddings of \[31\] numbers"):
+        attach(models["sd"].opened, str(file))

@@ -18,6 +18,7 @@ import numpy as np
 from diffusion.adapters.low_rank.deltas import Deltas
 from diffusion.pretrained import files, folders, hub
 from diffusion.pretrained.adapters import bases, factors
+from diffusion.pretrained.adapters.embeddings import Word
 from diffusion.pretrained.adapters.factors import Part
 from diffusion.pretrained.adapters.layers import Layer, Table
 
@@ -41,14 +42,14 @@ class Read:
       deltas: by the paths of our parameters.
       unused: keys of tensors that belong to no layer of the model.
       absent: components that the file adapts and the model does not have -> one of the keys.
-      embeddings: tokens' rows that are bundled with it: {token: {"clip_l": [k, C], ...}}.
+      words: new ones of prompts, whose embeddings are bundled with it.
       about: the file's metadata.
     """
 
     deltas: Deltas
     unused: tuple[str, ...]
     absent: Mapping[str, str]
-    embeddings: Mapping[str, Mapping[str, np.ndarray]]
+    words: tuple[Word, ...]
     about: Mapping[str, str]
 
 
@@ -98,10 +99,11 @@ def _read(
     tensors: files.Tensors, about: Mapping[str, str], table: Table, settings: _Settings
 ) -> Read:
     layers: dict[str, tuple[Layer, dict[str, Part]]] = {}
-    unused, embeddings = [], {}
+    unused, bundled = [], {}
     for key, tensor in tensors.items():
-        if bundled := _BUNDLED.fullmatch(key):
-            embeddings.setdefault(bundled[1], {})[bundled[2]] = _values(key, tensor)
+        if found := _BUNDLED.fullmatch(key):
+            rows = np.atleast_2d(_values(key, tensor)).astype(np.float32)
+            bundled.setdefault(found[1], {})[found[2]] = rows
             continue
         name, what = factors.split(key) or ("", "")
         layer = table.aliases.get(name)
@@ -128,7 +130,11 @@ def _read(
     if not deltas and not absent:
         shown = ", ".join(list(tensors)[:3])
         raise ValueError(f"none of its {len(tensors)} tensors fits this model: {shown}, ...")
-    return Read(deltas, tuple(unused), absent, embeddings, about)
+    # In the order of the text encoders: clip_l, clip_g.
+    words = (
+        Word(t, tuple(own[k] for k in sorted(own, reverse=True))) for t, own in bundled.items()
+    )
+    return Read(deltas, tuple(unused), absent, tuple(words), about)
 
 
 def _values(key: str, tensor: files.Tensor) -> np.ndarray:

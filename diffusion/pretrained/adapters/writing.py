@@ -35,7 +35,7 @@ def write(
     deltas: Deltas,
     table: Table,
     *,
-    naming: str = "peft",
+    naming: str | None = None,
     dtype: DTypeLike | None = None,
     about: Mapping[str, str] | None = None,
 ) -> None:
@@ -46,14 +46,14 @@ def write(
       deltas: of the model's parameters.
       table: the model's layers.
       naming: "peft", which diffusers reads and which has LoRA and DoRA alone, or "kohya", which
-        web interfaces read and which has all kinds.
+        web interfaces read and which has all kinds; None: the first that has all deltas' kinds.
       dtype: of the factors in the file; None: their own.
       about: further metadata.
 
     Raises:
       ValueError: a delta is of no layer of the model, or of a kind that the naming does not have.
     """
-    if naming not in NAMINGS:
+    if naming is not None and naming not in NAMINGS:
         raise unknown("naming", naming, NAMINGS)
     places = {p: (layer, leaf) for layer in table.layers for leaf, p in layer.paths.items()}
     strange = [name for name in deltas if name not in places]
@@ -61,7 +61,10 @@ def write(
         raise ValueError(
             f"{path}: {strange[0]} is no parameter of this model" if strange else "no deltas"
         )
-    tensors, made = NAMINGS[naming]([(*places[p], delta) for p, delta in deltas.items()], table)
+    placed = [(*places[p], delta) for p, delta in deltas.items()]
+    if naming is None:
+        naming = "peft" if all(_plain(leaf, delta) for _, leaf, delta in placed) else "kohya"
+    tensors, made = NAMINGS[naming](placed, table)
     for key, array in tensors.items():
         if dtype is not None and not key.endswith(".alpha"):
             tensors[key] = array.astype(dtype)
@@ -79,8 +82,7 @@ def _peft(placed: Placed, table: Table) -> tuple[Arrays, dict[str, str]]:
     for layer, leaf, delta in placed:
         low = delta.delta if isinstance(delta, Decomposed) else delta
         decomposed = low is not delta
-        plain = isinstance(low, LowRank) and low.mid is None and leaf == "weight"
-        if not plain or (decomposed and delta.magnitude.shape[1] != 1):
+        if not _plain(leaf, delta):
             raise ValueError(f"{layer.peft}.{leaf}: PEFT has no name for this kind; choose kohya")
         down, up = _shaped(low, layer)
         tensors |= {f"{layer.peft}.lora_A.weight": down, f"{layer.peft}.lora_B.weight": up}
@@ -107,6 +109,13 @@ def _peft(placed: Placed, table: Table) -> tuple[Arrays, dict[str, str]]:
         }
         about |= {f"{component}.{field}": value for field, value in config.items()}
     return tensors, {METADATA: json.dumps(about)}
+
+
+def _plain(leaf: str, delta: Delta) -> bool:
+    """Whether PEFT has names for a delta: LoRA of a weight, or DoRA with norms over all but out."""
+    low = delta.delta if isinstance(delta, Decomposed) else delta
+    lora = isinstance(low, LowRank) and low.mid is None and leaf == "weight"
+    return lora and (low is delta or delta.magnitude.shape[1] == 1)
 
 
 def _kohya(placed: Placed, table: Table) -> tuple[Arrays, dict[str, str]]:
