@@ -143,6 +143,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """x + transformer over the pixels of x [B, H, W, C], attending to context [B, L, Cc].
 
+    With ``depth=0`` there are only the norm and both projections (small ControlNets of SDXL).
+
     The last projection starts at zero. With ``linear_projection`` the projections' kernels are
     matrices (SD 2, SDXL), without it those of 1 x 1 convolutions (SD 1); the result is the same.
     ``Attention`` describes ``upcast``.
@@ -159,7 +161,7 @@ class SpatialTransformer(nn.Module):
     upcast: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
+    def __call__(self, x: Array, context: Array | None, mask: Array | None = None) -> Array:
         width = x.shape[-1]
         projection = nn.Dense if self.linear_projection else Pointwise
         block = nn.remat(TransformerBlock) if self.remat else TransformerBlock

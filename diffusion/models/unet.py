@@ -41,6 +41,7 @@ class UNet(Encoder):
         train: bool = False,
         control: Sequence[Array] | None = None,
         *,
+        control_levels: Sequence[Array] = (),
         features: Sequence[int] = (),
     ) -> Array | tuple[Array, tuple[Array, ...]]:
         """F [B, H, W, out_channels], in x's dtype; with ``features``, F and these blocks' outputs.
@@ -51,7 +52,9 @@ class UNet(Encoder):
           cond: the network ignores signals that it has no input for and requires the others.
           train: whether dropout is active (it then needs an rng named 'dropout').
           control: residuals to add to the features of the skip connections, in the encoder's
-            order, and, last, to the mid block's output.
+            order, and, last, to the mid block's output (ControlNet).
+          control_levels: features to add within each level's down block and, if there is one more,
+            to the mid block's output (T2I-Adapter).
           features: numbers of blocks whose outputs [B, h, w, C] are returned as well, for
             representation alignment: 1 to L are the levels' down blocks (before their
             downsampling), L + 1 is the mid block.
@@ -64,7 +67,7 @@ class UNet(Encoder):
         if any(not 1 <= i <= levels + 1 for i in features):
             raise ValueError(f"features={tuple(features)} must be blocks 1..{levels + 1}")
         emb = self.embed(time, cond)
-        skips, x = self.encode(x, emb, cond, train)
+        skips, x = self.encode(x, emb, cond, train, extras=control_levels)
         ends = np.cumsum([per_level(self.blocks, level) + 1 for level in range(levels)]) - 1
         outputs = (*(skips[end] for end in ends), x)
         outputs = tuple(outputs[i - 1] for i in features)

@@ -33,6 +33,19 @@ def nearest_upsample(x: Array) -> Array:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
+def added(x: Array, extra: Array | None) -> Array:
+    """x + extra in x's dtype; x without extra.
+
+    Raises:
+      ValueError: their shapes [B, H, W, C] differ.
+    """
+    if extra is None:
+        return x
+    if extra.shape != x.shape:
+        raise ValueError(f"features of shape {extra.shape} are to be added to those of {x.shape}")
+    return x + extra.astype(x.dtype)
+
+
 class ResnetBlock(nn.Module):
     """Norm, SiLU, 3 x 3 convolution, twice, plus a shortcut; the embedding enters in between.
 
@@ -122,7 +135,11 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder; returns its output and the features of its skip connections."""
+    """One level of the encoder; returns its output and the features of its skip connections.
+
+    ``extra`` (T2I-Adapter) is added after the last attention, or, in a level without attention, to
+    the output; the last skip connection has it, too.
+    """
 
     resnet: Constructor
     attentions: Sequence[Constructor | None]  # one after each ResNet block
@@ -130,7 +147,13 @@ class DownBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, emb: Array, context: Array | None, mask: Array | None, train: bool
+        self,
+        x: Array,
+        emb: Array,
+        context: Array | None,
+        mask: Array | None,
+        train: bool,
+        extra: Array | None = None,
     ) -> tuple[Array, list[Array]]:
         features = []
         for j, attention in enumerate(self.attentions):
@@ -138,9 +161,13 @@ class DownBlock(nn.Module):
             if attention is not None:
                 x = attention(name=f"attentions_{j}")(x, context, mask)
             features.append(x)
+        if attention is not None:
+            x = features[-1] = added(x, extra)
         if self.downsample is not None:
             x = self.downsample(name="downsamplers_0")(x, emb, train)
             features.append(x)
+        if attention is None:
+            x = features[-1] = added(x, extra)
         return x, features
 
 

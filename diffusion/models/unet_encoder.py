@@ -24,6 +24,7 @@ from diffusion.models.unet_blocks import (
     MidBlock,
     ResnetBlock,
     Upsample,
+    added,
     average_pool,
     nearest_upsample,
 )
@@ -36,7 +37,7 @@ class Encoder(UNetFields):
     @property
     def attends_to_context(self) -> bool:
         """Whether any layer needs ``cond.context``."""
-        return any(kind not in (0, "self") for kind, _ in self.all_kinds())
+        return any(kind not in (0, "self", "projections") for kind, _ in self.all_kinds())
 
     def make_resnet(self, level: int) -> Constructor:
         """Constructor of a level's ResNet blocks; its caller gives the name."""
@@ -67,7 +68,7 @@ class Encoder(UNetFields):
             return partial(attention, eps=self.norm_eps, **common)
         return partial(
             SpatialTransformer,
-            depth=kind,
+            depth=0 if kind == "projections" else kind,
             linear_projection=self.linear_projection,
             only_cross_attention=only_cross_attention,
             remat=self.remat,
@@ -135,14 +136,28 @@ class Encoder(UNetFields):
         return emb
 
     def encode(
-        self, x: Array, emb: Array, cond: Conditioning, train: bool, hint: Array | None = None
+        self,
+        x: Array,
+        emb: Array,
+        cond: Conditioning,
+        train: bool,
+        hint: Array | None = None,
+        extras: Sequence[Array] = (),
     ) -> tuple[list[Array], Array]:
         """The features for the skip connections, finest first, and the mid block's output.
 
         ``cond.image``, if there is one, is concatenated to x [B, H, W, C]. ``hint``
-        [B, H, W, widths[0]] is added after the first convolution (ControlNet).
+        [B, H, W, widths[0]] is added after the first convolution (ControlNet), ``extras`` within
+        the levels and, if there is one more, to the mid block's output (T2I-Adapter).
         """
         self.check(x.shape[1:3])
+        levels = len(self.widths)
+        if len(extras) not in (0, levels, levels + 1):
+            raise ValueError(
+                f"{len(extras)} features are to be added; expected one for each of the {levels} "
+                "levels, and perhaps one for the mid block"
+            )
+        extras = [*extras, *[None] * (levels + 1 - len(extras))]
         if cond.image is not None:
             if cond.image.shape[:3] != x.shape[:3]:
                 raise ValueError(
@@ -157,10 +172,11 @@ class Encoder(UNetFields):
         if hint is not None:
             x = x + hint.astype(x.dtype)
         features = [x]
-        for block in self.down_blocks:
-            x, outputs = block(x, emb, cond.context, cond.context_mask, train)
+        for block, extra in zip(self.down_blocks, extras):
+            x, outputs = block(x, emb, cond.context, cond.context_mask, train, extra)
             features.extend(outputs)
-        return features, self.mid_block(x, emb, cond.context, cond.context_mask, train)
+        x = self.mid_block(x, emb, cond.context, cond.context_mask, train)
+        return features, added(x, extras[-1])
 
     def _check_width(self, field: str, what: str, array: Array) -> None:
         expected = getattr(self, field)

@@ -18,7 +18,7 @@ from diffusion.models.fields import (
     per_level,
 )
 
-AttentionKind = int | Literal["self"]
+AttentionKind = int | Literal["self", "projections"]
 
 
 class UNetFields(nn.Module):
@@ -31,8 +31,9 @@ class UNetFields(nn.Module):
       widths: channels of each level; their number is the number of levels.
       blocks: ResNet blocks per level.
       attention: what follows each ResNet block, per level: 0 (nothing), 'self' (one self-attention
-        over the pixels), or n >= 1 (n transformer blocks with cross-attention to ``cond.context``);
-        a tuple in place of a level's entry has one for each ResNet block.
+        over the pixels), n >= 1 (n transformer blocks with cross-attention to ``cond.context``) or
+        'projections' (the norm and projections around transformer blocks, without any); a tuple in
+        place of a level's entry has one for each ResNet block.
       mid_attention: the same between the ResNet blocks in the middle.
       mid_blocks: number of ResNet blocks in the middle; 0 leaves the middle out.
       num_heads: attention heads, per level. At most one of num_heads and head_width is given;
@@ -125,10 +126,10 @@ class UNetFields(nn.Module):
                     f"{kinds}; expected {count}, one for each of its ResNet blocks"
                 )
         for kind, _ in self.all_kinds():
-            if kind != "self" and not (isinstance(kind, int) and kind >= 0):
+            if kind not in ("self", "projections") and not (isinstance(kind, int) and kind >= 0):
                 raise ValueError(
                     f"attention={self.attention}, mid_attention={self.mid_attention!r}: {kind!r} "
-                    "is neither 0 (none), 'self' nor a number of transformer blocks"
+                    "is neither 0 (none), 'self', 'projections' nor a number of transformer blocks"
                 )
         check_norm_groups(self.norm_groups, self.widths)
         if self.num_heads is not None and self.head_width is not None:
