@@ -20,13 +20,15 @@ class Hint:
     """A picture that a ControlNet or a T2I-Adapter follows, and how strongly.
 
     Attributes:
-      image: [B, H, W, C] in [0, 1], as large as the picture in pixels.
+      image: [B, H, W, C] in [0, 1], as large as the picture in pixels. None with ``features``.
+      features: what a T2I-Adapter makes of the image, which it need not see at each step then.
       scale: [B, K] factors of the residuals, or [B, 1] of all; None: 1.
       first, last: [B] the c_noise between which the hint acts, both included; None: always. A scale
         of 0 leaves an example as it is, to the bit.
     """
 
-    image: Array
+    image: Array | None = None
+    features: tuple[Array, ...] | None = None
     scale: Array | None = None
     first: Array | None = None
     last: Array | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from diffusion.adapters.adapter import Params
 from diffusion.levels import Array
 from diffusion.models.controlled import Controlled
-from diffusion.models.controlnet import ControlNet, HintNetwork
+from diffusion.models.controlnet import HintNetwork, controlnet_of
 from diffusion.models.text_to_image import image_network, surrounded
 from diffusion.models.unet import UNet
-from diffusion.models.unet_fields import UNetFields
 
 COPIED = r"conv_in|time_embedding|class_embedding|add_embedding|down_blocks_\d+|mid_block"
 """The parts of a U-Net that a ControlNet copies."""
@@ -77,13 +76,6 @@ def controlnet(hint_widths: Sequence[int] = (16, 32, 96, 256)) -> TrainedControl
     if not hint_widths or min(hint_widths) < 1:
         raise ValueError(f"hint_widths={hint_widths}: expected positive widths, as in (16, 32)")
     return TrainedControlNet(tuple(hint_widths))
-
-
-def controlnet_of(unet: UNet, hint_widths: Sequence[int]) -> ControlNet:
-    """The ControlNet of a U-Net."""
-    shared = {f.name for f in fields(UNetFields)} - {"parent", "name"}
-    own = {name: getattr(unet, name) for name in shared}
-    return ControlNet(**own, hint_widths=tuple(hint_widths))
 
 
 def skip_widths(unet: Params) -> list[int]:

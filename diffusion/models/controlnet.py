@@ -7,6 +7,7 @@ U-Net's own, so that a new ControlNet changes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.layers import Pointwise
 from diffusion.models.unet_encoder import Encoder
+from diffusion.models.unet_fields import UNetFields
 
 
 class HintNetwork(nn.Module):
@@ -47,11 +49,13 @@ class ControlNet(Encoder):
 
     Attributes:
       hint_widths: of ``HintNetwork``; one more than halvings from pixels to what the U-Net sees.
+      hint_channels: of the hint.
       global_pool: the residuals' means over the picture are added (the "shuffle" ControlNet).
       bgr: the hint's channels are read in the order blue, green, red.
     """
 
     hint_widths: Sequence[int] = (16, 32, 96, 256)
+    hint_channels: int = 3
     global_pool: bool = False
     bgr: bool = False
 
@@ -67,8 +71,14 @@ class ControlNet(Encoder):
           hint: [B, H, W, C] in [0, 1], in pixels.
 
         Raises:
-          ValueError: the hint's size is not that of x, times the halvings.
+          ValueError: the hint's size is not that of x, times the halvings, or it has other
+            channels.
         """
+        if hint.shape[-1] != self.hint_channels:
+            raise ValueError(
+                f"the hint has {hint.shape[-1]} channels; expected "
+                f"hint_channels={self.hint_channels}"
+            )
         factor = 2 ** (len(self.hint_widths) - 1)
         expected = tuple(factor * side for side in x.shape[1:3])
         if hint.shape[1:3] != expected:
@@ -90,3 +100,10 @@ class ControlNet(Encoder):
         if self.global_pool:
             outputs = [output.mean((1, 2), keepdims=True) for output in outputs]
         return outputs
+
+
+def controlnet_of(unet: UNetFields, hint_widths: Sequence[int]) -> ControlNet:
+    """The ControlNet of a U-Net."""
+    shared = {f.name for f in fields(UNetFields)} - {"parent", "name"}
+    own = {name: getattr(unet, name) for name in shared}
+    return ControlNet(**own, hint_widths=tuple(hint_widths))

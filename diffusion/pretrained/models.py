@@ -21,6 +21,8 @@ CLASSES = {
     "AutoencoderKL": "autoencoder_kl",
     "UNet2DModel": "unet",
     "UNet2DConditionModel": "unet",
+    "ControlNetModel": "controlnet",
+    "T2IAdapter": "t2i_adapter",
     "DiTTransformer2DModel": "dit",
     "Transformer2DModel": "dit",
     "BertModel": "bert",
@@ -39,6 +41,8 @@ CLASSES = {
 MODULES = {
     "AutoencoderKL": "autoencoder_kl",
     "UNet": "unet",
+    "ControlNet": "controlnet",
+    "T2IAdapter": "t2i_adapter",
     "DiT": "dit",
     "Bert": "bert",
     "ClipPair": "clip",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from diffusion.conditioning import Conditioning
 from diffusion.models.unet import UNet
+from diffusion.models.unet_encoder import Encoder
 from diffusion.pretrained import fields as configs
 from diffusion.pretrained.names import FORMER_ATTENTION, Names, dotted
 from diffusion.pretrained.networks import unet_conditional, unet_plain
@@ -85,7 +86,7 @@ def to_config(net: UNet) -> dict[str, Any]:
       ValueError: for a network that diffusers does not have, or that does not know what it is made
         for (``in_channels``, ...).
     """
-    _known(net, "in_channels", "out_channels")
+    known(net, "in_channels", "out_channels")
     if net.time_scale != 1:
         raise ValueError(f"time_scale={net.time_scale}: diffusers has only 1")
     own = unet_conditional if net.attends_to_context else unet_plain
@@ -99,22 +100,22 @@ def to_config(net: UNet) -> dict[str, Any]:
     }
 
 
-def names(net: UNet) -> Names:
+def names(net: Encoder) -> Names:
     """The name table; older files' names of self-attention are read, too."""
     return Names(dotted("linear_1", "linear_2"), aliases=FORMER_ATTENTION)
 
 
-def example(net: UNet) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
+def example(net: Encoder) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
     """The arguments of ``net.init``, by shape."""
     array = configs.array
-    _known(net, "in_channels")
+    known(net, "in_channels")
     cond = {}
     if net.attends_to_context:
-        _known(net, "context_width")
+        known(net, "context_width")
         cond["context"] = array(1, net.context_width)
     if net.added_embedding:
         # Only the pipeline knows how this width divides into pooled text and time ids.
-        _known(net, "added_width")
+        known(net, "added_width")
         cond["pooled"] = array(net.added_width)
     if net.num_classes is not None:
         cond["label"] = array(dtype=jnp.int32)
@@ -124,7 +125,8 @@ def example(net: UNet) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Cond
     return array(size, size, net.in_channels), array(), Conditioning(**cond)
 
 
-def _known(net: UNet, *fields: str) -> None:
+def known(net: Encoder, *fields: str) -> None:
+    """Raises ValueError for one of these fields that is None."""
     for field in fields:
         if getattr(net, field) is None:
             raise ValueError(f"{field}=None: set it, as in network.clone({field}=4)")
