@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.conditioning import Conditioning, Hint
 from diffusion.levels import Array
 from diffusion.models.controlnet import ControlNet
+from diffusion.models.fields import per_level
 from diffusion.models.t2i_adapter import T2IAdapter
 from diffusion.models.text_to_image import Around
+from diffusion.models.unet import UNet
 
 
 class Controlled(Around):
@@ -54,6 +57,50 @@ class Controlled(Around):
         options |= {} if control is None else {"control": control}
         options |= {} if levels is None else {"control_levels": levels}
         return self.network(x, time, inner, train=train, **options)
+
+
+def check_fit(net: ControlNet | T2IAdapter, unet: UNet, factor: int) -> None:
+    """Raises ValueError unless the net's residuals fit the U-Net's features.
+
+    ``factor`` pixels of a picture's side become one of what the U-Net sees.
+    """
+    levels, own = len(unet.widths), tuple(net.widths)
+    if isinstance(net, T2IAdapter):
+        expected = (*unet.widths, unet.widths[-1])[: len(own)]
+        if own != expected or len(own) < levels:
+            raise ValueError(
+                f"a T2I-Adapter for widths {own} does not fit a U-Net with widths "
+                f"{tuple(unet.widths)}"
+            )
+        halved = np.cumsum(net.halved)
+        for i, times in enumerate(halved):
+            # Features are added before a level halves, or, without attention, after it.
+            after = i < levels - 1 and unet.level_kinds("attention", i)[-1] == 0
+            side = factor * 2 ** (min(i, levels - 1) + after)
+            if net.factor * 2**times != side:
+                raise ValueError(
+                    f"a T2I-Adapter whose stage {i + 1} has squares of {net.factor * 2**times} "
+                    f"pixels does not fit a U-Net that has squares of {side} there"
+                )
+        return
+    halvings = 2 ** (len(net.hint_widths) - 1)
+    if halvings != factor:
+        raise ValueError(
+            f"a ControlNet for squares of {halvings} pixels (hint_widths={tuple(net.hint_widths)}) "
+            f"does not fit a U-Net for squares of {factor}"
+        )
+    blocks = tuple(
+        tuple(per_level(n.blocks, level) for level in range(len(n.widths))) for n in (net, unet)
+    )
+    compared = {"widths": (own, tuple(unet.widths)), "blocks": blocks}
+    needed = ["context_width"] if net.attends_to_context else []
+    needed += ["added_embedding", "added_width"] if net.added_embedding else []
+    compared |= {field: (getattr(net, field), getattr(unet, field)) for field in needed}
+    for field, (theirs, ours) in compared.items():
+        if None not in (theirs, ours) and theirs != ours:
+            raise ValueError(
+                f"a ControlNet with {field}={theirs} does not fit a U-Net with {field}={ours}"
+            )
 
 
 def _sum(total: list[Array] | None, more: list[Array]) -> list[Array]:

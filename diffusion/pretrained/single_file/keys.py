@@ -8,12 +8,15 @@ Its U-Net numbers all blocks in one list downwards and one upwards; its autoenco
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.models.clip import ClipText
+from diffusion.models.controlnet import ControlNet
 from diffusion.models.fields import per_level
+from diffusion.models.t2i_adapter import T2IAdapter
 from diffusion.models.unet import UNet
+from diffusion.models.unet_encoder import Encoder
 from diffusion.pretrained.names import PLAIN, POINTWISE, Names, Row, dotted, substituted, unfused
 
 RESNET = (
@@ -51,32 +54,65 @@ def unet(net: UNet, prefix: str) -> Names:
             "resnet_resampling, with mid_attention"
         )
     levels = range(len(net.widths))
-    counts = [per_level(net.blocks, level) for level in levels]
-    pairs, index = [], 1
-    for i, count in enumerate(counts):
-        for j in range(count):
-            pairs.append((rf"^down_blocks\.{i}\.resnets\.{j}\b", f"input_blocks.{index}.0"))
-            pairs.append((rf"^down_blocks\.{i}\.attentions\.{j}\b", f"input_blocks.{index}.1"))
-            index += 1
-        pairs.append((rf"^down_blocks\.{i}\.downsamplers\.0\.conv$", f"input_blocks.{index}.0.op"))
-        index += 1
-    index = 0
+    pairs, index = [], 0
     for i, level in enumerate(reversed(levels)):
-        for j in range(counts[level] + 1):
+        for j in range(per_level(net.blocks, level) + 1):
             pairs.append((rf"^up_blocks\.{i}\.resnets\.{j}\b", f"output_blocks.{index}.0"))
             pairs.append((rf"^up_blocks\.{i}\.attentions\.{j}\b", f"output_blocks.{index}.1"))
             index += 1
         attends = bool(per_level(net.attention, level))
         last = f"output_blocks.{index - 1}.{1 + attends}.conv"
         pairs.append((rf"^up_blocks\.{i}\.upsamplers\.0\.conv$", last))
-    blocks, resnet = substituted(*UNET, *pairs), substituted(*RESNET)
-    dots = dotted("linear_1", "linear_2")
+    return Names(_encoder(net, prefix, pairs))
+
+
+def controlnet(net: ControlNet, prefix: str) -> Names:
+    """The table of a ``ControlNet`` for a U-Net that the original code has."""
+    last = 2 * len(net.hint_widths)
+    pairs = [
+        (r"^controlnet_cond_embedding\.conv_in$", "input_hint_block.0"),
+        (r"^controlnet_cond_embedding\.conv_out$", f"input_hint_block.{2 * last - 2}"),
+        *(
+            (rf"^controlnet_cond_embedding\.blocks\.{i}$", f"input_hint_block.{2 * i + 2}")
+            for i in range(last - 2)
+        ),
+        (r"^controlnet_down_blocks\.(\d+)$", r"zero_convs.\1.0"),
+        (r"^controlnet_mid_block$", "middle_block_out.0"),
+    ]
+    return Names(_encoder(net, prefix, pairs))
+
+
+def t2i_adapter(net: T2IAdapter) -> Names:
+    """The table of a ``T2IAdapter`` in its authors' code, which counts all residual blocks in one
+    list, or, of the light kind, the stages."""
+    if net.bottleneck:
+        return Names(_prefixed("", substituted((r"\.resnets\.", ".body."))))
+    rule = dotted()
+
+    def numbered(block: re.Match) -> str:
+        return f"body.{int(block[1]) * net.blocks + int(block[2] or 0)}."
+
+    block = r"^body\.(\d+)\.(?:resnets\.(\d+)\.)?"
+    return Names(lambda path: re.sub(block, numbered, rule(path)))
+
+
+def _encoder(net: Encoder, prefix: str, pairs: Sequence[tuple[str, str]]) -> Callable[[str], str]:
+    """The rule for the half that U-Net and ControlNet share, and, by ``pairs``, for the rest."""
+    pairs, index = [*UNET, *pairs], 1
+    for i in range(len(net.widths)):
+        for j in range(per_level(net.blocks, i)):
+            pairs.append((rf"^down_blocks\.{i}\.resnets\.{j}\b", f"input_blocks.{index}.0"))
+            pairs.append((rf"^down_blocks\.{i}\.attentions\.{j}\b", f"input_blocks.{index}.1"))
+            index += 1
+        pairs.append((rf"^down_blocks\.{i}\.downsamplers\.0\.conv$", f"input_blocks.{index}.0.op"))
+        index += 1
+    blocks, resnet, dots = substituted(*pairs), substituted(*RESNET), dotted("linear_1", "linear_2")
 
     def rename(path: str) -> str:
         key = dots(path)
         return prefix + (resnet(blocks(key)) if ".resnets." in key else blocks(key))
 
-    return Names(rename)
+    return rename
 
 
 def autoencoder(net: AutoencoderKL, prefix: str) -> Names:
