@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from diffusion.pipelines import adapters, description, guidance, samplers
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.description import DTYPES
 from diffusion.pipelines.draw import program
-from diffusion.pipelines.drawer import Drawer
+from diffusion.pipelines.drawer import GIVEN, Drawer
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.from_run import Run, is_run
 from diffusion.pipelines.pipeline import Params, Pipeline
@@ -33,8 +33,8 @@ from diffusion.sampling.tables import Solver
 from diffusion.specs import texts, unknown
 
 AT = "config.sampler."
-GIVEN = 64
-"""Held-out pictures that a model which edits is given, at most."""
+MOST = 64
+"""Held-out examples whose hints or pictures a model is given, at most."""
 # Fields that may differ from those that a run was started with: what the parameters are does not
 # depend on them.
 FREE = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
@@ -129,8 +129,7 @@ def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> 
     made, notes = drawer(config, pipeline, schedule, preview)
     for note in notes:
         print(f"note: {note}")
-    if pipeline.edits:
-        made = editing(made, make_source(config.data, "test"))
+    made = given(made, lambda: make_source(config.data, "test"))
     return Drawing(config, source, made, Path(workdir))
 
 
@@ -293,19 +292,27 @@ def drawer(
     return result, [*made.notes, *samplers.notes(sampler, grid, AT)]
 
 
-def editing(drawer: Drawer, held_out: Source) -> Drawer:
-    """The drawer with held-out pictures to edit, which a model that edits is given in turn.
+def given(drawer: Drawer, held_out: Callable[[], Source]) -> Drawer:
+    """The drawer with what its model is given of held-out examples in turn, such as hints.
+
+    ``held_out`` is called if the model is given something.
 
     Raises:
-      ValueError: the data have none.
+      ValueError: the data have no such thing.
     """
-    given = held_out.read(np.arange(min(len(held_out), GIVEN))).get("image")
-    if given is None:
-        raise ValueError(
-            f"this model edits pictures, and {held_out.name} has none to edit: "
-            "config.data.name='edits' has; --mode=generate edits the one in config.samples.image"
-        )
-    return replace(drawer, given=given)
+    wanted = drawer.pipeline.columns
+    if not wanted:
+        return drawer
+    source = held_out()
+    rows = source.read(np.arange(min(len(source), MOST)))
+    for name in wanted:
+        if name not in rows:
+            raise ValueError(f"{source.name} has none: this model is given {GIVEN[name]}")
+    pipeline, captions = drawer.pipeline, tuple(source.captions[:MOST])
+    if pipeline.conditioner.subject == "text" and captions:  # by default each has its own caption
+        conditioner = replace(pipeline.conditioner, suggestions=captions)
+        drawer = replace(drawer, pipeline=replace(pipeline, conditioner=conditioner))
+    return replace(drawer, given={name: rows[name] for name in wanted})
 
 
 def in_turn(config: ConfigDict, drawer: Drawer, captions: Sequence[str] = ()) -> list[Subject]:

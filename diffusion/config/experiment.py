@@ -136,8 +136,7 @@ def build(config: ConfigDict) -> Experiment:
         if pretrained_network.is_pretrained(config) and made is None:
             pretrained_network.check(config, objective)
         drawer, found = drawing.drawer(config, pipeline, description.schedule)
-        if pipeline.edits:
-            drawer = drawing.editing(drawer, held_out)
+        drawer = drawing.given(drawer, lambda: held_out)
         judging.make(config, pipeline, None)
         chosen, name = config.train.validation_metrics, "config.train.validation_metrics"
         judging.make(config, pipeline, None, chosen, name)

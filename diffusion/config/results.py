@@ -53,6 +53,11 @@ class Samples:
         real = self._experiment.held_out
         x, subjects = drawn.draw(0, count), drawn.subjects
         gallery.save_grid(path, pipeline, x, subjects, self._columns, real)
+        hints = self._drawer.given.get("hint")
+        if hints is not None:
+            shown = hints[np.arange(count) % len(hints)]
+            grid = figures.image_grid(2 * shown - 1, self._columns)
+            figures.save_png(path.with_name(f"{path.stem}_hints.png"), grid)
 
     def finish(self, trained: Any, folder: Path) -> None:
         """loss.png, samples.png, trajectory.png, trajectory.gif, evaluation.json, pipeline/."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +25,7 @@ class Controlled(Around):
     """
 
     nets: tuple[ControlNet | T2IAdapter, ...] = ()
+    column: ClassVar[str] = "hint"
 
     def __call__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 
@@ -49,9 +49,11 @@ class Around(nn.Module):
 
     Attributes:
       network: the inner one.
+      column: what a batch calls that which it reads (see ``conditioning.from_batch``).
     """
 
     network: nn.Module
+    column: ClassVar[str] = ""
 
 
 def image_network(network: nn.Module) -> nn.Module:
@@ -78,6 +80,15 @@ def parts(network: nn.Module, path: str = "network") -> dict[str, nn.Module]:
     if isinstance(network, Around):
         return parts(network.network, f"{path}/network")
     return {path: network}
+
+
+def columns(network: nn.Module) -> tuple[str, ...]:
+    """What a batch must have, besides labels or texts, for what stands around a denoiser."""
+    found, inner = [], network
+    while isinstance(inner, TextToImage | Around):
+        found += [inner.column] if isinstance(inner, Around) else []
+        inner = inner.image if isinstance(inner, TextToImage) else inner.network
+    return tuple(found)
 
 
 def surrounded(network: nn.Module, make: Callable[[nn.Module], Around]) -> nn.Module:

@@ -31,6 +31,18 @@ from diffusion.sampling.tables import Solver
 LONG = 100
 """Evaluations from which a bar shows each; a sampler with a callback is compiled in every run."""
 
+GIVEN = {
+    "image": (
+        "pictures to edit: --mode=generate takes one in config.samples.image, other modes those of "
+        "config.data.name='edits'"
+    ),
+    "hint": (
+        "hints to follow: --mode=generate takes them by config.control, other modes by "
+        "config.data.hint"
+    ),
+    "image_features": "pictures as prompts: --mode=generate takes them by config.image_prompts",
+}
+"""What a column of a batch is, for errors."""
 Prepare = Callable[[np.ndarray, jax.Array, Conditioning, Conditioning | None], Inputs]
 """(numbers of the samples [B], keys [B], cond, null) -> their ``Inputs``."""
 
@@ -52,7 +64,8 @@ class Drawer:
       preview: is given x_0_hat after every so many evaluations (``preview_every``).
       unit: what bars count.
       paired: whether guidance makes two estimates at each evaluation.
-      given: [N, h, w, C] what a network that edits sees of pictures, which it edits in turn.
+      given: what samples are given in turn besides labels or texts, rows [N, ...] by the names of
+        the pipeline's ``columns``.
     """
 
     pipeline: Pipeline
@@ -69,7 +82,7 @@ class Drawer:
     preview_every: int = 0
     unit: str = "image"
     paired: bool = False
-    given: np.ndarray | None = None
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def _monitor(self) -> Monitor | None:
@@ -95,7 +108,7 @@ class Drawer:
           negative: what to steer away from; None: what stands for none.
           solver: another table than the sampler's.
           prepare: makes a batch's inputs; by default new samples of the network's own size, or
-            edits of the pictures ``given``.
+            edits, of what is ``given``.
           first: number of the first sample.
         """
         count = len(subjects)
@@ -184,15 +197,15 @@ class Drawer:
         self, params: Params, numbers: np.ndarray, cond: Conditioning, null: Conditioning | None
     ) -> Inputs:
         """Of samples of these numbers."""
-        if not self.pipeline.edits:
-            return tasks.new(self.pipeline, cond, null)
-        if self.given is None:
-            raise ValueError(
-                "this model edits pictures, and none are given: --mode=generate takes one in "
-                "config.samples.image, other modes those of config.data.name='edits'"
-            )
-        given = self.given[numbers % len(self.given)]
-        return tasks.edited(self.pipeline, params, cond, null, given, encoded=True)
+        given = {}
+        for name in self.pipeline.columns:
+            if name not in self.given:
+                raise ValueError(f"this model is given {GIVEN[name]}, and there are none")
+            rows = self.given[name]
+            given[name] = rows[numbers % len(rows)]
+        if self.pipeline.edits:
+            return tasks.edited(self.pipeline, params, cond, null, given["image"], encoded=True)
+        return tasks.new(self.pipeline, *tasks.followed(cond, null, given))
 
     def subjects(self, count: int, given: Sequence[Subject] = ()) -> list[Subject]:
         """Of ``count`` samples, those given in turn, by default the conditioner's suggestions."""

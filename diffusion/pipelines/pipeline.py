@@ -16,7 +16,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.evaluation.views import VIEWS, View
 from diffusion.levels import Array, NoiseLevel
-from diffusion.models.text_to_image import image_network
+from diffusion.models.text_to_image import columns, image_network
 from diffusion.pipelines.codec import Codec
 from diffusion.pipelines.conditioners import Conditioner
 from diffusion.predictions import Prediction
@@ -92,6 +92,11 @@ class Pipeline:
     def image_network(self) -> nn.Module:
         """The network without the text encoder that was trained with it, and without adapters."""
         return image_network(self.network)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What samples are given besides a label or text, by the names that batches have."""
+        return (*(["image"] if self.edits else []), *columns(self.network))
 
     @property
     def extra_channels(self) -> int:

@@ -13,11 +13,13 @@ guidance. Pictures are [B, H, W, C] in [-1, 1].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.conditioning import Conditioning
+from diffusion.conditioning import Conditioning, from_batch
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.pipelines.codec import folded
 from diffusion.pipelines.draw import Inputs, Kept, check_batch
@@ -172,6 +174,21 @@ def edited(
         latents.shape[1:],
         middle=_with_image(null, latents),
     )
+
+
+def followed(
+    cond: Conditioning, null: Conditioning | None, given: Mapping[str, Array]
+) -> tuple[Conditioning, Conditioning | None]:
+    """Both with the hints and the pictures' features that are given as a batch has them.
+
+    Hints are followed with and without text; what stands for no picture is a feature of zeros.
+    """
+    rows = from_batch(given)
+    without = jax.tree.map(jnp.zeros_like, rows.image_prompts)
+    cond = cond.replace(hints=rows.hints, image_prompts=rows.image_prompts)
+    if null is not None:
+        null = null.replace(hints=rows.hints, image_prompts=without)
+    return cond, null
 
 
 def micro_conditioning(
