@@ -84,20 +84,25 @@ def decode(
 
 
 def fit(
-    image: Image.Image, height: int, width: int, at: tuple[float, float] = (0.5, 0.5)
+    image: Image.Image,
+    height: int,
+    width: int,
+    at: tuple[float, float] = (0.5, 0.5),
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-    """uint8 [height, width, C] of a picture in RGB or grey: resized to cover, and cropped.
+    """[height, width, C] of a picture in RGB or grey, or of floats: resized to cover, and cropped.
 
-    Bicubic and antialiased: a picture that becomes smaller is filtered at the new resolution, which
-    plain interpolation omits. (Box filters blur, Lanczos filters ring at hard edges.) ``at`` says
-    where to crop: 0 keeps the top or left, 1 the bottom or right, 0.5 the middle.
+    Bicubic by default, and antialiased: a picture that becomes smaller is filtered at the new
+    resolution, which plain interpolation omits. (Box filters blur, Lanczos filters ring at hard
+    edges.) ``at`` says where to crop: 0 keeps the top or left, 1 the bottom or right, 0.5 the
+    middle.
     """
     if image.size != (width, height):
         scale = max(height / image.height, width / image.width)
         inside = min(width / scale, image.width), min(height / scale, image.height)
         left, top = at[1] * (image.width - inside[0]), at[0] * (image.height - inside[1])
         box = (left, top, left + inside[0], top + inside[1])
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=GAP)
+        image = image.resize((width, height), resampling, box, reducing_gap=GAP)
     array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,7 +14,7 @@ from diffusion.levels import Array
 from diffusion.models.controlnet import ControlNet
 from diffusion.models.fields import per_level
 from diffusion.models.t2i_adapter import T2IAdapter
-from diffusion.models.text_to_image import Around
+from diffusion.models.text_to_image import Around, around
 from diffusion.models.unet import UNet
 
 
@@ -102,6 +103,11 @@ def check_fit(net: ControlNet | T2IAdapter, unet: UNet, factor: int) -> None:
             raise ValueError(
                 f"a ControlNet with {field}={theirs} does not fit a U-Net with {field}={ours}"
             )
+
+
+def nets_around(network: nn.Module) -> tuple[ControlNet | T2IAdapter, ...]:
+    """The nets that a network has already; none of others."""
+    return next((each.nets for each in around(network) if isinstance(each, Controlled)), ())
 
 
 def _sum(total: list[Array] | None, more: list[Array]) -> list[Array]:

@@ -72,6 +72,13 @@ def with_image_network(network: nn.Module, image: nn.Module) -> nn.Module:
     return image
 
 
+def around(network: nn.Module) -> list[Around]:
+    """What stands around the denoiser's network within ``network``, outermost first."""
+    if isinstance(network, TextToImage):
+        return around(network.image)
+    return [network, *around(network.network)] if isinstance(network, Around) else []
+
+
 def parts(network: nn.Module, path: str = "network") -> dict[str, nn.Module]:
     """The networks within ``network`` by the paths of their parameters, without what is around
     them: {"network/text": ..., "network/image": ...}, or {"network": network}."""
@@ -84,11 +91,7 @@ def parts(network: nn.Module, path: str = "network") -> dict[str, nn.Module]:
 
 def columns(network: nn.Module) -> tuple[str, ...]:
     """What a batch must have, besides labels or texts, for what stands around a denoiser."""
-    found, inner = [], network
-    while isinstance(inner, TextToImage | Around):
-        found += [inner.column] if isinstance(inner, Around) else []
-        inner = inner.image if isinstance(inner, TextToImage) else inner.network
-    return tuple(found)
+    return tuple(each.column for each in around(network))
 
 
 def surrounded(network: nn.Module, make: Callable[[nn.Module], Around]) -> nn.Module:

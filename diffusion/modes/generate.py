@@ -35,7 +35,8 @@ def run(config: ConfigDict, workdir: str | None) -> None:
 
     Leaves in ``workdir`` (default "generated"; of a run its folder "generated") a PNG per picture,
     named after what number of the folder it is, with all settings as text chunks, and where there
-    are several grids/FIRST_LAST.png.
+    are several grids/FIRST_LAST.png. The maps that config.control follows are saved beside the
+    first, as FIRST_canny.png.
 
     Raises:
       ValueError, FileNotFoundError: a field that does not fit, before weights are read.
@@ -62,6 +63,9 @@ def run(config: ConfigDict, workdir: str | None) -> None:
             about["step"] = str(source.restored[1])
         figures.save_png(path, figures.to_uint8(picture), about)
         pictures.append(picture)
+    for extension in made.extensions:
+        for name, picture in extension.pictures.items():
+            figures.save_png(folder / f"{first:06d}_{name}.png", figures.to_uint8(picture))
     if len(pictures) > 1:
         columns = config.samples.count if config.samples.count > 1 else None
         grid, last = np.stack(pictures), first + len(pictures) - 1

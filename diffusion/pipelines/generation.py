@@ -79,7 +79,7 @@ class Generation:
         else:
             sampler, last = self._shared(pipeline, refiner, at)
         self.extensions = (
-            *control.make(pipeline, sampler, request.control, self.size),
+            *control.make(pipeline, sampler, request.control, self.size, self.given),
             *image_prompts.make(pipeline, sampler, request.image_prompts, self.size),
         )
         for extension in self.extensions:
