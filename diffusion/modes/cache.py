@@ -6,7 +6,7 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from diffusion.config import class_pictures, latents, ranges
+from diffusion.config import adaptation, class_pictures, latents, ranges
 from diffusion.config.data import make_images
 
 
@@ -14,10 +14,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Computes latents and text embeddings into ``config.data.cache``, as training does at first,
     and draws the pictures that ``config.data.subject.class_dir`` lacks.
 
-    What was interrupted goes on; what is there already stays. ``workdir`` is not touched.
+    What was interrupted goes on; what is there already stays. Without ``config.data.cache`` latents
+    for an adapter go into ``workdir``, where its training looks for them.
     """
-    del workdir
     ranges.check(config)
+    adaptation.resolve(config, workdir)
     drawn = class_pictures.draw_missing(config)
     if not latents.needed(config.data):
         if drawn is None:
