@@ -1,18 +1,26 @@
-"""Trains a LoRA, or another adapter, for a model: a run of this project or a pretrained pipeline.
+"""Trains a LoRA for a model: a run of this project, or a pretrained pipeline.
 
-    python main.py --config=configs/finetune_lora.py --workdir=runs/lora --config.model.path=MODEL \
-        --config.data.dir=PAIRS.npz
+    python main.py --config=configs/finetune_lora.py --workdir=runs/lora \\
+        --config.model.path=PIPELINE --config.data.dir=PAIRS.npz
+    python main.py --config=configs/finetune_lora.py --workdir=runs/digits_lora \\
+        --config.model.path=runs/digits --config.data.name=digits
+    python main.py --mode=sample --workdir=runs/digits --config.adapters="runs/digits_lora(0.8)"
 
-MODEL is a run's workdir, a folder as diffusers saves it, or a hub id. PAIRS.npz holds ``images``
-[N, H, W, 3] uint8 and ``caption`` [N]; any other data of config.data do as well. The run draws with
-the adapter merged in, its checkpoints hold the adapter alone, and ``runs/lora/adapter.safetensors``
-is what other software reads.
+PIPELINE is a folder as diffusers saves it, a hub id or the workdir of a text-to-image run.
+PAIRS.npz holds ``images`` [N, H, W, 3] uint8 and ``caption`` [N]; other data of config.data do as
+well. The run draws with the LoRA merged in. Its checkpoints hold the LoRA alone, and
+``runs/lora/adapter.safetensors`` is what other software reads.
 
 Options people use: ``--config.objective.adapter="lora(rank=16, alpha=16, targets='transformer')"``
-with the targets attention, transformer, all or a regular expression over parameters' paths, which
-begin with text/ and image/ where there is a text encoder; ``dora=True``;
-``--config.optimizer.rates="(('/up$', 16.0), ('text/', 0.1))"`` for LoRA+ and a slower text encoder;
-``--config.model.dtype=bfloat16`` for a base in half the memory; ``--config.model.remat=True``.
+(adapters/low_rank/lora.py: targets are attention, transformer, all, or a regular expression over
+the paths of layers, which begin with text/ and image/ where there is a text encoder; dora, dropout,
+kind='loha' or 'lokr'); ``full()`` trains all parameters instead, ``full('image/')`` without the
+text encoder; ``--config.optimizer.rates="(('/up$', 16.0), ('text/', 0.1))"`` for LoRA+ and a slower
+text encoder; ``--config.model.dtype=bfloat16`` for a base in half the memory;
+``--config.data.shuffle_tags=True`` for captions that are tags.
+
+Hardware: for Stable Diffusion 1.5, a GPU of 16 GB; not yet run there. (Tiny random pipelines and
+small runs are adapted in the tests.)
 """
 
 from ml_collections import ConfigDict
