@@ -5,7 +5,7 @@
         --config.data.subject.prompt="<toy>" \
         --config.objective.adapter="textual_inversion('<toy>', init='toy', vectors=1)"
     python main.py --mode=generate --config.model.path=PIPELINE \
-        --config.adapters="runs/toy/adapter.safetensors" --config.samples.prompt="a <toy> on a beach"
+        --config.adapters=runs/toy/adapter.safetensors --config.samples.prompt="a <toy> on a beach"
 
 FOLDER holds three to ten pictures. Each step puts the word into one of 27 sentences about a thing;
 ``--config.data.template=style`` has 19 about a style. Nothing but the word's rows is trained.
