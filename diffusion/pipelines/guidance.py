@@ -196,7 +196,7 @@ def _attentions(pipeline: Pipeline) -> list[str]:
     if pipeline.scheduler is None:
         cond, _ = pipeline.conditioner({}, ["" if pipeline.conditioner.subject == "text" else 0])
     else:
-        x, time, cond = example(network)
+        x, time, cond = example(pipeline.image_network)
 
     def evaluate(x: Array, time: Array, cond: Conditioning) -> Array:
         variables = network.init(jax.random.key(0), x, time, cond)
