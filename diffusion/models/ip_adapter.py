@@ -15,12 +15,20 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion import specs
 from diffusion.conditioning import Conditioning, ImagePrompt
+from diffusion.errors import check_range
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
 from diffusion.models.kernels.attention import attend
 from diffusion.models.text_to_image import Around, image_network
 from diffusion.models.unet import UNet
+
+BLOCKS: dict[str, Mapping[str, Any]] = {
+    "style": {"up": {"block_0": (0, 1, 0)}},
+    "layout": {"down": {"block_2": (0, 1)}},
+}
+"""The blocks of SDXL that take style or layout over (InstantStyle; Wang et al., 2024)."""
 
 
 class Site(NamedTuple):
@@ -78,6 +86,46 @@ def cross_attentions(network: nn.Module) -> list[Site]:
             f"a {type(net).__name__}" + " without any" * isinstance(net, UNet)
         )
     return found
+
+
+def block_factors(network: nn.Module, blocks: str | Mapping[str, Any]) -> np.ndarray:
+    """A factor [A] for each cross-attention, from ``ip_adapter``'s ``blocks``.
+
+    Raises:
+      ValueError: the network has no such block, or another number of attentions in it.
+    """
+    sites, net = cross_attentions(network), image_network(network)
+    if isinstance(blocks, str):
+        if blocks == "all":
+            return np.ones(len(sites), np.float32)
+        if blocks not in BLOCKS:
+            raise specs.unknown("blocks", blocks, ("all", *BLOCKS))
+        if not net.added_embedding or len(net.widths) != 3:
+            raise ValueError(
+                f"blocks={blocks!r}: which blocks these are is known of SDXL alone; name this "
+                'network\'s, as in blocks={"up": {"block_1": 1}}'
+            )
+        blocks = BLOCKS[blocks]
+    counts = {site.block: site.place + 1 for site in sites}  # attentions of each block
+    factors: dict[str, list[float]] = {}
+    for part, value in blocks.items():
+        names = [b.partition(".")[2] for b in counts if b.split(".")[0] == part]
+        if not names:
+            raise specs.unknown("blocks", part, {b.split(".")[0] for b in counts})
+        value = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+        for name, one in value.items():
+            if name not in names:
+                raise specs.unknown(f"blocks: {part}", name, names)
+            block = f"{part}.{name}".rstrip(".")
+            count = counts[block]
+            several = isinstance(one, tuple | list)
+            factors[block] = list(one) if several else [one] * count
+            if len(factors[block]) != count:
+                raise ValueError(f"blocks: {block} has {count} attentions, got factors {one}")
+            for factor in factors[block]:
+                check_range(f"blocks: {block}", factor)
+    given = [factors[s.block][s.place] if s.block in factors else 0 for s in sites]
+    return np.array(given, np.float32)
 
 
 class ImagePrompted(Around):

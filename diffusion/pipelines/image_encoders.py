@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -80,6 +81,41 @@ def open_encoder(given: str, patches: bool = False) -> ImageEncoder:
         return features, jnp.zeros_like(features[:1])
 
     return ImageEncoder(given, net.width if patches else net.projection, True, of_clip)
+
+
+def read_embeddings(path: str, feature: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The features of pictures [I, ...], and of no picture [1 or I, ...], of a ``.npy`` file.
+
+    Args:
+      path: of an array [D], [images, D] or [2, images, D], the last with those of no picture first,
+        which else are zeros; of patches [2, images, N, D].
+      feature: (D,) of embeddings, (0, D) of patches.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        given = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no array that NumPy reads without unpickling") from error
+    wide, patches = feature[-1], len(feature) == 2
+    what = f"[2, images, patches, {wide}], those of no picture first"
+    what = what if patches else f"[{wide}], [images, {wide}] or [2, images, {wide}]"
+    ranks = (4,) if patches else (1, 2, 3)
+    shape = getattr(given, "shape", ())
+    fits = len(shape) in ranks and shape[-1] == wide and 0 not in shape
+    if not fits or (len(shape) == ranks[-1] and shape[0] != 2) or given.dtype.kind != "f":
+        about = f"{given.dtype} {shape}" if shape else "no single array"
+        raise ValueError(f"{path} holds {about}; expected floats {what}")
+    given = np.asarray(given, np.float32)
+    if not np.isfinite(given).all():
+        raise ValueError(f"{path} contains NaN or infinity")
+    if len(shape) == ranks[-1]:
+        return given[1], given[0]
+    given = given.reshape(-1, wide)
+    return given, np.zeros_like(given[:1])
 
 
 @partial(jax.jit, static_argnums=(0, 1))

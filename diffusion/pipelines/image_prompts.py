@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,30 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion import errors, specs
+from diffusion.adapters.ip_adapter import IPAdapter
 from diffusion.adapters.low_rank.deltas import LowRank
 from diffusion.conditioning import Conditioning, ImagePrompt
 from diffusion.errors import check_range
 from diffusion.evaluation.figures import to_uint8
-from diffusion.models.ip_adapter import ImagePrompted, cross_attentions
+from diffusion.models.ip_adapter import ImagePrompted, block_factors, cross_attentions
 from diffusion.models.text_to_image import (
     image_network,
-    image_path,
+    parts,
     surrounded,
     surrounded_params,
 )
+from diffusion.objectives.adapting import OWN
 from diffusion.pipelines import picture_files
 from diffusion.pipelines.extension import Extension
+from diffusion.pipelines.from_run import Run, is_run, open_run
 from diffusion.pipelines.guidance import Specs
-from diffusion.pipelines.image_encoders import ImageEncoder, open_encoder
+from diffusion.pipelines.image_encoders import ImageEncoder, open_encoder, read_embeddings
 from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pretrained.adapters import ip_adapter as adapter_files
+from diffusion.pretrained.adapters import reading
 
 FIELD = "config.image_prompts"
-BLOCKS: dict[str, Mapping[str, Any]] = {
-    "style": {"up": {"block_0": (0, 1, 0)}},
-    "layout": {"down": {"block_2": (0, 1)}},
-}
-"""The blocks of SDXL that take style or layout over (InstantStyle; Wang et al., 2024)."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,12 @@ def ip_adapter(
     """An IP-Adapter and its pictures.
 
     Args:
-      file: a ``.safetensors`` file in the published layout.
+      file: a ``.safetensors`` file in the published layout, or the workdir of a run that trained
+        an adapter for this model.
       image: the picture, or several, whose tokens are joined.
       scale: of what the adapter adds; 0 leaves the network as it is.
-      encoder: of the pictures, see ``image_encoders.open_encoder``.
+      encoder: of the pictures, see ``image_encoders.open_encoder``; by default that with which a
+        run was trained.
       mask: white is where the pictures act, black where they do not; one for all pictures, or one
         for each, whose attention maps are then apart.
       blocks: "all", "style", "layout" (both SDXL's), or factors by block, 0 where there is none:
@@ -113,8 +113,7 @@ def _checked(
 ) -> ImagePromptExtension:
     check_range("scale", spec.scale)
     check_range("lora", spec.lora)
-    file = adapter_files.open_file(spec.file)
-    file.check(pipeline.network)
+    file = open_adapter(spec.file, pipeline.network)
     factors = block_factors(pipeline.network, spec.blocks)
     if spec.lora != 1 and not file.has_lora:
         raise ValueError(f"lora={spec.lora} has no effect: {spec.file} holds no LoRA")
@@ -149,20 +148,72 @@ def _checked(
     )
 
 
-def _encoder(spec: Spec, file: adapter_files.File) -> ImageEncoder:
-    if not spec.encoder:
+def _encoder(spec: Spec, file: adapter_files.File | Trained) -> ImageEncoder:
+    given = spec.encoder or file.encoder
+    if not given:
         raise ValueError(
             f"{spec.file} takes features of an image encoder: give its folder, encoder=..."
         )
-    with errors.field(f"encoder={spec.encoder!r}"):
-        encoder = open_encoder(spec.encoder, patches=len(file.feature) == 2)
+    with errors.field(f"encoder={given!r}"):
+        encoder = open_encoder(given, patches=len(file.feature) == 2)
     if encoder.width not in (None, file.feature[-1]):
         raise ValueError(
-            f"{spec.file} takes features of {file.feature[-1]} numbers, encoder={spec.encoder!r} "
+            f"{spec.file} takes features of {file.feature[-1]} numbers, encoder={given!r} "
             f"gives {encoder.width}; published adapters take those of CLIP ViT-H, and SDXL's "
             "first one those of ViT-bigG"
         )
     return encoder
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter that a run of this project trained; the names are those of files' adapters.
+
+    Attributes:
+      run: the run.
+      projection, feature, encoder: see ``adapter_files.File``.
+    """
+
+    run: Run
+    projection: nn.Module
+    feature: tuple[int, ...]
+    encoder: str
+    face: bool = False
+    has_lora: bool = False
+
+    def load(self, network: nn.Module) -> dict[str, Any]:
+        """The own parameters of ``ImagePrompted`` around the network."""
+        return self.run.restored[0][OWN]
+
+    def lora(self, network: nn.Module) -> dict[str, Any]:
+        """There is none."""
+        return {}
+
+
+def open_adapter(path: str, network: nn.Module) -> adapter_files.File | Trained:
+    """The adapter in a file or a run's workdir, for a network; no weight is read.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is for another network.
+    """
+    if not is_run(path):
+        file = adapter_files.open_file(reading.find(path))
+        file.check(network)
+        return file
+    run = open_run(path)
+    if run.base is None or not isinstance(run.adapter, IPAdapter):
+        raise ValueError(f"{path} holds a run of {run.description.network}, not of an IP-Adapter")
+    own = run.adapter
+    if _sites(run.base.pipeline.network) != _sites(network):
+        raise ValueError(f"{path} was trained for the network of {run.description.fields['path']}")
+    projection = own.projection(own.context(run.base.pipeline.network))
+    return Trained(run, projection, own.feature, own.encoder)
+
+
+def _sites(network: nn.Module) -> list[tuple[str, int]]:
+    """Paths and widths of the attentions to the text."""
+    widths = image_network(network).widths
+    return [(site.path, widths[site.level]) for site in cross_attentions(network)]
 
 
 @dataclass(eq=False)
@@ -181,7 +232,7 @@ class ImagePromptExtension:
     """
 
     number: int
-    file: adapter_files.File
+    file: adapter_files.File | Trained
     scale: np.ndarray
     mask: np.ndarray | None
     lora: float
@@ -202,12 +253,11 @@ class ImagePromptExtension:
         tokens, null = (_tokens(self.file.projection, own["projection"], f) for f in features)
         null = jnp.broadcast_to(null, tokens.shape)
         joined = tuple(a.reshape(1, -1, a.shape[-1]) for a in (tokens, null))
-        inner = params["network"]
-        deltas = self.file.lora(self.network)
-        for path, delta in deltas.items():
-            inner = _with_delta(
-                inner, (*image_path(self.network), *path.split("/")), delta, self.lora
-            )
+        inner, net = params["network"], image_network(self.network)
+        at = next(path for path, part in parts(self.network).items() if part is net)
+        for path, delta in self.file.lora(self.network).items():
+            names = f"{at}/{path}".split("/")[1:]
+            inner = _with_delta(inner, names, delta, self.lora)
         return {
             **params,
             "network": surrounded_params(self.network, inner, own),
@@ -227,82 +277,6 @@ class ImagePromptExtension:
 
         tokens = params["image_prompts"][self.number]
         return prompted(cond, tokens[0]), prompted(null, tokens[1])
-
-
-def block_factors(network: nn.Module, blocks: str | Mapping[str, Any]) -> np.ndarray:
-    """A factor [A] for each cross-attention, from ``ip_adapter``'s ``blocks``.
-
-    Raises:
-      ValueError: the network has no such block, or another number of attentions in it.
-    """
-    sites, net = cross_attentions(network), image_network(network)
-    if isinstance(blocks, str):
-        if blocks == "all":
-            return np.ones(len(sites), np.float32)
-        if blocks not in BLOCKS:
-            raise specs.unknown("blocks", blocks, ("all", *BLOCKS))
-        if not net.added_embedding or len(net.widths) != 3:
-            raise ValueError(
-                f"blocks={blocks!r}: which blocks these are is known of SDXL alone; name this "
-                'network\'s, as in blocks={"up": {"block_1": 1}}'
-            )
-        blocks = BLOCKS[blocks]
-    counts = {site.block: site.place + 1 for site in sites}  # attentions of each block
-    factors: dict[str, list[float]] = {}
-    for part, value in blocks.items():
-        names = [b.partition(".")[2] for b in counts if b.split(".")[0] == part]
-        if not names:
-            raise specs.unknown("blocks", part, {b.split(".")[0] for b in counts})
-        for name, one in (
-            value if isinstance(value, Mapping) else dict.fromkeys(names, value)
-        ).items():
-            if name not in names:
-                raise specs.unknown(f"blocks: {part}", name, names)
-            block = f"{part}.{name}".rstrip(".")
-            count = counts[block]
-            several = isinstance(one, tuple | list)
-            factors[block] = list(one) if several else [one] * count
-            if len(factors[block]) != count:
-                raise ValueError(f"blocks: {block} has {count} attentions, got factors {one}")
-            for factor in factors[block]:
-                check_range(f"blocks: {block}", factor)
-    given = [factors[s.block][s.place] if s.block in factors else 0 for s in sites]
-    return np.array(given, np.float32)
-
-
-def read_embeddings(path: str, feature: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The features of pictures [I, ...], and of no picture [1 or I, ...], of a ``.npy`` file.
-
-    Args:
-      path: of an array [D], [images, D] or [2, images, D], the last with those of no picture first,
-        which else are zeros; of patches [2, images, N, D].
-      feature: (D,) of embeddings, (0, D) of patches.
-
-    Raises:
-      FileNotFoundError, ValueError: there is no such file, or it holds something else.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        given = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no array that NumPy reads without unpickling") from error
-    wide, patches = feature[-1], len(feature) == 2
-    what = f"[2, images, patches, {wide}], those of no picture first"
-    what = what if patches else f"[{wide}], [images, {wide}] or [2, images, {wide}]"
-    ranks = (4,) if patches else (1, 2, 3)
-    shape = getattr(given, "shape", ())
-    fits = len(shape) in ranks and shape[-1] == wide and 0 not in shape
-    if not fits or (len(shape) == ranks[-1] and shape[0] != 2) or given.dtype.kind != "f":
-        about = f"{given.dtype} {shape}" if shape else "no single array"
-        raise ValueError(f"{path} holds {about}; expected floats {what}")
-    given = np.asarray(given, np.float32)
-    if not np.isfinite(given).all():
-        raise ValueError(f"{path} contains NaN or infinity")
-    if len(shape) == ranks[-1]:
-        return given[1], given[0]
-    given = given.reshape(-1, wide)
-    return given, np.zeros_like(given[:1])
 
 
 @partial(jax.jit, static_argnums=0)

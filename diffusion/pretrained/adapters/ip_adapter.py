@@ -31,10 +31,8 @@ from diffusion.models.image_tokens import (
 from diffusion.models.ip_adapter import attentions, cross_attentions
 from diffusion.models.text_to_image import image_network
 from diffusion.pretrained import files, names, weights
+from diffusion.pretrained.adapters.bases import BASES
 from diffusion.pretrained.names import Names
-
-BASES = {(768, 16): "Stable Diffusion 1", (1024, 16): "Stable Diffusion 2", (2048, 70): "SDXL"}
-"""(width of the context, cross-attentions) -> what a file was made for."""
 
 LORA = r"ip_adapter\.(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight"
 LAYERS = ((r"/layers_(\d+)/(norm\d|to_\w+)", r"/layers.\1.0.\2"),)
@@ -52,6 +50,7 @@ class File:
       feature: (D,) of what is known of one picture, or (0, D) of its patches, however many.
       face: whether that is the embedding of a face.
       tensors: by the published keys.
+      encoder: of the pictures, which files do not name.
     """
 
     path: str
@@ -60,6 +59,7 @@ class File:
     feature: tuple[int, ...]
     face: bool
     tensors: files.Tensors = field(repr=False)
+    encoder: str = ""
 
     @cached_property
     def has_lora(self) -> bool:
@@ -159,10 +159,10 @@ def open_file(path: str | Path) -> File:
     width = keys[0][-1]
     try:
         projection, feature, face = _projection(proj, width)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"{path}: its projection is damaged, or of no known kind: {error}"
-        ) from None
+    except KeyError as error:
+        raise ValueError(f"{path}: its {own}* are of no known kind: no {error.args[0]}") from None
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"{path}: its {own}* are not supported: {error}") from None
     return File(str(path), projection, width, feature, face, tensors)
 
 
@@ -234,6 +234,5 @@ def own_shapes(
 
 
 def _base(width: int, count: int) -> str:
-    known = BASES.get((width, count))
     about = f"a context {width} wide and {count} cross-attentions"
-    return f"{known} ({about})" if known else f"a network with {about}"
+    return f"{BASES[width]} ({about})" if width in BASES else f"a network with {about}"
