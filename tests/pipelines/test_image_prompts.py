@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from tiny_encoders import VISION, clip_vision
 from transformers import CLIPImageProcessor
 
-from diffusion.models.dit import DiT
 from diffusion.models.ip_adapter import block_factors, cross_attentions
 from diffusion.models.unet import sdxl
 from diffusion.pipelines import image_prompts, load
@@ -181,7 +180,7 @@ def test_with_perturbed_attention_feature_caches_and_batches(folder, small):
     found = [picture for _, picture in generation.pictures(params)]
     plain = drawn(pipeline, params, (), **how)
     assert np.abs(found[0] - plain).max() > 1e-3 and np.abs(found[0] - found[1]).max() > 1e-3
-    np.testing.assert_allclose(found[0], drawn(pipeline, params, spec, **how), atol=1e-5)
+    np.testing.assert_allclose(found[0], drawn(pipeline, params, spec, **how), atol=1e-4)
 
 
 def test_blocks_of_sdxl_and_others(small):
@@ -244,6 +243,4 @@ def test_faces_and_patches_say_what_they_take(folder, small):
     clip_vision(projection_dim=12).save_pretrained(folder / "narrow")
     with pytest.raises(ValueError, match=r"takes features of 24 numbers, .* gives 12; published"):
         make("ip_adapter('@/base.safetensors', '@/a.png', encoder='@/narrow')")
-    with pytest.raises(ValueError, match=r"an IP-Adapter is for U-Nets .* a DiT"):
-        block_factors(DiT(), "all")
     assert make("") == []

@@ -149,7 +149,7 @@ def changed(made, tmp_path, kind, change):
             lambda s: s.update({"image_proj.proj.0.bias": torch.ones(3)}),
             r"1 misshapen: image_proj\.proj\.0\.bias \(3,\), expected \(32,\)",
         ),
-        ("face", lambda s: s.pop("ip_adapter.0.to_q_lora.up.weight"), "q_lora.up.weight is missing"),
+        ("face", lambda s: s.pop("ip_adapter.0.to_q_lora.up.weight"), "q_lora.up.* is missing"),
         (
             "face",
             lambda s: s.update({"ip_adapter.0.to_q_lora.up.weight": torch.ones(9, 3)}),
@@ -166,7 +166,7 @@ def changed(made, tmp_path, kind, change):
             lambda s: s.update({"image_proj.perceiver_resampler.x": torch.ones(1)}),
             "FaceID Plus is not supported",
         ),
-        ("plus", lambda s: s.pop("image_proj.latents"), r"image_proj\.\* are of no known kind: no latents"),
+        ("plus", lambda s: s.pop("image_proj.latents"), r"of no known kind: no latents"),
     ],
 )  # fmt: skip
 def test_faulty_files_are_refused_before_they_are_read(made, tmp_path, kind, change, message):
