@@ -24,6 +24,10 @@ KNOWN = {**networks.CHOICES, "classifier": judges.classifier}
 CLIP = "CLIPVisionModelWithProjection"
 
 
+Encode = Callable[[Sequence[np.ndarray]], tuple[jax.Array, jax.Array]]
+"""uint8 pictures [H, W, 1 or 3] -> (features [I, ...], those of no picture [1, ...])."""
+
+
 @dataclass(frozen=True)
 class ImageEncoder:
     """An image encoder whose weights have not been read.
@@ -32,13 +36,13 @@ class ImageEncoder:
       name: for messages.
       width: D of its features, or None where only its weights tell.
       own_size: whether it resizes pictures itself; else they must be as large as in training.
-      encode: uint8 pictures [H, W, 3] -> (features [I, ...], those of no picture [1, ...]).
+      open: reads the weights and gives the function.
     """
 
     name: str
     width: int | None
     own_size: bool
-    encode: Callable[[Sequence[np.ndarray]], tuple[jax.Array, jax.Array]]
+    open: Callable[[], Encode]
 
 
 def open_encoder(given: str, patches: bool = False) -> ImageEncoder:
@@ -63,24 +67,29 @@ def open_encoder(given: str, patches: bool = False) -> ImageEncoder:
         made = specs.value(given, KNOWN, "encoder") if name in KNOWN else judges.classifier(given)
 
         def of_network(pictures: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
-            found = [made(picture[None], [None])["features"] for picture in pictures]
-            features = jnp.asarray(np.concatenate(found), jnp.float32)
+            found = made(np.stack(pictures), [None] * len(pictures))["features"]
+            features = jnp.asarray(found, jnp.float32)
             return features, jnp.zeros_like(features[:1])
 
-        return ImageEncoder(given, None, False, of_network)
+        return ImageEncoder(given, None, False, lambda: of_network)
     opening = models.open_model(given, expected=CLIP)
     net = opening.module
 
-    def of_clip(pictures: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+    def open_clip() -> Encode:
         params = opening.load()
-        x = np.concatenate([cropped(picture[None], net.size) for picture in pictures])
-        x = (x / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
-        features = _seen(net, patches, params, x)
-        if patches:  # no picture is zeros, as Plus was trained
-            return features, _seen(net, patches, params, np.zeros_like(x[:1]))
-        return features, jnp.zeros_like(features[:1])
 
-    return ImageEncoder(given, net.width if patches else net.projection, True, of_clip)
+        def of_clip(pictures: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+            x = np.concatenate([cropped(_coloured(picture), net.size) for picture in pictures])
+            x = (x / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+            features = _seen(net, patches, params, x)
+            none = jnp.zeros_like(features[:1])
+            if patches:  # no picture is zeros, normalised already, as Plus was trained
+                none = _seen(net, patches, params, np.zeros_like(x[:1]))
+            return features, none
+
+        return of_clip
+
+    return ImageEncoder(given, net.width if patches else net.projection, True, open_clip)
 
 
 def read_embeddings(path: str, feature: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -123,3 +132,8 @@ def _seen(net: nn.Module, patches: bool, params: Any, x: jax.Array) -> jax.Array
     """CLIP's features of normalised pictures [I, S, S, 3]."""
     encoded = net.apply({"params": params}, x)
     return encoded.hidden[-2] if patches else encoded.projected
+
+
+def _coloured(picture: np.ndarray) -> np.ndarray:
+    """uint8 [1, H, W, 3], of a grey picture as well."""
+    return np.broadcast_to(picture, (*picture.shape[:2], 3))[None]

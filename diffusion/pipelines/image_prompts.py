@@ -20,7 +20,7 @@ import numpy as np
 
 from diffusion import errors, specs
 from diffusion.adapters.ip_adapter import IPAdapter
-from diffusion.adapters.low_rank.deltas import LowRank
+from diffusion.adapters.low_rank.merge import merge
 from diffusion.conditioning import Conditioning, ImagePrompt
 from diffusion.errors import check_range
 from diffusion.evaluation.figures import to_uint8
@@ -131,10 +131,10 @@ def _checked(
         )
     else:
         encoder = _encoder(spec, file)
-        fitted = None if encoder.own_size else pipeline.size
+        how = () if encoder.own_size else (pipeline.size, pipeline.channels)
         for path in spec.image:
             with errors.field(f"image={path!r}"):
-                pictures.append(to_uint8(picture_files.read_image(path, fitted)))
+                pictures.append(to_uint8(picture_files.read_image(path, *how)))
     count = len(pictures) if features is None else len(features[0])
     if len(spec.mask) not in (0, 1, count):
         raise ValueError(f"{len(spec.mask)} masks for {count} pictures; expected 1 or {count}")
@@ -172,6 +172,7 @@ class Trained:
     Attributes:
       run: the run.
       projection, feature, encoder: see ``adapter_files.File``.
+      zero_null: in training no picture was features of zeros.
     """
 
     run: Run
@@ -180,6 +181,7 @@ class Trained:
     encoder: str
     face: bool = False
     has_lora: bool = False
+    zero_null: bool = True
 
     def load(self, network: nn.Module) -> dict[str, Any]:
         """The own parameters of ``ImagePrompted`` around the network."""
@@ -249,15 +251,15 @@ class ImagePromptExtension:
 
     def load(self, params: Params) -> Params:
         own = self.file.load(self.network)
-        features = self.encoder.encode(self.images) if self.features is None else self.features
+        features = self.encoder.open()(self.images) if self.features is None else self.features
+        features = (features[0], 0 * features[1]) if self.file.zero_null else features
         tokens, null = (_tokens(self.file.projection, own["projection"], f) for f in features)
         null = jnp.broadcast_to(null, tokens.shape)
         joined = tuple(a.reshape(1, -1, a.shape[-1]) for a in (tokens, null))
-        inner, net = params["network"], image_network(self.network)
+        net = image_network(self.network)
         at = next(path for path, part in parts(self.network).items() if part is net)
-        for path, delta in self.file.lora(self.network).items():
-            names = f"{at}/{path}".split("/")[1:]
-            inner = _with_delta(inner, names, delta, self.lora)
+        deltas = {f"{at}/{path}": d for path, d in self.file.lora(self.network).items()}
+        inner = merge({"network": params["network"]}, [(deltas, self.lora)])["network"]
         return {
             **params,
             "network": surrounded_params(self.network, inner, own),
@@ -283,13 +285,3 @@ class ImagePromptExtension:
 def _tokens(projection: nn.Module, params: Any, features: jax.Array) -> jax.Array:
     """[I, N, C]"""
     return projection.apply({"params": params}, features)
-
-
-def _with_delta(params: Params, path: Sequence[str], delta: LowRank, strength: float) -> Params:
-    """``params`` with W + strength dW for one kernel, the others shared."""
-    first, *rest = path
-    if rest:
-        return {**params, first: _with_delta(params[first], rest, delta, strength)}
-    kernel = params[first]
-    change = strength * delta.scale * (delta.up @ delta.down).T
-    return {**params, first: (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}

@@ -51,6 +51,7 @@ class File:
       face: whether that is the embedding of a face.
       tensors: by the published keys.
       encoder: of the pictures, which files do not name.
+      zero_null: whether features of zeros are no picture; else those of a picture of zeros.
     """
 
     path: str
@@ -60,6 +61,7 @@ class File:
     face: bool
     tensors: files.Tensors = field(repr=False)
     encoder: str = ""
+    zero_null: bool = False
 
     @cached_property
     def has_lora(self) -> bool:
