@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.adapters.adapter import Adapter
-from diffusion.config import pretrained_network
+from diffusion.config import image_features, pretrained_network
 from diffusion.data import sources
 from diffusion.data.sources import Source
 from diffusion.errors import field
@@ -89,8 +89,10 @@ class Adaptation:
         """Parameters of the pipeline that the joint network does not hold."""
         return {k: v for k, v in self.params.items() if k not in ("network", "encoders")}
 
-    def source(self, images: Source) -> Source:
+    def source(self, images: Source, split: str) -> Source:
         """The data with what the model is conditioned on: tokens of captions, or labels.
+
+        An adapter of pictures gets these as features, too.
 
         Raises:
           ValueError: the model takes captions, or other labels, and the data have none of these.
@@ -106,6 +108,9 @@ class Adaptation:
                 f"{self.config.model.path} was trained on {self.base.shape} (config.data.size, "
                 "config.data.autoencoder)"
             )
+        if hasattr(self.adapter, "feature"):
+            with field(f"{NAME}={self.config.objective.adapter!r}"):
+                images = image_features.added(self.config, self.adapter, split, images)
         if conditioner.subject != "text":
             return images
         if not images.captions:

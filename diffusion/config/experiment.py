@@ -117,7 +117,7 @@ def build(config: ConfigDict) -> Experiment:
         description = model.describe(config, train, held_out)
         pipeline = model.pipeline(config, description, train)
     else:
-        train, held_out = made.source(train), made.source(held_out)
+        train, held_out = made.source(train, "train"), made.source(held_out, "test")
         if made.base.conditioner.subject == "text":
             made = dataclasses.replace(made, captions=model.shown(held_out))
         description, pipeline = made.describe(), made.pipeline
