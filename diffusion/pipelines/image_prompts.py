@@ -255,7 +255,8 @@ class ImagePromptExtension:
         features = (features[0], 0 * features[1]) if self.file.zero_null else features
         tokens, null = (_tokens(self.file.projection, own["projection"], f) for f in features)
         null = jnp.broadcast_to(null, tokens.shape)
-        joined = tuple(a.reshape(1, -1, a.shape[-1]) for a in (tokens, null))
+        # On the host, from where they go to whatever devices draw.
+        joined = tuple(np.asarray(a).reshape(1, -1, a.shape[-1]) for a in (tokens, null))
         net = image_network(self.network)
         at = next(path for path, part in parts(self.network).items() if part is net)
         deltas = {f"{at}/{path}": d for path, d in self.file.lora(self.network).items()}
