@@ -138,6 +138,12 @@ RUNS = {
 }
 ELSEWHERE = {
     "adapters": "pipelines/test_adapters.py",
+    "control": "modes/test_control_specs.py",
+    "image_prompts": "modes/test_image_prompt_specs.py",
+    "objective.adapter": "modes/test_adapter_runs.py",
+    "optimizer.rates": "modes/test_adapter_runs.py",
+    "data.hint": "modes/test_adapter_runs.py",
+    "data.template": "config/test_tagged_captions.py",
     **{f"evaluation.{name}": "modes/test_judging.py" for name in ("keep", "part", "samples")},
     "reference.": "modes/test_judging.py",
     "consistency.": "test_main.py",

@@ -35,6 +35,8 @@ ACTING = {
     **{f"model.{name}": JUDGING for name in ["revision", "variant", "prediction_type"]},
     **{f"model.{name}": JUDGING for name in ["tokenizer", "vae", "tile"]},
     "adapters": JUDGING,
+    "control": ("generate",),
+    "image_prompts": ("generate",),
 }
 """Pattern -> modes; a field's first pattern counts."""
 BUILT = ("name", "unet", "dit", "mlp", "autoencoder", "text", "remat")
