@@ -139,7 +139,7 @@ RUNS = {
 ELSEWHERE = {
     "adapters": "pipelines/test_adapters.py",
     "control": "modes/test_control_specs.py",
-    "image_prompts": "modes/test_image_prompt_specs.py",
+    "image_prompts": "pipelines/test_image_prompts.py",
     "objective.adapter": "modes/test_adapter_runs.py",
     "optimizer.rates": "modes/test_adapter_runs.py",
     "data.hint": "modes/test_adapter_runs.py",
