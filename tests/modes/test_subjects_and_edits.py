@@ -162,7 +162,7 @@ def test_held_out_pictures_are_edited_as_the_network_sees_them(base, tmp_path):
     assert made.objective.objective.dropout.func is dropout.instruct
     codec, params = latents.codec(c.data.autoencoder)
     mode = codec.encode(params, given, scaled=False)
-    np.testing.assert_allclose(made.drawer.given, mode, atol=1e-5)
+    np.testing.assert_allclose(made.drawer.given["image"], mode, atol=1e-5)
     # A run that is trained from scratch in pixels edits too.
     c = tiny_runs.captioned(tmp_path)
     c.data.update(name="edits", dir=str(base / "edits.npz"), size=8, held_out=0.3)
@@ -170,7 +170,7 @@ def test_held_out_pictures_are_edited_as_the_network_sees_them(base, tmp_path):
     c.sampler.guidance = "instruct(3.0, 1.5)"
     made = build(c)
     assert made.description.edits and made.pipeline.edits
-    np.testing.assert_array_equal(made.drawer.given, given)
+    np.testing.assert_array_equal(made.drawer.given["image"], given)
     inputs = made.drawer._inputs({}, np.array([1]), *made.drawer.conditioning({}, ["red"]))
     np.testing.assert_array_equal(inputs.cond.image, given[1:2])
     np.testing.assert_array_equal(inputs.middle.image, given[1:2])
