@@ -3,7 +3,7 @@
 What a spec names is a file, a folder as PEFT or diffusers saves it, an id on the Hugging Face hub,
 or the workdir of a run that trained one. Its strength is one number, or several by name,
 
-    style.safetensors(0.8, text=0.5, up=(1, (1, 0.2, 0), 0))
+    "style.safetensors(0.8, text=0.5, up=(1, (1, 0.2, 0), 0))"
 
 which are ``Strengths``' fields. At strength 0 a model computes what it does without the adapter.
 """

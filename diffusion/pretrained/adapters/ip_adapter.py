@@ -1,7 +1,7 @@
-"""Files of IP-Adapters: ``image_proj.*``, and ``ip_adapter.N.to_k_ip.weight`` for attention N.
+"""Files of IP-Adapters: "image_proj.*", and "ip_adapter.N.to_k_ip.weight" for attention N.
 
 N counts all of a U-Net's attentions, down, up, mid; those to the text have odd numbers in published
-files. FaceID's files also hold a LoRA of every attention, ``ip_adapter.N.to_q_lora.down.weight``.
+files. FaceID's files also hold a LoRA of every attention, "ip_adapter.N.to_q_lora.down.weight".
 The shapes tell which projection it is, and what network it was made for.
 """
 
