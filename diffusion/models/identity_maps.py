@@ -69,8 +69,11 @@ def middle_block(paths: Sequence[str]) -> str:
 
 
 def _is_self_attention(context: nn.module.InterceptorContext) -> bool:
+    """Whether it is called, of the network itself: the maps of ControlNets around it stay."""
     module = context.module
-    return isinstance(module, Attend) and context.method_name == "__call__" and module.to_itself
+    if not (isinstance(module, Attend) and context.method_name == "__call__" and module.to_itself):
+        return False
+    return not any(part.startswith("nets_") for part in module.path)
 
 
 def _path(attend: Attend) -> str:

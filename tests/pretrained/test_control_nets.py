@@ -10,9 +10,11 @@ from unet_cases import CROSS, PLAIN, SD1, SD2, SDXL, SMALL, blocks
 
 from diffusion.conditioning import Conditioning, Hint
 from diffusion.models.controlled import Controlled, check_fit
-from diffusion.models.t2i_adapter import full, full_xl, light
+from diffusion.models.controlnet import controlnet_of
+from diffusion.models.t2i_adapter import T2IAdapter, full, full_xl, light
 from diffusion.pretrained import files, models, weights
 from diffusion.pretrained.networks import controlnet, t2i_adapter, unet
+from diffusion.pretrained.single_file import control
 
 NOT_SHARED = ("up_block_types", "sample_size", "dual_cross_attention", "dropout")
 
@@ -214,3 +216,75 @@ def test_an_adapters_features_are_those_of_diffusers(kind, channels):
 )
 def test_published_counts_of_parameters(net, count):
     assert sum(a.size for a in jax.tree.leaves(models.shapes(net))) == count
+
+
+SMALL_NET = controlnet.from_config(CASES["Stable Diffusion 1"])
+REFUSED = [
+    ({"up_block_types": ("UpBlock2D",)}, "up_block_types=.* ControlNetModel has no such field"),
+    ({"class_embed_type": "projection"}, "class_embed_type='projection'"),
+    ({"mid_block_type": None}, "mid_block_type=None"),
+    ({"controlnet_conditioning_channel_order": "gbr"}, "channel_order='gbr'.* 'rgb', 'bgr'"),
+    ({"down_block_types": ("DownBlock2D",)}, "down_block_types=.* expected 2 entries"),
+    ({"encoder_hid_dim": 8}, "encoder_hid_dim=8"),
+]
+
+
+@pytest.mark.parametrize("change, message", REFUSED)
+def test_configs_that_are_not_supported(change, message):
+    with pytest.raises(ValueError, match=message):
+        controlnet.from_config(CASES["Stable Diffusion 1"] | change)
+
+
+@pytest.mark.parametrize(
+    "net, message",
+    [
+        (SMALL_NET.clone(time_scale=1000.0), "time_scale=1000.0: ControlNetModel has only 1"),
+        (SMALL_NET.clone(guidance_width=8), "guidance_width=8"),
+        (SMALL_NET.clone(in_channels=None), "in_channels=None: set it"),
+        (SMALL_NET.clone(blocks=(1, 2)), r"blocks=\(1, 2\)"),
+        (SMALL_NET.clone(attention="self"), "no other self-attention"),
+        (full((8, 8)).clone(halved=(True, False)), r"halved=\(True, False\)"),
+        (light((8, 12)), "the last two stages of a light adapter are equal"),
+        (full_xl((8, 8, 8, 12)), "one width from its third stage"),
+    ],
+)
+def test_networks_that_diffusers_does_not_have(net, message):
+    with pytest.raises(ValueError, match=message):
+        models.to_config(net)
+
+
+WIDTHS = (16, 32, 96, 256)
+SD, XL = (control.BASES[width]() for width in (768, 2048))
+FITS = [
+    *((controlnet_of(unet, WIDTHS), unet) for unet in (SD, XL)),
+    *(
+        (full(), SD),
+        (light(), SD),
+        (full_xl(), XL),
+        (T2IAdapter((320, 640, *[1280] * 3), halved=(False, *[True] * 3, False)), SD),
+    ),
+]
+MISFITS = [
+    (controlnet_of(XL, WIDTHS), SD, 8, r"widths=\(320, 640, 1280\) does not fit"),
+    (
+        controlnet_of(SD, WIDTHS),
+        control.BASES[1024](),
+        8,
+        "context_width=768 .* context_width=1024",
+    ),
+    (controlnet_of(SD, WIDTHS), SD, 4, "for squares of 8 pixels .* for squares of 4"),
+    (controlnet_of(SD.clone(blocks=1), WIDTHS), SD, 8, r"blocks=\(1, 1, 1, 1\)"),
+    (controlnet_of(XL, WIDTHS), XL.clone(added_embedding=False), 8, "added_embedding=True does"),
+    (full(), XL, 8, "stage 1 has squares of 8 pixels .* squares of 16 there"),
+    (full_xl(), SD, 8, "stage 1 has squares of 16 pixels .* squares of 8 there"),
+    (full((320, 640, 1280)), SD, 8, r"widths \(320, 640, 1280\) does not fit"),
+    (full((64, 128, 256, 256)), SD, 8, r"widths \(64, 128, 256, 256\) does not fit"),
+]
+
+
+def test_which_nets_fit_a_u_net():
+    for net, unet_of in FITS:
+        check_fit(net, unet_of, 8)
+    for net, unet_of, factor, message in MISFITS:
+        with pytest.raises(ValueError, match=message):
+            check_fit(net, unet_of, factor)
