@@ -38,16 +38,13 @@ def given():
     return {"network": random(UNET, X, TIME, COND), "nets_0": random(ADAPTER, IMAGE, seed=1)}
 
 
-RUN = jax.jit(WHOLE.apply)
-
-
 def run(*hints):
-    return RUN({"params": given()}, X, TIME, COND.replace(hints=hints))
+    return WHOLE.apply({"params": given()}, X, TIME, COND.replace(hints=hints))
 
 
 @cache
 def base():
-    return jax.jit(UNET.apply)({"params": given()["network"]}, X, TIME, COND)
+    return UNET.apply({"params": given()["network"]}, X, TIME, COND)
 
 
 def test_squares_of_pixels_become_channels():
@@ -137,7 +134,7 @@ def with_controlnet():
     return whole, {"params": params}, COND.replace(hints=(Hint(IMAGE), Hint(1 - IMAGE)))
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 4])
+@pytest.mark.parametrize("keep", [0, 2])
 def test_features_of_a_controlled_network_are_kept(keep):
     net, variables, cond = with_controlnet()
     expected = net.apply(variables, X, TIME, cond)

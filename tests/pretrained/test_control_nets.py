@@ -127,7 +127,6 @@ THREE |= {**blocks(PLAIN, CROSS, CROSS), "attention_head_dim": 4}
 THREE |= {"transformer_layers_per_block": 1}
 WHOLE = {
     "Stable Diffusion 1": (SMALL["Stable Diffusion 1"], "full_adapter", [16, 16], 2),
-    "light": (SMALL["Stable Diffusion 1"], "light_adapter", [16], 2),
     "SDXL": (THREE, "full_adapter_xl", [16, 16, 16, 16], 4),
 }
 
