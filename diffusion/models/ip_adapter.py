@@ -67,7 +67,7 @@ def attentions(net: UNet) -> Iterator[Site]:
             if kind == "self":
                 yield Site(at, block, j, level)
                 continue
-            for k in range(kind):
+            for k in range(0 if kind == "projections" else kind):
                 for name in ("attn1", "attn2"):
                     yield Site(f"{at}/transformer_blocks_{k}/{name}", block, j, level)
 
@@ -150,10 +150,12 @@ class ImagePrompted(Around):
         train: bool = False,
         control: Sequence[Array] | None = None,
         *,
+        control_levels: Sequence[Array] = (),
         features: Sequence[int] = (),
     ) -> Array | tuple[Array, tuple[Array, ...]]:
         """``network``'s output, of the same arguments."""
         options: dict[str, Any] = {} if control is None else {"control": control}
+        options |= {"control_levels": control_levels} if control_levels else {}
         options |= {"features": features} if features else {}
         if not cond.image_prompts:
             return self.network(x, time, cond, train=train, **options)

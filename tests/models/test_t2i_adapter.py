@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from diffusion.adapters.controlnet import controlnet
-from diffusion.conditioning import Conditioning, Hint
+from diffusion.conditioning import Conditioning, Hint, ImagePrompt
 from diffusion.models import reuse
 from diffusion.models.controlled import Controlled
 from diffusion.models.identity_maps import self_attention_paths, with_identity_maps
+from diffusion.models.image_tokens import EmbeddingTokens
+from diffusion.models.ip_adapter import ImagePrompted
 from diffusion.models.t2i_adapter import full, full_xl, light
 from diffusion.models.token_merging import with_merged_tokens
 from diffusion.models.unet import UNet
@@ -173,6 +175,22 @@ def test_tokens_are_merged_within():
         for ratio in (0, 0.5)
     )
     assert 1e-4 < float(jnp.abs(merged - plain).max()) < float(jnp.abs(plain).max())
+
+
+def test_image_prompts_go_inside_or_outside():
+    net, variables, cond = with_controlnet()
+    own = variables["params"]
+    cond = cond.replace(image_prompts=(ImagePrompt(tokens=COND.context[:, :2]),))
+    maps = random(ImagePrompted(UNET, EmbeddingTokens(2, 8)), X, TIME, cond, seed=5)
+    maps = {name: value for name, value in maps.items() if name != "network"}
+    inside = net.clone(network=ImagePrompted(UNET, EmbeddingTokens(2, 8)))
+    within = {**own, "network": {"network": own["network"], **maps}}
+    outside = ImagePrompted(net, EmbeddingTokens(2, 8))
+    first = inside.apply({"params": within}, X, TIME, cond)
+    second = outside.apply({"params": {"network": own, **maps}}, X, TIME, cond)
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    without = net.apply(variables, X, TIME, cond.replace(image_prompts=()))
+    assert float(jnp.abs(first - without).max()) > 1e-3
 
 
 def test_what_does_not_go_together():

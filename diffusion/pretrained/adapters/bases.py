@@ -32,7 +32,7 @@ OTHERS = (
         r"controlnet_down_blocks)\..*",
         "a ControlNet; it is for config.control",
     ),
-    (r"adapter\.body\..*|body\.\d+\.resnets\..*", "a T2I-Adapter; it is for config.control"),
+    (r"(adapter\.)?body\.\d+\..*", "a T2I-Adapter; it is for config.control"),
     (
         r"model\.diffusion_model\..*\.(weight|bias)|(conv_in|time_embedding\.linear_1)\.weight",
         "a whole network; it is for config.model.path",
