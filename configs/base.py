@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     # relatives and embeddings, such as ("style.safetensors(0.8)", "runs/lora", "token.safetensors")
     c.adapters = FieldReference((), field_type=object)
     # What ControlNets and T2I-Adapters follow, in --mode=generate:
-    # canny(net="FOLDER", image="x.png", scale=0.8)
+    # canny(net="FOLDER", image="x.png", scale=0.8) and more (pipelines/condition_maps.py)
     c.control = FieldReference((), field_type=object)
     # Pictures whose content or style is taken over: ip_adapter("FILE", image="x.png", scale=0.6)
     c.image_prompts = FieldReference((), field_type=object)

@@ -93,7 +93,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Given(Control):
-    """With a map that is itself given; it may be a ``.npy`` file."""
+    """With a map that is itself given, in colours."""
 
     resampling: ClassVar[Image.Resampling] = Image.Resampling.BICUBIC
 
@@ -116,7 +116,7 @@ class Given(Control):
 
 @dataclass(frozen=True)
 class Depth(Given):
-    """With a map of depth, of 8 or 16 bits or of floats."""
+    """With a map of depth, of 8 or 16 bits or of floats; it may be a ``.npy`` file."""
 
     def values(self) -> np.ndarray:
         """[H, W] or [H, W, 3]."""
@@ -126,7 +126,7 @@ class Depth(Given):
 
 @dataclass(frozen=True)
 class Classes(Given):
-    """With a map of classes, or of their colours."""
+    """With a map of classes, which may be a ``.npy`` file, or of their colours."""
 
     resampling: ClassVar[Image.Resampling] = Image.Resampling.NEAREST
 
@@ -203,8 +203,10 @@ def _stored(path: str) -> np.ndarray | None:
         if values.dtype.kind not in "uif" or values.shape[2:] not in ((), (1,), (3,)):
             raise ValueError(f"it holds {values.dtype} of shape {values.shape}; expected [H, W]")
         return values
-    _colours(path)  # its errors
-    stored = images.mode(path).split()[0] in ("1", "L", "I", "F", "I;16", "I;16B")
+    try:
+        stored = images.mode(path).split()[0] in ("1", "L", "I", "F", "I;16", "I;16B")
+    except OSError:  # no picture, which reading its colours says better
+        return None
     return np.asarray(Image.open(path)) if stored else None
 
 

@@ -64,7 +64,7 @@ class Net:
         """What is followed, of its map, image [1, H, W, C]."""
         if not self.timeless:
             return Hint(image)
-        return Hint(features=tuple(self.module.apply({"params": params}, image)))
+        return Hint(features=tuple(jax.jit(self.module.apply)({"params": params}, image)))
 
 
 def open_net(path: str, pipeline: Pipeline, pool: bool = False) -> Net:

@@ -298,7 +298,8 @@ def test_maps_from_files(sd, tmp_path):
     ramp = np.broadcast_to(np.arange(SIZE, dtype=np.uint16)[:, None] * 100 + 400, (SIZE, SIZE))
     expected = np.broadcast_to(np.linspace(1, -1, SIZE)[:, None], (SIZE, SIZE))
     np.save(tmp_path / "ramp.npy", ramp.astype(np.float32))
-    for path in (write(tmp_path / "depth.png", ramp), str(tmp_path / "ramp.npy")):
+    floats = write(tmp_path / "depth.tiff", ramp.astype(np.float32))
+    for path in (write(tmp_path / "depth.png", ramp), tmp_path / "ramp.npy", floats):
         depth = map_of(sd, f"depth({net}='{path}', invert=True)", "depth")
         np.testing.assert_allclose(depth[..., 0], expected, atol=1e-5)
     labels = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)
