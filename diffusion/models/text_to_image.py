@@ -72,6 +72,13 @@ def with_image_network(network: nn.Module, image: nn.Module) -> nn.Module:
     return image
 
 
+def bare(network: nn.Module) -> nn.Module:
+    """``network`` without what stands around its denoiser; a text encoder stays."""
+    if isinstance(network, TextToImage):
+        return network.clone(image=bare(network.image))
+    return bare(network.network) if isinstance(network, Around) else network
+
+
 def around(network: nn.Module) -> list[Around]:
     """What stands around the denoiser's network within ``network``, outermost first."""
     if isinstance(network, TextToImage):

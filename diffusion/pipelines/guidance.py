@@ -14,6 +14,7 @@ from diffusion.errors import field, wrong_types
 from diffusion.levels import Array
 from diffusion.models import reuse, token_merging
 from diffusion.models.identity_maps import self_attention_paths
+from diffusion.models.text_to_image import bare
 from diffusion.pipelines import companions
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.draw import Companion
@@ -189,8 +190,8 @@ def _notes(
 
 
 def _attentions(pipeline: Pipeline) -> list[str]:
-    """Paths of the network's self-attentions."""
-    network = pipeline.network
+    """Paths of the network's self-attentions, not counting what stands around it."""
+    network = bare(pipeline.network)
     x = jax.ShapeDtypeStruct((1, *pipeline.shape), jnp.float32)
     time, cond = jax.ShapeDtypeStruct((1,), jnp.float32), None
     if pipeline.scheduler is None:

@@ -225,6 +225,14 @@ def test_scale_zero_changes_nothing_and_numbers_never_compile_again(sd):
         assert np.abs(other - picture).max() > 1e-4, f"{changes} changes nothing"
 
 
+def test_perturbed_attention_is_the_controlled_networks_own(sd):
+    guidance = ("cfg(3)", "perturbed_attention(2)")
+    plain, _ = sd.made(sd.spec("a", scale=0.0))
+    perturbed, _ = sd.made(sd.spec("a", scale=0.0), guidance=guidance)
+    assert np.abs(perturbed - plain).max() > 1e-3
+    np.testing.assert_allclose(perturbed, sd.made(guidance=guidance)[0], atol=1e-4)
+
+
 def map_of(models, spec, name, **request):
     request = Request(control=(spec,), **request)
     generation = Generation(models.pipeline, [PROMPT], request)
