@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from PIL import Image
 
 from diffusion import specs
 from diffusion.adapters.low_rank.deltas import Deltas
-from diffusion.adapters.low_rank.merge import merge
+from diffusion.adapters.low_rank.merge import flat_params, merge
 from diffusion.errors import field
+from diffusion.levels import Array
 from diffusion.objectives.adapting import OWN
 from diffusion.pipelines import adapted, concepts
 from diffusion.pipelines.conditioners import Subject
@@ -52,8 +55,20 @@ class Merged:
         return pipeline
 
     def load(self, params: Params) -> Params:
-        """The parameters with the adapters in them."""
-        return merge(params, self.adapters)
+        """The parameters with the adapters in them.
+
+        Raises:
+          ValueError: a sum is beyond its parameter's dtype; the message names it.
+        """
+        made = merge(params, self.adapters)
+        before, after = flat_params(params), flat_params(made)
+        for path in sorted({path for deltas, _ in self.adapters for path in deltas}):
+            if _finite(before[path]) and not _finite(after[path]):
+                raise ValueError(
+                    f"with its adapters, {path} has values that {after[path].dtype} cannot hold: "
+                    "give them smaller strengths"
+                )
+        return made
 
 
 def attach(
@@ -143,6 +158,11 @@ def save(
     """
     table = _table(pipeline, params)
     writing.write(path, deltas, table, naming=naming, dtype=dtype, about=about)
+
+
+@jax.jit
+def _finite(a: Array) -> Array:
+    return jnp.isfinite(a).all()
 
 
 def word(token: str = "") -> str:

@@ -50,8 +50,8 @@ class Strengths:
         """The strength of each delta.
 
         Raises:
-          ValueError: there are no deltas, a strength is given for what they do not change, or the
-            numbers of a tuple are not as many as the blocks.
+          ValueError: there are no deltas, a strength or a factor is given for what they do not
+            change, or the numbers of a tuple are not as many as the blocks.
         """
         if not deltas:
             raise ValueError("nothing of the adapter is for this model")
@@ -66,6 +66,11 @@ class Strengths:
                 )
         for name in ("down", "mid", "up"):
             self._check(name, [layer for layer in table.layers if _block(layer, name)])
+            if getattr(self, name) != 1 and not any(_block(layer, name) for layer in changed):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect: the adapter changes nothing "
+                    "in these blocks"
+                )
         return {
             path: self.of(layer.component) * self._factor(layer)
             for path, layer in zip(deltas, changed)

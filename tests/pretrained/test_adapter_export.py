@@ -118,6 +118,16 @@ def test_refused(models, tmp_path):
         save(tmp_path / "x", {"network/x/kernel": Full(random(2), np.ones(()))}, *rest)
     with pytest.raises(ValueError, match=r"naming: unknown 'keft'.*Did you mean 'peft'"):
         save(tmp_path / "x", low_rank(model, "unet"), *rest, naming="keft")
+    path, delta = next(iter(low_rank(model, "unet").items()))
+    for wrong, dtype, message in (
+        (delta.replace(up=1e6 * np.sign(delta.up)), np.float16, "not finite in this dtype"),
+        (delta.replace(up=np.nan * delta.up), None, "not finite"),
+        (delta.replace(scale=np.zeros(())), None, "has the scale 0"),  # read as alpha = rank
+    ):
+        for naming in ("peft", "kohya"):
+            with pytest.raises(ValueError, match=message):
+                save(tmp_path / "x", {path: wrong}, *rest, naming=naming, dtype=dtype)
+            assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ OTHERS = (
     ),
     (r"(adapter\.)?body\.\d+\..*", "a T2I-Adapter; it is for config.control"),
     (
-        r"model\.diffusion_model\..*\.(weight|bias)|(conv_in|time_embedding\.linear_1)\.weight",
+        r"model\.diffusion_model\.(?!.*[._]lora[._]).*\.(weight|bias)|"
+        r"(conv_in|time_embedding\.linear_1)\.weight",
         "a whole network; it is for config.model.path",
     ),
     (r"lllite_.*", "a ControlNet-LLLite, which is not supported"),

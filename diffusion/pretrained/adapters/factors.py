@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from diffusion.adapters.low_rank.deltas import (
@@ -35,7 +36,7 @@ ENDINGS = tuple(
         (rf"\.lora_B{_NAMED}\.bias", "up_bias"),
         (r"\.lora_mid\.weight", "mid"),
         (rf"{_FORMER}?\.alpha", "alpha"),
-        (rf"\.lora_magnitude_vector{_NAMED}", "magnitude"),
+        (rf"\.lora_magnitude_vector{_NAMED}(?:\.weight)?", "magnitude"),
         *((rf"\.{part}", part) for part in _VERBATIM),
     )
 )
@@ -106,19 +107,28 @@ def deltas(
             continue
         path, shape = layer.paths.get(kind.leaf), layer.shapes.get(kind.leaf)
         listed = ", ".join(f"{key} {values.shape}" for key, values in given)
-        if path is None or path in found:
-            what = "has none" if path is None else "is changed in another way, too"
-            raise ValueError(f"{listed}: the {kind.leaf} of {layer.peft} {what}")
+        if path is None:
+            raise ValueError(f"{listed}: {layer.peft} has no {kind.leaf}")
+        if path in found:
+            raise ValueError(
+                f"{listed}: the {kind.leaf} of {layer.peft} is changed in another way, too"
+            )
         try:
             delta = kind.make(arrays, scaled)
             fitting = fits(delta, shape)
         except KeyError as error:
             raise ValueError(f"{listed}: the layer's {error} is missing in the file") from None
-        except (IndexError, ValueError):
+        except (IndexError, ValueError, ZeroDivisionError):
             fitting = False
         if not fitting:
             raise ValueError(f"{listed} do not fit {layer.peft}, whose {kind.leaf} is {shape}")
+        if len(jax.tree.leaves(delta)) - 1 != len(given):  # all but the scale
+            raise ValueError(f"{listed}: {layer.peft} has factors that exclude each other")
         found[path] = delta
+    if "magnitude" in parts and "dora_scale" in parts:
+        raise ValueError(
+            f"{parts['magnitude'].key} and {parts['dora_scale'].key} exclude each other"
+        )
     for name in ("magnitude", "dora_scale"):
         if name in parts:
             path, key = layer.paths.get("weight"), parts[name].key
@@ -130,9 +140,15 @@ def deltas(
 
 
 def fits(delta: Delta, shape: tuple[int, ...]) -> bool:
-    """Whether a delta is one of a parameter of this shape, in PyTorch's layout."""
-    own = delta.delta if isinstance(delta, Decomposed) else delta
-    return _product(own) == (shape[0], math.prod(shape[1:]))
+    """Whether a delta is one of a parameter of this shape, in PyTorch's layout.
+
+    Matrices fit convolutions of 1 x 1, and of others where they are flat, (out, in kh kw).
+    """
+    made = _shape(delta.delta if isinstance(delta, Decomposed) else delta)
+    if made is None:
+        return False
+    flat = (shape[0], math.prod(shape[1:]))
+    return _squeezed(made) == _squeezed(shape) or (len(made) == 2 and made == flat)
 
 
 def rank(delta: Delta) -> int | None:
@@ -186,10 +202,18 @@ KINDS = (
 )
 
 
-def _product(delta: Delta) -> tuple[int, int] | None:
-    """(out, all others) of a delta's shape; None where its factors do not fit each other."""
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the axes of length 1 at its end, which 1 x 1 convolutions have."""
+    kept = list(shape)
+    while len(kept) > 1 and kept[-1] == 1:
+        kept.pop()
+    return tuple(kept)
+
+
+def _shape(delta: Delta) -> tuple[int, ...] | None:
+    """(out, in[, kh, kw]) or flat, (out, in kh kw); None where factors do not fit each other."""
     if isinstance(delta, Full):
-        return delta.diff.shape[0], math.prod(delta.diff.shape[1:])
+        return delta.diff.shape
     if isinstance(delta, LowRank):
         return _matrices(delta.up, delta.down, delta.mid)
     if isinstance(delta, Hadamard):
@@ -205,20 +229,24 @@ def _product(delta: Delta) -> tuple[int, int] | None:
             a, b, *core = w
             shapes.append(_matrices(a.T if core else a, b, *core))
         else:
-            shapes.append((w.shape[0], math.prod(w.shape[1:])))
-    (o1, i1), (o2, i2) = shapes
-    return o1 * o2, i1 * i2
+            shapes.append(w.shape)
+    if None in shapes:
+        return None
+    (o1, i1, *ones), (o2, i2, *kernel) = shapes
+    return None if math.prod(ones) != 1 else (o1 * o2, i1 * i2, *kernel)
 
 
 def _matrices(
     up: np.ndarray, down: np.ndarray, core: np.ndarray | None = None
-) -> tuple[int, int] | None:
-    """(out, all others) of a product, with a core (r, r, ...) between its factors or not."""
-    out, width = up.shape[0], down.size // down.shape[0]
-    inner = down.shape[:1] if core is None else core.shape[:2]
-    if up.size != out * inner[0] or inner[-1] != down.shape[0]:
+) -> tuple[int, ...] | None:
+    """The shape of a product, with a core (r, r, kh, kw) between its factors or not."""
+    out, (r, *rest) = up.shape[0], down.shape
+    inner = (r,) if core is None else core.shape[:2]
+    if not r or up.size != out * inner[0] or inner[-1] != r:
         return None
-    return out, width * (1 if core is None else math.prod(core.shape[2:]))
+    if core is None:
+        return (out, *rest)
+    return None if core.ndim != 4 or math.prod(rest[1:]) != 1 else (out, rest[0], *core.shape[2:])
 
 
 def _magnitude(part: Part, shape: tuple[int, ...], peft: bool) -> np.ndarray:

@@ -127,6 +127,8 @@ def _read(
         if keys:
             absent[component] = keys[0]
             unused = [key for key in unused if key not in set(keys)]
+    if not tensors:
+        raise ValueError("it holds no tensors")
     if not deltas and not absent:
         shown = ", ".join(list(tensors)[:3])
         raise ValueError(f"none of its {len(tensors)} tensors fits this model: {shown}, ...")
@@ -155,20 +157,26 @@ class _Settings:
     def scale(self, layer: Layer) -> Callable[[float, int | None], float]:
         """(alpha, or 0 for none, rank) -> alpha / rank, or alpha / sqrt(rank); 1 by default."""
         fields = self.fields.get(layer.component, self.fields.get("", {}))
-        default = fields.get("lora_alpha", fields.get("alpha"))
-        for pattern, own in (fields.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer.name):
-                default = own
-                break
+        default = _own(fields, "alpha", layer, fields.get("lora_alpha", fields.get("alpha")))
+        whole = 1.0  # of whole matrices, which only PEFT scales
+        if default and fields.get("peft_type") == "LOKR":
+            whole = default / (_own(fields, "rank", layer, fields.get("r")) or default)
 
         def scale(alpha: float, rank: int | None) -> float:
-            if rank is None:  # of whole matrices, which only PEFT scales
-                return default / fields["r"] if fields.get("peft_type") == "LOKR" else 1.0
+            if rank is None:
+                return whole
             if alpha or not default:
                 return alpha / rank if alpha else 1.0
             return default / (rank**0.5 if fields.get("use_rslora") else rank)
 
         return scale
+
+
+def _own(fields: Mapping[str, Any], name: str, layer: Layer, default: Any) -> Any:
+    """The number that the first pattern gives to a layer which it matches."""
+    patterns = fields.get(f"{name}_pattern") or {}
+    found = (p for p in patterns if re.match(rf"(.*\.)?({p})$", layer.name))
+    return patterns.get(next(found, None), default)
 
 
 def _settings(path: Path, about: Mapping[str, str]) -> _Settings:
@@ -181,10 +189,12 @@ def _settings(path: Path, about: Mapping[str, str]) -> _Settings:
         elif file.is_file() and path.name in USUAL:
             fields[""] = folders.read_json(file)
         for own in fields.values():
-            for pattern, alpha in (own.get("alpha_pattern") or {}).items():
-                re.compile(pattern)
-                float(alpha)
-            float(own.get("lora_alpha") or 0)
+            for name in ("alpha_pattern", "rank_pattern"):
+                for pattern, number in (own.get(name) or {}).items():
+                    re.compile(pattern)
+                    float(number)
+            for name in ("lora_alpha", "alpha", "r"):
+                float(own.get(name) or 0)
     except (AttributeError, TypeError, ValueError, re.error) as error:
         where = METADATA if METADATA in about else CONFIG
         raise ValueError(f"its {where} is damaged: {error}") from error

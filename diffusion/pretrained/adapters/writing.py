@@ -51,7 +51,8 @@ def write(
       about: further metadata.
 
     Raises:
-      ValueError: a delta is of no layer of the model, or of a kind that the naming does not have.
+      ValueError: a delta is of no layer of the model, of a kind that the naming does not have, not
+        finite in this dtype, or without effect.
     """
     if naming is not None and naming not in NAMINGS:
         raise unknown("naming", naming, NAMINGS)
@@ -62,12 +63,19 @@ def write(
             f"{path}: {strange[0]} is no parameter of this model" if strange else "no deltas"
         )
     placed = [(*places[p], delta) for p, delta in deltas.items()]
+    for layer, leaf, delta in placed:
+        own = delta.delta if isinstance(delta, Decomposed) else delta
+        if rank(own) and not float(own.scale):  # alpha = 0 stands for alpha = r in files
+            raise ValueError(f"{path}: {layer.peft}.{leaf} has the scale 0, which no file can say")
     if naming is None:
         naming = "peft" if all(_plain(leaf, delta) for _, leaf, delta in placed) else "kohya"
     tensors, made = NAMINGS[naming](placed, table)
     for key, array in tensors.items():
         if dtype is not None and not key.endswith(".alpha"):
-            tensors[key] = array.astype(dtype)
+            with np.errstate(over="ignore"):
+                tensors[key] = array.astype(dtype)
+        if not np.isfinite(tensors[key].astype(np.float64)).all():
+            raise ValueError(f"{path}: {key} would hold values that are not finite in this dtype")
     stored = {key: files.of_array(np.ascontiguousarray(a)) for key, a in tensors.items()}
     files.write_file(path, stored, {**files.PYTORCH, **made, **(about or {})})
 
