@@ -24,7 +24,7 @@ from PIL import Image
 
 from diffusion import specs
 from diffusion.adapters.low_rank.deltas import Deltas
-from diffusion.adapters.low_rank.merge import flat_params, merge
+from diffusion.adapters.low_rank.merge import flat_params, merge, whole
 from diffusion.errors import field
 from diffusion.levels import Array
 from diffusion.objectives.adapting import OWN
@@ -62,7 +62,7 @@ class Merged:
         """
         made = merge(params, self.adapters)
         before, after = flat_params(params), flat_params(made)
-        for path in sorted({path for deltas, _ in self.adapters for path in deltas}):
+        for path in sorted({whole(path) for deltas, _ in self.adapters for path in deltas}):
             if _finite(before[path]) and not _finite(after[path]):
                 raise ValueError(
                     f"with its adapters, {path} has values that {after[path].dtype} cannot hold: "

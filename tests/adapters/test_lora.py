@@ -15,11 +15,13 @@ from diffusion.adapters.low_rank import targets
 from diffusion.adapters.low_rank.kinds import halves
 from diffusion.adapters.low_rank.lora import lora
 from diffusion.adapters.low_rank.merge import merge
+from diffusion.adapters.low_rank.reduction import extract
 from diffusion.conditioning import Conditioning
 from diffusion.models import unet
 from diffusion.models.dit import DiT, stack_blocks
 from diffusion.models.unet import UNet
 from diffusion.pretrained import models
+from diffusion.pretrained.adapters import layers, reading, writing
 
 TINY = dict(widths=(8, 16), blocks=1, norm_groups=4, in_channels=4, out_channels=4)
 TINY = UNet(**TINY, attention=(1, 0), mid_attention=1, num_heads=2, context_width=6)
@@ -168,6 +170,28 @@ def test_stacked_layers_have_factors_of_their_own(dora):
         alone = own.merge(TRANSFORMER, one)[f"blocks_{i}"]
         for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(alone)):
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "dora"), [("lora", False), ("lora", True), ("lokr", False)])
+def test_stacks_go_out_as_matrices(kind, dora, tmp_path):
+    """To a file and back, and merged one by one, they are what the run itself draws with."""
+    net = DiT(patch=2, width=16, depth=2, heads=2, scan=True)
+    table = layers.table(net, (), {"network": STACKED})
+    own = lora(2, 3, targets="all", kind=kind, dora=dora)
+    params = trained(own.init(KEY, STACKED))
+    deltas = {f"network/{path}": delta for path, delta in own.deltas(params).items()}
+    assert "network/blocks/attn/qkv/kernel/1" in deltas
+    writing.write(tmp_path / "x.safetensors", deltas, table)
+    read = reading.read(tmp_path / "x.safetensors", table)
+    assert not read.unused
+    here, one = own.merge(STACKED, params), next(iter(deltas))
+    elsewhere = merge({"network": STACKED}, [(read.deltas, 1.0)])["network"]
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(elsewhere), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    found = extract({"network": here}, {"network": STACKED}, energy=1.0, targets="attention")
+    assert {path for path in deltas if "/attn/" in path} == set(found)
+    none = merge({"network": STACKED}, [({one: deltas[one]}, 0.0)])["network"]
+    jax.tree.map(np.testing.assert_array_equal, none, STACKED)
 
 
 def test_begins_as_published():

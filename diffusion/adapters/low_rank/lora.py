@@ -86,7 +86,21 @@ class Lora:
         return {KERNEL.format(layer): own for layer, own in made.items()}
 
     def deltas(self, params: Params) -> Deltas:
-        """What the parameters add to the weights, by path within the network."""
+        """What the parameters add to the weights, by path within the network.
+
+        The matrices of stacked layers have paths of their own, "blocks/attn/qkv/kernel/0".
+        """
+        made: dict[str, Delta] = {}
+        for path, delta in self._deltas(params).items():
+            if not _stacked(params[path]):
+                made[path] = delta
+                continue
+            for i in range(next(len(a) for a in jax.tree.leaves(delta) if a.ndim)):
+                made[f"{path}/{i}"] = jax.tree.map(lambda a, i=i: a[i] if a.ndim else a, delta)
+        return made
+
+    def _deltas(self, params: Params) -> Deltas:
+        """Likewise, with stacks of factors for stacked layers."""
         scales = self._scales([_layer(path) for path in params])
         made = {}
         for path, own in params.items():
@@ -101,7 +115,7 @@ class Lora:
           ValueError: the adapter is for another network; the message names the parameter.
         """
         flat: dict[str, Any] = flatten_dict(base, sep="/", keep_empty_nodes=True)
-        for path, delta in self.deltas(params).items():
+        for path, delta in self._deltas(params).items():
             if path not in flat:
                 near = ", ".join(get_close_matches(path, flat, 1)) or "none"
                 raise ValueError(f"the network has no parameter {path}; nearest: {near}")
@@ -134,8 +148,7 @@ class Lora:
     def _dropped(self, path: str, own: Params, key: Array) -> Params:
         down = own["down"]
         key = jax.random.fold_in(key, zlib.crc32(path.encode()) >> 1)
-        stacked = own["up"].ndim == 3  # (L, out, r); of a convolution it is (out, r, 1, 1)
-        kept = down.shape[:2] if stacked else down.shape[:1]
+        kept = down.shape[:2] if _stacked(own) else down.shape[:1]
         kept = jax.random.bernoulli(key, 1 - self.dropout, kept) / (1 - self.dropout)
         return {**own, "down": down * kept.reshape(*kept.shape, *(1,) * (down.ndim - kept.ndim))}
 
@@ -152,6 +165,11 @@ def _norms(w: Array) -> Array:
     axes = (1,) if w.ndim == 3 else tuple(range(w.ndim - 1))
     norms = jnp.sqrt(jnp.sum(float32(w) ** 2, axis=axes))
     return norms[..., None] if w.ndim == 3 else norms.reshape(-1, *(1,) * (w.ndim - 1))
+
+
+def _stacked(own: Mapping[str, Array]) -> bool:
+    """Whether factors are those of stacked layers: matrices are (L, ...) then, and (...) else."""
+    return next(own[name] for name in ("up", "w1", "w1_a") if name in own).ndim == 3
 
 
 def _layer(path: str) -> str:

@@ -8,7 +8,8 @@ of the adapter alone at full strength, so that the order of adapters means nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -37,13 +38,15 @@ def merge(params: Params, adapters: Sequence[tuple[Deltas, Strength]]) -> Params
 
     Args:
       params: a pipeline's, {"network": ..., "encoders": [...]}.
-      adapters: deltas by paths such as "network/conv_in/kernel" and "encoders/0/...".
+      adapters: deltas by paths such as "network/conv_in/kernel" and "encoders/0/..."; of stacked
+        layers, whose kernels are [L, in, out], by those of matrices, "network/blocks/.../kernel/0".
 
     Raises:
       ValueError: there is no such parameter, and the message names the nearest; or the factors do
         not fit it.
     """
-    flat = flat_params(params)
+    stacks = flat_params(params)
+    flat = matrices(stacks, {path for deltas, _ in adapters for path in deltas})
     changes: dict[str, list[tuple[Delta, Any]]] = {}
     for deltas, strength in adapters:
         for path, delta in deltas.items():
@@ -57,6 +60,8 @@ def merge(params: Params, adapters: Sequence[tuple[Deltas, Strength]]) -> Params
             flat[path] = changed(flat[path], own, is_kernel(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+    for path in stacks.keys() - flat.keys():
+        flat[path] = jnp.stack([flat.pop(f"{path}/{i}") for i in range(len(stacks[path]))])
     made = unflatten_dict(flat, sep="/")
     return {
         name: list(made[name].values()) if isinstance(params[name], list) else made[name]
@@ -76,9 +81,26 @@ def flat_params(params: Params) -> dict[str, Any]:
     return flatten_dict(numbered, sep="/", keep_empty_nodes=True)
 
 
+def matrices(flat: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """Parameters by path, where the stacks of which ``paths`` name matrices are taken apart."""
+    made: dict[str, Any] = {}
+    wanted = {whole(path) for path in paths} - set(paths)
+    for path, w in flat.items():
+        if path in wanted and w.ndim == 3:
+            made |= {f"{path}/{i}": own for i, own in enumerate(w)}
+        else:
+            made[path] = w
+    return made
+
+
+def whole(path: str) -> str:
+    """The path of a parameter, of that of one of its matrices if it is a stack."""
+    return re.sub(r"(?<=/kernel)/\d+$", "", path)
+
+
 def is_kernel(path: str) -> bool:
     """Whether a parameter is [..., in, out], which is (out, in, ...) in PyTorch's layout."""
-    return path.rpartition("/")[2] == "kernel"
+    return whole(path).rpartition("/")[2] == "kernel"
 
 
 def torch_shape(shape: Sequence[int]) -> tuple[int, ...]:

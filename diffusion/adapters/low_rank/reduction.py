@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from diffusion.adapters.low_rank.deltas import Decomposed, Delta, Deltas, Full, LowRank
-from diffusion.adapters.low_rank.merge import Params, flat_params, is_kernel
+from diffusion.adapters.low_rank.merge import (
+    Params,
+    flat_params,
+    is_kernel,
+    matrices,
+    whole,
+)
 from diffusion.adapters.low_rank.products import factors, matrix
 from diffusion.adapters.low_rank.targets import check
 from diffusion.errors import check_range
@@ -59,12 +65,12 @@ def extract(
       ValueError: the models differ in structure or nowhere in the targets.
     """
     _check(rank, energy)
-    new, old = flat_params(tuned), flat_params(base)
+    new, old = (_matrices(flat_params(params)) for params in (tuned, base))
     for path in sorted(new.keys() ^ old.keys()):
         raise ValueError(f"one of the models has a parameter {path}, the other one has not")
     expression, found = re.compile(check(targets)), {}
     for path, w in old.items():
-        layer = path.rpartition("/")[0]
+        layer = whole(path).rpartition("/")[0]
         inside = layer.removeprefix("network/")
         inside = re.sub(r"^encoders/", "text/encoders_", inside)
         if not getattr(w, "size", 0) or not expression.search(inside):
@@ -75,8 +81,8 @@ def extract(
         change = _float64(new[path]) - _float64(w)
         if not change.any() or not (kernel or others):
             continue
-        whole = _full(np.moveaxis(change, (-1, -2), (0, 1)) if kernel else change)
-        found[path] = _resized(whole, rank, energy) if kernel else whole
+        difference = _full(np.moveaxis(change, (-1, -2), (0, 1)) if kernel else change)
+        found[path] = _resized(difference, rank, energy) if kernel else difference
     if not found:
         raise ValueError(f"the models do not differ in the layers of targets={targets!r}")
     return found
@@ -123,6 +129,12 @@ def combine(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     return made
+
+
+def _matrices(flat: dict[str, Any]) -> dict[str, Any]:
+    """Parameters by path, all stacks taken apart."""
+    stacks = [path for path, w in flat.items() if is_kernel(path) and w.ndim == 3]
+    return matrices(flat, [f"{path}/0" for path in stacks])
 
 
 def _resized(delta: Delta, rank: int | None, energy: float | None) -> Delta:

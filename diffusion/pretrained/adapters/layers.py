@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -138,12 +138,30 @@ def _clip(net: nn.Module, path: str, params: Any, several: bool) -> Named:
 
 
 def _own(net: nn.Module, path: str, params: Any, several: bool) -> Named:
-    """Of any other network: the paths of our parameters, with dots."""
+    """Of any other network: the paths of our parameters, with dots, and numbers in stacks."""
     below = path.removeprefix("network").removeprefix("/")
     rule = Names(lambda module: f"{below}/{module}".strip("/").replace("/", "."))
     for name, group in _grouped(bind(rule, params)).items():
-        layer = _layer(OWN, name, f"lora_network_{name.replace('.', '_')}", path, group)
-        yield layer, [layer.peft, layer.kohya]
+        for layer in _unstacked(_layer(OWN, name, _own_kohya(name), path, group)):
+            yield layer, [layer.peft, layer.kohya]
+
+
+def _own_kohya(name: str) -> str:
+    return f"lora_network_{name.replace('.', '_')}"
+
+
+def _unstacked(layer: Layer) -> Iterator[Layer]:
+    """The layer, or each one of a stack, and what is left of the stack without its matrices."""
+    shape = layer.shapes.get("weight", ())
+    if len(shape) != 3:
+        yield layer
+        return
+    for i in range(shape[2]):
+        name, paths = f"{layer.name}.{i}", {"weight": f"{layer.paths['weight']}/{i}"}
+        yield Layer(OWN, name, _own_kohya(name), paths, {"weight": shape[:2]})
+    paths, shapes = dict(layer.paths), dict(layer.shapes)
+    del paths["weight"], shapes["weight"]
+    yield replace(layer, paths=paths, shapes=shapes)
 
 
 KINDS: dict[str, Callable[[nn.Module, str, Any, bool], Named]] = {"UNet": _unet, "ClipText": _clip}

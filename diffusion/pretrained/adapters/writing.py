@@ -187,7 +187,7 @@ def _kronecker(delta: Kronecker, layer: Layer, leaf: str) -> Arrays:
 
 
 def _full(delta: Full, layer: Layer, leaf: str) -> Arrays:
-    norm = len(layer.shapes["weight"]) == 1
+    norm = len(layer.shapes.get("weight", ())) == 1
     kinds = {"weight": "w_norm", "bias": "b_norm"} if norm else {"weight": "diff", "bias": "diff_b"}
     return {kinds[leaf]: _scaled(np.asarray(delta.diff), delta.scale)}
 
