@@ -214,11 +214,13 @@ def resolve(config: ConfigDict, workdir: str) -> None:
     """Sets the autoencoder of config.data to the model's, and a cache for its latents."""
     if not is_adapted(config) or config.data.autoencoder:
         return
-    made = make(config)
-    known = getattr(made.opened, "description", None)
+    opened, path = make(config).opened, config.model.path
+    while getattr(opened, "base", None) is not None:  # the run of an adapter has its base's
+        path, opened = opened.description.fields["path"], opened.base
+    known = getattr(opened, "description", None)
     if known is not None:
         config.data.autoencoder = known.autoencoder
-    elif "vae" in made.opened.models:
-        config.data.autoencoder = str(Path(config.model.path) / "vae")
+    elif "vae" in opened.models:
+        config.data.autoencoder = str(Path(path) / "vae")
     if config.data.autoencoder and not config.data.cache:
         config.data.cache = str(Path(workdir) / "latents")

@@ -13,6 +13,8 @@ from flax.traverse_util import flatten_dict
 
 from diffusion import pipelines
 from diffusion.modes import train
+from diffusion.pipelines.adapters import attach
+from diffusion.pipelines.from_run import open_run
 from diffusion.runs import averages
 
 QUICK = {
@@ -124,6 +126,20 @@ def test_a_controlnet_is_shown_held_out_hints(bases, tmp_path):
     assert error is None, printed
     error, _ = command(*sample, "--config.data.hint=", config=None)
     assert "data.hint: 'soft_edges(sigma=0)' there" in error
+
+
+def test_an_adapter_is_trained_on_the_run_of_another(bases, tmp_path):
+    """Whose autoencoder is that of its base."""
+    adapter, others = "lora(2, targets='attention')", {"train.steps": 1}
+    error, printed = adapt(bases["captioned"], tmp_path / "first", adapter, **others)
+    assert error is None, printed
+    first = tmp_path / "first", bases["captioned"][1]
+    error, printed = adapt(first, tmp_path / "second", adapter, **others)
+    assert error is None, printed
+    _, alone = pipelines.load(tmp_path / "second")
+    merged = attach(open_run(tmp_path / "first"), str(tmp_path / "second")).load()
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_a_base_that_was_trained_on_is_refused(bases, tmp_path):
