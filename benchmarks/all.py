@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Script -> seconds after which it starts no further case.
 SCRIPTS = {"networks": 420, "samplers": 200, "decode": 180, "cold": 0, "peak_memory": 150}
-LONG = ("training", "data", "memory", "inception", "feature_statistics")
+LONG = ("training", "data", "memory", "inception", "feature_statistics", "adapters")
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def fingerprint(path: str) -> str:
     names = (".safetensors",) if not steps else ("manifest.json",)
     for file in files:
         if file.is_file() and file.name.endswith(names):
-            digest.update(file.relative_to(root.parent).as_posix().encode())
+            digest.update(file.relative_to(root).as_posix().encode())
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
