@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pipelines
-from diffusion.config import judging, ranges
+from diffusion.config import image_features, judging, ranges
 from diffusion.config.data import make_source
 from diffusion.data.sources import Source
 from diffusion.errors import field
@@ -129,8 +129,17 @@ def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> 
     made, notes = drawer(config, pipeline, schedule, preview)
     for note in notes:
         print(f"note: {note}")
-    made = given(made, lambda: make_source(config.data, "test"))
+    made = given(made, lambda: _held_out(config, source))
     return Drawing(config, source, made, Path(workdir))
+
+
+def _held_out(config: ConfigDict, source: Opened | Run) -> Source:
+    """Held-out examples, with the features of pictures that a run's adapter takes."""
+    held_out = make_source(config.data, "test")
+    adapter = source.adapter if isinstance(source, Run) and source.base is not None else None
+    if hasattr(adapter, "feature"):
+        held_out = image_features.added(config, adapter, "test", held_out)
+    return held_out
 
 
 def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -140,6 +140,7 @@ class ImagePrompted(Around):
     """
 
     projection: nn.Module
+    column: ClassVar[str] = "image_features"
 
     @nn.compact
     def __call__(
