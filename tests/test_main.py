@@ -377,6 +377,8 @@ def test_documented_commands(runs, text):
     small = SMALL if is_training(words) else MODELS if named else []
     if is_training(words) and model == "runs/digits_classifier":
         small = [*small, "--config.train.steps=10"]
+    if "configs/finetune_lora.py" in text:  # the small U-Net has no attention
+        small = [*small, "--config.objective.adapter=lora(rank=2, targets='all')"]
     few = FEW.get(made.mode, [])
     learned = Path("runs/digits/learned_6.npz").exists()
     if made.mode == "sample" and "from_file" in text and not learned:
@@ -428,7 +430,7 @@ def test_mistakes_in_what_to_do(arguments, message, place):
         ("--config.train.stepz=3", "Did you mean config.train.steps?"),
         (
             "--config.foo=3",
-            "unknown field config.foo; config has autoencoding, compare, consistency",
+            "unknown field config.foo; config has adapters, autoencoding, compare",
         ),
         ("--config.train=3", "config.train is a section, not a field"),
         ("--config.train.steps=many", "--config.train.steps=many"),
