@@ -164,7 +164,7 @@ def test_trained_and_drawn(runs):
             found[model, specs] = made[1]
     plain, first, second, off = list(found.values())[:4]
     np.testing.assert_array_equal(off, plain)
-    assert np.abs(first - plain).max() > 1e-3 and np.abs(first - second).max() > 1e-4
+    assert np.abs(first - plain).max() > 1e-4 and np.abs(first - second).max() > 1e-5
     for a, b in zip(list(found.values())[4:], (plain, first, second, off)):
         np.testing.assert_allclose(a, b, atol=1e-5)  # the adapter's own run draws the same
     other = UNet(**FIELDS | {"widths": (8, 24)}, norm_groups=4)
