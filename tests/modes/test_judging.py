@@ -163,7 +163,7 @@ def test_other_prompts_in_the_same_file_are_other_samples(run, place):
 
 
 def test_fid_by_command(place):
-    """The README's commands, with random weights of Inception and eight pictures."""
+    """The README's commands, with random weights of Inception and ten pictures."""
     shapes = jax.eval_shape(Inception().init, jax.random.key(0), np.zeros((1, 75, 75, 3)))["params"]
     rng = np.random.default_rng(0)
     leaves = jax.tree.map(lambda a: 0.05 * rng.standard_normal(a.shape, np.float32), shapes)
@@ -175,7 +175,7 @@ def test_fid_by_command(place):
     features = f"--config.evaluation.features=inception('{weights_file}')"
     for name, seed in (("real", 1), ("fake", 2)):
         draw = np.random.default_rng(seed)
-        np.savez(place / f"{name}.npz", arr_0=draw.integers(0, 256, (8, 32, 32, 3), np.uint8))
+        np.savez(place / f"{name}.npz", arr_0=draw.integers(0, 256, (10, 32, 32, 3), np.uint8))
     succeed(
         "--mode=reference",
         f"--workdir={place / 'fid'}",
@@ -194,8 +194,8 @@ def test_fid_by_command(place):
         f"--config.evaluation.metrics={metrics}",
     )
     assert found["fid_inception2015"] > 0 and found["sfid_inception2015"] > 0
-    assert 1 <= found["is_inception2015"] <= 8 and found["fid_inception2015_count"] == 8
-    assert "8 samples are too few" in printed and "kid_inception2015: " in printed
+    assert 1 <= found["is_inception2015"] <= 10 and found["fid_inception2015_count"] == 10
+    assert "10 samples are too few" in printed and "kid_inception2015: " in printed
     about = found["provenance"]["fid()"]
     assert about["weights"] and about["preparation"].startswith("TF-1 bilinear")
     again, _, _ = evaluate(
