@@ -38,7 +38,8 @@ LONG = (  # whole commands, whole pipelines, whole runs; those with the longest 
     *("test_taef2_network.py", "test_encoder_networks.py", "test_i3d_network.py"),
     *("test_vggish_network.py", "test_clips_and_sounds.py", "test_compare_mode.py"),
     *("test_adapter_runs.py", "test_ip_adapter_runs.py", "test_subjects_and_edits.py"),
-    *("test_control_specs.py", "test_control.py", "test_image_prompts.py"),
+    *("test_control_specs.py", "test_control.py", "test_image_prompts.py", "test_adapters.py"),
+    *("test_instruct_pipelines.py", "test_adapter_export.py", "test_control_nets.py"),
     *("test_judging.py", "test_torch_fidelity.py", "test_concepts.py"),
     *("test_inception_parity.py", "test_resize_parity.py"),
 )
