@@ -166,10 +166,15 @@ def test_fid_by_command(place):
     """The README's commands, with random weights of Inception and ten pictures."""
     shapes = jax.eval_shape(Inception().init, jax.random.key(0), np.zeros((1, 75, 75, 3)))["params"]
     rng = np.random.default_rng(0)
-    leaves = jax.tree.map(lambda a: 0.05 * rng.standard_normal(a.shape, np.float32), shapes)
-    leaves = jax.tree_util.tree_map_with_path(
-        lambda path, a: np.abs(a) + 1 if "running_var" in str(path[-1]) else a, leaves
-    )
+
+    def fill(path, leaf):
+        if path[-1].key == "kernel":  # so that signals stay as strong from layer to layer
+            std = np.float32((2 / np.prod(leaf.shape[:-1])) ** 0.5)
+            return std * rng.standard_normal(leaf.shape, np.float32)
+        low, high = {"scale": (0.7, 1.3), "running_var": (0.5, 1.5)}.get(path[-1].key, (-0.1, 0.1))
+        return rng.uniform(low, high, leaf.shape).astype(np.float32)
+
+    leaves = jax.tree_util.tree_map_with_path(fill, shapes)
     weights_file = place / "inception.safetensors"
     files.write_file(weights_file, weights.save_params(inception.NAMES, leaves))
     features = f"--config.evaluation.features=inception('{weights_file}')"
