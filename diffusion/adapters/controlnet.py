@@ -15,7 +15,7 @@ from diffusion.adapters.adapter import Params
 from diffusion.levels import Array
 from diffusion.models.controlled import Controlled
 from diffusion.models.controlnet import HintNetwork, controlnet_of
-from diffusion.models.text_to_image import image_network, surrounded
+from diffusion.models.surroundings import image_network, surrounded
 from diffusion.models.unet import UNet
 
 COPIED = r"conv_in|time_embedding|class_embedding|add_embedding|down_blocks_\d+|mid_block"

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from diffusion.adapters.adapter import Params
 from diffusion.adapters.full import Full, full
 from diffusion.levels import Array
-from diffusion.models.text_to_image import image_network, with_image_network
+from diffusion.models.surroundings import image_network, with_image_network
 
 FIRST = ("conv_in/kernel", "x_embedder/kernel")
 """The first layer of a U-Net, [3, 3, C, width], and of a transformer, [patch^2 C, width]."""

@@ -16,7 +16,8 @@ from diffusion.errors import check_range
 from diffusion.levels import Array
 from diffusion.models.image_tokens import HEAD, EmbeddingTokens, Resampler
 from diffusion.models.ip_adapter import ImagePrompted, cross_attentions
-from diffusion.models.text_to_image import TextToImage, image_network, surrounded
+from diffusion.models.surroundings import image_network, surrounded
+from diffusion.models.text_to_image import TextToImage
 from diffusion.specs import unknown
 
 KINDS, STARTS = ("embedding", "patches"), ("text", "zero")

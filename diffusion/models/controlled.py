@@ -13,8 +13,8 @@ from diffusion.conditioning import Conditioning, Hint
 from diffusion.levels import Array
 from diffusion.models.controlnet import ControlNet
 from diffusion.models.fields import per_level
+from diffusion.models.surroundings import Around, around
 from diffusion.models.t2i_adapter import T2IAdapter
-from diffusion.models.text_to_image import Around, around
 from diffusion.models.unet import UNet
 
 

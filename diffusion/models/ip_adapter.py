@@ -21,7 +21,7 @@ from diffusion.errors import check_range
 from diffusion.levels import Array
 from diffusion.models.attention import Attend
 from diffusion.models.kernels.attention import attend
-from diffusion.models.text_to_image import Around, image_network
+from diffusion.models.surroundings import Around, image_network
 from diffusion.models.unet import UNet
 
 BLOCKS: dict[str, Mapping[str, Any]] = {

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from diffusion.levels import Array
 from diffusion.models.dit import Block, DiT
 from diffusion.models.fields import per_level
-from diffusion.models.text_to_image import image_network
+from diffusion.models.surroundings import image_network
 from diffusion.models.unet import UNet
 from diffusion.models.unet_blocks import (
     Downsample,

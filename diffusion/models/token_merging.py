@@ -23,7 +23,7 @@ import numpy as np
 
 from diffusion.levels import Array
 from diffusion.models.attention import Attend, SpatialAttention, SpatialTransformer
-from diffusion.models.text_to_image import image_network
+from diffusion.models.surroundings import image_network
 from diffusion.models.unet import UNet
 
 MOST = 0.75

@@ -23,7 +23,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.conditions.pixels import grey
 from diffusion.errors import field, wrong_types
 from diffusion.models.controlled import Controlled, nets_around
-from diffusion.models.text_to_image import surrounded, surrounded_params
+from diffusion.models.surroundings import surrounded, surrounded_params
 from diffusion.pipelines.condition_maps import CHOICES, Control, Pictures
 from diffusion.pipelines.control_nets import Net, open_net
 from diffusion.pipelines.extension import Extension

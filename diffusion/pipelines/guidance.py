@@ -14,7 +14,7 @@ from diffusion.errors import field, wrong_types
 from diffusion.levels import Array
 from diffusion.models import reuse, token_merging
 from diffusion.models.identity_maps import self_attention_paths
-from diffusion.models.text_to_image import bare
+from diffusion.models.surroundings import bare
 from diffusion.pipelines import companions
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.draw import Companion

@@ -25,12 +25,7 @@ from diffusion.conditioning import Conditioning, ImagePrompt
 from diffusion.errors import check_range
 from diffusion.evaluation.figures import to_uint8
 from diffusion.models.ip_adapter import ImagePrompted, block_factors, cross_attentions
-from diffusion.models.text_to_image import (
-    image_network,
-    parts,
-    surrounded,
-    surrounded_params,
-)
+from diffusion.models.surroundings import image_network, parts, surrounded, surrounded_params
 from diffusion.objectives.adapting import OWN
 from diffusion.pipelines import picture_files
 from diffusion.pipelines.extension import Extension

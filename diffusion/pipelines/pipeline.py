@@ -16,7 +16,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.denoiser import ConditionalDenoise, denoiser
 from diffusion.evaluation.views import VIEWS, View
 from diffusion.levels import Array, NoiseLevel
-from diffusion.models.text_to_image import columns, image_network
+from diffusion.models.surroundings import columns, image_network
 from diffusion.pipelines.codec import Codec
 from diffusion.pipelines.conditioners import Conditioner
 from diffusion.predictions import Prediction

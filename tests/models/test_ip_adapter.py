@@ -19,7 +19,7 @@ from diffusion.models.ip_adapter import (
     cross_attentions,
     halved,
 )
-from diffusion.models.text_to_image import Around, surrounded, surrounded_params
+from diffusion.models.surroundings import Around, surrounded, surrounded_params
 from diffusion.models.unet import UNet, sd15, sdxl
 
 rng = np.random.default_rng(0)

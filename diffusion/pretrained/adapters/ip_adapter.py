@@ -29,7 +29,7 @@ from diffusion.models.image_tokens import (
     Resampler,
 )
 from diffusion.models.ip_adapter import attentions, cross_attentions
-from diffusion.models.text_to_image import image_network
+from diffusion.models.surroundings import image_network
 from diffusion.pretrained import files, names, weights
 from diffusion.pretrained.adapters.bases import BASES
 from diffusion.pretrained.names import Names

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from diffusion.models.text_to_image import parts
+from diffusion.models.surroundings import parts
 from diffusion.pretrained import models
 from diffusion.pretrained.names import Match, Names, bind
 from diffusion.pretrained.single_file import keys
