@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pipelines
-from diffusion.config import image_features, judging, ranges
+from diffusion.config import contents, image_features, judging, ranges
 from diffusion.config.data import make_source
 from diffusion.data.sources import Source
 from diffusion.errors import field
@@ -81,11 +81,11 @@ class Drawing:
     @property
     def negative(self) -> Subject | None:
         """What to steer away from."""
-        return negative(self.config)
+        return contents.negative(self.config)
 
     def subjects(self, count: int, captions: Sequence[str] = ()) -> list[Subject]:
         """What ``count`` samples are of; see ``in_turn``."""
-        return self.drawer.subjects(count, in_turn(self.config, self.drawer, captions))
+        return self.drawer.subjects(count, contents.in_turn(self.config, self.drawer, captions))
 
     def table(self, solver: str, grid: str, steps: int, name: str) -> Solver:
         """The table of another solver than that of config.sampler; ``name`` is for its errors.
@@ -104,7 +104,7 @@ class Drawing:
     @cached_property
     def captions(self) -> tuple[str, ...]:
         """Those of held-out examples, for a model of texts that is not told what to draw."""
-        told = self.pipeline.conditioner.subject != "text" or subjects(self.config)
+        told = self.pipeline.conditioner.subject != "text" or contents.subjects(self.config)
         return () if told else tuple(dict.fromkeys(self.data.held_out.captions))
 
     def samples(self, count: int, solver: Solver | None = None, seed: int | None = None) -> Samples:
@@ -113,7 +113,7 @@ class Drawing:
         A model of texts draws ``captions``, where config.samples has none.
         """
         drawer = self.drawer if seed is None else replace(self.drawer, seed=seed)
-        return samples(self.config, drawer, self.params, count, self.captions, solver)
+        return contents.samples(self.config, drawer, self.params, count, self.captions, solver)
 
 
 def opened(config: ConfigDict, workdir: str, preview: Preview | None = None) -> Drawing:
@@ -241,7 +241,7 @@ def settings(config: ConfigDict, pipeline: Pipeline, step: int) -> dict[str, Any
     asked = {name: config.samples[name] for name in ("prompt", "labels", "negative")}
     for name in ("prompt", "labels"):
         if str(asked[name]).startswith("@"):  # the file may change
-            asked[name] = subjects(config)
+            asked[name] = contents.subjects(config)
     return {
         "step": step,
         "model": {name: config.model[name] for name in names},
@@ -272,18 +272,18 @@ def drawer(
         pipeline,
         sampler,
         c.guidance,
-        negative=negative(config),
+        negative=contents.negative(config),
         accelerations=c.acceleration,
         schedule=schedule,
         corrected=corrector is not None,
         at=AT,
     )
     with field("config.samples"):
-        for subject in subjects(config):
+        for subject in contents.subjects(config):
             made.pipeline.conditioner.check(subject)
-    if negative(config) is not None:
-        with field(f"config.samples.negative={negative(config)!r}"):
-            made.pipeline.conditioner.check(negative(config))
+    if contents.negative(config) is not None:
+        with field(f"config.samples.negative={contents.negative(config)!r}"):
+            made.pipeline.conditioner.check(contents.negative(config))
     result = Drawer(
         made.pipeline,
         sampler,
@@ -324,64 +324,6 @@ def given(drawer: Drawer, held_out: Callable[[], Source]) -> Drawer:
     return replace(drawer, given={name: rows[name] for name in wanted})
 
 
-def in_turn(config: ConfigDict, drawer: Drawer, captions: Sequence[str] = ()) -> list[Subject]:
-    """The subjects that samples have in turn: those of config.samples, or the model's own.
-
-    A model of texts takes ``captions``, if there are any, instead of its own.
-
-    Raises:
-      ValueError: a model of texts has none of its own, and none are given.
-    """
-    given, conditioner = subjects(config), drawer.pipeline.conditioner
-    if not given and conditioner.subject == "text":
-        given = captions or conditioner.suggestions
-        if not given:
-            raise ValueError("config.samples.prompt is not given: say what should be drawn")
-    return list(given or conditioner.suggestions)
-
-
-def samples(
-    config: ConfigDict,
-    drawer: Drawer,
-    params: Params,
-    count: int,
-    captions: Sequence[str] = (),
-    solver: Solver | None = None,
-) -> Samples:
-    """``count`` samples as the data are, by the drawer's table or another; see ``in_turn``."""
-    subjects = drawer.subjects(count, in_turn(config, drawer, captions))
-
-    def draw(first: int, end: int) -> np.ndarray:
-        own = subjects[first:end]
-        x = drawer.draw(params, own, negative(config), solver=solver, first=first)
-        return drawer.pipeline.codec.decode_all(params, x)
-
-    return Samples(count, draw, subjects)
-
-
 def batch_size(config: ConfigDict, pipeline: Pipeline) -> int:
     """Samples at a time."""
     return config.sampler.batch_size or (100 if pipeline.scheduler is None else 1)
-
-
-def subjects(config: ConfigDict) -> list[Subject]:
-    """What config.samples asks for: prompts, captions or labels; none if nothing is given."""
-    c = config.samples
-    labelled = c.labels not in ((), "")
-    if c.prompt and labelled:
-        raise ValueError("config.samples.prompt and config.samples.labels: give one of the two")
-    given = c.labels if labelled or c.prompt is None else c.prompt
-    if given == "" and c.prompt is None:
-        return []
-    if isinstance(given, str) and given.startswith("@"):
-        path = Path(given[1:])
-        if not path.is_file():
-            raise FileNotFoundError(f"config.samples.prompt={given!r}: there is no such file")
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    return list(given) if isinstance(given, (tuple, list)) else [given]
-
-
-def negative(config: ConfigDict) -> Subject | None:
-    """What config.samples steers away from; None: what stands for none."""
-    given = config.samples.negative
-    return None if given == "" else given

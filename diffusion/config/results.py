@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import pretrained
-from diffusion.config import drawing, judging, pretrained_network
+from diffusion.config import contents, drawing, judging, pretrained_network
 from diffusion.config.experiment import Experiment
 from diffusion.evaluation import figures, merits, reconstruction
 from diffusion.evaluation.harness import Harness
@@ -41,7 +41,7 @@ class Samples:
 
     def __init__(self, experiment: Experiment):
         self._experiment, self._drawer = experiment, experiment.drawer
-        self._given = drawing.subjects(experiment.config)
+        self._given = contents.subjects(experiment.config)
         self._columns = experiment.config.samples.columns
 
     def grid(self, trained: Any, path: Path) -> None:
@@ -49,7 +49,7 @@ class Samples:
         pipeline = self._drawer.pipeline
         count = gallery.grid_size(pipeline, self._columns, self._given)
         params, config = self._experiment.params(trained), self._experiment.config
-        drawn = drawing.samples(config, self._drawer, params, count)
+        drawn = contents.samples(config, self._drawer, params, count)
         real = self._experiment.held_out
         x, subjects = drawn.draw(0, count), drawn.subjects
         gallery.save_grid(path, pipeline, x, subjects, self._columns, real)
@@ -75,13 +75,13 @@ class Samples:
         few = self._given or drawer.pipeline.conditioner.suggestions
         count = min(10, len(few) or 10) if experiment.train.view == "images" else LINES
         chosen = drawer.subjects(count, self._given)
-        gallery.save_trajectory(folder, drawer, params, chosen, drawing.negative(config))
+        gallery.save_trajectory(folder, drawer, params, chosen, contents.negative(config))
         data = judging.split(config, experiment.train, experiment.held_out)
         made = judging.make(config, drawer.pipeline, lambda: data)
         if made.metrics:
             captions = tuple(dict.fromkeys(data.held_out.captions))
             count = config.evaluation.count
-            samples = drawing.samples(config, drawer, params, count, captions)
+            samples = contents.samples(config, drawer, params, count, captions)
             result = made.evaluate(samples, params, shard=config.evaluation.shard, folder=folder)
             settings = drawing.settings(config, drawer.pipeline, config.train.steps)
             write_evaluation(folder, result, judged(config, settings, made))

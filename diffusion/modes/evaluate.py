@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from diffusion.config import drawing, judging, ranges, results
+from diffusion.config import contents, drawing, judging, ranges, results
 from diffusion.errors import field
 from diffusion.evaluation import sample_files
 from diffusion.evaluation.shards import SAMPLES, Shards
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str | None) -> None:
         samples, params = model.samples(c.count) if made.needs else None, model.params
         of_model = judging.fingerprint(params)  # a run may have been trained anew meanwhile
         if made.needs:  # captions may have changed too
-            of_subjects = drawing.in_turn(config, model.drawer, model.captions)
+            of_subjects = contents.in_turn(config, model.drawer, model.captions)
     if not made.metrics:
         raise ValueError(
             f'{judging.METRICS} is empty: choose some, such as ("recognition(digits_svc)", '

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.config import drawing, ranges
+from diffusion.config import contents, drawing, ranges
 from diffusion.errors import field
 from diffusion.evaluation import figures
 from diffusion.pipelines import adapters, memory
@@ -108,7 +108,7 @@ def _refiner(config: ConfigDict) -> Opened | Run | None:
 
 def _subjects(config: ConfigDict, source: Opened | Run) -> list[Subject]:
     """The prompt or class of every picture."""
-    given = drawing.subjects(config) or list(source.pipeline.conditioner.suggestions)
+    given = contents.subjects(config) or list(source.pipeline.conditioner.suggestions)
     kind = source.pipeline.conditioner.subject
     if not given and kind:
         name = "prompt" if kind == "text" else "labels"
@@ -123,7 +123,7 @@ def _request(config: ConfigDict, source: Opened | Run) -> Request:
     return Request(
         **given
         | {
-            "negative": drawing.negative(config),
+            "negative": contents.negative(config),
             "control": config.control,
             "image_prompts": config.image_prompts,
             "image": s.image or None,

@@ -14,6 +14,7 @@ from diffusion import processes
 from diffusion.config import (
     adaptation,
     class_pictures,
+    contents,
     drawing,
     initialization,
     judging,
@@ -206,7 +207,7 @@ def _validation_metrics(experiment: Experiment) -> Callable[[TrainState], dict[s
         if jax.process_index() != 0:
             return {}
         params = experiment.params(trained)
-        samples = drawing.samples(c, drawer, params, c.train.validation_samples, captions)
+        samples = contents.samples(c, drawer, params, c.train.validation_samples, captions)
         try:
             figures = made.evaluate(samples, params)
         except FloatingPointError as error:  # training may yet recover

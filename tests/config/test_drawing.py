@@ -9,7 +9,7 @@ import pytest
 
 from configs import digits, digits_classifier, toy2d
 from diffusion.conditioning import Conditioning
-from diffusion.config import drawing, model
+from diffusion.config import contents, drawing, model
 from diffusion.config.data import make_source
 from diffusion.denoiser import as_estimate
 from diffusion.levels import NoiseLevel
@@ -125,7 +125,7 @@ METHODS = [
 def test_settings_mean_their_equations(runs, text, expected):
     config = small(digits, **setting(runs, text))
     made, _ = drawer(config)
-    cond, null = made.conditioning({}, LABELS.tolist(), drawing.negative(config))
+    cond, null = made.conditioning({}, LABELS.tolist(), contents.negative(config))
     x0 = guide(made.chain, Branches(denoise, cond, null, networks=NETWORKS))(X, LEVEL)
     np.testing.assert_allclose(as_estimate(x0).x0, expected, atol=1e-4)
 
@@ -252,11 +252,15 @@ def test_settings_without_effect_are_noted():
 
 def test_subjects_are_prompts_or_labels_or_lines_of_a_file(tmp_path):
     config = small(digits)
-    assert drawing.subjects(config) == [] and drawing.negative(config) is None
+    assert contents.subjects(config) == [] and contents.negative(config) is None
     config.samples.labels = 0
-    assert drawing.subjects(config) == [0]
+    assert contents.subjects(config) == [0]
     config.samples.labels = (3, 5)
-    assert drawing.subjects(config) == [3, 5] and drawer(config)[0].subjects(3, [3, 5]) == [3, 5, 3]
+    assert contents.subjects(config) == [3, 5] and drawer(config)[0].subjects(3, [3, 5]) == [
+        3,
+        5,
+        3,
+    ]
     (tmp_path / "lines").write_text("a cat\n\n a dog \n")
     config.samples.update(labels=(), prompt=f"@{tmp_path / 'lines'}", negative=0)
-    assert drawing.subjects(config) == ["a cat", "a dog"] and drawing.negative(config) == 0
+    assert contents.subjects(config) == ["a cat", "a dog"] and contents.negative(config) == 0

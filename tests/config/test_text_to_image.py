@@ -12,7 +12,7 @@ from tiny_tokenizer import tiny_tokenizer
 from configs import emoji_text_to_image
 from diffusion import pretrained
 from diffusion.conditioning import from_batch, null_like
-from diffusion.config import drawing, latents
+from diffusion.config import contents, latents
 from diffusion.config.data import make_images
 from diffusion.config.experiment import build
 from diffusion.denoiser import as_estimate
@@ -92,7 +92,7 @@ def test_guidance_steers_from_the_negative_or_the_empty_caption(config):
         c.samples.negative = negative
         experiment = build(c)
         encode, drawer = experiment.train.encode, experiment.drawer
-        cond, null = drawer.conditioning({}, [caption], drawing.negative(c))
+        cond, null = drawer.conditioning({}, [caption], contents.negative(c))
         level = NoiseLevel(*np.float32([0.5, 0.5, 0.5]))
         x = np.ones((1, 4, 4, 2), np.float32)
         value = as_estimate(guide(drawer.chain, Branches(echo, cond, null))(x, level)).x0.mean()
