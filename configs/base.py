@@ -20,7 +20,7 @@ from diffusion.models.unet import UNet
 
 # Set by the builder, from the data and the other fields.
 _DERIVED = {"parent", "name", "dtype", "num_classes", "null_class", "out_channels"}
-_DERIVED |= {"learned_variance", "out_features"}
+_DERIVED |= {"learned_variance", "out_features", "two_times"}
 _DERIVED |= {"in_channels", "context_width", "added_width", "image_size", "sample_size"}
 _DERIVED |= {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
 
@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
     c.image_prompts = FieldReference((), field_type=object)
 
     c.objective = ConfigDict()
-    c.objective.name = "denoising"  # consistency, autoencoding or classification (of noised ones)
+    c.objective.name = "denoising"  # few_steps, autoencoding or classification (of noised ones)
     # What is trained beside the model in model.path (model.name="pretrained"), which stays as it
     # is, such as "lora(rank=16)" (adapters/choices.py); empty: the network itself is trained
     c.objective.adapter = ""
@@ -148,11 +148,15 @@ def get_config() -> ConfigDict:
     #   an encoder's (REPA; config/alignment.py explains the options)
     c.objective.terms = FieldReference((), field_type=object)
 
-    c.consistency = ConfigDict()  # objective.name="consistency"
-    c.consistency.teacher = ""  # workdir of a denoiser; empty: consistency training without one
-    c.consistency.nodes = 18  # steps that the teacher takes from noise to data
-    c.consistency.solver = "heun"  # solver of these steps: heun or euler
-    c.consistency.target = "ema"  # parameters of the target: the average ema, or params
+    c.few_steps = ConfigDict()  # objective.name="few_steps": networks that sample in few steps
+    # How it learns (config/few_steps.py has all methods, objectives/few_steps/ their options):
+    # consistency(nodes(18), solver="heun", target="ema"), with pairs nodes, karras, ect, segments
+    # or trajectories; continuous(); mean_flow(); shortcut(); progressive(steps=8);
+    # guidance_distillation()
+    c.few_steps.method = "consistency()"
+    c.few_steps.teacher = ""  # workdir of a denoiser; base: the model beside an adapter; "": none
+    # Scale of the teacher's guidance, or (lowest, highest), between which it is drawn
+    c.few_steps.guidance = FieldReference((), field_type=object)
 
     c.autoencoding = ConfigDict()  # objective.name="autoencoding"
     c.autoencoding.distance = "l1"  # or l2

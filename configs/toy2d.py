@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
 
     c.model.name = "mlp"
     c.model.mlp.update(width=128, depth=4)
+    c.model.mlp.time_scale = 0.005  # slow sinusoids, which few-step students can differentiate
 
     c.objective.schedule = "rectified_flow"
     c.objective.prediction = "flow"

@@ -65,6 +65,8 @@ class Conditioning:
       pooled: [B, P] vector added to the time embedding (SDXL's pooled text, CLIP image).
       time_ids: [B, K] numbers that are Fourier-embedded (SDXL's sizes and crops).
       guidance: [B] guidance scale, for guidance-distilled networks.
+      span: [B] how far below its level a two-time network aims, in sigma / (alpha + sigma), from 0,
+        the level itself, to 1.
       image: [B, H, W, C] channels concatenated with the input (inpainting, upscaling).
       hints: one for each ControlNet or T2I-Adapter around the network.
       image_prompts: one for each IP-Adapter around it.
@@ -77,6 +79,7 @@ class Conditioning:
     pooled: Array | None = None
     time_ids: Array | None = None
     guidance: Array | None = None
+    span: Array | None = None
     image: Array | None = None
     hints: tuple[Hint, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()

@@ -19,8 +19,8 @@ from diffusion import ema, specs
 from diffusion.config import (
     adaptation,
     autoencoder,
-    consistency,
     drawing,
+    few_steps,
     initialization,
     judging,
     model,
@@ -149,7 +149,7 @@ def build(config: ConfigDict) -> Experiment:
                 "draws noise; ddim, heun and dpmpp_2m do not"
             )
         objective, train, frozen = terms.attach(config, objective, train)
-        objective, teacher = consistency.attach(config, objective, pipeline)
+        objective, teacher = few_steps.attach(config, objective, pipeline)
         frozen = frozen | teacher
         if made is not None:
             objective, frozen = made.objective(objective), frozen | {BASE: made.frozen}

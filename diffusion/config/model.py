@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import specs
-from diffusion.config import pretrained_network
+from diffusion.config import few_steps, pretrained_network
 from diffusion.config.objective import drops_text, learns_variance
 from diffusion.data.sources import Source
 from diffusion.errors import field, wrong_types
@@ -17,7 +17,7 @@ from diffusion.pipelines.conditioners import Captions
 from diffusion.pipelines.description import DTYPES, Description
 from diffusion.pipelines.pipeline import DEFAULTS, Defaults, Pipeline
 
-OBJECTIVES = ("denoising", "consistency", "classification", "autoencoding")
+OBJECTIVES = ("denoising", "few_steps", "classification", "autoencoding")
 AT = "config.objective."
 SHOWN = 10
 """Held-out captions that are drawn where none are given."""
@@ -58,6 +58,7 @@ def describe(config: ConfigDict, train: Source, held_out: Source) -> Description
         dtype=dtype(config),
         sigma_data=config.data.std,
         learned_variance=learns_variance(config),
+        two_times=getattr(few_steps.method(config), "two_times", False),
         view=train.view,
         num_classes=classes,
         class_names=train.class_names if classes else (),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion import specs
 from diffusion.conditioning import Conditioning, null_like
-from diffusion.config import consistency
+from diffusion.config import few_steps
 from diffusion.errors import field, wrong_types
 from diffusion.objectives import couplings, distances, times, weightings
 from diffusion.objectives import dropout as dropouts
@@ -82,17 +82,13 @@ def _weighting(config: ConfigDict, pipeline: Pipeline) -> weightings.Weighting:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for terms or a teacher of an objective that has none."""
-    name, teacher = config.objective.name, config.consistency.teacher
+    name = config.objective.name
     if term_specs(config) and name != "denoising":
         raise ValueError(
             f"config.objective.terms={config.objective.terms!r} change the loss of "
             f"config.objective.name='denoising', not of {name!r}"
         )
-    if teacher and name != "consistency":
-        raise ValueError(
-            f"config.consistency.teacher={teacher!r} teaches config.objective.name='consistency', "
-            f"not {name!r}"
-        )
+    few_steps.check(config)
 
 
 def classification(config: ConfigDict, pipeline: Pipeline) -> Classification:
@@ -103,9 +99,9 @@ def classification(config: ConfigDict, pipeline: Pipeline) -> Classification:
 def denoising(
     config: ConfigDict, pipeline: Pipeline, nulls: dict[str, Any], shape: tuple[int, ...]
 ) -> Denoising:
-    """The objective of a denoiser or a consistency model, without terms and teacher.
+    """The objective of a denoiser or of a student of few steps, without terms and teacher.
 
-    Those need other networks or the data: ``terms.attach`` and ``consistency.attach`` add them.
+    Those need other networks or the data: ``terms.attach`` and ``few_steps.attach`` add them.
     ``nulls`` are fields of the null conditioning (see ``null_like``), ``shape`` is that of an
     example.
     """
@@ -121,7 +117,7 @@ def denoising(
         "dropout": dropout(config, nulls),
         "noise": noise,
     }
-    return consistency.make(config, fields) if c.name == "consistency" else Denoising(**fields)
+    return few_steps.make(config, fields) if c.name == few_steps.NAME else Denoising(**fields)
 
 
 def dropout(config: ConfigDict, nulls: Collection[str]) -> Dropout | None:

@@ -70,7 +70,6 @@ RANGES = {
     "model.*": Range(1),
     "objective.label_dropout": Range(0, 1),
     "objective.*": NOT_NEGATIVE,
-    "consistency.nodes": DEEP,
     "autoencoding.discriminator.*": DEEP,
     "autoencoding.*": NOT_NEGATIVE,
     "optimizer.learning_rate": POSITIVE,

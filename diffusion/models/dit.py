@@ -20,7 +20,7 @@ from diffusion.levels import Array
 from diffusion.models import positions as pos
 from diffusion.models.dit_blocks import Block, FinalLayer
 from diffusion.models.fields import check_at_least_one, nearest_divisors
-from diffusion.models.layers import EmbeddingMLP, sinusoidal
+from diffusion.models.layers import EmbeddingMLP, SpanEmbedding, guidance_sinusoids, sinusoidal
 from diffusion.models.transformer_layers import MLPS, NORMS, patchify, unpatchify, xavier
 
 SIZES = {
@@ -67,6 +67,10 @@ class DiT(nn.Module):
       unit_embeddings: whether time and class embeddings start at unit scale, for short runs. From
         the published scale of 0.02 the zero-initialised modulation takes hundreds of steps to
         distinguish them.
+      guidance_width: sinusoids for ``cond.guidance`` (``layers.guidance_sinusoids``); None: not
+        used.
+      two_times: whether the network is told where it aims, by ``cond.span``.
+      time_scale: factor on c_noise before the sinusoids (whose shortest period is 2 pi).
       dropout: rate on what each attention and MLP adds, in training.
       dtype: compute type of blocks; embeddings, modulation and the last layer are float32.
       remat: whether the backward pass recomputes blocks instead of storing their activations.
@@ -95,6 +99,9 @@ class DiT(nn.Module):
     cross_attention: bool = False
     pooled: bool = False
     unit_embeddings: bool = False
+    guidance_width: int | None = None
+    two_times: bool = False
+    time_scale: float = 1.0
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
@@ -178,9 +185,14 @@ class DiT(nn.Module):
         time_init = table_init = normal(0.02)
         if self.unit_embeddings:
             time_init, table_init = lecun_normal(), normal(1.0)
+        guidance = None
+        if self.guidance_width is not None:
+            guidance = guidance_sinusoids(cond.guidance, self.guidance_width)
         c = EmbeddingMLP(self.width, kernel_init=time_init, name="t_embedder")(
-            sinusoidal(time, 256, freq_shift=self.time_freq_shift)
+            sinusoidal(self.time_scale * time, 256, freq_shift=self.time_freq_shift), guidance
         )
+        if self.two_times:
+            c = c + SpanEmbedding(self.width, name="span_embedder")(time, cond.span)
         if self.num_classes:
             rows = self.num_classes + 1
             table = nn.Embed(rows, self.width, embedding_init=table_init, name="y_embedder")

@@ -59,6 +59,34 @@ class EmbeddingMLP(nn.Module):
         return dense(name="linear_2")(nn.silu(dense(name="linear_1")(x)))
 
 
+def guidance_sinusoids(scale: Array | None, features: int) -> Array:
+    """[B, features] of guidance scales s [B], embedded as 1000 (s - 1), so that s = 1, no guidance,
+    is the origin (latent consistency models)."""
+    if scale is None:
+        raise ValueError("cond.guidance is None, but the network needs it (see guidance_width)")
+    return sinusoidal(1000 * (scale - 1), features, cos_first=False, freq_shift=1.0)
+
+
+class SpanEmbedding(nn.Module):
+    """[B, features], added to the embedding of the time: where a two-time network aims.
+
+    The last layer starts at zero, so that a network begins as the denoiser that it was. Frequencies
+    are low, 4 and below for spans in [0, 1]: a network is differentiated along them.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, time: Array, span: Array | None) -> Array:
+        """Of ``cond.span``; None is 0 for each of the times [B]."""
+        span = jnp.zeros(time.shape) if span is None else span
+        h = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(sinusoidal(4 * span, 64))
+        zeros = nn.initializers.zeros
+        dense = nn.Dense(self.features, dtype=self.dtype, kernel_init=zeros, name="linear_2")
+        return dense(nn.silu(h))
+
+
 def slow_alone(x: Array) -> bool:
     """Whether sums over x [1, ..., C], which gradients of norms need, are slow.
 

@@ -11,7 +11,7 @@ from jax.nn.initializers import normal, zeros
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.fields import check_at_least_one, check_dropout, check_even
-from diffusion.models.layers import EmbeddingMLP, sinusoidal
+from diffusion.models.layers import EmbeddingMLP, SpanEmbedding, guidance_sinusoids, sinusoidal
 
 
 class MLP(nn.Module):
@@ -28,6 +28,9 @@ class MLP(nn.Module):
         for c_noise in [0, 1000], about 250 for log(sigma) / 4.
       dropout: rate within blocks, when training.
       out_features: of the output; by default as many as x has.
+      guidance_width: sinusoids for ``cond.guidance`` (``layers.guidance_sinusoids``); None: not
+        used.
+      two_times: whether it is told where it aims, by ``cond.span``.
       dtype: of the computation; parameters and norm statistics are float32.
     """
 
@@ -38,6 +41,8 @@ class MLP(nn.Module):
     time_scale: float = 1.0
     dropout: float = 0.0
     out_features: int | None = None
+    guidance_width: int | None = None
+    two_times: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self) -> None:
@@ -52,8 +57,14 @@ class MLP(nn.Module):
         if x.ndim != 2 or time.shape != x.shape[:1]:
             got = f"x has shape {x.shape} and time {time.shape}"
             raise ValueError(f"{got}; expected [B, D] and [B]")
-        emb = sinusoidal(self.time_scale * time, self.width)
-        emb = EmbeddingMLP(self.width, self.dtype, name="time_embedding")(emb)
+        emb, guidance = sinusoidal(self.time_scale * time, self.width), None
+        if self.guidance_width is not None:
+            guidance = guidance_sinusoids(cond.guidance, self.guidance_width)
+        emb = EmbeddingMLP(self.width, self.dtype, name="time_embedding")(emb, guidance)
+        if self.two_times:
+            emb = emb + SpanEmbedding(self.width, self.dtype, name="span_embedding")(
+                time, cond.span
+            )
         if self.num_classes is not None:
             if cond.label is None:
                 raise ValueError("cond.label is None, but the network needs it (see num_classes)")

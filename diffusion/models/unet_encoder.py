@@ -16,7 +16,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
 from diffusion.models.attention import SpatialAttention, SpatialTransformer
 from diffusion.models.fields import per_level
-from diffusion.models.layers import EmbeddingMLP, sinusoidal
+from diffusion.models.layers import EmbeddingMLP, SpanEmbedding, guidance_sinusoids, sinusoidal
 from diffusion.models.unet_blocks import (
     Constructor,
     DownBlock,
@@ -97,6 +97,8 @@ class Encoder(UNetFields):
         width = self.time_width or 4 * self.widths[0]
         self.conv_in = nn.Conv(self.widths[0], (3, 3), dtype=self.dtype)
         self.time_embedding = EmbeddingMLP(width, self.dtype)
+        if self.two_times:
+            self.span_embedding = SpanEmbedding(width, self.dtype)
         if self.num_classes is not None:
             rows, init = self.num_classes + self.null_class, nn.initializers.normal(1.0)
             self.class_embedding = nn.Embed(rows, width, self.dtype, embedding_init=init)
@@ -121,9 +123,10 @@ class Encoder(UNetFields):
         sinusoids = partial(sinusoidal, cos_first=cos_first, freq_shift=shift)
         guidance = None
         if self.guidance_width is not None:
-            scale = 1000 * (_required(cond, "guidance", "guidance_width") - 1)
-            guidance = sinusoidal(scale, self.guidance_width, cos_first=False, freq_shift=1.0)
+            guidance = guidance_sinusoids(cond.guidance, self.guidance_width)
         emb = self.time_embedding(sinusoids(self.time_scale * time, self.widths[0]), guidance)
+        if self.two_times:
+            emb = emb + self.span_embedding(time, cond.span)
         if self.num_classes is not None:
             emb = emb + self.class_embedding(_required(cond, "label", "num_classes"))
         if self.added_embedding:

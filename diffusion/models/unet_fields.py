@@ -54,8 +54,9 @@ class UNetFields(nn.Module):
       added_embedding: whether ``cond.time_ids`` (``time_id_width`` channels each) and
         ``cond.pooled``, concatenated, are embedded and added to the time embedding (SDXL).
       time_id_width: sinusoids per time id.
-      guidance_width: sinusoids for ``cond.guidance`` = s, embedded as 1000 (s - 1), so that
-        s = 1, no guidance, is the origin (latent consistency models); None: not used.
+      guidance_width: sinusoids for ``cond.guidance`` (``layers.guidance_sinusoids``); None: not
+        used.
+      two_times: whether the network is told where it aims, by ``cond.span``.
       dropout: rate within ResNet blocks, when training.
       norm_groups, norm_eps: of the group norms (the eps of transformers' norms is always 1e-6).
       remat: whether the backward pass recomputes each ResNet, attention and transformer block.
@@ -89,6 +90,7 @@ class UNetFields(nn.Module):
     added_embedding: bool = False
     time_id_width: int = 256
     guidance_width: int | None = None
+    two_times: bool = False
     dropout: float = 0.0
     norm_groups: int = 32
     norm_eps: float = 1e-5

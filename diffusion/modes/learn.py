@@ -37,6 +37,11 @@ def run(config: ConfigDict, workdir: str) -> None:
             f"config.sampler.acceleration={config.sampler.acceleration!r}: solvers are learned "
             "from whole evaluations"
         )
+    if getattr(pipeline.image_network, "two_times", False):
+        raise ValueError(
+            f"{model.opened.name}: the network is told where it aims, and knows few steps already; "
+            "solvers are learned for denoisers"
+        )
     teacher = model.table(c.teacher, config.sampler.grid, c.teacher_steps, "config.learn.teacher")
     if not convergence.deterministic(teacher):
         raise ValueError(f"config.learn.teacher={c.teacher!r} must be a deterministic solver")
@@ -47,7 +52,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     cond = drawer.conditioning(model.params, model.subjects(total), model.negative)
     student = Student(
         lambda weights, cond: program.guided(weights, *cond, drawer.chain),
-        draw.weights(model.params, 1, drawer.companions),
+        draw.weights(pipeline, model.params, teacher, drawer.companions),
     )
     print(f"{total} samples of {c.teacher} with {teacher.evaluations} evaluations")
     lessons = student.lessons(

@@ -67,6 +67,7 @@ class Description:
       dtype: of the computation.
       sigma_data: standard deviation of the data, for the prediction "edm".
       learned_variance: whether the network has a second output, the variances.
+      two_times: whether the network is told where it aims.
       view: a name of ``VIEWS``.
       num_classes, class_names: of labels that the network is given; 0 if it is given none.
       null: whether it was also trained without labels or captions.
@@ -90,6 +91,7 @@ class Description:
     dtype: str = "float32"
     sigma_data: float = 0.5
     learned_variance: bool = False
+    two_times: bool = False
     view: str = "images"
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
@@ -193,6 +195,8 @@ def network(d: Description) -> nn.Module:
         model = pretrained.open_model(d.fields["path"], "unet", with_weights=False)
         return model.module.clone(dtype=DTYPES[d.dtype], remat=d.fields.get("remat", False))
     kind, options = NETWORKS[d.network], dict(d.fields, dtype=DTYPES[d.dtype])
+    if d.two_times:
+        options["two_times"] = True
     if kind is MLP:
         net = MLP(**options, num_classes=d.num_classes or None)
     elif kind is DiT:

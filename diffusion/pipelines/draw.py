@@ -25,11 +25,13 @@ from diffusion.pipelines.pipeline import Params, Pipeline
 from diffusion.pretrained.schedulers import Sampler
 from diffusion.sampling import sample as sampling
 from diffusion.sampling.acceleration import NONE, Acceleration
+from diffusion.sampling.aims import aimed, aims
 from diffusion.sampling.editing import inpaint, noised
 from diffusion.sampling.guidance import chain as chains
 from diffusion.sampling.guidance.chain import Branches, Chain
 from diffusion.sampling.langevin import Corrector
 from diffusion.sampling.sample import Callback, Draw, image_noise, make_sampler
+from diffusion.sampling.tables import Solver
 
 
 @flax.struct.dataclass
@@ -106,8 +108,11 @@ class Program:
         def apply(x: Array, time: Array, cond: Conditioning) -> Array:
             return self.network.apply({"params": weights["network"]}, x, time, cond)
 
+        denoise = denoiser(apply, self.prediction, self.c_noise)
+        if "aims" in weights:
+            denoise = aimed(denoise, *weights["aims"])
         branches = Branches(
-            denoiser(apply, self.prediction, self.c_noise),
+            denoise,
             cond,
             null,
             middle,
@@ -136,14 +141,19 @@ def program(
 
 
 def weights(
+    pipeline: Pipeline,
     params: Params,
-    evaluations: int,
+    solver: Solver,
     companions: Mapping[str, Companion] = {},
     acceleration: Acceleration = NONE,
 ) -> dict[str, Any]:
-    """All parameters that ``Program.guided`` takes, and when to reuse what was evaluated."""
-    others = {name: companion.params for name, companion in companions.items()}
-    return {"network": params["network"], "acceleration": acceleration.at(evaluations)} | others
+    """All parameters that ``Program.guided`` takes, when to reuse what was evaluated, and where
+    the solver's steps go, for networks that are told."""
+    given = {name: companion.params for name, companion in companions.items()}
+    given |= {"network": params["network"], "acceleration": acceleration.at(solver.evaluations)}
+    if getattr(pipeline.image_network, "two_times", False):
+        given["aims"] = aims(solver)
+    return given
 
 
 def draw(
@@ -190,7 +200,7 @@ def draw(
         callback,
     )
     start = np.float32(sampler.solver.level.t[0])
-    given = weights(params, sampler.solver.evaluations, companions, acceleration)
+    given = weights(pipeline, params, sampler.solver, companions, acceleration)
     arguments = inputs.null, chain, inputs.middle, inputs.kept, start
     x = compiled(given, sampler.solver, keys, inputs.cond, *arguments, x_init=x_init)
     if inputs.kept is not None:
@@ -224,7 +234,7 @@ def trajectory(
         options = {"corrector": corrector, "trajectory": True}
         return sampling.sample(denoise, solver, keys, inputs.shape, **options)
 
-    given = weights(params, solver.evaluations, companions, acceleration)
+    given = weights(pipeline, params, solver, companions, acceleration)
     x, path = run(given, solver, inputs.cond, inputs.null, chain, inputs.middle)
     scale = np.hypot(solver.level.alpha, solver.level.sigma)
     path = np.asarray(path.x) / scale.reshape((-1,) + (1,) * x.ndim)

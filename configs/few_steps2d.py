@@ -1,0 +1,45 @@
+"""Points in one, two or four steps: every method of few steps, by its name after a colon.
+
+    python main.py --config=configs/toy2d.py --workdir=runs/toy2d
+    python main.py --config=configs/few_steps2d.py:mean_flow --workdir=runs/mean_flow2d \
+        --config.few_steps.teacher=runs/toy2d
+
+The student begins with the teacher's parameters. ``--config.few_steps.teacher=
+--config.train.init_from=`` trains without one, by the methods that can.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+from configs import toy2d
+
+METHODS = {
+    "ect": "consistency(ect(every=375), target='params')",
+    "consistency": "consistency(nodes(18))",
+    "karras": "consistency(karras(80, first=10, steps=3000, std=2.0), target='params')",
+    "segments": "consistency(segments(4, nodes=32))",
+    "trajectories": "consistency(trajectories(18))",
+    "continuous": "continuous()",
+    "mean_flow": "mean_flow()",
+    "shortcut": "shortcut(finest=32)",
+    "progressive": "progressive(steps=4)",
+}
+
+
+def get_config(method: str = "ect") -> ConfigDict:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    c = toy2d.get_config()
+    teacher = FieldReference("runs/toy2d", field_type=str)
+    c.objective.name = "few_steps"
+    c.few_steps.method = METHODS[method]
+    c.few_steps.teacher = teacher
+    c.train.init_from = teacher
+
+    c.optimizer.learning_rate = 5e-4
+    c.ema = "constant(decay=0.99)"
+
+    c.sampler.solver = "euler"
+    c.sampler.steps = 1
+    if method in ("ect", "karras"):
+        c.objective.distance = "pseudo_huber(c=1e-4)"
+    return c
