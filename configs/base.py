@@ -152,7 +152,7 @@ def get_config() -> ConfigDict:
     # How it learns (config/few_steps.py has all methods, objectives/few_steps/ their options):
     # consistency(nodes(18), solver="heun", target="ema"), with pairs nodes, karras, ect, segments
     # or trajectories; continuous(); mean_flow(); shortcut(); progressive(steps=8);
-    # guidance_distillation()
+    # guidance_distillation(); reflow(count=50_000, one_step=False)
     c.few_steps.method = "consistency()"
     c.few_steps.teacher = ""  # workdir of a denoiser; base: the model beside an adapter; "": none
     # Scale of the teacher's guidance, or (lowest, highest), between which it is drawn

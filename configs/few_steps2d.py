@@ -22,6 +22,8 @@ METHODS = {
     "mean_flow": "mean_flow()",
     "shortcut": "shortcut(finest=32)",
     "progressive": "progressive(steps=4)",
+    "reflow": "reflow(count=100_000)",
+    "one_step": "reflow(count=100_000, one_step=True)",
 }
 
 

@@ -146,7 +146,7 @@ ELSEWHERE = {
     "data.template": "config/test_tagged_captions.py",
     **{f"evaluation.{name}": "modes/test_judging.py" for name in ("keep", "part", "samples")},
     "reference.": "modes/test_judging.py",
-    "consistency.": "test_main.py",
+    "few_steps.": "test_main.py",
     "data.autoencoder": "config/test_text_to_image.py",
     "data.buckets": "modes/test_inspect.py",
     "data.cache": "config/test_text_to_image.py",

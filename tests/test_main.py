@@ -251,11 +251,9 @@ def test_a_runs_config_trains_another(digits, place):
 def test_a_student_of_another_run(points, place):
     """Which begins with the parameters of its teacher, in part; drawing needs no teacher."""
     teacher = shutil.copytree(points, place / "runs" / "teacher")
-    small = [*SMALL, "--workdir=runs/student", "--config.consistency.teacher=runs/teacher"]
+    small = [*SMALL, "--workdir=runs/student", "--config.few_steps.teacher=runs/teacher"]
     more = ["--config.train.init_what=kernel", "--config.train.validate_every=5"]
-    more += ["--config.consistency.nodes=6", "--config.consistency.target=params"]
-    more += ["--config.consistency.solver=euler"]
-    printed = succeed(*small, *more, config="configs/consistency2d.py")
+    printed = succeed(*small, *more, config="configs/few_steps2d.py:consistency")
     assert "parameter arrays of runs/teacher, step 20 (ema)" in printed
     assert "are left out" in printed and "sliced_wasserstein: " in printed
     assert "kernel" in (place / "runs/student/init_from.txt").read_text()
@@ -326,7 +324,7 @@ def documented():
 
 
 DOCUMENTED = documented()
-RUNS = ("runs/digits", "runs/digits_classifier", "runs/toy2d", "runs/consistency2d")
+RUNS = ("runs/digits", "runs/digits_classifier", "runs/toy2d", "runs/few_steps2d")
 
 
 def is_training(words):

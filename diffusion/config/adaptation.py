@@ -194,8 +194,10 @@ def make(config: ConfigDict) -> Adaptation | None:
             f"{NAME}={c.adapter!r} is trained for a model: set config.model.name=pretrained and "
             "config.model.path, a run's workdir or a pipeline's folder or id"
         )
-    if c.name != "denoising":
-        raise ValueError(f"{NAME}={c.adapter!r} has the objective denoising, not {c.name!r}")
+    if c.name not in ("denoising", "few_steps"):
+        raise ValueError(
+            f"{NAME}={c.adapter!r} has the objective denoising or few_steps, not {c.name!r}"
+        )
     for name in FROM_BASE:
         if c[name] != "auto":
             raise ValueError(

@@ -149,7 +149,7 @@ def build(config: ConfigDict) -> Experiment:
                 "draws noise; ddim, heun and dpmpp_2m do not"
             )
         objective, train, frozen = terms.attach(config, objective, train)
-        objective, teacher = few_steps.attach(config, objective, pipeline)
+        objective, train, teacher = few_steps.attach(config, objective, pipeline, train)
         frozen = frozen | teacher
         if made is not None:
             objective, frozen = made.objective(objective), frozen | {BASE: made.frozen}

@@ -8,15 +8,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion import specs
+from diffusion.config import teacher_pairs
+from diffusion.data.sources import Source
 from diffusion.errors import check_range, field, wrong_types
 from diffusion.models.surroundings import image_network
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.few_steps import pairs
+from diffusion.objectives.few_steps.reflow import Reflow
 from diffusion.objectives.few_steps.regression import Consistency, GuidanceDistillation, Progressive
 from diffusion.objectives.few_steps.shortcut import Shortcut
 from diffusion.objectives.few_steps.student import TEACHER, Method, Student
 from diffusion.objectives.few_steps.tangents import Continuous, MeanFlow
 from diffusion.pipelines import companions
+from diffusion.pipelines.from_run import open_run
 from diffusion.pipelines.pipeline import Pipeline
 
 NAME = "few_steps"
@@ -30,6 +34,7 @@ METHODS = {
     "guidance_distillation": GuidanceDistillation,
     "mean_flow": MeanFlow,
     "progressive": Progressive,
+    "reflow": Reflow,
     "shortcut": Shortcut,
 }
 
@@ -64,6 +69,11 @@ def check(config: ConfigDict) -> None:
             "there is none; expected a run's workdir"
         )
     low, high = guidance(config)
+    if isinstance(made, Reflow) and (low != high or c.teacher == BASE):
+        raise ValueError(
+            f"{AT}method={c.method!r} draws pairs of a run ({AT}teacher) with one scale of guidance"
+            f"; got {AT}guidance={c.guidance!r} and {AT}teacher={c.teacher!r}"
+        )
     if (low, high) != (1, 1) and not c.teacher:
         raise ValueError(f"{AT}guidance={c.guidance!r} is of a teacher ({AT}teacher), which is ''")
 
@@ -123,18 +133,26 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Student:
 
 
 def attach(
-    config: ConfigDict, objective: Denoising, pipeline: Pipeline
-) -> tuple[Denoising, dict[str, Any]]:
-    """The objective of a pipeline with its teacher, and the teacher's averaged parameters.
+    config: ConfigDict, objective: Denoising, pipeline: Pipeline, train: Source
+) -> tuple[Denoising, Source, dict[str, Any]]:
+    """The objective of a pipeline with its teacher, the data, which may be the teacher's samples,
+    and the teacher's averaged parameters.
 
     Raises:
       ValueError: the teacher is not a denoiser of such data.
     """
     path = config.few_steps.teacher
     if not path:
-        return objective, {}
+        return objective, train, {}
+    if isinstance(objective.method, Reflow):
+        with field(f"{AT}teacher={path!r}"):
+            companions.weak(path, pipeline, config.objective.schedule)
+            teacher = open_run(path)
+        low, _ = objective.guidance
+        return objective, teacher_pairs.source(config, objective.method, low, teacher, train), {}
     if path == BASE:
-        return dataclasses.replace(objective, teacher=objective.denoiser), {}
+        return dataclasses.replace(objective, teacher=objective.denoiser), train, {}
     with field(f"{AT}teacher={path!r}"):
         teacher = companions.weak(path, pipeline, config.objective.schedule)
-    return dataclasses.replace(objective, teacher=teacher.network), {TEACHER: teacher.params}
+    frozen = {TEACHER: teacher.params}
+    return dataclasses.replace(objective, teacher=teacher.network), train, frozen

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from diffusion import conditioning
 from diffusion.adapters.adapter import Adapter
 from diffusion.levels import Array, NoiseLevel
 from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.few_steps.student import TEACHER
 from diffusion.objectives.objective import Batch, Context, Measured, Params
 
 BASE = "base"
@@ -65,7 +67,13 @@ class Adapting:
         if context.train and hasattr(self.adapter, "dropped"):
             key, own = jax.random.split(key)
             params = {**params, OWN: self.adapter.dropped(params[OWN], own)}
-        return self.objective.loss(self._whole(params, context.frozen), context, batch, key)
+        frozen = context.frozen
+        whole = partial(self._whole, frozen=frozen)
+        averages = {name: whole(average) for name, average in (context.ema or {}).items()}
+        # The base is also what a student of few steps learns from, if it has no other teacher.
+        frozen = {TEACHER: {"network": frozen[BASE]}} | frozen
+        context = context._replace(frozen=frozen, ema=averages)
+        return self.objective.loss(whole(params), context, batch, key)
 
     def levels(self, key: Array, index: Array) -> NoiseLevel:
         """The objective's."""

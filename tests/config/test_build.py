@@ -14,9 +14,9 @@ from configs import (
     cifar10_ddpm,
     cifar10_edm,
     cifar10_flow,
-    consistency2d,
     digits,
     digits_classifier,
+    few_steps2d,
     imagenet256_dit_xl2,
     mnist,
     toy2d,
@@ -80,16 +80,56 @@ FIELDS = [  # the configuration's own
         r"config\.train\.snapshot_sigma_rel: expected one or more different widths",
     ),
     (
-        dict(objective__name="consistency", consistency__solver="rk4"),
-        r"config\.consistency\.solver: unknown 'rk4'; choose one of euler, heun",
+        dict(objective__name="few_steps", few_steps__method="consistency(solver='rk4')"),
+        r"config\.few_steps\.method.*solver: unknown 'rk4'; choose one of euler, heun",
     ),
     (
-        dict(objective__name="consistency", consistency__target="emma"),
-        r"config\.consistency\.target: unknown 'emma'.*mean 'ema'",
+        dict(objective__name="few_steps", few_steps__method="consistency(target='emma')"),
+        r"config\.few_steps\.method.*target: unknown 'emma'.*mean 'ema'",
     ),
     (
-        dict(objective__name="consistency", consistency__teacher="nowhere"),
-        r"config\.consistency\.teacher='nowhere': nowhere is not the workdir of a run",
+        dict(objective__name="few_steps", few_steps__method="meanflow()"),
+        r"config\.few_steps\.method: unknown 'meanflow'.*mean 'mean_flow'",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__method="consistency(nodes(0))"),
+        r"config\.few_steps\.method.*count=0",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__method="consistency(18)"),
+        r"config\.few_steps\.method.*pairs=18",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__method="progressive(4)"),
+        r"method='progressive\(4\)' needs a teacher",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__method="shortcut()", few_steps__teacher="x"),
+        r"learns from the data, not from config\.few_steps\.teacher",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__guidance=3.0),
+        r"config\.few_steps\.guidance=3\.0 is of a teacher",
+    ),
+    (
+        dict(
+            objective__name="few_steps",
+            few_steps__teacher="x",
+            few_steps__guidance=(3.0, 2.0),
+        ),
+        r"config\.few_steps\.guidance=\(3\.0, 2\.0\).*the highest scale",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__teacher="base"),
+        r"config\.few_steps\.teacher='base' is the model beside an adapter",
+    ),
+    (
+        dict(objective__name="few_steps", model__unet__guidance_width=16),
+        r"config\.model\.unet\.guidance_width is for the scale of a teacher's guidance",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__teacher="nowhere"),
+        r"config\.few_steps\.teacher='nowhere': nowhere is not the workdir of a run",
     ),
 ]
 
@@ -122,14 +162,14 @@ COMBINATIONS = [
         r"config\.objective\.terms='variational_bound\(\)': it bounds a chain of discrete steps",
     ),
     (
-        dict(objective__name="consistency", objective__weighting="snr"),
-        r"config\.objective\.weighting='snr' has no part in .*'consistency'; leave it at 'simple'",
+        dict(objective__name="few_steps", objective__weighting="snr"),
+        r"config\.objective\.weighting='snr' has no part in .*'few_steps'; leave it at 'simple'",
     ),
     (
-        dict(objective__name="consistency", objective__prediction="x0"),
+        dict(objective__name="few_steps", objective__prediction="x0"),
         r"config\.objective\.prediction='x0' does not give x back.*choose v, flow, edm or eps",
     ),
-    (dict(consistency__teacher="nowhere"), r"teacher='nowhere' teaches .*'consistency', not 'den"),
+    (dict(few_steps__teacher="nowhere"), r"teacher='nowhere' is for .*'few_steps', not 'den"),
     (
         dict(objective__label_dropout=0.0),
         r"config\.sampler\.guidance=\('cfg\(1\.5\)', 'clip\(\)'\) needs a model",
@@ -173,13 +213,13 @@ def test_mistakes_are_named(overrides, message):
             dict(objective__terms="uncertainty()"),
             r"config\.objective\.terms=.*change the loss of config\.objective\.name='denoising'",
         ),
-        (consistency2d, dict(consistency__teacher=""), r"config\.train\.init_from='runs/toy2d'"),
+        (few_steps2d, dict(few_steps__teacher=""), r"config\.train\.init_from='runs/toy2d'"),
     ],
 )
 def test_what_does_not_fit_the_objective_is_named(module, overrides, message):
     config = module.get_config()
-    if module is consistency2d:  # the teacher's reference is cut
-        config.consistency = config.consistency.copy_and_resolve_references()
+    if module is few_steps2d:  # the teacher's reference is cut
+        config.few_steps = config.few_steps.copy_and_resolve_references()
     with pytest.raises(ValueError, match=message):
         build(with_fields(config, **overrides))
 
@@ -195,7 +235,9 @@ def test_what_does_not_fit_the_objective_is_named(module, overrides, message):
         | dict(objective__terms=("variational_bound(weight=0.01)",), sampler__solver="ddpm"),
         dict(objective__weighting="elbo", objective__schedule="vp_sde"),
         dict(objective__terms="uncertainty()", objective__times="log_normal(mean=-0.5)"),
-        dict(objective__name="consistency", consistency__solver="euler"),
+        dict(objective__name="few_steps", few_steps__method="consistency(solver='euler')"),
+        dict(objective__name="few_steps", few_steps__method="mean_flow()"),
+        dict(objective__name="few_steps", few_steps__method="shortcut()", model__name="dit"),
         dict(model__name="dit", model__dit__scan=True, model__dit__positions="rotary"),
     ],
     ids=str,

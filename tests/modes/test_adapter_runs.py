@@ -165,7 +165,7 @@ def test_a_base_that_was_trained_on_is_refused(bases, tmp_path):
         ("full()", {"model.name": "unet"}, "config.model.name=pretrained"),
         ("full()", {"model.path": "nowhere"}, "nowhere"),
         ("full()", {"objective.prediction": "v"}, "leave it 'auto'"),
-        ("full()", {"objective.name": "consistency"}, "denoising"),
+        ("full()", {"objective.name": "classification"}, "denoising"),
         ("full()", {"optimizer.rates": "(('nothing', 2.0),)"}, "no parameter's path has 'nothing'"),
         ("full()", {"optimizer.rates": "('text', 2.0)"}, "expected pairs"),
         ("full()", {"data.name": "mnist", "data.dir": "nowhere"}, "nowhere"),

@@ -1,8 +1,8 @@
 """Pairs of noise levels whose estimates a student learns to agree on.
 
 A choice of pairs is ``(u, setting) -> Pair``, with u [B] uniform in (0, 1): which level the student
-sees (``now``), where the same trajectory is seen again (``to``), at which level the two are compared
-(``end``, by default at the clean data), and how much the pair counts.
+sees (``now``), where the same trajectory is seen again (``to``), at which level the two are
+compared (``end``, by default at the clean data), and how much the pair counts.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Karras:
         if not self.first:
             return jnp.asarray(self.count)
         stages = math.floor(math.log2(self.count / self.first)) + 1
-        stage = jnp.minimum(jnp.asarray(step) // max(self.steps // stages, 1), 30)
+        stage = jnp.minimum(jnp.asarray(step) // max(self.steps // stages, 1), stages)
         return jnp.minimum(self.first * 2**stage, self.count)
 
     def __call__(self, u: Array, setting: Setting) -> Pair:

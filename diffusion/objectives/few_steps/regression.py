@@ -24,6 +24,7 @@ from diffusion.objectives.few_steps.student import Student
 from diffusion.objectives.objective import Batch, Context, Measured, Params
 
 TARGETS = ("ema", "params")
+USUAL = Nodes()
 
 
 def check_target(name: str) -> None:
@@ -47,7 +48,7 @@ class Consistency:
       target: the average whose estimate is the goal, or "params" for the student itself.
     """
 
-    pairs: Pairs = Nodes()
+    pairs: Pairs = USUAL
     solver: str = "heun"
     target: str = "ema"
     teacher: ClassVar[str] = "possible"
@@ -137,8 +138,7 @@ class GuidanceDistillation:
     teacher: ClassVar[str] = "needed"
 
     def level(self, student: Student, u: Array) -> NoiseLevel:
-        t = student.times(u, student.schedule)
-        return student.schedule(jnp.clip(t, student.t_min, student.schedule.t_max))
+        return student.level(u)
 
     def loss(
         self, student: Student, params: Params, context: Context, batch: Batch, key: Array

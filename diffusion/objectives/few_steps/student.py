@@ -109,7 +109,7 @@ class Student(Denoising):
         return params if own is None else params | own(self, key, batch, params)
 
     def draw(self, batch: Batch, key: Array) -> Drawn:
-        """Examples, noise (of pairs, if the batch has "noise"), conditioning and uniform numbers."""
+        """Examples, noise (the batch's own, if it has "noise"), conditioning, uniform numbers."""
         x0 = batch["x"]
         index = batch.get("index", jnp.arange(len(x0)))
         key_times, key_noise, key_drop, key_network, own = jax.random.split(key, 5)
@@ -125,6 +125,10 @@ class Student(Denoising):
             own,
             {"dropout": jax.random.fold_in(key_network, index[0])},
         )
+
+    def level(self, u: Array) -> NoiseLevel:
+        """The levels [B] of the objective's times."""
+        return times.levels(u, self.times, self.schedule, self.t_min)
 
     def setting(self, context: Context) -> Setting:
         """What pairs of levels are chosen for."""

@@ -21,7 +21,6 @@ from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.models.kernels.fused_attention import unfused
 from diffusion.objectives import times
 from diffusion.objectives.few_steps.jumps import examples
-from diffusion.objectives.few_steps.pairs import Setting
 from diffusion.objectives.few_steps.student import Drawn, Student, fraction
 from diffusion.objectives.objective import Batch, Context, Measured, Params
 
@@ -76,8 +75,7 @@ class MeanFlow:
         check_range("mix", self.mix, 0, 0.999)
 
     def level(self, student: Student, u: Array) -> NoiseLevel:
-        t = student.times(u, student.schedule)
-        return student.schedule(jnp.clip(t, student.t_min, student.schedule.t_max))
+        return student.level(u)
 
     def loss(
         self, student: Student, params: Params, context: Context, batch: Batch, key: Array
@@ -158,8 +156,7 @@ class Continuous:
         check_range("c", self.c, 0)
 
     def level(self, student: Student, u: Array) -> NoiseLevel:
-        t = student.times(u, student.schedule)
-        return student.schedule(jnp.clip(t, student.t_min, student.schedule.t_max))
+        return student.level(u)
 
     def loss(
         self, student: Student, params: Params, context: Context, batch: Batch, key: Array
