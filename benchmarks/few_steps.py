@@ -29,8 +29,6 @@ from diffusion.pipelines.from_run import open_run
 
 POINTS = 10_000
 STEPS = (1, 2, 4)
-RESTARTING = ("ect", "consistency", "karras")
-"""Methods whose students go to clean data and, in several steps, back up with new noise."""
 
 
 def quality(workdir: Path, solver: str, steps: int, seed: int) -> float:
@@ -86,8 +84,7 @@ def main() -> None:
             continue
         cost = statistics.median(step_seconds(run) for run in runs) / base
         for steps in STEPS:
-            restarts = steps > 1 and method in RESTARTING
-            solver = "consistency(sigma_min=0.0)" if restarts else "euler"
+            solver = few_steps2d.get_config(method).sampler.solver
             found = [quality(run, solver, steps, seed) for seed, run in zip(seeds, runs)]
             rows.append({"method": method, "steps": steps, "distance": found, "cost": cost})
         print(f"{method}: {time.monotonic() - began:.0f} s", flush=True)

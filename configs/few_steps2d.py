@@ -25,6 +25,9 @@ METHODS = {
     "reflow": "reflow(count=100_000)",
     "one_step": "reflow(count=100_000, one_step=True)",
 }
+NORMS = ("ect", "karras")  # whose distance is a norm, not its square
+RESTARTING = ("ect", "consistency", "karras", "continuous")
+WITHOUT_TEACHER = ("shortcut",)
 
 
 def get_config(method: str = "ect") -> ConfigDict:
@@ -34,14 +37,16 @@ def get_config(method: str = "ect") -> ConfigDict:
     teacher = FieldReference("runs/toy2d", field_type=str)
     c.objective.name = "few_steps"
     c.few_steps.method = METHODS[method]
-    c.few_steps.teacher = teacher
+    if method not in WITHOUT_TEACHER:
+        c.few_steps.teacher = teacher
     c.train.init_from = teacher
 
     c.optimizer.learning_rate = 5e-4
     c.ema = "constant(decay=0.99)"
 
-    c.sampler.solver = "euler"
+    restarts = method in RESTARTING  # from new noise, as a consistency function does
+    c.sampler.solver = "consistency(sigma_min=0.0)" if restarts else "euler"
     c.sampler.steps = 1
-    if method in ("ect", "karras"):
+    if method in NORMS:
         c.objective.distance = "pseudo_huber(c=1e-4)"
     return c

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -41,7 +40,7 @@ def source(config: ConfigDict, method: Reflow, scale: float, teacher: Run, train
     chain = () if scale == 1 else (f"cfg({scale})",)
     with field(f"config.few_steps.guidance={config.few_steps.guidance!r}"):
         guided = guidance.make(pipeline, sampler, chain)
-    params, step = teacher.restored
+    _, step = teacher.restored
     about = {
         "teacher": str(teacher.path.resolve()),
         "step": step,
