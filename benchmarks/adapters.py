@@ -164,9 +164,8 @@ def _training(
 
 def _seconds(run: Callable, least: float) -> float:
     """Of one call, over as many as take ``least`` seconds."""
-    jax.block_until_ready(run())
     count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < least:
+    while not count or time.perf_counter() - began < least:
         jax.block_until_ready(run())
         count += 1
     return (time.perf_counter() - began) / count
