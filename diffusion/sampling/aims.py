@@ -41,7 +41,7 @@ def aimed(denoise: ConditionalDenoise, times: Array, shares: Array) -> Condition
 
     def towards(x: Array, level: NoiseLevel, cond: Conditioning) -> Array | Estimate:
         row = jnp.argmin(jnp.abs(times - level.t))
-        span = level.sigma / (level.alpha + level.sigma) - shares[row]
+        span = level.sigma / (level.alpha + level.sigma) - jnp.asarray(shares)[row]
         return denoise(x, level, cond.replace(span=jnp.full(len(x), span)))
 
     return towards
