@@ -1,6 +1,6 @@
 """Points in one, two and four steps, by every method, over seeds; and what a training step costs.
 
-    python benchmarks/few_steps.py --workdir=runs/few_steps2d
+    python -m benchmarks.few_steps --workdir=runs/few_steps2d
 
 Trains the teacher (``configs/toy2d.py``) and, of each method and seed, a student
 (``configs/few_steps2d.py:METHOD``), unless WORKDIR has them already, by the modes that ``main.py``

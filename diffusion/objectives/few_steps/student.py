@@ -104,6 +104,8 @@ class Student(Denoising):
 
     def init(self, key: Array, batch: Batch) -> Params:
         """{"network": ...}, and what the method trains besides."""
+        if self.embeds_guidance:
+            batch = {**batch, "guidance": jnp.ones(len(batch["x"]))}
         params = super().init(key, batch)
         own = getattr(self.method, "init", None)
         return params if own is None else params | own(self, key, batch, params)
