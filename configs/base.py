@@ -314,6 +314,8 @@ def get_config() -> ConfigDict:
     c.sweep.evaluations = (4, 6, 8, 10, 15, 20, 30, 50)  # evaluations of the denoiser, at most
     c.sweep.reference = "heun"  # solver that approximates the exact flow
     c.sweep.reference_steps = 100
+    # Workdirs of students of few steps, which are drawn beside, with their own solvers
+    c.sweep.students = FieldReference((), field_type=object)
     c.sweep.seeds = 1  # seeds from sampler.seed on, by each of which every point is measured
 
     c.compare = ConfigDict()  # --mode=compare: evaluations of several runs in one table

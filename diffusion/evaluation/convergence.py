@@ -33,12 +33,21 @@ Row = dict[str, Any]
 
 
 class Entry(NamedTuple):
-    """One point to measure: a solver's table of at most ``budget`` evaluations."""
+    """One point to measure: a solver's table of at most ``budget`` evaluations.
+
+    ``model`` says which of several models it is for; the first one's name is empty.
+    """
 
     solver: str
     steps: int
     table: Solver
     budget: int
+    model: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the line that the point is on."""
+        return f"{self.model}: {self.solver}" if self.model else self.solver
 
 
 class Measure(NamedTuple):
@@ -52,7 +61,7 @@ class Measure(NamedTuple):
 
 
 def plan(
-    make: Make, solvers: Sequence[str], budgets: Sequence[int]
+    make: Make, solvers: Sequence[str], budgets: Sequence[int], model: str = ""
 ) -> tuple[list[Entry], list[str]]:
     """Each solver at each budget, with the most steps that it allows.
 
@@ -70,7 +79,7 @@ def plan(
                 notes.append(f"{solver} is left out at {budget} evaluations: {error}")
                 continue
             if steps not in known:
-                entries.append(Entry(solver, steps, table, budget))
+                entries.append(Entry(solver, steps, table, budget, model))
             known.add(steps)
     if not entries:
         raise ValueError("no solver is possible with these evaluations:\n" + "\n".join(notes))
@@ -120,7 +129,7 @@ def run(
     settings: Mapping[str, Any],
     entries: Sequence[Entry],
     seeds: Sequence[int],
-    draw: Callable[[Solver, int], np.ndarray],
+    draw: Callable[[Entry, Solver, int], np.ndarray],
     judge: Callable[[np.ndarray], Mapping[str, float]],
     reference: Callable[[int], tuple[np.ndarray, float]],
     report: Callable[[str], None] = print,
@@ -132,7 +141,7 @@ def run(
       settings: whatever else the results depend on; JSON.
       entries: of ``plan``.
       seeds: of the noise.
-      draw: (table, seed) -> samples [N, ...], image i from the i-th noise of the seed.
+      draw: (entry, table, seed) -> samples [N, ...], image i from the i-th noise of the seed.
       judge: samples -> figures of merit, and those of real data under names ending in "_real".
       reference: seed -> the first M samples of the exact flow from the same noises, and their own
         error; called if it is needed.
@@ -152,7 +161,7 @@ def run(
     for seed, entry in itertools.product(seeds, entries):
         if entry is entries[0]:
             target = None  # of another seed
-        row = known.get((entry.solver, entry.steps, seed))
+        row = known.get((entry.name, entry.steps, seed))
         if row is None:
             if target is None and deterministic(entry.table):
                 target, result["reference_errors"][str(seed)] = reference(seed)
@@ -171,9 +180,9 @@ def _measure(
     entry: Entry, seed: int, draw: Callable, judge: Callable, target: np.ndarray | None
 ) -> Row:
     began = time.perf_counter()
-    x = draw(fill(entry.table, entry.budget), seed)
+    x = draw(entry, fill(entry.table, entry.budget), seed)
     row = {
-        "solver": entry.solver,
+        "solver": entry.name,
         "seed": seed,
         "budget": entry.budget,
         "steps": entry.steps,

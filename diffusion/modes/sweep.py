@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.config import drawing, judging, results
+from diffusion.config.drawing import Drawing
 from diffusion.errors import field
 from diffusion.evaluation import convergence, merits
 from diffusion.evaluation.metrics.metric import of_array
 from diffusion.pipelines import samplers
 from diffusion.runs import workdir as workdirs
 from diffusion.sampling.tables import Solver
+from diffusion.specs import texts
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Judges ``config.sweep.solvers`` at ``config.sweep.evaluations``, all else being the config's.
 
+    Beside them stand ``config.sweep.students``, other runs with the solvers that are their own, on
+    the same noises: how few evaluations they need, and how near their teacher's flow they stay.
     Leaves in ``workdir/sweeps/HASH`` sweep.png, sweep.md and sweep.json, with the settings of which
     HASH is a hash. Each point is measured by each of ``config.sweep.seeds`` seeds; what is measured
     already is not measured again.
@@ -34,6 +39,12 @@ def run(config: ConfigDict, workdir: str) -> None:
 
     with field("config.sweep"):
         entries, notes = convergence.plan(make, c.solvers, c.evaluations)
+    students = _students(config, workdir, pipeline.shape)
+    for name, student in students.items():
+        own = samplers.chosen_solver(student.pipeline, "auto")
+        with field(f"config.sweep.students={c.students!r}"):
+            more, noted = convergence.plan(partial(_own, student), [own], c.evaluations, name)
+        entries, notes = [*entries, *more], [*notes, *noted]
     exact = make(c.reference, c.reference_steps, "config.sweep.reference")
     rough = make(c.reference, max(c.reference_steps // 2, 1), "config.sweep.reference")
     if not convergence.deterministic(exact):
@@ -46,8 +57,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         print(f"note: {note}")
     count = min(config.evaluation.count, drawer.batch_size)
 
-    def draw(number: int, table: Solver, seed: int) -> np.ndarray:
-        return model.samples(number, table, seed).draw(0, number)
+    def draw(number: int, table: Solver, seed: int, name: str = "") -> np.ndarray:
+        return students.get(name, model).samples(number, table, seed).draw(0, number)
 
     def reference(seed: int) -> tuple[np.ndarray, float]:
         print(f"the exact flow, by {c.reference} with {exact.evaluations} evaluations, seed {seed}")
@@ -68,6 +79,16 @@ def run(config: ConfigDict, workdir: str) -> None:
         settings["sampler"].pop(name)
     settings["parameters"] = judging.fingerprint(model.params)
     settings["reference"] = {k: c[k] for k in ("reference", "reference_steps")} | {"count": count}
+    if students:
+        settings["students"] = {
+            name: {
+                "parameters": judging.fingerprint(student.params),
+                "sampler": drawing.settings(student.config, student.pipeline, student.step)[
+                    "sampler"
+                ],
+            }
+            for name, student in students.items()
+        }
     folder = Path(workdir) / "sweeps" / workdirs.named(settings)
     folder.mkdir(parents=True, exist_ok=True)
     result = convergence.run(
@@ -75,7 +96,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         settings,
         entries,
         range(config.sampler.seed, config.sampler.seed + c.seeds),
-        lambda table, seed: draw(config.evaluation.count, table, seed),
+        lambda entry, table, seed: draw(config.evaluation.count, table, seed, entry.model),
         quality,
         reference,
     )
@@ -86,6 +107,30 @@ def run(config: ConfigDict, workdir: str) -> None:
     cost = " (guided: two network calls each)" if drawer.paired else ""
     convergence.figure(folder / "sweep.png", result, title, cost)
     print(f"sweep.png, sweep.md and sweep.json in {folder}")
+
+
+def _students(config: ConfigDict, workdir: str, shape: tuple[int, ...]) -> dict[str, Drawing]:
+    """The runs of config.sweep.students by name, drawn from as they draw by themselves."""
+    found: dict[str, Drawing] = {}
+    for path in texts(config.sweep.students):
+        own = ConfigDict(config.to_dict())
+        with own.ignore_type():
+            own.sampler.update(solver="auto", grid="auto", steps=0, guidance="auto")
+            own.sampler.update(acceleration=(), corrector="")
+        name = f"config.sweep.students={path!r}"
+        source = drawing.open_model(own, path, name)
+        if source.pipeline.shape != shape:
+            raise ValueError(f"{name} draws {source.pipeline.shape}, this model {shape}")
+        drawer, notes = drawing.drawer(own, source.pipeline)
+        for note in notes:
+            print(f"note: {path}: {note}")
+        name = str(path) if source.name in found else source.name
+        found[name] = Drawing(own, source, drawer, Path(workdir))
+    return found
+
+
+def _own(student: Drawing, solver: str, steps: int) -> Solver:
+    return student.table(solver, "auto", steps, "its solver")
 
 
 def _check(config: ConfigDict) -> None:

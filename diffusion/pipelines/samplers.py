@@ -18,6 +18,7 @@ from diffusion.pretrained import schedulers
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
 from diffusion.pretrained.schedulers.scheduler import unchanged
 from diffusion.sampling import grids, langevin, solvers
+from diffusion.sampling.aims import aims
 from diffusion.sampling.tables import Solver
 
 AUTO = "auto"
@@ -51,12 +52,12 @@ def make(
       ValueError: for an impossible argument, which the message names.
     """
     name = solver_name or f"{at}solver"
-    default, steps = pipeline.defaults, steps or pipeline.defaults.steps
+    steps = steps or pipeline.defaults.steps
     if steps < 1:
         raise ValueError(f"{at}steps={steps} must be at least 1")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must lie in (0, 1]")
-    solver = default.solver if solver == AUTO else solver
+    solver = chosen_solver(pipeline, solver)
     if pipeline.scheduler is not None and (not solver or solver[0].isupper()):
         if grid != AUTO:
             raise ValueError(
@@ -79,6 +80,11 @@ def make(
         np.asarray(pipeline.c_noise(table.level)),
         unchanged,
     )
+
+
+def chosen_solver(pipeline: Pipeline, solver: str) -> str:
+    """The spec that ``solver`` stands for: itself, or the pipeline's."""
+    return pipeline.defaults.solver if solver == AUTO else solver
 
 
 def chosen_grid(pipeline: Pipeline, grid: str) -> str:
@@ -115,6 +121,8 @@ def make_table(
         table = function(grid)
         if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(table)):
             raise ValueError("its coefficients are not finite on this grid")
+        if getattr(pipeline.image_network, "two_times", False):
+            aims(table)
     check_levels(pipeline, table.level, f"where sampling starts with {at}grid")
     return table
 

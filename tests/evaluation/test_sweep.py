@@ -79,7 +79,7 @@ def test_stochastic_solvers_are_told_apart():
 def test_results_are_kept_and_written(tmp_path):
     drawn = []
 
-    def counted(table, seed):
+    def counted(entry, table, seed):
         drawn.append((table, seed))
         return np.asarray(draw(table, seed))
 
@@ -134,7 +134,7 @@ def test_samples_that_are_not_finite_are_said_to_be(tmp_path):
         {},
         entries,
         [0],
-        draw=lambda table, seed: np.full((4, 1), np.nan),
+        draw=lambda entry, table, seed: np.full((4, 1), np.nan),
         judge=lambda x: pytest.fail("nothing to judge"),
         reference=lambda seed: (np.zeros((2, 1)), 0.0),
         report=lambda line: None,
@@ -145,7 +145,7 @@ def test_samples_that_are_not_finite_are_said_to_be(tmp_path):
 def test_each_point_is_measured_by_each_seed_once(tmp_path):
     drawn = []
 
-    def counted(table, seed):
+    def counted(entry, table, seed):
         drawn.append((table.evaluations, seed))
         return np.asarray(draw(table, seed))
 

@@ -65,7 +65,7 @@ def test_a_flow_map_refuses_solvers_with_memory(teacher, tmp_path):
     error, _ = student(teacher, tmp_path / "run", "mean_flow")
     assert error is None
     few = ["--config.samples.count=10", "--config.sampler.solver=dpmpp_2m"]
-    more = ["--config.sampler.steps=3", f"--workdir={tmp_path / 'run'}"]
+    more = ["--config.sampler.steps=5", f"--workdir={tmp_path / 'run'}"]
     error, _ = command("--mode=sample", *few, *more, config=None)
     assert "without memory: euler, ddim" in error
     assert_names(error, "config.sampler.solver")
@@ -81,6 +81,30 @@ def test_pairs_are_drawn_once(teacher, tmp_path):
     assert noise.shape == x.shape == (64, 2) and abs(noise.std() - 1) < 0.2
     assert json.loads((folder / "about.json").read_text())["steps"] == 2
     assert run.path == teacher and one
+
+
+def test_students_beside_their_teachers_solvers(teacher, tmp_path):
+    error, printed = student(teacher, tmp_path / "flow_map", "mean_flow")
+    assert error is None, printed
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    few = ["--config.sweep.solvers=('ddim', 'heun')", "--config.sweep.evaluations=(1, 2)"]
+    few += ["--config.sweep.reference_steps=4", "--config.evaluation.count=50"]
+    few += [f"--config.sweep.students={tmp_path / 'flow_map'}", f"--workdir={folder}"]
+    printed = succeed("--mode=sweep", *few, config=None)
+    assert "flow_map: euler: 1 evaluations (1 steps), seed 0" in printed
+    swept = newest(folder / "sweeps")
+    result = json.loads((swept / "sweep.json").read_text())
+    by = {(row["solver"], row["evaluations"]): row for row in result["rows"]}
+    assert {("flow_map: euler", 1), ("ddim", 2), ("heun", 1)} - set(by) <= {("heun", 1)}
+    assert by["flow_map: euler", 1]["rmse"] != by["ddim", 1]["rmse"]
+    assert "flow_map" in result["settings"]["students"]
+    assert (swept / "sweep.png").exists() and "| flow_map: euler |" in (
+        swept / "sweep.md"
+    ).read_text()
+    error, _ = command(
+        "--mode=sweep", *few[:-2], "--config.sweep.students=no", few[-1], config=None
+    )
+    assert "config.sweep.students='no'" in error
 
 
 @pytest.fixture(scope="module")
