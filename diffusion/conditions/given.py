@@ -34,6 +34,7 @@ def depth(values: np.ndarray, invert: bool = False) -> np.ndarray:
     known = np.isfinite(x)
     if np.isnan(x).any() or not known.any():
         raise ValueError("a depth map must have finite values and no NaN")
+    x = x / max(np.abs(x[known]).max(), np.finfo(np.float64).tiny)  # differences stay finite
     low, high = x[known].min(), x[known].max()
     near = (np.where(known, x, low) - low) / max(high - low, np.finfo(np.float64).tiny)
     return as_map(np.where(known, 1 - near if invert else near, 0))
@@ -43,13 +44,16 @@ def segmentation(labels: np.ndarray, first: int = 0) -> np.ndarray:
     """Classes in ADE20K's colours.
 
     Args:
-      labels: whole numbers [H, W], the classes; or uint8 [H, W, 3], the colours themselves.
+      labels: whole numbers [H, W] or [H, W, 1], the classes; or uint8 [H, W, 3], the colours.
       first: label of the first class, a wall; lower ones, and 255, are no class and black.
 
     Raises:
-      ValueError: a label is beyond the last class.
+      ValueError: a label is beyond the last class, or ``first`` is given with colours.
     """
+    labels = labels[..., 0] if labels.shape[2:] == (1,) else labels
     if labels.ndim == 3:
+        if first:
+            raise ValueError(f"first={first} has no effect: the map is in colours")
         return as_map(as_floats(labels))
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"classes are whole numbers, got {labels.dtype}")

@@ -97,7 +97,8 @@ class Adaptation:
         Raises:
           ValueError: the model takes captions, or other labels, and the data have none of these.
         """
-        conditioner, name = self.base.conditioner, f"config.data.name={self.config.data.name!r}"
+        # With the words that the adapter teaches, which the base has no tokens of.
+        conditioner, name = self.pipeline.conditioner, f"config.data.name={self.config.data.name!r}"
         if conditioner.subject == "label" and images.num_classes != conditioner.count:
             raise ValueError(
                 f"{name} has {images.num_classes} classes; the model knows {conditioner.count}"
@@ -115,7 +116,7 @@ class Adaptation:
             return images
         if not images.captions:
             raise ValueError(f"{name} has no captions, which the model takes")
-        prompts = joint.encoders(self.base)
+        prompts = joint.encoders(self.pipeline)
         encode = conditioner.encode if prompts is None else partial(joint.encode, prompts)
         columns = encode(images.captions)
         if getattr(prompts, "sdxl", False):

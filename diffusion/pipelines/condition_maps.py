@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusion import conditions
 from diffusion.conditions import colours, given
@@ -139,7 +139,7 @@ class Classes(Given):
         if images.mode(self.image).split()[0] == "P":
             known = {(0, 0, 0), *map(tuple, PALETTE.tolist())}
             if not known.issuperset(map(tuple, np.unique(seen.reshape(-1, 3), axis=0).tolist())):
-                return np.asarray(Image.open(self.image))
+                return _upright(self.image)
         return seen
 
 
@@ -198,16 +198,23 @@ def _stored(path: str) -> np.ndarray | None:
     if path.endswith(".npy"):
         try:
             values = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"it cannot be read: {error}") from None
-        if values.dtype.kind not in "uif" or values.shape[2:] not in ((), (1,), (3,)):
+        except (ValueError, OSError, EOFError):
+            raise ValueError("it is no array that NumPy reads without unpickling") from None
+        fits = values.ndim in (2, 3) and values.shape[2:] in ((), (1,), (3,)) and values.size
+        if values.dtype.kind not in "uif" or not fits:
             raise ValueError(f"it holds {values.dtype} of shape {values.shape}; expected [H, W]")
         return values
     try:
         stored = images.mode(path).split()[0] in ("1", "L", "I", "F", "I;16", "I;16B")
     except OSError:  # no picture, which reading its colours says better
         return None
-    return np.asarray(Image.open(path)) if stored else None
+    return _upright(path) if stored else None
+
+
+def _upright(path: str) -> np.ndarray:
+    """The numbers of a picture as they are stored, turned as its EXIF data say."""
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image))
 
 
 def _colours(path: str) -> np.ndarray:

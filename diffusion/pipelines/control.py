@@ -100,13 +100,26 @@ def _followed(
             )
         first, last = interval(sampler, control.start, control.end)
         net = own or open_net(control.net, pipeline, control.pool)
+        _check_effects(control, net, size)
         made = control.map(size, pictures)
         if net.channels == 1:
             made = grey(made)[..., None].astype(np.float32)
-        made = made[..., ::-1] if control.bgr else made
+        made = made[..., ::-1] if control.bgr and not net.bgr else made
         scale = factors(control, net)
         null = scale * (not (control.guess or net.pools))
     return Followed(control.name, net, made, scale, null, first, last)
+
+
+def _check_effects(control: Control, net: Net, size: tuple[int, int]) -> None:
+    """Raises ValueError for what cannot act on this net, or a size that the net does not take."""
+    if control.bgr and net.channels == 1:
+        raise ValueError("bgr=True has no effect: the net reads a grey map")
+    if control.pool and not net.pools:
+        raise ValueError("pool=True has no effect: it is for ControlNets of files and folders")
+    if size[0] % net.unit or size[1] % net.unit:
+        raise ValueError(
+            f"a picture of {size[0]} x {size[1]} pixels: the net takes multiples of {net.unit}"
+        )
 
 
 def factors(control: Control, net: Net) -> np.ndarray:

@@ -53,6 +53,16 @@ class Net:
         return getattr(self.module, "global_pool", False)
 
     @property
+    def bgr(self) -> bool:
+        """Whether it takes the map's channels as blue, green and red by itself."""
+        return getattr(self.module, "bgr", False)
+
+    @property
+    def unit(self) -> int:
+        """Pixels of which its map's sides must be multiples."""
+        return getattr(self.module, "factor", 1)
+
+    @property
     def places(self) -> int:
         """K, where it adds something: skip connections and mid block, or levels."""
         net = self.module
