@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
     c.data.name = "edits"
     c.data.size = 256
     c.objective.adapter = "instruct()"
-    c.objective.dropout = "instruct(rate=0.05)"
+    c.objective.dropout = "instruct"
+    c.objective.label_dropout = 0.05
     c.optimizer.learning_rate = 5e-5
     c.ema = "constant(decay=0.999)"
     c.train.steps = 15_000

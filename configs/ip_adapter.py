@@ -20,7 +20,8 @@ from configs import finetune_lora
 def get_config() -> ConfigDict:
     c = finetune_lora.get_config()
     c.data.size = 512
-    c.objective.dropout = "image_prompt(rate=0.05)"
+    c.objective.dropout = "image_prompt"
+    c.objective.label_dropout = 0.05
     c.train.steps = 100_000
     c.train.batch_size = 8
     return c

@@ -21,14 +21,16 @@ from diffusion.adapters.adapter import Adapter
 from diffusion.config import image_features, pretrained_network
 from diffusion.data import sources
 from diffusion.data.sources import Source
+from diffusion.data.templates import sentences
 from diffusion.errors import field
 from diffusion.objectives.adapting import OWN, Adapting
 from diffusion.objectives.denoising import Denoising
-from diffusion.pipelines import adapted, joint
+from diffusion.pipelines import adapted, concepts, description, joint
 from diffusion.pipelines.description import DTYPES, Description
 from diffusion.pipelines.from_pretrained import Opened
-from diffusion.pipelines.from_run import Run, open_base
+from diffusion.pipelines.from_run import Run, is_run, open_base
 from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
+from diffusion.runs import workdir as workdirs
 from diffusion.specs import texts
 
 NAME = "config.objective.adapter"
@@ -118,6 +120,10 @@ class Adaptation:
             raise ValueError(f"{name} has no captions, which the model takes")
         prompts = joint.encoders(self.pipeline)
         encode = conditioner.encode if prompts is None else partial(joint.encode, prompts)
+        if hasattr(self.adapter, "token") and split == "train":
+            with field(f"{NAME}={self.config.objective.adapter!r}"):
+                prompts_of = sentences(self.config.data.template, images.captions)
+                concepts.check_prompts(self.adapter, self.base, encode, prompts_of)
         columns = encode(images.captions)
         if getattr(prompts, "sdxl", False):
             sides = tuple(self.base.codec.factor * side for side in images.shape[:2])
@@ -211,6 +217,21 @@ def make(config: ConfigDict) -> Adaptation | None:
         if isinstance(opened, Run):
             opened.check_draws()
     return Adaptation(config, opened, adapted.adapter(c.adapter, opened.pipeline, NAME))
+
+
+def check_base(config: ConfigDict, workdir: str, described: Description) -> None:
+    """Raises ValueError where a run that goes on was begun with another model than ``described``,
+    of which config.model.path says no more than the place."""
+    if not workdirs.steps(workdir) or not is_run(workdir) or config.train.accept_changes:
+        return
+    before, now = description.read(workdir).fields, described.fields
+    if before.get("base") != now["base"]:
+        raise ValueError(
+            f"{workdir} holds {before.get('adapter')}, trained for the model in "
+            f"{before.get('path')}; the weights in config.model.path={config.model.path!r} are "
+            "others now. Choose another workdir, or go on all the same: "
+            "--config.train.accept_changes=True"
+        )
 
 
 def resolve(config: ConfigDict, workdir: str) -> None:

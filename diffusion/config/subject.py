@@ -67,3 +67,10 @@ def check(c: ConfigDict) -> None:
         )
     if own.class_dir and own.class_count < 1:
         raise ValueError(f"{AT}class_count={own.class_count} must be at least 1")
+    if own.class_dir:
+        both = Path(c.dir).resolve(), Path(own.class_dir).resolve()
+        if both[0].is_relative_to(both[1]) or both[1].is_relative_to(both[0]):
+            raise ValueError(
+                f"{AT}class_dir={own.class_dir!r} and config.data.dir={c.dir!r}: one folder holds "
+                "the other, and pictures below a folder count; expected two apart"
+            )

@@ -36,6 +36,12 @@ STYLE = (
 KINDS = {"object": OBJECT, "style": STYLE}
 
 
+def sentences(kind: str, captions: Sequence[str]) -> list[str]:
+    """All that training may see of captions, each once: as they are, or in the kind's sentences."""
+    different = dict.fromkeys(captions)
+    return [text.format(caption) for caption in different for text in KINDS.get(kind, ("{}",))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
     """A caption in one of many sentences.

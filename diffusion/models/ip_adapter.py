@@ -115,6 +115,8 @@ def block_factors(network: nn.Module, blocks: str | Mapping[str, Any]) -> np.nda
         value = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
         for name, one in value.items():
             if name not in names:
+                if names == [""]:
+                    raise ValueError(f"blocks: {part} is one block, it has none called {name!r}")
                 raise specs.unknown(f"blocks: {part}", name, names)
             block = f"{part}.{name}".rstrip(".")
             count = counts[block]
@@ -123,6 +125,8 @@ def block_factors(network: nn.Module, blocks: str | Mapping[str, Any]) -> np.nda
             if len(factors[block]) != count:
                 raise ValueError(f"blocks: {block} has {count} attentions, got factors {one}")
             for factor in factors[block]:
+                if isinstance(factor, bool) or not isinstance(factor, int | float):
+                    raise ValueError(f"blocks: {block}: expected numbers, got {one!r}")
                 check_range(f"blocks: {block}", factor)
     given = [factors[s.block][s.place] if s.block in factors else 0 for s in sites]
     return np.array(given, np.float32)

@@ -193,13 +193,45 @@ def textual_inversion(token: str, init: str, vectors: int = 1, *, base: Pipeline
     for i in range(len(encoders)):
         inside, end = _inside(base.conditioner, init, i)
         if len(inside) != 1 or inside[0] == 0:
+            what = "unknown to the text encoder" if 0 in inside else f"{len(inside)} tokens"
             raise ValueError(
-                f"init={init!r} is {len(inside)} tokens of the text encoder, or unknown to it; "
-                "choose a common word, such as 'cat' or 'style'"
+                f"init={init!r} is {what}; choose a common word, which is one token, such as "
+                "'cat' or 'style' for published models"
             )
         rows.append(inside[0])
         ends.append(end)
     return Inversion(token, tuple(rows), tuple(ends), vectors)
+
+
+def check_prompts(
+    own: Inversion,
+    base: Pipeline,
+    encode: Callable[[Sequence[str]], dict[str, np.ndarray]],
+    prompts: Sequence[str],
+) -> None:
+    """Raises ValueError unless training would see the word, with all of its rows where it stands.
+
+    Args:
+      own: what is trained, for the model ``base``.
+      encode: prompts -> "tokens" [N, L] or [N, E, L] of the model with the word.
+      prompts: those of training.
+    """
+    times = {p: sum(word is not None for _, word in split(p, [own.token])) for p in prompts}
+    holding = [prompt for prompt, count in times.items() if count]
+    if not holding:
+        raise ValueError(
+            f"none of the prompts holds {own.token!r}, so that nothing would be learned; one is "
+            f"{next(iter(times), '')!r}"
+        )
+    first = np.array([encoder.vocab_size for encoder in text_encoders(base)])[:, None]
+    tokens = encode(holding)["tokens"]
+    rows = (tokens.reshape(len(holding), len(first), -1) >= first).sum(-1).min(-1)
+    for prompt, found in zip(holding, rows.tolist()):
+        if found < own.count * times[prompt]:
+            raise ValueError(
+                f"the text encoder's {tokens.shape[-1]} tokens end before the {own.count} rows of "
+                f"{own.token!r} in {prompt!r}: choose fewer vectors, or shorter prompts"
+            )
 
 
 def _inside(conditioner: Any, text: str, i: int) -> tuple[list[int], int]:

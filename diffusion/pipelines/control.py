@@ -100,7 +100,7 @@ def _followed(
             )
         first, last = interval(sampler, control.start, control.end)
         net = own or open_net(control.net, pipeline, control.pool)
-        _check_effects(control, net, size)
+        check_effects(control, net, size)
         made = control.map(size, pictures)
         if net.channels == 1:
             made = grey(made)[..., None].astype(np.float32)
@@ -110,7 +110,7 @@ def _followed(
     return Followed(control.name, net, made, scale, null, first, last)
 
 
-def _check_effects(control: Control, net: Net, size: tuple[int, int]) -> None:
+def check_effects(control: Control, net: Net, size: tuple[int, int]) -> None:
     """Raises ValueError for what cannot act on this net, or a size that the net does not take."""
     if control.bgr and net.channels == 1:
         raise ValueError("bgr=True has no effect: the net reads a grey map")

@@ -80,7 +80,7 @@ def ip_adapter(
         CLIP's embeddings), or [2, images, patches, D] with those of no picture first.
       lora: strength of the LoRA that a FaceID file holds.
     """
-    several = [(v,) if isinstance(v, str) else tuple(v) for v in (image, mask)]
+    several = [((v,) if v else ()) if isinstance(v, str) else tuple(v) for v in (image, mask)]
     return Spec(file, several[0], scale, encoder, several[1], blocks, embeddings, lora)
 
 
@@ -132,7 +132,8 @@ def _checked(
                 pictures.append(to_uint8(picture_files.read_image(path, *how)))
     count = len(pictures) if features is None else len(features[0])
     if len(spec.mask) not in (0, 1, count):
-        raise ValueError(f"{len(spec.mask)} masks for {count} pictures; expected 1 or {count}")
+        expected = "1" if count == 1 else f"1 or {count}"
+        raise ValueError(f"{len(spec.mask)} masks for {count} pictures; expected {expected}")
     masks = []
     for path in spec.mask:
         with errors.field(f"mask={path!r}"):
@@ -200,10 +201,11 @@ def open_adapter(path: str, network: nn.Module) -> adapter_files.File | Trained:
     run = open_run(path)
     if run.base is None or not isinstance(run.adapter, IPAdapter):
         raise ValueError(f"{path} holds a run of {run.description.network}, not of an IP-Adapter")
-    own = run.adapter
-    if _sites(run.base.pipeline.network) != _sites(network):
+    own, base = run.adapter, run.base.pipeline.network
+    fits = _sites(base) == _sites(network) and own.context(base) == own.context(network)
+    if not fits:
         raise ValueError(f"{path} was trained for the network of {run.description.fields['path']}")
-    projection = own.projection(own.context(run.base.pipeline.network))
+    projection = own.projection(own.context(base))
     return Trained(run, projection, own.feature, own.encoder)
 
 

@@ -279,9 +279,9 @@ def split(text: str, words: Iterable[str]) -> list[tuple[str, str | None]]:
     if not ordered:
         return [(text, None)]
     pattern = "|".join(
-        (r"(?<!\w)" if word[0].isalnum() else "")
+        (r"(?<!\w)" if re.match(r"\w", word[0]) else "")
         + re.escape(word)
-        + (r"(?!\w)" if word[-1].isalnum() else "")
+        + (r"(?!\w)" if re.match(r"\w", word[-1]) else "")
         for word in ordered
     )
     parts = re.split(f"({pattern})", text)

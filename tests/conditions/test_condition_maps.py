@@ -179,6 +179,8 @@ def test_depth_is_normalised_near_white():
     np.testing.assert_allclose(given.depth(distance)[..., 1], 1 - expected, atol=1e-6)
     far = np.array([[1.0, 2.0], [3.0, np.inf]])
     np.testing.assert_allclose(given.depth(far, invert=True)[..., 0], [[1, 0.5], [0, 0]])
+    huge = np.array([[-1e308, 0, 1e308]])
+    np.testing.assert_allclose(given.depth(huge)[..., 0], [[0, 0.5, 1]], atol=1e-7)
     eight = np.array([[10, 200]], np.uint8)  # as it is
     np.testing.assert_allclose(given.depth(eight)[..., 0], eight / 255, atol=1e-7)
     for wrong in (np.array([[1, np.nan]]), np.array([[np.inf]])):
@@ -197,6 +199,11 @@ def test_segmentation_colours():
     np.testing.assert_allclose(255 * shifted, [[(0, 0, 0), (6, 230, 230)]], atol=1e-4)
     coloured = given.segmentation(PALETTE[labels.clip(max=149)])
     np.testing.assert_allclose(coloured[0, 1], PALETTE[2] / 255, atol=1e-7)
+    for kind in (np.uint8, np.int32):
+        one = labels.astype(kind)[..., None]
+        np.testing.assert_array_equal(given.segmentation(one), given.segmentation(labels))
+    with pytest.raises(ValueError, match="first=1 has no effect"):
+        given.segmentation(PALETTE[labels.clip(max=149)], first=1)
     with pytest.raises(ValueError, match="class 150 is not one of ADE20K"):
         given.segmentation(np.array([[150]]))
     with pytest.raises(ValueError, match="whole numbers"):

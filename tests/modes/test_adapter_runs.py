@@ -152,6 +152,8 @@ def test_a_base_that_was_trained_on_is_refused(bases, tmp_path):
     train.run(c, str(copy))
     error, _ = command("--mode=sample", f"--workdir={tmp_path / 'run'}", config=None)
     assert "whose weights are others now" in error
+    error, _ = adapt((copy, data), tmp_path / "run", "full('mid_block')", **{"train.steps": 2})
+    assert "are others now" in error and "accept_changes" in error
     described = json.loads((tmp_path / "run" / "model.json").read_text())
     assert described["fields"]["adapter"] == "full('mid_block')"
 

@@ -48,6 +48,18 @@ def test_words_are_found_at_their_bounds():
     ]  # fmt: skip
     assert split("<a><a-b>x", ["<a>", "<a-b>"]) == [("<a>", "<a>"), ("<a-b>", "<a-b>"), ("x", None)]
     assert split("anything", []) == [("anything", None)]
+    for word, text in (("_toy", "my_toy"), ("toy_", "toy_s"), ("v1.5", "v1.55")):
+        assert split(text, [word]) == [(text, None)]
+
+
+def test_a_word_may_have_dots(tmp_path):
+    """Tensors of layers have some too, and are no words."""
+    rows = np.ones((2, 4), np.float32)
+    save_file({"<v1.5>": rows}, tmp_path / "word.safetensors")
+    assert embeddings.holds(tmp_path / "word.safetensors")
+    for key in ("a.lora_A.weight", "lora_unet_x.alpha", "x.hada_w1_a", "x.diff", "x.bias"):
+        save_file({key: rows, f"b.{key}": rows}, tmp_path / "layers.safetensors")
+        assert not embeddings.holds(tmp_path / "layers.safetensors"), key
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -215,7 +227,7 @@ def test_a_run_with_a_text_encoder_of_its_own():
     assert tokens.tolist() == [1, 9, 10, 7, 8, 6]
     trained = adapted.adapter("textual_inversion('<u>', 'cat')", made)
     assert (trained.start, trained.end) == ((3,), (6,))
-    with pytest.raises(ValueError, match="unknown to it"):
+    with pytest.raises(ValueError, match="unknown to the text encoder"):
         adapted.adapter("textual_inversion('<u>', 'dog')", made)
 
 
@@ -228,7 +240,7 @@ def opened_points():
     ("spec", "expected"),
     [
         ("textual_inversion('<s>')", "needs init"),
-        ("textual_inversion('<s>', 'catastrophically strange')", "tokens of the text encoder"),
+        ("textual_inversion('<s>', 'catastrophically strange')", "tokens; choose a common word"),
         ("textual_inversion(' ', 'cat')", "does not know yet"),
         ("textual_inversion('<s>', 'cat', vectors=0)", "vectors"),
     ],

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from tiny_encoders import randomise
 
+from diffusion.models.t2i_adapter import T2IAdapter
 from diffusion.pipelines import samplers
 from diffusion.pipelines.codec import POSTERIOR, folded
-from diffusion.pipelines.control import interval
+from diffusion.pipelines.condition_maps import CHOICES
+from diffusion.pipelines.control import check_effects, interval
+from diffusion.pipelines.control_nets import Net
 from diffusion.pipelines.from_pretrained import open_pipeline
 from diffusion.pipelines.generation import Generation
 from diffusion.pipelines.request import Request
@@ -286,6 +289,12 @@ def test_guess_mode_acts_less_on_finer_features(sd):
     assert not followed.null_scale.any()
 
 
+def test_a_net_that_reads_blue_first_needs_not_be_told(sd):
+    """Its config says so, and the map that is shown keeps its colours."""
+    plain, told = (sd.spec("b", **options) for options in ({}, {"bgr": True}))
+    assert_equal(map_of(sd, plain, "map"), map_of(sd, told, "map"))
+
+
 def write(path, pixels):
     Image.fromarray(pixels).save(path)
     return str(path)
@@ -318,6 +327,11 @@ def test_maps_from_files(sd, tmp_path):
     colours = np.where(labels[..., None] == 0, (120, 120, 120), (6, 230, 230)).astype(np.uint8)
     Image.fromarray(colours).quantize(4).save(tmp_path / "few.png")
     paths = [write(tmp_path / "labels.png", labels), write(tmp_path / "colours.png", colours)]
+    np.save(tmp_path / "labels.npy", labels[..., None])
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned to the right when it is shown
+    Image.fromarray(np.rot90(labels).copy()).save(tmp_path / "turned.png", exif=turned)
+    paths += [tmp_path / "labels.npy", tmp_path / "turned.png"]
     for path in (*paths, tmp_path / "indices.png", tmp_path / "few.png"):
         made = map_of(sd, f"segmentation({net}='{path}')", "segmentation")
         np.testing.assert_allclose(made, colours[::2, ::2] / 127.5 - 1, atol=1e-6)
@@ -346,6 +360,10 @@ MISTAKES = {
     "canny({net}, image='{image}', end=1.5)": r"end must lie in \[0, 1\], got 1.5",
     "canny(net='{folder}/t2i', image='{image}', pool=True)": "T2I-Adapter has no such setting",
     "canny(net='{folder}/wide', image='{image}')": "does not fit a U-Net",
+    "segmentation({net}, image='{image}', first=1)": "first=1 has no effect",
+    "depth({net}, image='{folder}/row.npy')": r"of shape \(5,\); expected",
+    "depth({net}, image='{folder}/text.npy')": "no array that NumPy reads without unpickling",
+    "map(net='{folder}/grey', image='{image}', bgr=True)": "bgr=True has no effect",
     "segmentation({net}, image='{folder}/labels.png')": "class 200 is not one of ADE20K's",
 }
 
@@ -355,11 +373,26 @@ def test_mistakes_are_named_before_weights_are_read(sd, spec):
     if not (sd.folder / "wide").exists():
         wide = diffusers.T2IAdapter(channels=[32, 32], num_res_blocks=1, downscale_factor=2)
         wide.save_pretrained(sd.folder / "wide")
+        channels = {"channels": [16, 32], "in_channels": 1}
+        grey = diffusers.T2IAdapter(**channels, num_res_blocks=1, downscale_factor=2)
+        grey.save_pretrained(sd.folder / "grey")
         write(sd.folder / "labels.png", np.full((SIZE, SIZE), 200, np.uint8))
+        np.save(sd.folder / "row.npy", np.arange(5.0))
+        (sd.folder / "text.npy").write_text("1 2 3")
     net = f"net='{sd.folder / 'a'}'"
     given = spec.format(net=net, folder=sd.folder, image=sd.folder / "0.png")
     with pytest.raises((ValueError, FileNotFoundError), match=f"config.control.*{MISTAKES[spec]}"):
         Generation(sd.pipeline, [PROMPT], Request(control=(given,), steps=4))
+
+
+def test_what_a_net_does_not_take():
+    net = Net(T2IAdapter(widths=(8,), halved=(False,), factor=32))
+    followed = CHOICES["map"](net="net", image="x.png")
+    check_effects(followed, net, (64, 32))
+    with pytest.raises(ValueError, match="64 x 48 pixels: the net takes multiples of 32"):
+        check_effects(followed, net, (64, 48))
+    with pytest.raises(ValueError, match="pool=True has no effect"):
+        check_effects(CHOICES["map"](net="run", image="x.png", pool=True), net, (64, 32))
 
 
 def test_a_net_for_another_model(sd, sdxl):

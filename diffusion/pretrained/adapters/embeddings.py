@@ -8,6 +8,7 @@ file's name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,10 @@ from diffusion.pretrained import files
 
 PARAMS = ("emb_params", "string_to_param.*", "*")
 PAIR = ("clip_l", "clip_g")
+LAYER = re.compile(
+    r"bundle_emb\..*|.*\.(weight|bias|alpha|diff(_b)?|[wb]_norm|(lora|hada|lokr|dora)_\w+)"
+)
+"""Names of tensors of a network's layers, which are no words; a word may have dots, too."""
 USUAL = "learned_embeds.safetensors"
 LAYOUTS = ("diffusers", "kohya")
 
@@ -43,7 +48,8 @@ def holds(path: str | Path) -> bool:
     if set(tensors) == set(PAIR) or any(name in tensors for name in PARAMS):
         return True
     plain = all(len(t.shape) in (1, 2) for t in tensors.values())
-    return bool(tensors) and plain and not any("." in name for name in tensors)
+    widths = {t.shape[-1:] for t in tensors.values()}
+    return plain and len(widths) == 1 and not any(map(LAYER.fullmatch, tensors))
 
 
 def read(path: str | Path, token: str = "") -> list[Word]:
