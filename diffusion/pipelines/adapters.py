@@ -91,11 +91,9 @@ def attach(
     for text in listed(given):
         with field(f"{name}={text!r}"):
             path, inside = split(text)
-            if embeddings.holds(path):
-                option = specs.value(f"word({inside})", {"word": word}, "its word")
-                source = _with_words(source, path, embeddings.read(path, option))
-            else:
-                chosen.append(text)
+            words = _words(path, inside)
+            source = _with_words(source, path, words)
+            chosen += [] if words else [text]
     if not chosen:
         return source
     table = _table(source.pipeline, source.shapes)
@@ -166,8 +164,24 @@ def _finite(a: Array) -> Array:
 
 
 def word(token: str = "") -> str:
-    """How prompts write the word in a file of textual inversion."""
+    """How prompts write the word of a textual inversion."""
     return token
+
+
+def _words(path: str, inside: str) -> Sequence[Word]:
+    """The words in a file of textual inversion, or of a run that taught one; none of others.
+
+    ``inside`` are the options in their spec's brackets.
+    """
+    options = f"word({inside})", {"word": word}, "its word"
+    if not is_run(path):
+        file = reading.find(path)
+        return embeddings.read(file, specs.value(*options)) if embeddings.holds(file) else ()
+    run = open_run(path)
+    if run.base is None or not hasattr(run.adapter, "word"):
+        return ()
+    taught = run.adapter.word(run.restored[0][OWN])
+    return (taught._replace(token=specs.value(*options) or taught.token),)
 
 
 def _with_words(source: Opened | Run, path: str, words: Sequence[Word]) -> Opened | Run:

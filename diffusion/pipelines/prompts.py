@@ -229,7 +229,7 @@ def _chunks(
     """Of a text, each as long as the encoder's texts are; new words stay whole where they fit."""
     inside = min(tokenizer.model_max_length, encoder.length) - 2
     rows: list[list[tuple[int, float]]] = [[]]  # of (token, weight)
-    for part, weight in parse(text) if weighted else [(text, 1.0)]:
+    for part, weight in parse(_escaped(text, words)) if weighted else [(text, 1.0)]:
         for number, piece in enumerate(BREAK.split(part)):
             if number:
                 rows.append([])
@@ -263,6 +263,12 @@ def _chunks(
     ends = [(tokenizer.eos_token_id, 1.0), *[(tokenizer.pad_token_id, 1.0)] * inside]
     filled = np.array([[begin, *row, *ends][: inside + 2] for row in rows])  # [N, L, 2]
     return _Chunks(filled[..., 0].astype(np.int32), filled[..., 1].astype(np.float32))
+
+
+def _escaped(text: str, words: Iterable[str]) -> str:
+    """A text in which the brackets of words, such as "[V]", are no weights."""
+    pieces = split(text, words)
+    return "".join(re.sub(r"[()\[\]\\]", r"\\\g<0>", p) if word else p for p, word in pieces)
 
 
 def _for_each(prompts: list[str], texts: Texts, name: str) -> list[str]:

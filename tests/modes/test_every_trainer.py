@@ -11,12 +11,12 @@ from commands import command
 from PIL import Image
 
 from configs import finetune_lora
-from diffusion import pretrained
+from diffusion import pipelines, pretrained
 from diffusion.config.data import batches
 from diffusion.config.experiment import build
 from diffusion.models.clip import ClipVision
 from diffusion.objectives.adapting import OWN
-from diffusion.pipelines import description
+from diffusion.pipelines import adapters, concepts, description
 from diffusion.pretrained.models import shapes
 from diffusion.runs import workdir as workdirs
 from diffusion.training import parallel
@@ -128,13 +128,18 @@ def test_stopped_and_laid_out_otherwise(base, kind, tmp_path, compiled_once, mon
         assert np.abs(after - before).max() > 0, f"{jax.tree_util.keystr(path)} learned nothing"
     parts = trained(made, tmp_path / "parts", 1, 2)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    if kind == "textual_inversion":  # the run is an adapter as its file is
+        description.write(tmp_path / "whole", made.description)
+        opened = pipelines.open_any(base / "run")
+        taught = adapters.attach(opened, f"{tmp_path / 'whole'}(token='<t>')")
+        assert concepts.known_words(taught.pipeline) == ("<t>",)
     monkeypatch.setattr(parallel, "SMALL", 1)
     cut = trained(made, tmp_path / "cut", 2, parallel="fsdp", accumulate=2)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def taught(base, workdir, kind, **options):
+def refused(base, workdir, kind, **options):
     """What the error of the command says that trains ``kind``."""
     c = config(base, kind)
     given = {f"config.data.{name}": c.data[name] for name in ("name", "dir", "size", "template")}
@@ -166,6 +171,6 @@ def taught(base, workdir, kind, **options):
 )
 def test_mistakes_that_would_teach_nothing(base, tmp_path, kind, options, expected):
     options = {name: value.format(base) for name, value in options.items()}
-    error = taught(base, tmp_path / "run", kind, **options)
+    error = refused(base, tmp_path / "run", kind, **options)
     assert error is not None and expected in error, error
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import instruct_pix2pix, ip_adapter
 from diffusion.conditioning import Conditioning, ImagePrompt, null_like
+from diffusion.config import objective
 from diffusion.objectives import dropout
 
 RATE = 0.05
@@ -58,3 +60,13 @@ def test_together_drops_all_at_once():
 def test_three_shares_are_at_most_everything(kind):
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 0\.333333\], got 0\.4"):
         dropped(kind, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "signal"), [(instruct_pix2pix, "image"), (ip_adapter, "image_features")]
+)
+def test_label_dropout_is_the_rate_of_the_experiments(experiment, signal):
+    config = experiment.get_config()
+    assert objective.dropout(config, {signal}).keywords == {"rate": RATE}
+    config.objective.label_dropout = 0.2
+    assert objective.dropout(config, {signal}).keywords == {"rate": 0.2}

@@ -77,6 +77,10 @@ def test_pairs_and_several_words(tmp_path):
     embeddings.write(tmp_path / "mine.safetensors", [pair])
     assert set(load_file(tmp_path / "mine.safetensors")) == {"clip_l", "clip_g"}
     assert embeddings.read(tmp_path / "mine.safetensors")[0].token == "mine"
+    for token, layout in (("<toy>", "diffusers"), ("<b>", "kohya")):  # called otherwise
+        own = pair if layout == "diffusers" else pair._replace(rows=pair.rows[:1])
+        embeddings.write(tmp_path / "x.safetensors", [own._replace(token=token)], layout)
+        assert embeddings.read(tmp_path / "x.safetensors")[0].token == token
     save_file(
         {"<a>": np.ones(4, np.float16), "<b>": np.ones((2, 4), np.float32)},
         tmp_path / "two.safetensors",
@@ -139,6 +143,21 @@ def test_a_word_stays_whole_where_a_chunk_ends(both):
     assert len(made.ids) == 2 and made.ids[1, 1:5].tolist() == list(range(first, first + 4))
 
 
+def test_brackets_of_a_word_are_no_weights(both):
+    _, opened = both
+    conditioner = opened.pipeline.conditioner.with_word("[V]", 1)
+    encoder, tokenizer = conditioner.encoders[0], conditioner.tokenizers[0]
+    made = {
+        text: _chunks(tokenizer, encoder, text, True, None, conditioner.own_words(0))
+        for text in ("a [V] cat", r"a \[V\] cat", "a ([V]:1.5) [cat]")
+    }
+    number = conditioner.words[0][1][0]
+    for text, chunks in made.items():
+        assert chunks.ids[0, 2] == number, text
+        weights = (1.5, 1 / 1.1) if "1.5" in text else (1, 1)
+        np.testing.assert_allclose(chunks.weights[0, 2:4], weights, err_msg=text)
+
+
 def test_by_spec_with_mistakes(both, tmp_path):
     _, opened = both
     own = rows(opened, 1)
@@ -148,6 +167,11 @@ def test_by_spec_with_mistakes(both, tmp_path):
     made = adapters.attach(opened, f"{file}(token='<t>')" if len(own) > 1 else str(file))
     token = "<t>" if len(own) > 1 else "thing"
     assert concepts.known_words(made.pipeline) == (token,)
+    folder = tmp_path / "folder"  # such as a repository of one word on the hub
+    folder.mkdir()
+    embeddings.write(folder / "learned_embeds.safetensors", [word])
+    found = adapters.attach(opened, str(folder)).pipeline
+    assert concepts.known_words(found) == ("thing",)
     with pytest.raises(ValueError, match=r"knows '.*' already"):
         adapters.attach(made, f"{file}(token='<t>')" if len(own) > 1 else str(file))
     wrong = Word("w", tuple(r[:, :-1] for r in own))

@@ -2,8 +2,8 @@
 
 Three layouts of safetensors are read and written: {token: (k, d)} of diffusers, which may hold
 several words; {"emb_params": (k, d)} of kohya's scripts and AUTOMATIC1111's web UI; and for SDXL
-{"clip_l": (k, 768), "clip_g": (k, 1280)}. Only the first knows the word; that of the others is the
-file's name.
+{"clip_l": (k, 768), "clip_g": (k, 1280)}. Only the first names the word; that of the others is in
+the metadata of files that are written here, else it is the file's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ LAYER = re.compile(
     r"bundle_emb\..*|.*\.(weight|bias|alpha|diff(_b)?|[wb]_norm|(lora|hada|lokr|dora)_\w+)"
 )
 """Names of tensors of a network's layers, which are no words; a word may have dots, too."""
-USUAL = "learned_embeds.safetensors"
+TOKEN = "token"
+"""The word, in the metadata."""
 LAYOUTS = ("diffusers", "kohya")
 
 
@@ -71,13 +72,14 @@ def read(path: str | Path, token: str = "") -> list[Word]:
             raise ValueError(f"{path}: {name!r} holds numbers that are not finite")
     rows = {name: np.atleast_2d(array).astype(np.float32) for name, array in arrays.items()}
     named = next((name for name in PARAMS if name in rows), None)
+    usual = files.metadata(path).get(TOKEN) or path.stem
     if set(rows) == set(PAIR):
         counts = [len(rows[name]) for name in PAIR]
         if counts[0] != counts[1]:
             raise ValueError(f"{path}: clip_l has {counts[0]} rows, clip_g {counts[1]}")
-        words = [Word(path.stem, tuple(rows[name] for name in PAIR))]
+        words = [Word(usual, tuple(rows[name] for name in PAIR))]
     elif named is not None:
-        words = [Word(path.stem, (rows[named],))]
+        words = [Word(usual, (rows[named],))]
     else:
         words = [Word(name, (array,)) for name, array in rows.items()]
     if not words:
@@ -109,4 +111,5 @@ def write(path: str | Path, words: Sequence[Word], layout: str = "diffusers") ->
     else:
         arrays = {word.token: word.rows[0] for word in words}
     tensors = {name: files.of_array(np.asarray(a, np.float32)) for name, a in arrays.items()}
-    files.write_file(path, tensors)
+    about = {TOKEN: words[0].token} if pair or layout == "kohya" else {}
+    files.write_file(path, tensors, files.PYTORCH | about)
