@@ -67,7 +67,7 @@ class Samples:
         if made is not None:
             own = made.base, made.opened.shapes, made.adapter, trained[OWN]
             if (written := adapter_export.save(folder, *own)) is not None:
-                print(f"{written}: the adapter alone, for other software and config.adapters")
+                print(f"{written}: the adapter alone, as other software reads it")
         elif pretrained_network.is_pretrained(config):
             pretrained_network.export(config, params, folder / "pipeline")
         _loss_curve(experiment, folder)

@@ -11,9 +11,9 @@ from diffusion import pretrained
 from diffusion.adapters.adapter import Adapter, Params
 from diffusion.pipelines import adapted, adapters
 from diffusion.pipelines.pipeline import Pipeline
-from diffusion.pretrained.adapters import embeddings
+from diffusion.pretrained.adapters import embeddings, ip_adapter
 
-FILE, CONTROLNET = "adapter.safetensors", "controlnet"
+FILE, CONTROLNET, IP_ADAPTER = "adapter.safetensors", "controlnet", "ip_adapter.safetensors"
 
 
 def save(
@@ -22,7 +22,7 @@ def save(
     """Writes an adapter as others read it, or nothing where they have no such thing.
 
     Low-rank adapters and words become ``adapter.safetensors``, which config.adapters takes, too; a
-    ControlNet becomes a folder as diffusers saves one.
+    ControlNet becomes a folder as diffusers saves one, an IP-Adapter a file as published ones are.
 
     Args:
       folder: the run's.
@@ -41,4 +41,7 @@ def save(
         net = adapter.network(base.network).nets[0]
         pretrained.save(folder / CONTROLNET, net, params)
         return folder / CONTROLNET
+    if hasattr(adapter, "feature") and base.scheduler is not None:
+        ip_adapter.save(folder / IP_ADAPTER, base.network, params)
+        return folder / IP_ADAPTER
     return None

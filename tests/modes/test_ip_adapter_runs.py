@@ -1,5 +1,7 @@
 """Training of an IP-Adapter beside a run with a text encoder of its own, and pictures from it."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from diffusion.models.clip import ClipText
 from diffusion.models.ip_adapter import ImagePrompted, cross_attentions
 from diffusion.models.text_to_image import TextToImage
 from diffusion.models.unet import UNet
+from diffusion.pipelines import adapter_export
 from diffusion.pipelines.generation import Generation
 from diffusion.pipelines.request import Request
 from diffusion.pretrained.adapters import ip_adapter as files
@@ -86,6 +89,9 @@ def test_written_and_read(base, tmp_path):
         assert type(file.projection) is type(projection) and file.projection.tokens == 2
         again = file.load(net)
         jax.tree.map(np.testing.assert_array_equal, own, again)
+        model = SimpleNamespace(network=net, scheduler={"_class_name": "DDIMScheduler"})
+        left = adapter_export.save(tmp_path, model, None, made, own)
+        assert left.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
