@@ -219,19 +219,21 @@ def make(config: ConfigDict) -> Adaptation | None:
     return Adaptation(config, opened, adapted.adapter(c.adapter, opened.pipeline, NAME))
 
 
-def check_base(config: ConfigDict, workdir: str, described: Description) -> None:
-    """Raises ValueError where a run that goes on was begun with another model than ``described``,
-    of which config.model.path says no more than the place."""
-    if not workdirs.steps(workdir) or not is_run(workdir) or config.train.accept_changes:
+def check_base(config: ConfigDict, workdir: str) -> None:
+    """Raises ValueError where an adapter's run that goes on was begun with other weights than those
+    in config.model.path."""
+    if not is_adapted(config) or config.train.accept_changes:
         return
-    before, now = description.read(workdir).fields, described.fields
-    if before.get("base") != now["base"]:
-        raise ValueError(
-            f"{workdir} holds {before.get('adapter')}, trained for the model in "
-            f"{before.get('path')}; the weights in config.model.path={config.model.path!r} are "
-            "others now. Choose another workdir, or go on all the same: "
-            "--config.train.accept_changes=True"
-        )
+    if not workdirs.steps(workdir) or not is_run(workdir):
+        return
+    path, before = config.model.path, description.read(workdir).fields
+    with field(f"config.model.path={path!r}"):
+        if before.get("base") != adapted.fingerprint(path):
+            raise ValueError(
+                f"{workdir} holds {before.get('adapter')}, trained for the model in "
+                f"{before.get('path')}, and the weights here are others now. Choose another "
+                "workdir, or go on all the same: --config.train.accept_changes=True"
+            )
 
 
 def resolve(config: ConfigDict, workdir: str) -> None:

@@ -66,13 +66,12 @@ def run(config: ConfigDict, workdir: str) -> None:
             "--mode=sample draws, --mode=evaluate judges"
         )
         return
+    adaptation.check_base(config, workdir)
     if jax.process_count() == 1:
         class_pictures.draw_missing(config)
     if latents.needed(config.data) and jax.process_count() == 1:
         latents.compute(config.data, partial(make_images, config.data))
     experiment = build(config)
-    if experiment.adaptation is not None:
-        adaptation.check_base(config, workdir, experiment.description)
     for note in experiment.notes:
         print(f"note: {note}")
     if (done := workdirs.steps(workdir)) and (before := workdirs.read_config(workdir)):
