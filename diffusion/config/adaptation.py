@@ -99,7 +99,6 @@ class Adaptation:
         Raises:
           ValueError: the model takes captions, or other labels, and the data have none of these.
         """
-        # With the words that the adapter teaches, which the base has no tokens of.
         conditioner, name = self.pipeline.conditioner, f"config.data.name={self.config.data.name!r}"
         if conditioner.subject == "label" and images.num_classes != conditioner.count:
             raise ValueError(
@@ -118,7 +117,7 @@ class Adaptation:
             return images
         if not images.captions:
             raise ValueError(f"{name} has no captions, which the model takes")
-        prompts = joint.encoders(self.pipeline)
+        prompts = joint.encoders(self.pipeline)  # which knows the words that are learned
         encode = conditioner.encode if prompts is None else partial(joint.encode, prompts)
         if hasattr(self.adapter, "token") and split == "train":
             with field(f"{NAME}={self.config.objective.adapter!r}"):
