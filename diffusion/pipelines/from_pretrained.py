@@ -294,6 +294,11 @@ def save_pretrained(
     if pipeline.scheduler is None:
         pipeline = published(pipeline)
     conditioner, codec = pipeline.conditioner, pipeline.codec
+    if words := getattr(conditioner, "words", ()):
+        raise ValueError(
+            f"the prompts' new words, {', '.join(word for word, *_ in words)}, have no place in "
+            "such a folder: save the model without them, which others load beside their files"
+        )
     name = "transformer" if pipeline.kind == "DiTPipeline" else "unet"
     parts = {name: (pipeline.network, params["network"])}
     if isinstance(codec, KL):

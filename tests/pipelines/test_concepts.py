@@ -167,6 +167,8 @@ def test_by_spec_with_mistakes(both, tmp_path):
     made = adapters.attach(opened, f"{file}(token='<t>')" if len(own) > 1 else str(file))
     token = "<t>" if len(own) > 1 else "thing"
     assert concepts.known_words(made.pipeline) == (token,)
+    with pytest.raises(ValueError, match=f"new words, {token}, have no place"):
+        pipelines.save_pretrained(tmp_path / "saved", made.pipeline, {})
     folder = tmp_path / "folder"  # such as a repository of one word on the hub
     folder.mkdir()
     embeddings.write(folder / "learned_embeds.safetensors", [word])
