@@ -126,7 +126,8 @@ def test_stopped_and_laid_out_otherwise(base, kind, tmp_path, compiled_once, mon
     start = made.adaptation.initial()({OWN: None}, None)
     whole = trained(made, tmp_path / "whole", 2)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), start, whole.params)
-    assert np.mean(jax.tree.leaves(changed)) > 0.8, changed  # keys' biases change no attention
+    # Keys' biases change no attention, and the first step moves only one factor of a LoRA.
+    assert np.mean(jax.tree.leaves(changed)) > 0.5, changed
     parts = trained(made, tmp_path / "parts", 1, 2)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     if kind == "textual_inversion":  # the run is an adapter as its file is
