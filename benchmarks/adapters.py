@@ -87,10 +87,10 @@ def measured(net: UNet, shape: tuple[int, ...], width: int, batch: int, argument
     sample = _sampling(net, base, adapter.deltas(own), x, cond)
     train, sizes = _training(net, base, adapter, x, cond)
     times = {name: [] for name in (*sample, *train)}
-    for turn in range(arguments.repetitions + 1):
+    for turn in range(-1, arguments.repetitions + 1):
         for name, run in {**sample, **train}.items():
-            seconds = _seconds(run, arguments.seconds)
-            if turn:  # the first one compiles
+            seconds = _seconds(run, arguments.seconds if turn > 0 else 0)
+            if turn > 0:  # before that it is compiled, for a new state and for its own
                 times[name].append(seconds)
 
     def ratio(over: str, under: str) -> float:
