@@ -5,6 +5,7 @@ Submodules are named after transformers' keys, with ``_`` for the dots before nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -104,14 +105,21 @@ class DinoV2(nn.Module):
         self.encoder = Part(partial(_layers, self))
         self.layernorm = LayerNorm(epsilon=self.eps, dtype=self.dtype)
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(
+        self, images: Array, features: Sequence[int] = ()
+    ) -> Array | tuple[Array, tuple[Array, ...]]:
+        """The tokens; with ``features``, also those after these layers, which count from 1."""
         height, width, channels = images.shape[1:]
         if channels != self.channels or height % self.patch or width % self.patch:
             raise ValueError(
                 f"images {images.shape}; expected {self.channels} channels and sides that are "
                 f"multiples of {self.patch}"
             )
-        return self.layernorm(self.encoder(self.embeddings(images)))
+        if any(not 1 <= i <= self.depth for i in features):
+            raise ValueError(f"features={tuple(features)} must be layers 1..{self.depth}")
+        after = self.encoder(self.embeddings(images))
+        tokens = self.layernorm(after[-1])
+        return (tokens, tuple(after[i - 1] for i in features)) if features else tokens
 
 
 def cubic(old: int, new: int) -> np.ndarray:
@@ -131,10 +139,13 @@ def cubic(old: int, new: int) -> np.ndarray:
     return matrix
 
 
-def _layers(net: DinoV2, x: Array) -> Array:
+def _layers(net: DinoV2, x: Array) -> tuple[Array, ...]:
+    """The tokens after each layer."""
+    after = []
     for i in range(net.depth):
         x = Part(partial(_layer, net), name=f"layer_{i}")(x)
-    return x
+        after.append(x)
+    return tuple(after)
 
 
 def _layer(net: DinoV2, x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -52,8 +53,18 @@ class MLP(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, cond: Conditioning, train: bool = False) -> Array:
-        """F [B, out_features] of x [B, D] and c_noise [B], in x's dtype."""
+    def __call__(
+        self,
+        x: Array,
+        time: Array,
+        cond: Conditioning,
+        train: bool = False,
+        features: Sequence[int] = (),
+    ) -> Array | tuple[Array, tuple[Array, ...]]:
+        """F [B, out_features] of x [B, D] and c_noise [B], in x's dtype; with ``features``, F and
+        the residual stream [B, width] after those blocks, which count from 1."""
+        if any(not 1 <= i <= self.depth for i in features):
+            raise ValueError(f"features={tuple(features)} must be blocks 1..{self.depth}")
         if x.ndim != 2 or time.shape != x.shape[:1]:
             got = f"x has shape {x.shape} and time {time.shape}"
             raise ValueError(f"{got}; expected [B, D] and [B]")
@@ -74,7 +85,7 @@ class MLP(nn.Module):
         emb = nn.silu(emb)
         dense = partial(nn.Dense, dtype=self.dtype)
         norm = partial(nn.LayerNorm, 1e-6, self.dtype, use_scale=False, use_bias=False)
-        h = dense(self.width, name="linear_in")(x)
+        h, after = dense(self.width, name="linear_in")(x), []
         for i in range(self.depth):
             m = dense(2 * self.width, name=f"modulation_{i}")(emb)
             scale, shift = jnp.split(m, 2, axis=-1)
@@ -82,5 +93,7 @@ class MLP(nn.Module):
             g = nn.silu(dense(2 * self.width, name=f"linear_1_{i}")(g))
             g = nn.Dropout(self.dropout, deterministic=not train)(g)
             h = h + dense(self.width, kernel_init=zeros, name=f"linear_2_{i}")(g)
+            after.append(h)
         out = dense(self.out_features or x.shape[-1], kernel_init=zeros, name="linear_out")
-        return out(nn.silu(h)).astype(x.dtype)
+        out = out(nn.silu(h)).astype(x.dtype)
+        return (out, tuple(after[i - 1] for i in features)) if features else out

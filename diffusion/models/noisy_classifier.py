@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 
 from diffusion.conditioning import Conditioning
@@ -21,8 +23,18 @@ class NoisyClassifier(Encoder):
     classes: int = 10
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, cond: Conditioning, train: bool = False) -> Array:
-        """Logits [B, K], float32, of x [B, H, W, C] at c_noise [B]."""
-        _, h = self.encode(x, self.embed(time, cond), cond, train)
+    def __call__(
+        self,
+        x: Array,
+        time: Array,
+        cond: Conditioning,
+        train: bool = False,
+        features: Sequence[int] = (),
+    ) -> Array | tuple[Array, tuple[Array, ...]]:
+        """Logits [B, K], float32, of x [B, H, W, C] at c_noise [B]; with ``features``, logits and
+        these blocks' outputs (see ``Encoder.outputs``)."""
+        skips, h = self.encode(x, self.embed(time, cond), cond, train)
+        outputs = self.outputs(skips, h, features)
         h = nn.silu(GroupNorm(self.norm_groups, self.norm_eps, self.dtype, name="norm_out")(h))
-        return nn.Dense(self.classes, name="logits")(h.mean((1, 2)).astype("float32"))
+        logits = nn.Dense(self.classes, name="logits")(h.mean((1, 2)).astype("float32"))
+        return (logits, outputs) if features else logits

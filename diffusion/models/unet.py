@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 from jax.nn.initializers import zeros
 
 from diffusion.conditioning import Conditioning
@@ -64,13 +63,9 @@ class UNet(Encoder):
                 f"time has shape {time.shape}; expected {x.shape[:1]}, one per example"
             )
         channels, dtype, levels = self.out_channels or x.shape[-1], x.dtype, len(self.widths)
-        if any(not 1 <= i <= levels + 1 for i in features):
-            raise ValueError(f"features={tuple(features)} must be blocks 1..{levels + 1}")
         emb = self.embed(time, cond)
         skips, x = self.encode(x, emb, cond, train, extras=control_levels)
-        ends = np.cumsum([per_level(self.blocks, level) + 1 for level in range(levels)]) - 1
-        outputs = (*(skips[end] for end in ends), x)
-        outputs = tuple(outputs[i - 1] for i in features)
+        outputs = self.outputs(skips, x, features)
         if control is not None:
             if len(control) != len(skips) + 1:
                 raise ValueError(

@@ -11,6 +11,7 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.conditioning import Conditioning
 from diffusion.levels import Array
@@ -180,6 +181,16 @@ class Encoder(UNetFields):
             features.extend(outputs)
         x = self.mid_block(x, emb, cond.context, cond.context_mask, train)
         return features, added(x, extras[-1])
+
+    def outputs(self, skips: list[Array], mid: Array, blocks: Sequence[int]) -> tuple[Array, ...]:
+        """Of what ``encode`` gives, the outputs [B, h, w, C] of these blocks: 1 to L are the levels
+        (before downsampling), L + 1 is the mid block."""
+        levels = len(self.widths)
+        if any(not 1 <= i <= levels + 1 for i in blocks):
+            raise ValueError(f"features={tuple(blocks)} must be blocks 1..{levels + 1}")
+        ends = np.cumsum([per_level(self.blocks, level) + 1 for level in range(levels)]) - 1
+        outputs = (*(skips[end] for end in ends), mid)
+        return tuple(outputs[i - 1] for i in blocks)
 
     def _check_width(self, field: str, what: str, array: Array) -> None:
         expected = getattr(self, field)

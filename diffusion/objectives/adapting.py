@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,10 +46,16 @@ class Adapting:
     adapter: Adapter
     base: nn.Module
     part: Callable[[Params], Params] = lambda params: {"network": params}
-    step: ClassVar[None] = None
+
+    @property
+    def step(self) -> Callable | None:
+        """The objective's, on the adapter's loss."""
+        step_on = getattr(self.objective, "step_on", None)
+        return None if step_on is None else step_on(self.loss)
 
     def init(self, key: Array, batch: Batch) -> Params:
-        """{"adapter": ...} beside random parameters of the base, and those of the terms."""
+        """{"adapter": ...} beside random parameters of the base, and what else the objective trains:
+        its terms' parameters, or a method's of few steps."""
         x, cond = jnp.asarray(batch["x"]), conditioning.from_batch(batch)
         o = self.objective
         time = o.c_noise(o.schedule(jnp.full(len(x), 0.5 * o.schedule.t_max)))
@@ -57,13 +63,14 @@ class Adapting:
         if getattr(self.adapter, "edits", False):  # the base alone does not
             cond = cond.replace(image=None)
         base = self.base.init(key, x, time, cond)["params"]
-        terms = {}
-        if o.terms:
-            terms = {name: own for name, own in o.init(key, batch).items() if name != "network"}
-        return {OWN: self.adapter.init(jax.random.fold_in(key, 0), base), **terms}
+        others = {}
+        if o.terms or hasattr(getattr(o, "method", None), "init"):
+            others = {name: own for name, own in o.init(key, batch).items() if name != "network"}
+        return {OWN: self.adapter.init(jax.random.fold_in(key, 0), base), **others}
 
     def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
-        """That of the objective for the network with the adapter."""
+        """That of the objective for the network with the adapter, whose teacher is by default the
+        network without it."""
         if context.train and hasattr(self.adapter, "dropped"):
             key, own = jax.random.split(key)
             params = {**params, OWN: self.adapter.dropped(params[OWN], own)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from diffusion.denoiser import ConditionalDenoise, as_estimate
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives import times
 from diffusion.objectives.denoising import Denoising
+from diffusion.objectives.few_steps.critics import Extract
 from diffusion.objectives.few_steps.jumps import examples, where
 from diffusion.objectives.few_steps.pairs import Setting
 from diffusion.objectives.objective import Batch, Context, Measured, Params
@@ -56,6 +57,10 @@ class Drawn(NamedTuple):
 class Method(Protocol):
     """How a student learns.
 
+    Three members may be absent. ``init(student, key, batch, params)`` gives parameters that are
+    trained besides; ``step_on(loss)`` an objective's ``step`` on a loss; ``features`` says on which
+    network's features critics judge.
+
     Attributes:
       two_times: whether the student is a two-time network.
       teacher: "needed", "possible" or "unused".
@@ -85,6 +90,8 @@ class Student(Denoising):
         uniformly for each example; (1, 1) is none.
       std: standard deviation of the data.
       embeds_guidance: whether the student is given that scale, as ``cond.guidance``.
+      extract: features that critics judge.
+      frozen: shapes of the frozen parameters, by name.
     """
 
     method: Method | None = None
@@ -92,6 +99,18 @@ class Student(Denoising):
     guidance: tuple[float, float] = (1.0, 1.0)
     embeds_guidance: bool = False
     std: float = 0.5
+    extract: Extract | None = None
+    frozen: Any = None
+
+    @property
+    def step(self) -> Callable | None:
+        """The method's own, or None."""
+        return self.step_on(self.loss)
+
+    def step_on(self, loss: Callable) -> Callable | None:
+        """The step on another loss, which is the method's in the end, such as an adapter's."""
+        own = getattr(self.method, "step_on", None)
+        return None if own is None else own(loss)
 
     def loss(self, params: Params, context: Context, batch: Batch, key: Array) -> Measured:
         """The method's."""
@@ -165,23 +184,27 @@ class Student(Denoising):
         return jax.lax.stop_gradient((context.ema or {}).get(name, params))
 
     def taught(self, drawn: Drawn, context: Context) -> Estimate:
-        """The teacher's E[x_0 | x], guided, without gradient."""
-        denoise = self.teacher(context.frozen[TEACHER])
+        """The teacher's E[x_0 | x], guided."""
+        frozen = context.frozen[TEACHER]
+        if self.guidance == (1.0, 1.0):
+            return self.like_teacher(frozen, drawn)
+        denoise = self.teacher(frozen)
         cond = drawn.cond.replace(guidance=None)
 
-        def conditional(x: Array, level: NoiseLevel, cond: Conditioning) -> Array:
-            return as_estimate(denoise(x, level, cond)).x0
-
         def guided(x: Array, level: NoiseLevel) -> Array:
-            if self.guidance == (1.0, 1.0):
-                return jax.lax.stop_gradient(conditional(x, level, cond))
             twice = NoiseLevel(*(jnp.concatenate([leaf, leaf]) for leaf in level))
             both = concatenate(cond, self.null(cond))
-            towards, away = jnp.split(conditional(jnp.concatenate([x, x]), twice, both), 2)
+            d = as_estimate(denoise(jnp.concatenate([x, x]), twice, both)).x0
+            towards, away = jnp.split(d, 2)
             scale = examples(self._scale(drawn.key, drawn.index), x.ndim)
-            return jax.lax.stop_gradient(away + scale * (towards - away))
+            return away + scale * (towards - away)
 
         return guided
+
+    def like_teacher(self, params: Params, drawn: Drawn) -> Estimate:
+        """E[x_0 | x] of the teacher's network with these parameters, without guidance."""
+        denoise, cond = self.teacher(params), drawn.cond.replace(guidance=None)
+        return lambda x, level: as_estimate(denoise(x, level, cond)).x0
 
     def _scale(self, key: Array, index: Array) -> Array:
         """[B] of the teacher's guidance; the student's, where it is given one."""
