@@ -149,7 +149,9 @@ def build(config: ConfigDict) -> Experiment:
                 "draws noise; ddim, heun and dpmpp_2m do not"
             )
         objective, train, frozen = terms.attach(config, objective, train)
-        objective, train, teacher = few_steps.attach(config, objective, pipeline, train)
+        objective, train, teacher = few_steps.attach(
+            config, objective, pipeline, train, None if made is None else made.frozen
+        )
         frozen = frozen | teacher
         if made is not None:
             objective, frozen = made.objective(objective), frozen | {BASE: made.frozen}

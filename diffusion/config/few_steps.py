@@ -8,12 +8,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion import specs
-from diffusion.config import teacher_pairs
+from diffusion.config import critics, teacher_pairs
 from diffusion.data.sources import Source
 from diffusion.errors import check_range, field, wrong_types
 from diffusion.models.surroundings import image_network
 from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.few_steps import pairs
+from diffusion.objectives.few_steps.adversary import Adversarial, latent_adversarial
+from diffusion.objectives.few_steps.critics import CHOICES as FEATURES
+from diffusion.objectives.few_steps.drifting import Drifting
+from diffusion.objectives.few_steps.flash import Flash
+from diffusion.objectives.few_steps.matching import DistributionMatching, ScoreIdentity
 from diffusion.objectives.few_steps.reflow import Reflow
 from diffusion.objectives.few_steps.regression import Consistency, GuidanceDistillation, Progressive
 from diffusion.objectives.few_steps.shortcut import Shortcut
@@ -29,12 +34,18 @@ BASE = "base"
 """A teacher's name: the model that an adapter is trained beside."""
 UNUSED = {"weighting": "simple", "coupling": "independent"}
 METHODS = {
+    "adversarial": Adversarial,
     "consistency": Consistency,
     "continuous": Continuous,
+    "distribution_matching": DistributionMatching,
+    "drifting": Drifting,
+    "flash": Flash,
     "guidance_distillation": GuidanceDistillation,
+    "latent_adversarial": latent_adversarial,
     "mean_flow": MeanFlow,
     "progressive": Progressive,
     "reflow": Reflow,
+    "score_identity": ScoreIdentity,
     "shortcut": Shortcut,
 }
 
@@ -45,7 +56,7 @@ def method(config: ConfigDict) -> Method | None:
         return None
     text = config.few_steps.method
     with field(f"{AT}method={text!r}"), wrong_types():
-        return specs.value(text, METHODS, f"{AT}method", pairs.CHOICES)
+        return specs.value(text, METHODS, f"{AT}method", pairs.CHOICES | FEATURES)
 
 
 def check(config: ConfigDict) -> None:
@@ -133,17 +144,19 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Student:
 
 
 def attach(
-    config: ConfigDict, objective: Denoising, pipeline: Pipeline, train: Source
+    config: ConfigDict, objective: Denoising, pipeline: Pipeline, train: Source, base: Any = None
 ) -> tuple[Denoising, Source, dict[str, Any]]:
-    """The objective of a pipeline with its teacher, the data, which may be the teacher's samples,
-    and the teacher's averaged parameters.
+    """The objective of a pipeline with its teacher and what its critics look at, the data, which
+    may be the teacher's samples, and the frozen parameters of these networks.
+
+    ``base`` are the parameters beside an adapter.
 
     Raises:
-      ValueError: the teacher is not a denoiser of such data.
+      ValueError: the teacher is not a denoiser of such data, or critics cannot see its features.
     """
-    path = config.few_steps.teacher
-    if not path:
+    if config.objective.name != NAME:
         return objective, train, {}
+    path, frozen = config.few_steps.teacher, {}
     if isinstance(objective.method, Reflow):
         with field(f"{AT}teacher={path!r}"):
             companions.weak(path, pipeline, config.objective.schedule)
@@ -151,8 +164,12 @@ def attach(
         low, _ = objective.guidance
         return objective, teacher_pairs.source(config, objective.method, low, teacher, train), {}
     if path == BASE:
-        return dataclasses.replace(objective, teacher=objective.denoiser), train, {}
-    with field(f"{AT}teacher={path!r}"):
-        teacher = companions.weak(path, pipeline, config.objective.schedule)
-    frozen = {TEACHER: teacher.params}
-    return dataclasses.replace(objective, teacher=teacher.network), train, frozen
+        objective = dataclasses.replace(objective, teacher=objective.denoiser)
+    elif path:
+        with field(f"{AT}teacher={path!r}"):
+            found = companions.weak(path, pipeline, config.objective.schedule)
+        frozen = {TEACHER: found.params}
+        objective = dataclasses.replace(objective, teacher=found.network)
+    with field(f"{AT}method={config.few_steps.method!r}"):
+        objective, frozen = critics.attach(config, objective, pipeline, frozen, base)
+    return objective, train, frozen

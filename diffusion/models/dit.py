@@ -135,6 +135,11 @@ class DiT(nn.Module):
             )
         super().__post_init__()
 
+    @property
+    def feature_blocks(self) -> tuple[int, int]:
+        """The number of the last block that ``features`` may name, and of the middle one."""
+        return self.depth, (self.depth + 1) // 2
+
     @nn.compact
     def __call__(
         self,

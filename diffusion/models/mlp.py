@@ -46,6 +46,11 @@ class MLP(nn.Module):
     two_times: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def feature_blocks(self) -> tuple[int, int]:
+        """The number of the last block that ``features`` may name, and of the middle one."""
+        return self.depth, (self.depth + 1) // 2
+
     def __post_init__(self) -> None:
         check_even(self, "width")
         check_at_least_one(self, "depth", "num_classes")

@@ -182,6 +182,11 @@ class Encoder(UNetFields):
         x = self.mid_block(x, emb, cond.context, cond.context_mask, train)
         return features, added(x, extras[-1])
 
+    @property
+    def feature_blocks(self) -> tuple[int, int]:
+        """The number of the last block that ``features`` may name, and of the middle one."""
+        return (len(self.widths) + 1,) * 2
+
     def outputs(self, skips: list[Array], mid: Array, blocks: Sequence[int]) -> tuple[Array, ...]:
         """Of what ``encode`` gives, the outputs [B, h, w, C] of these blocks: 1 to L are the levels
         (before downsampling), L + 1 is the mid block."""

@@ -54,8 +54,8 @@ class Adapting:
         return None if step_on is None else step_on(self.loss)
 
     def init(self, key: Array, batch: Batch) -> Params:
-        """{"adapter": ...} beside random parameters of the base, and what else the objective trains:
-        its terms' parameters, or a method's of few steps."""
+        """{"adapter": ...} beside random parameters of the base, and what else the objective
+        trains: the parameters of its terms, or of a method of few steps."""
         x, cond = jnp.asarray(batch["x"]), conditioning.from_batch(batch)
         o = self.objective
         time = o.c_noise(o.schedule(jnp.full(len(x), 0.5 * o.schedule.t_max)))

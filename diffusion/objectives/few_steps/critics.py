@@ -39,7 +39,7 @@ class Features(NamedTuple):
     """Which network's features are judged.
 
     Attributes:
-      kind: "teacher", "classifier" or "dinov2".
+      kind: "teacher" or "middle" (its middle block), "classifier" or "dinov2".
       path: of its run or folder; of the teacher none.
       layers: of the network, counted from 1; none: the usual ones.
       size: side of the pictures that ``dinov2`` sees, in pixels.
@@ -51,17 +51,17 @@ class Features(NamedTuple):
     size: int = 224
 
 
-def teacher(*layers: int) -> Features:
+def teacher(layers: tuple[int, ...] = ()) -> Features:
     """The teacher's own blocks, by default all of them."""
     return Features("teacher", "", layers)
 
 
-def classifier(workdir: str, *layers: int) -> Features:
+def classifier(workdir: str, layers: tuple[int, ...] = ()) -> Features:
     """The blocks of a classifier of noised examples that was trained here, by default all."""
     return Features("classifier", workdir, layers)
 
 
-def dinov2(model: str, *layers: int, size: int = 224) -> Features:
+def dinov2(model: str, layers: tuple[int, ...] = (), size: int = 224) -> Features:
     """Layers of DINOv2 from a folder or an id, by default four, evenly spaced."""
     return Features("dinov2", model, layers, size)
 
@@ -158,9 +158,7 @@ GAMES = {
         lambda fake: _mean(fake, lambda x: nn.softplus(-x)),
     ),
     "squares": Game(
-        lambda real, fake: (
-            (_mean(real, lambda x: (x - 1) ** 2) + _mean(fake, lambda x: x**2)) / 2
-        ),
+        lambda real, fake: (_mean(real, lambda x: (x - 1) ** 2) + _mean(fake, lambda x: x**2)) / 2,
         lambda fake: _mean(fake, lambda x: (x - 1) ** 2) / 2,
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from diffusion.denoiser import Denoise
@@ -52,6 +53,36 @@ def heun(denoise: Denoise, x: Array, now: NoiseLevel, after: NoiseLevel) -> Arra
     total, total_after = now.alpha + now.sigma, after.alpha + after.sigma
     z = x / total + (after.sigma / total_after - now.sigma / total) * mean
     return jnp.where(after.sigma == 0, first, total_after * z)
+
+
+def multistep(denoise: Denoise, x: Array, nodes: NoiseLevel, first: Array) -> Array:
+    """DPM-Solver++ (2M) (Lu et al., 2022) from a node of each example to the last, clean one.
+
+    A step is a ``jump`` by what the last two estimates extrapolate to, at its middle in log SNR.
+    The first and the last are of order 1.
+
+    Args:
+      x: [B, ...] at the nodes ``first`` [B].
+      nodes: leaves [K + 1, B], noisiest first.
+    """
+    count, index = len(nodes.t) - 1, jnp.arange(len(x))
+    half = jnp.log(nodes.alpha / nodes.sigma)  # infinite at both ends, where that is the order 1
+
+    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, before = carry
+        k = jnp.minimum(first + i, count - 1)
+        now, after = (NoiseLevel(*(leaf[n, index] for leaf in nodes)) for n in (k, k + 1))
+        d = denoise(x, now)
+        h, h_before = (half[n + 1, index] - half[n, index] for n in (k, jnp.maximum(k - 1, 0)))
+        ratio = h / h_before
+        second = (i > 0) & jnp.isfinite(h) & jnp.isfinite(h_before)
+        share = examples(jnp.where(second, ratio, 0) / 2, x.ndim)
+        moved = jump(x, (1 + share) * d - share * before, now, after)
+        active = examples(first + i < count, x.ndim)
+        return jnp.where(active, moved, x), jnp.where(active, d, before)
+
+    steps = count - jnp.min(first)
+    return jax.lax.fori_loop(0, steps, step, (x, jnp.zeros_like(x)))[0]
 
 
 def where(condition: Array, a: NoiseLevel, b: NoiseLevel) -> NoiseLevel:

@@ -21,7 +21,7 @@ from diffusion.objectives import times
 from diffusion.objectives.few_steps import players
 from diffusion.objectives.few_steps.critics import GAMES, Features, Heads, init_heads
 from diffusion.objectives.few_steps.jumps import examples
-from diffusion.objectives.few_steps.student import TEACHER, Drawn, Student
+from diffusion.objectives.few_steps.student import TEACHER, Drawn, Estimate, Student
 from diffusion.objectives.objective import Batch, Context, Measured, Params, Weighted
 
 FAKE, HEAD = "fake", "head"
@@ -133,7 +133,7 @@ class Matching:
         noise: Array,
         level: NoiseLevel,
     ) -> tuple[Array, Array]:
-        """The student's loss of its samples x, and the mean difference of the two estimates."""
+        """The student's loss of its samples x, and how far the two estimates are apart."""
         raise NotImplementedError
 
     def criticised(
@@ -149,13 +149,25 @@ class Matching:
         loss = jnp.mean(((d - x) / scale) ** 2)
         return loss, {FAKE: loss}
 
-    def fake(self, student: Student, params: Params, drawn: Drawn, context: Context) -> Any:
+    def fake(self, student: Student, params: Params, drawn: Drawn, context: Context) -> Estimate:
         """D_fake, of the parameters {"fake": ...}."""
         return student.like_teacher(_fake(params, context), drawn)
 
 
 def _fake(params: Params, context: Context) -> Params:
     return jax.tree.map(jnp.add, context.frozen[TEACHER], params[FAKE])
+
+
+def difference(
+    x: Array, noise: Array, level: NoiseLevel, real: Estimate, fake: Estimate
+) -> tuple[Array, Array]:
+    """The loss whose gradient in the samples x is that of distribution matching, and mean |g|."""
+    fixed = jax.lax.stop_gradient(x)
+    x_t = diffuse(fixed, noise, level)
+    d = real(x_t, level)
+    gradient = jax.lax.stop_gradient((fake(x_t, level) - d) / _mean_abs(fixed - d))
+    loss = 0.5 * jnp.mean((x - (fixed - gradient)) ** 2)
+    return loss, jnp.mean(jnp.abs(gradient))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +197,7 @@ class DistributionMatching(Matching):
     @property
     def features(self) -> Features | None:
         """Of the network that heads are on; None without heads."""
-        return Features("fake", layers=self.layers) if self.adversary else None
+        return Features("middle", layers=self.layers) if self.adversary else None
 
     def init(self, student: Student, key: Array, batch: Batch, params: Params) -> Params:
         """The fake score's difference from the teacher, none, and the heads."""
@@ -198,16 +210,12 @@ class DistributionMatching(Matching):
         return made | {HEAD: init_heads(jax.random.fold_in(key, 7), Heads(), layers)}
 
     def matched(self, student, critics, drawn, context, x, noise, level):
-        x_t = diffuse(jax.lax.stop_gradient(x), noise, level)
-        real = student.taught(drawn, context)(x_t, level)
-        apart = self.fake(student, critics, drawn, context)(x_t, level) - real
-        gradient = jax.lax.stop_gradient(apart / _mean_abs(x - real))
-        goal = jax.lax.stop_gradient(x) - gradient
-        loss = 0.5 * jnp.mean((x - jax.lax.stop_gradient(goal)) ** 2)
+        fake, real = self.fake(student, critics, drawn, context), student.taught(drawn, context)
+        loss, gap = difference(x, noise, level, real, fake)
         if self.adversary:
             logits = self._judge(student, critics, drawn, context, diffuse(x, noise, level), level)
             loss = loss + self.adversary * GAMES["softplus"].student(logits)
-        return loss, jnp.mean(jnp.abs(apart))
+        return loss, gap
 
     def criticised(self, student, params, drawn, context, x):
         loss, metrics = super().criticised(student, params, drawn, context, x)
@@ -232,7 +240,7 @@ class DistributionMatching(Matching):
 class ScoreIdentity(Matching):
     """SiD (Zhou et al., 2024), differentiated through both estimates.
 
-        L = (D_real - D_fake) . ((D_real - x) - alpha (D_real - D_fake)) / mean|x - D_real|
+    L = (D_real - D_fake) . ((D_real - x) - alpha (D_real - D_fake)) / mean|x - D_real|
     """
 
     alpha: float = 1.2
