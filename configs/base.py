@@ -152,7 +152,10 @@ def get_config() -> ConfigDict:
     # How it learns (config/few_steps.py has all methods, objectives/few_steps/ their options):
     # consistency(nodes(18), solver="heun", target="ema"), with pairs nodes, karras, ect, segments
     # or trajectories; continuous(); mean_flow(); shortcut(); progressive(steps=8);
-    # guidance_distillation(); reflow(count=50_000, one_step=False)
+    # guidance_distillation(); reflow(count=50_000, one_step=False); distribution_matching(steps=4,
+    # every=5, adversary=0.0); score_identity(); adversarial(features=teacher), latent_adversarial()
+    # and flash(), whose critics see features of teacher, classifier("RUN") or dinov2("FOLDER");
+    # drifting(tau=0.05), of points
     c.few_steps.method = "consistency()"
     c.few_steps.teacher = ""  # workdir of a denoiser; base: the model beside an adapter; "": none
     # Scale of the teacher's guidance, or (lowest, highest), between which it is drawn

@@ -24,10 +24,18 @@ METHODS = {
     "progressive": "progressive(steps=4)",
     "reflow": "reflow(count=100_000)",
     "one_step": "reflow(count=100_000, one_step=True)",
+    "distribution_matching": "distribution_matching(steps=4, every=5)",
+    "score_identity": "score_identity(every=5)",
+    "adversarial": "adversarial(features=teacher)",
+    "latent_adversarial": "latent_adversarial(switch=750)",
+    "flash": "flash(stage=750, solver_steps=16)",
+    "drifting": "drifting(tau=0.05)",
 }
 NORMS = ("ect", "karras")  # whose distance is a norm, not its square
-RESTARTING = ("ect", "consistency", "karras", "continuous")
-WITHOUT_TEACHER = ("shortcut",)
+GENERATORS = ("distribution_matching", "score_identity", "adversarial", "latent_adversarial")
+RESTARTING = ("ect", "consistency", "karras", "continuous", "flash", *GENERATORS)
+CRITICS = ("adversarial", "latent_adversarial", "flash")
+WITHOUT_TEACHER = ("shortcut", "drifting")
 
 
 def get_config(method: str = "ect") -> ConfigDict:
@@ -49,4 +57,8 @@ def get_config(method: str = "ect") -> ConfigDict:
     c.sampler.steps = 1
     if method in NORMS:
         c.objective.distance = "pseudo_huber(c=1e-4)"
+    if method in CRITICS:
+        c.optimizer.rates = (("head/", 4.0),)
+    if method == "drifting":
+        c.train.batch_size = 2048
     return c

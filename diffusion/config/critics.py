@@ -113,14 +113,14 @@ def _layers(wanted: Features, usual: tuple[int, ...], last: int) -> tuple[int, .
 
 
 def _dinov2(config: ConfigDict, pipeline: Pipeline, wanted: Features) -> tuple[Extract, Any]:
-    model, _ = opened(wanted.path, "Dinov2Model")
-    net: DinoV2 = model.module
     if len(pipeline.shape) != 3 or config.data.autoencoder:
         raise ValueError(
             "dinov2 sees pictures, and this model makes "
             + ("latents" if config.data.autoencoder else f"examples of shape {pipeline.shape}")
             + "; features=teacher() judges those"
         )
+    model, _ = opened(wanted.path, "Dinov2Model")
+    net: DinoV2 = model.module
     if pipeline.shape[-1] not in (1, net.channels):
         raise ValueError(
             f"dinov2 takes {net.channels} channels, and pictures have {pipeline.shape[-1]}"

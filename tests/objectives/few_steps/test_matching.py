@@ -1,6 +1,7 @@
 """Students that match distributions: of a Gaussian, whose gradients are known; and of points."""
 
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 
 import flax.linen as nn
 import jax
@@ -118,10 +119,10 @@ def test_backward_simulation_ends_at_one_node_and_has_no_gradient_before_it():
     for i in range(20):
         x, slopes = ends(jax.random.key(i), jnp.arange(6))
         assert np.ptp(x) < 1e-5
-        node = int(round(float(x[0])))
+        node = round(float(x[0]))
         np.testing.assert_allclose(slopes, 6.0 * (np.arange(1, 5) == node), atol=1e-4)
         other, _ = ends(jax.random.key(i), jnp.arange(6, 12))  # those of another device
-        assert int(round(float(other[0]))) == node
+        assert round(float(other[0])) == node
         seen.add(node)
     assert seen == {1, 2, 3, 4}
 
@@ -156,15 +157,18 @@ def points(step, size=32):
     return {"x": x @ np.array([[0.5, 0.2], [0, 0.3]], np.float32), "index": np.arange(size)}
 
 
-LEARNED = jax.jit(TAUGHT.init)(jax.random.key(7), points(0))
-LEARNED = jax.tree.map(
-    lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), LEARNED
-)
+def random(shapes, seed):
+    """Parameters none of which is zero, so that every layer acts."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: 0.3 * rng.normal(size=a.shape).astype(np.float32), shapes)
+
+
+LEARNED = random(jax.eval_shape(TAUGHT.init, jax.random.key(0), points(0)), 0)
 FROZEN = {TEACHER: LEARNED}
 
 
 def student(method):
-    network, schedule, prediction, c_noise = SETTINGS
+    network, _, prediction, c_noise = SETTINGS
     return Student(
         *SETTINGS,
         method=method,
@@ -181,19 +185,24 @@ EMAS = {"ema": ema.constant(0.9), "power": ema.power_function(0.1)}
 KEY = jax.random.key(1)
 
 
-def trained(steps=6, layout="pmap", devices=4, accumulate=1, optimizer=ADAM, objective=GAN):
-    """The states after each step, and the last metrics."""
+@cache
+def step_of(layout="pmap", devices=1, accumulate=1, optimizer=ADAM):
     chosen = jax.devices()[:devices]
-    placed = parallel.make(layout, chosen)
-    params = jax.jit(objective.init)(KEY, points(0)) | LEARNED
-    state = parallel.place(placed, create(objective, optimizer, EMAS, KEY, points(0), params))
-    frozen = parallel.place(placed, FROZEN)
-    step = make_train_step(
-        objective, optimizer, EMAS, accumulate=accumulate, devices=chosen, parallel=layout
+    return make_train_step(
+        GAN, optimizer, EMAS, accumulate=accumulate, devices=chosen, parallel=layout
     )
+
+
+def trained(steps, batch=points, optimizer=ADAM, layout="pmap", devices=1, accumulate=1):
+    """The states after each step, and the last metrics."""
+    placed = parallel.make(layout, jax.devices()[:devices])
+    params = jax.jit(GAN.init)(KEY, points(0)) | LEARNED
+    state = parallel.place(placed, create(GAN, optimizer, EMAS, KEY, points(0), params))
+    frozen = parallel.place(placed, FROZEN)
     states = [jax.device_get(state)]
     for i in range(steps):
-        state, metrics = step(state, frozen, parallel.place_batch(placed, points(i)), KEY)
+        given = parallel.place_batch(placed, batch(i))
+        state, metrics = step_of(layout, devices, accumulate, optimizer)(state, frozen, given, KEY)
         states.append(jax.device_get(state))
     return states, metrics
 
@@ -210,8 +219,8 @@ def differ(a, b):
 
 
 def test_the_student_moves_at_every_third_step_and_the_critics_at_each():
-    states, metrics = trained()
-    for i, (before, after) in enumerate(zip(states, states[1:])):
+    states, metrics = trained(6)
+    for i, (before, after) in enumerate(pairwise(states)):
         mine = own(before, ["network"]), own(after, ["network"])
         if (i + 1) % EVERY:
             assert_identical(*mine)
@@ -227,31 +236,35 @@ def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), a, b)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [{"layout": "fsdp"}, {"devices": 1, "accumulate": 2}, {"layout": "fsdp", "accumulate": 2}],
-)
+SGD = optimizers.make("sgd", 0.05)
+
+
+@pytest.mark.parametrize("layout", [{"devices": 1}, {"devices": 4, "layout": "fsdp"}])
 def test_layouts_and_pieces_train_alike(layout, monkeypatch):
+    """Four devices at once; one, or four with parameters cut, each in two pieces."""
     monkeypatch.setattr(parallel, "SMALL", 64)  # so that fsdp cuts something
-    sgd = optimizers.make("sgd", 0.05)
-    expected, metrics = trained(3, optimizer=sgd)
-    found, others = trained(3, optimizer=sgd, **layout)
+    expected, metrics = trained(3, optimizer=SGD, devices=4)
+    found, others = trained(3, optimizer=SGD, accumulate=2, **layout)
     assert_close(expected[-1].params, found[-1].params)
     assert_close(expected[-1].ema, found[-1].ema)
     assert float(metrics["loss"]) == pytest.approx(float(others["loss"]), rel=1e-4)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(monkeypatch):
-    bad = points(2)
-    bad["x"][3] = np.nan  # which the discriminator sees
-    fine = points
-    monkeypatch.setitem(globals(), "points", lambda i: bad if i == 2 else fine(i))
-    states, metrics = trained(3)
+def test_a_step_that_is_not_finite_changes_nothing():
+    def poisoned(step):
+        batch = points(step)
+        if step == 2:
+            batch["x"][3] = np.nan  # which the discriminator sees
+        return batch
+
+    states, metrics = trained(3, poisoned)
     assert metrics["finite"] == 0
     assert_identical(states[2].replace(step=np.int32(3)), states[3])
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_bit(tmp_path):
+def test_a_run_that_is_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: step_of())
+
     def batches(start):
         yield from (points(i) for i in range(start, 100))
 
