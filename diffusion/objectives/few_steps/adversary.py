@@ -156,18 +156,16 @@ class Adversarial:
         """Features of x [B, ...], noised alike for real and generated ones, or hardly."""
         level = student.schedule(jnp.full(len(x), student.t_min))
         if self.noised:
-            u = times.independent_uniforms(jax.random.fold_in(drawn.key, 12), drawn.index)
+            u, noise = student.again(drawn, 12, x)
             share = jax.nn.sigmoid(self.mean + self.std * ndtri(u))
             level = student.setting(context).at_fraction(share)
-            noise = student.noise.draw(jax.random.fold_in(drawn.key, 13), drawn.index, x)
             x = diffuse(x, noise, level)
         return student.extract(_of(context.frozen), x, level, drawn.cond)
 
     def _distilled(self, student: Student, drawn: Drawn, context: Context, x: Array) -> Array:
-        key = jax.random.fold_in(drawn.key, 14)
-        u = times.uniforms(jax.random.fold_in(key, 0), drawn.index, student.stratify)
+        u, noise = student.again(drawn, 11, x)
         level = times.levels(u, student.times, student.schedule, student.t_min)
-        x_t = diffuse(x, student.noise.draw(key, drawn.index, x), level)
+        x_t = diffuse(x, noise, level)
         goal = jax.lax.stop_gradient(student.taught(drawn, context)(x_t, level))
         return jnp.mean(examples(level.alpha, x.ndim) * (x - goal) ** 2)
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from diffusion import conditioning
 from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.objectives import times
 from diffusion.objectives.few_steps.critics import GAMES, Features, Heads, Logits, init_heads
 from diffusion.objectives.few_steps.jumps import multistep
 from diffusion.objectives.few_steps.matching import HEAD, difference
@@ -130,10 +129,8 @@ class Flash:
         self, student: Student, params: Params, drawn: Drawn, context: Context, x: Array
     ) -> Array:
         """Distribution matching, with the student as the fake score."""
-        key = jax.random.fold_in(drawn.key, 11)
-        u = times.uniforms(jax.random.fold_in(key, 0), drawn.index, student.stratify)
-        t = jnp.clip(u, 0.02, 0.98) * student.schedule.t_max
-        level, noise = student.schedule(t), student.noise.draw(key, drawn.index, x)
+        u, noise = student.again(drawn, 11, x)
+        level = student.schedule(jnp.clip(u, 0.02, 0.98) * student.schedule.t_max)
         fake = student.estimate(jax.lax.stop_gradient(params), drawn, context)
         return difference(x, noise, level, student.taught(drawn, context), fake)[0]
 
@@ -141,11 +138,9 @@ class Flash:
         self, student: Student, params: Params, drawn: Drawn, context: Context, x: Array
     ) -> Array:
         """Both players' losses: each holds the other's parameters fixed."""
-        key = jax.random.fold_in(drawn.key, 12)
-        u = times.independent_uniforms(jax.random.fold_in(key, 0), drawn.index)
+        u, noise = student.again(drawn, 12, x)
         t = jnp.asarray(JUDGED, u.dtype)[jnp.floor(4 * u).astype(jnp.int32)]
         level = student.schedule(t * student.schedule.t_max)
-        noise = student.noise.draw(key, drawn.index, x)
 
         def judge(x: Array, head: Params) -> Logits:
             x_t = diffuse(x, noise, level)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from diffusion import conditioning, predictions
 from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel, diffuse
-from diffusion.objectives import times
 from diffusion.objectives.few_steps import players
 from diffusion.objectives.few_steps.critics import GAMES, Features, Heads, init_heads
 from diffusion.objectives.few_steps.jumps import examples
@@ -42,7 +41,8 @@ def generate(
     unit = student.schedule.t_max / steps
 
     def at(node: Array | int) -> NoiseLevel:
-        return student.schedule(jnp.full(drawn.index.shape, unit) * node)
+        t = jnp.minimum(unit * node, student.schedule.t_max)
+        return student.schedule(jnp.broadcast_to(t, drawn.index.shape))
 
     key, last = jax.random.fold_in(drawn.key, 20), steps
     x = examples(at(steps).sigma, drawn.x0.ndim) * drawn.noise
@@ -89,8 +89,8 @@ class Matching:
 
     def init(self, student: Student, key: Array, batch: Batch, params: Params) -> Params:
         """The fake score's difference from the teacher: none."""
-        shapes = student.frozen[TEACHER]
-        return {FAKE: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)}
+        shapes = student.frozen[TEACHER]["network"]
+        return {FAKE: jax.tree.map(lambda a: jnp.zeros(a.shape), shapes)}
 
     def level(self, student: Student, u: Array) -> NoiseLevel:
         """At which samples are noised."""
@@ -102,8 +102,7 @@ class Matching:
     ) -> Measured:
         """The critics' mean loss over a batch, and at every k-th step the student's."""
         drawn = student.draw(batch, key)
-        level = self.level(student, drawn.u)
-        noise = student.noise.draw(jax.random.fold_in(drawn.key, 10), drawn.index, drawn.x0)
+        level, (_, noise) = self.level(student, drawn.u), student.again(drawn, 10, drawn.x0)
         fixed = jax.lax.stop_gradient({k: v for k, v in params.items() if k in self.critics})
 
         def played(own: Params) -> tuple[Array, Array, Array]:
@@ -140,9 +139,8 @@ class Matching:
         self, student: Student, params: Params, drawn: Drawn, context: Context, x: Array
     ) -> Measured:
         """The critics' loss of samples x: the denoising loss, of the network's own output."""
-        key = jax.random.fold_in(drawn.key, 11)
-        u = times.uniforms(jax.random.fold_in(key, 0), drawn.index, student.stratify)
-        level, noise = self.level(student, u), student.noise.draw(key, drawn.index, x)
+        u, noise = student.again(drawn, 11, x)
+        level = self.level(student, u)
         d = self.fake(student, params, drawn, context)(diffuse(x, noise, level), level)
         # As an error of the network's output; a loss of x_0 would see strong noise alone.
         scale = predictions.precondition(student.prediction, level.expand(x.ndim)).c_out
@@ -155,7 +153,8 @@ class Matching:
 
 
 def _fake(params: Params, context: Context) -> Params:
-    return jax.tree.map(jnp.add, context.frozen[TEACHER], params[FAKE])
+    teacher = context.frozen[TEACHER]
+    return {**teacher, "network": jax.tree.map(jnp.add, teacher["network"], params[FAKE])}
 
 
 def difference(
@@ -221,9 +220,8 @@ class DistributionMatching(Matching):
         loss, metrics = super().criticised(student, params, drawn, context, x)
         if not self.adversary:
             return loss, metrics
-        key = jax.random.fold_in(drawn.key, 12)
-        u = times.uniforms(jax.random.fold_in(key, 0), drawn.index, student.stratify)
-        level, noise = self.level(student, u), student.noise.draw(key, drawn.index, x)
+        u, noise = student.again(drawn, 12, x)
+        level = self.level(student, u)
         real, fake = (
             self._judge(student, params, drawn, context, diffuse(each, noise, level), level)
             for each in (drawn.x0, x)

@@ -151,6 +151,13 @@ class Student(Denoising):
         """The levels [B] of the objective's times."""
         return times.levels(u, self.times, self.schedule, self.t_min)
 
+    def again(self, drawn: Drawn, number: int, x: Array) -> tuple[Array, Array]:
+        """Other uniform numbers [B] and noise like x [B, ...], for noising what is made of a batch;
+        other ones for each number from 10 on."""
+        key_times, key_noise = jax.random.split(jax.random.fold_in(drawn.key, number))
+        u = times.uniforms(key_times, drawn.index, self.stratify)
+        return u, self.noise.draw(key_noise, drawn.index, x)
+
     def setting(self, context: Context) -> Setting:
         """What pairs of levels are chosen for."""
         return Setting(self.schedule, self.times, context.step)

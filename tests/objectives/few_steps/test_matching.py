@@ -42,10 +42,12 @@ class Shift(nn.Module):
 def gaussian(params):
     """The exact denoiser of N(m, s^2)."""
 
+    mean = params["network"]["m"]
+
     def denoise(x, level, cond):
         level = level.expand(x.ndim)
         gain = level.alpha * STD**2 / ((level.alpha * STD) ** 2 + level.sigma**2)
-        return params["m"] + gain * (x - level.alpha * params["m"])
+        return mean + gain * (x - level.alpha * mean)
 
     return denoise
 
@@ -59,7 +61,7 @@ def matched(method, t, mu):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         z, noise = jnp.asarray(rng.normal(size=(2, 64, 1)))
-        frozen = {TEACHER: {"m": jnp.float64(MEAN)}}
+        frozen = {TEACHER: {"network": {"m": jnp.float64(MEAN)}}}
         critics = {"fake": {"m": jnp.float64(mu - MEAN)}}
         context = Context(frozen)
         drawn = objective.draw({"x": z}, jax.random.key(0))
