@@ -108,6 +108,25 @@ FIELDS = [  # the configuration's own
         r"learns from the data, not from config\.few_steps\.teacher",
     ),
     (
+        dict(objective__name="few_steps", few_steps__method="distribution_matching(steps=4)"),
+        r"method='distribution_matching\(steps=4\)' needs a teacher",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__method="flash(solver_steps=30)"),
+        r"config\.few_steps\.method.*solver_steps=30 must be a multiple of 4; nearest: 28 or 32",
+    ),
+    (
+        dict(objective__name="few_steps", few_steps__method="adversarial(features=dino)"),
+        r"config\.few_steps\.method: unknown 'dino'.*mean 'dinov2'",
+    ),
+    (
+        dict(
+            objective__name="few_steps",
+            few_steps__method="adversarial(features=classifier('nowhere'), distillation=0.0)",
+        ),
+        r"config\.few_steps\.method=.*nowhere is not the workdir of a run",
+    ),
+    (
         dict(objective__name="few_steps", few_steps__guidance=3.0),
         r"config\.few_steps\.guidance=3\.0 is of a teacher",
     ),
@@ -213,6 +232,14 @@ def test_mistakes_are_named(overrides, message):
             dict(objective__terms="uncertainty()"),
             r"config\.objective\.terms=.*change the loss of config\.objective\.name='denoising'",
         ),
+        (
+            toy2d,
+            dict(
+                objective__name="few_steps",
+                few_steps__method="adversarial(features=dinov2('x'), distillation=0.0)",
+            ),
+            r"dinov2 sees pictures, and this model makes examples of shape \(2,\)",
+        ),
         (few_steps2d, dict(few_steps__teacher=""), r"config\.train\.init_from='runs/toy2d'"),
     ],
 )
@@ -240,6 +267,7 @@ def test_what_does_not_fit_the_objective_is_named(module, overrides, message):
         | dict(sampler__solver="euler"),
         dict(objective__name="few_steps", few_steps__method="shortcut()", model__name="dit")
         | dict(sampler__solver="ddim"),
+        dict(objective__name="few_steps", few_steps__method="drifting()"),
         dict(model__name="dit", model__dit__scan=True, model__dit__positions="rotary"),
     ],
     ids=str,
