@@ -18,7 +18,7 @@ from diffusion import conditioning, predictions
 from diffusion.errors import check_range
 from diffusion.levels import Array, NoiseLevel, diffuse
 from diffusion.objectives.few_steps import players
-from diffusion.objectives.few_steps.critics import GAMES, Features, Heads, init_heads
+from diffusion.objectives.few_steps.critics import GAMES, Features, Heads, Logits, init_heads
 from diffusion.objectives.few_steps.jumps import examples
 from diffusion.objectives.few_steps.student import TEACHER, Drawn, Estimate, Student
 from diffusion.objectives.objective import Batch, Context, Measured, Params, Weighted
@@ -208,7 +208,17 @@ class DistributionMatching(Matching):
         layers = jax.eval_shape(student.extract, student.frozen[TEACHER], x, level, cond)
         return made | {HEAD: init_heads(jax.random.fold_in(key, 7), Heads(), layers)}
 
-    def matched(self, student, critics, drawn, context, x, noise, level):
+    def matched(
+        self,
+        student: Student,
+        critics: Params,
+        drawn: Drawn,
+        context: Context,
+        x: Array,
+        noise: Array,
+        level: NoiseLevel,
+    ) -> tuple[Array, Array]:
+        """See ``Matching.matched``."""
         fake, real = self.fake(student, critics, drawn, context), student.taught(drawn, context)
         loss, gap = difference(x, noise, level, real, fake)
         if self.adversary:
@@ -216,7 +226,10 @@ class DistributionMatching(Matching):
             loss = loss + self.adversary * GAMES["softplus"].student(logits)
         return loss, gap
 
-    def criticised(self, student, params, drawn, context, x):
+    def criticised(
+        self, student: Student, params: Params, drawn: Drawn, context: Context, x: Array
+    ) -> Measured:
+        """The denoising loss, and the discriminator's."""
         loss, metrics = super().criticised(student, params, drawn, context, x)
         if not self.adversary:
             return loss, metrics
@@ -229,7 +242,15 @@ class DistributionMatching(Matching):
         own = GAMES["softplus"].critic(real, fake)
         return loss + self.critic * own, metrics | {HEAD: own}
 
-    def _judge(self, student, params, drawn, context, x, level):
+    def _judge(
+        self,
+        student: Student,
+        params: Params,
+        drawn: Drawn,
+        context: Context,
+        x: Array,
+        level: NoiseLevel,
+    ) -> Logits:
         layers = student.extract(_fake(params, context), x, level, drawn.cond)
         return Heads().apply({"params": params[HEAD]}, layers)
 
@@ -247,7 +268,17 @@ class ScoreIdentity(Matching):
         super().__post_init__()
         check_range("alpha", self.alpha, 0, 10)
 
-    def matched(self, student, critics, drawn, context, x, noise, level):
+    def matched(
+        self,
+        student: Student,
+        critics: Params,
+        drawn: Drawn,
+        context: Context,
+        x: Array,
+        noise: Array,
+        level: NoiseLevel,
+    ) -> tuple[Array, Array]:
+        """See ``Matching.matched``."""
         x_t = diffuse(x, noise, level)
         real = student.taught(drawn, context)(x_t, level)
         apart = real - self.fake(student, critics, drawn, context)(x_t, level)
