@@ -156,7 +156,10 @@ TAUGHT = Denoising(*SETTINGS)
 
 def points(step, size=32):
     x = np.random.default_rng(step).normal(size=(size, 2)).astype(np.float32)
-    return {"x": x @ np.array([[0.5, 0.2], [0, 0.3]], np.float32), "index": np.arange(size)}
+    return {
+        "x": x @ np.array([[0.5, 0.2], [0, 0.3]], np.float32),
+        "index": np.arange(size, dtype=np.int32),
+    }
 
 
 def random(shapes, seed):
