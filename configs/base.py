@@ -100,6 +100,11 @@ def get_config() -> ConfigDict:
     c.model.prediction_type = ""  # of a single file: epsilon or v_prediction; empty: as published
     c.model.tokenizer = ""  # for a single file: CLIP's folder or merges file; empty: from the hub
     c.model.vae = ""  # an autoencoder's folder or hub id, instead of a pretrained model's own
+    # Another network's folder, hub id or file of weights, instead of a pretrained model's own
+    c.model.network = ""
+    # Of a few-step checkpoint, which has its own solver, steps and guidance: "lightning(steps=4)"
+    # (pipelines/few_steps.py); auto: what the files and their names say; empty: none
+    c.model.family = "auto"
     c.model.refiner = ""  # an SDXL refiner, which takes the last steps
     c.model.tile = 0  # pixels of the tiles in which pictures are decoded; 0: whole pictures
 

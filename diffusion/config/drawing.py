@@ -19,7 +19,7 @@ from diffusion.config.data import make_source
 from diffusion.data.sources import Source
 from diffusion.errors import field
 from diffusion.evaluation.metrics.metric import Data, Samples
-from diffusion.pipelines import adapters, description, guidance, samplers
+from diffusion.pipelines import adapters, description, guidance, recognition, samplers
 from diffusion.pipelines.conditioners import Subject
 from diffusion.pipelines.description import DTYPES
 from diffusion.pipelines.draw import program
@@ -39,7 +39,7 @@ MOST = 64
 # depend on them.
 FREE = ("parallel", "sampler.*", "samples.*", "evaluation.*", "sweep.*", "learn.*", "inspect.*")
 FREE += ("data.threads", "data.workers", "data.prefetch", "model.path", "model.tile", "compare.*")
-FREE += ("adapters", "control", "image_prompts")
+FREE += ("adapters", "control", "image_prompts", "model.network", "model.family")
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,21 @@ def source_of(config: ConfigDict, workdir: str | None) -> Opened | Run:
         path, name = workdir, f"--workdir={workdir}"
     else:
         path = c.path
-    source = open_model(config, path, name)
+    source = open_model(config, path, name, c.network)
     if isinstance(source, Run):
         _check_same(config, path)
-    return adapters.attach(source, config.adapters, "config.adapters")
+    source = adapters.attach(source, config.adapters, "config.adapters")
+    if isinstance(source, Run):
+        return source
+    names = [*adapters.paths(config.adapters), c.network, path]
+    source = recognition.chosen(source, c.family, names, "config.model.family")
+    if c.family == "auto" and source.pipeline.few_steps is not None:
+        few = source.pipeline.few_steps
+        print(
+            f"note: {few.name}, as the model's files say: {few.solver}, {few.usual} steps, cfg("
+            f"{few.scale:g}); config.model.family names another family, or none by ''"
+        )
+    return source
 
 
 def _check_same(config: ConfigDict, path: str) -> None:
@@ -173,14 +184,18 @@ def _check_same(config: ConfigDict, path: str) -> None:
     check(config, path, unused)
 
 
-def open_model(config: ConfigDict, path: str, name: str) -> Opened | Run:
+def open_model(config: ConfigDict, path: str, name: str, network: str = "") -> Opened | Run:
     """A model to draw from, opened as config.model describes; weights are not read yet.
 
-    ``name`` is the model's name in error messages.
+    ``name`` is the model's name in error messages, ``network`` one to take instead of its own.
     """
     c, computes = config.model, dtype(config)
     with field(name):
         if is_run(path):
+            if c.family != "auto":
+                raise ValueError(
+                    f"config.model.family={c.family!r} has no effect: it is for pretrained models"
+                )
             own, computes = description.read(path).dtype, None
             if c.dtype not in ("auto", own):
                 raise ValueError(f"config.model.dtype={c.dtype!r} has no effect: the run has {own}")
@@ -193,6 +208,8 @@ def open_model(config: ConfigDict, path: str, name: str) -> Opened | Run:
             prediction_type=c.prediction_type or None,
             tokenizer=c.tokenizer,
             vae=c.vae,
+            network=network,
+            family="",  # source_of chooses it, by adapters too
             dtype=computes,
             tile=c.tile,
         )
@@ -238,13 +255,14 @@ def settings(config: ConfigDict, pipeline: Pipeline, step: int) -> dict[str, Any
     s["guidance"] = texts(own.guidance if s["guidance"] == "auto" else s["guidance"])
     s["acceleration"] = texts(s["acceleration"])
     names = ("path", "revision", "variant", "prediction_type", "dtype", "tokenizer", "vae")
+    few = "" if pipeline.few_steps is None else pipeline.few_steps.name
     asked = {name: config.samples[name] for name in ("prompt", "labels", "negative")}
     for name in ("prompt", "labels"):
         if str(asked[name]).startswith("@"):  # the file may change
             asked[name] = contents.subjects(config)
     return {
         "step": step,
-        "model": {name: config.model[name] for name in names},
+        "model": {n: config.model[n] for n in (*names, "network")} | {"family": few},
         "sampler": s,
         "samples": asked,
         **({"adapters": adapters.listed(config.adapters)} if config.adapters else {}),

@@ -33,7 +33,7 @@ ACTING = {
     "samples.*": DRAWING,
     "model.path": (*DRAWING, "profile", "cache"),
     **{f"model.{name}": JUDGING for name in ["revision", "variant", "prediction_type"]},
-    **{f"model.{name}": JUDGING for name in ["tokenizer", "vae", "tile"]},
+    **{f"model.{name}": JUDGING for name in ["tokenizer", "vae", "network", "family", "tile"]},
     "adapters": JUDGING,
     "control": ("generate",),
     "image_prompts": ("generate",),

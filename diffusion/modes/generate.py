@@ -143,10 +143,10 @@ def _next_number(folder: Path) -> int:
 def _about(config: ConfigDict, made: Generation, subject: Subject, index: int) -> dict[str, str]:
     """What made a picture: enough to make it again."""
     kind = {"text": "prompt", "label": "label", "": "subject"}[made.pipeline.conditioner.subject]
-    scheduler = made.pipeline.scheduler
+    scheduler, few = made.pipeline.scheduler, made.pipeline.few_steps
     solver = config.sampler.solver
     if solver == "auto":
-        solver = made.pipeline.defaults.solver if scheduler is None else scheduler["_class_name"]
+        solver = made.pipeline.defaults.solver or scheduler["_class_name"]
     about = {
         kind: str(subject),
         "negative": str(config.samples.negative),
@@ -155,6 +155,7 @@ def _about(config: ConfigDict, made: Generation, subject: Subject, index: int) -
         "index": str(index),
         "evaluations": str(made.evaluations),
         "adapters": ", ".join(adapters.listed(config.adapters)),
+        "family": "" if few is None else few.name,
         "solver": solver,
         "settings": json.dumps(config.to_dict() | {kind: subject}, default=str),
     }

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffusion.pipelines import adapters as adapting
-from diffusion.pipelines.from_pretrained import Opened, open_pipeline, save_pretrained
+from diffusion.pipelines import recognition
+from diffusion.pipelines.from_pretrained import Opened, open_pipeline
 from diffusion.pipelines.from_run import Run, is_run, open_run
 from diffusion.pipelines.from_single_file import open_checkpoint
 from diffusion.pipelines.generation import generate
 from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.pipelines.to_diffusers import save_pretrained
 from diffusion.pipelines.tokenizers import clip_tokenizer_at
 
 __all__ = ["Pipeline", "generate", "load", "open_any", "save_pretrained"]
@@ -38,6 +40,8 @@ def open_any(
     prediction_type: str | None = None,
     tokenizer: str = "",
     vae: str = "",
+    network: str = "",
+    family: str = "auto",
     dtype: DTypeLike | None = None,
     tile: int = 0,
     adapters: str | Sequence[str] = (),
@@ -52,6 +56,10 @@ def open_any(
       prediction_type: of a single file: epsilon or v_prediction; None: the published one.
       tokenizer: for a single file: CLIP's folder or merges file; empty: from the hub.
       vae: an autoencoder's folder or hub id, instead of a pretrained model's own.
+      network: another network's folder, hub id or file of weights, instead of a pretrained
+        model's own: ``Opened.with_network``.
+      family: of a few-step checkpoint, "lightning(steps=4)"; "auto": what its files say; "": none.
+        See ``few_steps.CHOICES`` and ``recognition.chosen``.
       dtype: of a pretrained model; None: bfloat16, but float32 on a CPU.
       tile: pixels of the tiles in which pictures are decoded; 0: whole.
       adapters: of the model's weights, such as ("style.safetensors(0.8)", ...); see
@@ -65,7 +73,7 @@ def open_any(
         raise ValueError("expected a run's workdir, a diffusers folder, a file or a hub id")
     run, path = is_run(path_or_id), Path(path_or_id)
     pretrained, file = "a pretrained model", "a single file"
-    usual = {"average": "ema", "checkpoint": "newest"}
+    usual = {"average": "ema", "checkpoint": "newest", "family": "auto"}
     for name, value, acts, kind in (
         ("average", average, run, "a run"),
         ("checkpoint", checkpoint, run, "a run"),
@@ -74,6 +82,8 @@ def open_any(
         ("prediction_type", prediction_type, path.is_file(), file),
         ("tokenizer", tokenizer, path.is_file(), file),
         ("vae", vae, not run, pretrained),
+        ("network", network, not run, pretrained),
+        ("family", family, not run, pretrained),
         ("dtype", dtype, not run, pretrained),
         ("tile", tile, not run, pretrained),
     ):
@@ -92,16 +102,20 @@ def open_any(
         opened = open_checkpoint(path_or_id, made, prediction_type=prediction_type, **common)
     else:
         opened = open_pipeline(path_or_id, revision=revision, variant=variant, **common)
+    opened = opened.with_network(network) if network else opened
     opened = opened.with_autoencoder(vae) if vae else opened
-    return adapting.attach(opened, adapters)
+    names = [*adapting.paths(adapters), network, str(path_or_id)]
+    return recognition.chosen(adapting.attach(opened, adapters), family, names)
 
 
 def load(
     path_or_id: str | Path,
     *,
+    network: str = "",
+    family: str = "auto",
     dtype: DTypeLike | None = None,
     adapters: str | Sequence[str] = (),
 ) -> tuple[Pipeline, Params]:
     """A model and its parameters; arguments and errors of ``open_any``."""
-    opened = open_any(path_or_id, dtype=dtype, adapters=adapters)
+    opened = open_any(path_or_id, network=network, family=family, dtype=dtype, adapters=adapters)
     return opened.pipeline, opened.load()

@@ -113,6 +113,11 @@ def listed(given: str | Sequence[str]) -> list[str]:
     return [] if several == [""] else several
 
 
+def paths(given: str | Sequence[str]) -> list[str]:
+    """Those in the specs of a field."""
+    return [split(text)[0] for text in listed(given)]
+
+
 def read(path: str, table: Table, own: Strengths) -> tuple[Deltas, Sequence[Word]]:
     """What a file, a folder, a hub id or a run holds for a model with these layers: its deltas, and
     new words of prompts that are bundled with them.

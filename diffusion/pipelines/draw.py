@@ -261,7 +261,7 @@ def check_batch(keys: jax.Array, **arrays: Any) -> None:
 def distilled(pipeline: Pipeline, inputs: Inputs, chain: Chain) -> tuple[Inputs, Chain]:
     """For networks that know guidance's scale, the scale as a condition instead of a link."""
     pair = chains.pair(chain)
-    if getattr(pipeline.image_network, "guidance_width", None) is None or pair is None:
+    if not pipeline.takes_scale or pair is None:
         return inputs, chain
     count = len(jax.tree.leaves(inputs.cond)[0])
     scale = jnp.broadcast_to(jnp.asarray(pair.numbers["scale"], jnp.float32), (count,))

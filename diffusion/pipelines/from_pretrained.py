@@ -1,8 +1,7 @@
-"""Pipelines' folders, in and out.
+"""Pipelines from folders as diffusers saves them, and from the hub.
 
 opened = open_pipeline("stable-diffusion-v1-5", dtype=jnp.bfloat16)  # no weights yet
 pipeline, params = opened.pipeline, opened.load()
-save_pretrained("mine", pipeline, params)  # which diffusers reads
 """
 
 from __future__ import annotations
@@ -29,9 +28,8 @@ from diffusion.pipelines.extension import Attachment
 from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
 from diffusion.pipelines.prompts import Prompts
 from diffusion.pipelines.tiles import Tiling
-from diffusion.pipelines.to_diffusers import published
 from diffusion.pipelines.tokenizers import load_tokenizer
-from diffusion.pretrained import folders, hub
+from diffusion.pretrained import files, folders, hub
 from diffusion.pretrained.models import Model, example
 from diffusion.pretrained.schedulers import catalogue as schedulers
 from diffusion.pretrained.schedulers import from_diffusers
@@ -47,17 +45,19 @@ KINDS = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "LatentConsistencyModelPipeline",
+    "ConsistencyModelPipeline",
     "DiTPipeline",
     "DDPMPipeline",
     "DDIMPipeline",
 )
-PIXELS = ("DDPMPipeline", "DDIMPipeline")
+PIXELS = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 """Kinds without an autoencoder."""
 STEPS = 10  # of a sampler that is only made to read what the network's output means
 DEFAULTS = {
     "StableDiffusionUpscalePipeline": Defaults("", "uniform", 75, ("cfg(9)",)),
     EDITOR: Defaults("", "uniform", 100, ("instruct(7.5, 1.5)",)),
     "LatentConsistencyModelPipeline": Defaults("", "uniform", 4, ("cfg(8.5)",)),
+    "ConsistencyModelPipeline": Defaults("", "uniform", 1, ("cfg(1)",)),
     "DiTPipeline": Defaults("", "uniform", 50, ("cfg(4)",)),
     "DDPMPipeline": Defaults("", "uniform", 1000, ("cfg(1)",)),
     "DDIMPipeline": Defaults("", "uniform", 50, ("cfg(1)",)),
@@ -118,6 +118,33 @@ class Opened:
             )
         pipeline = replace(self.pipeline, codec=replace(codec, network=net))
         return replace(self, pipeline=pipeline, models={**self.models, "vae": model})
+
+    def with_network(self, path_or_id: str | Path) -> Opened:
+        """With another network of the same inputs, such as a distilled one.
+
+        ``path_or_id`` is a model's folder or hub id; or a .safetensors file of weights in
+        diffusers' naming, of a network with this one's config.
+
+        Raises:
+          FileNotFoundError: there is no such model.
+          ValueError: the weights, or the network's inputs and outputs, do not fit.
+        """
+        part = next(name for name in NETWORKS if name in self.models)
+        own, path = self.models[part], Path(path_or_id).expanduser()
+        if path.is_file():
+            names = pretrained.models.table(own.module)
+            model = replace(own, names=names, tensors=files.open_file(path), source=str(path))
+            model.check()
+        else:
+            expected = pretrained.models.class_name(own.config)
+            model = pretrained.open_model(path_or_id, expected=expected)
+        fits, needs = _inputs(model.module), _inputs(own.module)
+        if fits != needs:
+            raise ValueError(
+                f"network={path_or_id}: its inputs and outputs are {fits}; this model's {needs}"
+            )
+        pipeline = replace(self.pipeline, network=model.module.clone(dtype=self.dtype))
+        return replace(self, pipeline=pipeline, models={**self.models, part: model})
 
     def attach(self, attachment: Attachment) -> Opened:
         """With something attached."""
@@ -277,55 +304,11 @@ def assemble(
     )
 
 
-def save_pretrained(
-    folder: str | Path, pipeline: Pipeline, params: Params, dtype: DTypeLike | None = None
-) -> None:
-    """Writes a folder that ``open_pipeline`` and diffusers' ``DiffusionPipeline`` read.
-
-    A run becomes a DDIMPipeline, or with a transformer on latents a DiTPipeline, where diffusers
-    has such networks and schedules.
-
-    ``folder`` is new, or a pipeline's; ``dtype`` is of the weights, by default their own.
-
-    Raises:
-      ValueError: diffusers has nothing for a part of it, which the message names.
-    """
-    folder = Path(folder)
-    if pipeline.scheduler is None:
-        pipeline = published(pipeline)
-    conditioner, codec = pipeline.conditioner, pipeline.codec
-    if words := getattr(conditioner, "words", ()):
-        raise ValueError(
-            f"the prompts' new words, {', '.join(word for word, *_ in words)}, have no place in "
-            "such a folder: save the model without them, which others load beside their files"
-        )
-    name = "transformer" if pipeline.kind == "DiTPipeline" else "unet"
-    parts = {name: (pipeline.network, params["network"])}
-    if isinstance(codec, KL):
-        parts["vae"] = (codec.network, params["autoencoder"])
-    components: dict[str, tuple[str, str] | None] = {}
-    if isinstance(conditioner, Prompts):
-        components |= {"safety_checker": None, "feature_extractor": None}  # absent, explicitly
-        encoders = zip(ENCODERS, conditioner.encoders, params["encoders"], conditioner.tokenizers)
-        for encoder, module, weights, tokenizer in encoders:
-            parts[encoder] = (module, weights)
-            where = encoder.replace("text_encoder", "tokenizer")
-            tokenizer.save_pretrained(folder / where)
-            components[where] = ("transformers", type(tokenizer).__name__)
-    for part, (module, weights) in parts.items():
-        pretrained.save(folder / part, module, weights, dtype=dtype)
-        config = folders.read_json(folder / part / "config.json")
-        library = "diffusers" if "_class_name" in config else "transformers"
-        kind = config.get("_class_name") or config["architectures"][0]
-        components[part] = (library, kind)
-    for part in SCHEDULERS:
-        config = pipeline.scheduler if part == "scheduler" else pipeline.low_res_scheduler
-        if config is not None:
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            folders.write_json(folder / part / "scheduler_config.json", config)
-            components[part] = ("diffusers", config["_class_name"])
-    index = pretrained.Index(pipeline.kind, components, pipeline.options)
-    pretrained.save_index(folder, index)
+def _inputs(network: nn.Module) -> dict[str, Any]:
+    """What a network takes and gives besides guidance's scale: channels, and a batch's shapes."""
+    x, _, cond = example(network)
+    shapes = {k: v.shape for k, v in vars(cond).items() if v is not None and k != "guidance"}
+    return {"in": x.shape[-1], "out": network.out_channels, **shapes}
 
 
 def _labels(rows: int, options: Mapping[str, Any]) -> Labels:

@@ -213,6 +213,9 @@ class Generation:
         request = self.request
         if self.task != "new" or pipeline.scheduler is None:
             raise ValueError("a refiner takes the last steps of text to image with SDXL")
+        if pipeline.few_steps is not None:
+            few = pipeline.few_steps.name
+            raise ValueError(f"a refiner takes the last of many steps, and the model is {few}")
         if request.solver != "auto" and not request.solver[0].isupper():
             raise ValueError(
                 f"{at}solver={request.solver!r}: with a refiner, choose a class of diffusers"

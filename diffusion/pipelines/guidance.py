@@ -96,6 +96,7 @@ def make(
             if not pipeline.conditioner.subject:
                 pipeline = replace(pipeline, conditioner=labels)
     with field(name):
+        _check_distilled(pipeline, chain)
         links.check_levels(chain, sampler.solver.level, sampler.prediction)
         for link in chain:
             if link.name == "instruct" and not pipeline.edits:
@@ -121,9 +122,26 @@ def make(
     quick = _acceleration(pipeline, sampler, accelerations, at)
     if corrected:
         _check_corrected(chain, quick, at)
-    paired = guided and bool(pair.network or subject)
+    paired = guided and bool(pair.network or subject) and not pipeline.takes_scale
     notes = _notes(chain, name, negative, paired, quick, pipeline, at)
     return Guidance(pipeline, chain, others, quick, paired, tuple(notes))
+
+
+def _check_distilled(pipeline: Pipeline, chain: Chain) -> None:
+    """Raises ValueError for guidance that a distilled network cannot follow."""
+    pair = chains.pair(chain)
+    if pipeline.takes_scale:
+        if pair is None or pair.name != "cfg":
+            raise ValueError("this network takes guidance's scale as an input: expected cfg(8.5)")
+        idle = [link.name for link in chain[1:] if link.place != chains.AFTER]
+        idle += [link.name for link in chain if link.name == "interval"]
+        if idle:
+            raise ValueError(
+                f"{idle[0]} cannot act: this network takes cfg's scale as an input and makes one "
+                "guided estimate, not two"
+            )
+    elif pipeline.few_steps is not None and pair is not None and pair.name == "cfg":
+        pipeline.few_steps.check_scale(float(pair.numbers["scale"]))
 
 
 def _acceleration(pipeline: Pipeline, sampler: Sampler, given: Specs, at: str) -> Acceleration:
@@ -167,9 +185,15 @@ def _notes(
 ) -> list[str]:
     """What a user should know: which settings have no effect."""
     pair, found = chains.pair(chain), []
-    if pair is not None and not pair.alone and not paired:
+    if pipeline.takes_scale:
+        if negative is not None:
+            found.append(
+                f"negative={negative!r} has no effect: the network takes guidance's scale as an "
+                "input, and follows the prompt alone"
+            )
+    elif pair is not None and not pair.alone and not paired:
         found.append(f"{name}: {pair.name} has no effect: the model is unconditional")
-    if pair is not None and pair.alone:
+    elif pair is not None and pair.alone:
         idle = [link.name for link in chain if link.place == chains.RULE]
         idle = [pair.network and pair.name, *idle, negative is not None and "the negative"]
         if any(idle):

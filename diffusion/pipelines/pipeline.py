@@ -19,6 +19,7 @@ from diffusion.levels import Array, NoiseLevel
 from diffusion.models.surroundings import columns, image_network
 from diffusion.pipelines.codec import Codec
 from diffusion.pipelines.conditioners import Conditioner
+from diffusion.pipelines.few_steps import FewSteps
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
 
@@ -59,6 +60,7 @@ class Pipeline:
       conditioner: labels or texts -> conditioning, with what stands for none.
       view: how examples are shown and saved.
       defaults: solver, grid, steps and guidance.
+      few_steps: what a few-step checkpoint can do; None for other models.
       scheduler: the fields of diffusers' ``scheduler_config.json``; None for a run.
       low_res_scheduler: config of what noises an upscaler's small picture.
       edits: whether it edits a picture as a text says (InstructPix2Pix).
@@ -75,6 +77,7 @@ class Pipeline:
     conditioner: Conditioner = field(default_factory=Conditioner)
     view: View = VIEWS["images"]
     defaults: Defaults = DEFAULTS
+    few_steps: FewSteps | None = None
     scheduler: Mapping[str, Any] | None = None
     low_res_scheduler: Mapping[str, Any] | None = None
     edits: bool = False
@@ -97,6 +100,11 @@ class Pipeline:
     def columns(self) -> tuple[str, ...]:
         """What samples are given besides a label or text, by the names that batches have."""
         return (*(["image"] if self.edits else []), *columns(self.network))
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether guidance's scale is an input of the network, as of latent consistency models."""
+        return getattr(self.image_network, "guidance_width", None) is not None
 
     @property
     def extra_channels(self) -> int:

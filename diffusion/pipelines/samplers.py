@@ -52,11 +52,13 @@ def make(
       ValueError: for an impossible argument, which the message names.
     """
     name = solver_name or f"{at}solver"
-    steps = steps or pipeline.defaults.steps
+    few, steps, own = pipeline.few_steps, steps or pipeline.defaults.steps, solver == AUTO
     if steps < 1:
         raise ValueError(f"{at}steps={steps} must be at least 1")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must lie in (0, 1]")
+    if few is not None:
+        few.check_steps(steps, f"{at}steps")
     solver = chosen_solver(pipeline, solver)
     if pipeline.scheduler is not None and (not solver or solver[0].isupper()):
         if grid != AUTO:
@@ -65,7 +67,9 @@ def make(
                 "timesteps of its own. Choose a solver, such as dpmpp_2m, or leave the grid out"
             )
         with field(name if solver else "the pipeline's scheduler"), wrong_types():
-            return from_diffusers(scheduler(pipeline, solver, name), steps, strength=strength)
+            given = {"steps": steps, "strength": strength}
+            given = few.arguments(steps, strength) if own and few is not None else given
+            return from_diffusers(scheduler(pipeline, solver, name), **given)
     levels = _levels(pipeline, chosen_grid(pipeline, grid), steps, at)
     if strength is not None:
         with field(f"strength={strength}"):
@@ -102,6 +106,13 @@ def scheduler(pipeline: Pipeline, solver: str, name: str = "solver") -> Mapping[
     kind, positional, options = specs.parse(solver, known, name)
     if positional:
         raise ValueError(f"{name}={solver!r}: options need names")
+    asked = options.get("prediction_type")
+    means = own.get("prediction_type", asked)
+    if asked not in (None, means):
+        raise ValueError(
+            f"{name}={solver!r}: the network was trained to predict {means}, and its output is "
+            f"no {asked}; leave prediction_type out"
+        )
     return {**own, **options, "_class_name": kind}
 
 

@@ -1,20 +1,79 @@
-"""A run's pipeline in diffusers' terms, as far as diffusers has any for it."""
+"""Pipelines as folders that diffusers reads, runs as far as diffusers has terms for them.
+
+save_pretrained("mine", pipeline, params)
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
-from diffusion import schedules
+from diffusion import pretrained, schedules
 from diffusion.models.dit import DiT
 from diffusion.models.unet import UNet
 from diffusion.pipelines.codec import KL
-from diffusion.pipelines.pipeline import Pipeline
+from diffusion.pipelines.from_pretrained import ENCODERS, SCHEDULERS
+from diffusion.pipelines.pipeline import Params, Pipeline
+from diffusion.pipelines.prompts import Prompts
+from diffusion.pretrained import folders
 from diffusion.pretrained.schedulers import from_diffusers
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+def save_pretrained(
+    folder: str | Path, pipeline: Pipeline, params: Params, dtype: DTypeLike | None = None
+) -> None:
+    """Writes a folder that ``open_pipeline`` and diffusers' ``DiffusionPipeline`` read.
+
+    A run becomes a DDIMPipeline, or with a transformer on latents a DiTPipeline, where diffusers
+    has such networks and schedules.
+
+    ``folder`` is new, or a pipeline's; ``dtype`` is of the weights, by default their own.
+
+    Raises:
+      ValueError: diffusers has nothing for a part of it, which the message names.
+    """
+    folder = Path(folder)
+    if pipeline.scheduler is None:
+        pipeline = published(pipeline)
+    conditioner, codec = pipeline.conditioner, pipeline.codec
+    if words := getattr(conditioner, "words", ()):
+        raise ValueError(
+            f"the prompts' new words, {', '.join(word for word, *_ in words)}, have no place in "
+            "such a folder: save the model without them, which others load beside their files"
+        )
+    name = "transformer" if pipeline.kind == "DiTPipeline" else "unet"
+    parts = {name: (pipeline.network, params["network"])}
+    if isinstance(codec, KL):
+        parts["vae"] = (codec.network, params["autoencoder"])
+    components: dict[str, tuple[str, str] | None] = {}
+    if isinstance(conditioner, Prompts):
+        components |= {"safety_checker": None, "feature_extractor": None}  # absent, explicitly
+        encoders = zip(ENCODERS, conditioner.encoders, params["encoders"], conditioner.tokenizers)
+        for encoder, module, weights, tokenizer in encoders:
+            parts[encoder] = (module, weights)
+            where = encoder.replace("text_encoder", "tokenizer")
+            tokenizer.save_pretrained(folder / where)
+            components[where] = ("transformers", type(tokenizer).__name__)
+    for part, (module, weights) in parts.items():
+        pretrained.save(folder / part, module, weights, dtype=dtype)
+        config = folders.read_json(folder / part / "config.json")
+        library = "diffusers" if "_class_name" in config else "transformers"
+        kind = config.get("_class_name") or config["architectures"][0]
+        components[part] = (library, kind)
+    for part in SCHEDULERS:
+        config = pipeline.scheduler if part == "scheduler" else pipeline.low_res_scheduler
+        if config is not None:
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            folders.write_json(folder / part / "scheduler_config.json", config)
+            components[part] = ("diffusers", config["_class_name"])
+    index = pretrained.Index(pipeline.kind, components, pipeline.options)
+    pretrained.save_index(folder, index)
 
 
 def published(pipeline: Pipeline) -> Pipeline:

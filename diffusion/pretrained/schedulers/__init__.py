@@ -39,7 +39,7 @@ CLASSES = {
     "TCDScheduler": (discrete.tcd, "timesteps strength eta"),
     "LMSDiscreteScheduler": (sigma_space.lms, "strength"),
     "EulerDiscreteScheduler": (sigma_space.euler, "timesteps sigmas strength"),
-    "EulerAncestralDiscreteScheduler": (sigma_space.euler_ancestral, "strength"),
+    "EulerAncestralDiscreteScheduler": (sigma_space.euler_ancestral, "timesteps strength"),
     "HeunDiscreteScheduler": (sigma_space.heun, "timesteps strength"),
     "KDPM2DiscreteScheduler": (sigma_space.kdpm2, "strength"),
     "KDPM2AncestralDiscreteScheduler": (sigma_space.kdpm2_ancestral, "strength"),
@@ -86,7 +86,8 @@ def from_diffusers(
         path of the folder it lies in. To change a field or the class: ``{**config, ...}``.
       steps: N, diffusers' num_inference_steps.
       timesteps, sigmas: the caller's own instead, in the classes that take them, as they take
-        them (Euler's sigmas include the final 0, flow matching's do not).
+        them (Euler's sigmas include the final 0, flow matching's do not). Euler ancestral takes
+        timesteps here alone.
       mu: of use_dynamic_shifting (``dynamic_mu``).
       strength: in (0, 1], of image to image: the part of the steps that is taken, the last ones.
       eta: DDIM's (default 0) or TCD's gamma (default 0.3).
