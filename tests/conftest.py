@@ -41,6 +41,7 @@ LONG = (  # whole commands, whole pipelines, whole runs; those with the longest 
     *("test_control_specs.py", "test_control.py", "test_image_prompts.py", "test_adapters.py"),
     *("test_instruct_pipelines.py", "test_adapter_export.py", "test_control_nets.py"),
     *("test_stacked_adapters.py", "test_few_step_runs.py", "test_every_trainer.py"),
+    *("test_few_step_families.py", "test_few_step_commands.py"),
     *("test_judging.py", "test_torch_fidelity.py", "test_concepts.py"),
     *("test_inception_parity.py", "test_resize_parity.py"),
 )

@@ -164,6 +164,8 @@ ELSEWHERE = {
     "compare.": "modes/test_compare_mode.py",
     "sweep.": "test_main.py",
     "log.wandb": "runs/test_tracking.py",
+    "model.family": "modes/test_few_step_commands.py",
+    "model.network": "modes/test_few_step_commands.py",
     "model.autoencoder.attention_implementation": "models/test_dit.py",
     "model.dit.attention_implementation": "models/test_dit.py",
     "model.unet.attention_implementation": "models/test_dit.py",

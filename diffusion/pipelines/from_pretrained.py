@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diffusion import pretrained
 from diffusion.conditioning import Conditioning
+from diffusion.errors import field
 from diffusion.models.autoencoder import AutoencoderKL
 from diffusion.pipelines import memory
 from diffusion.pipelines.codec import KL, Codec
@@ -29,7 +30,7 @@ from diffusion.pipelines.pipeline import Defaults, Params, Pipeline
 from diffusion.pipelines.prompts import Prompts
 from diffusion.pipelines.tiles import Tiling
 from diffusion.pipelines.tokenizers import load_tokenizer
-from diffusion.pretrained import files, folders, hub
+from diffusion.pretrained import files, folders, hub, models
 from diffusion.pretrained.models import Model, example
 from diffusion.pretrained.schedulers import catalogue as schedulers
 from diffusion.pretrained.schedulers import from_diffusers
@@ -131,18 +132,16 @@ class Opened:
         """
         part = next(name for name in NETWORKS if name in self.models)
         own, path = self.models[part], Path(path_or_id).expanduser()
-        if path.is_file():
-            names = pretrained.models.table(own.module)
-            model = replace(own, names=names, tensors=files.open_file(path), source=str(path))
-            model.check()
-        else:
-            expected = pretrained.models.class_name(own.config)
-            model = pretrained.open_model(path_or_id, expected=expected)
-        fits, needs = _inputs(model.module), _inputs(own.module)
-        if fits != needs:
-            raise ValueError(
-                f"network={path_or_id}: its inputs and outputs are {fits}; this model's {needs}"
-            )
+        with field(f"network={path_or_id}"):
+            if path.is_file():
+                names = models.table(own.module)
+                model = replace(own, names=names, tensors=files.open_file(path), source=str(path))
+                model.check()
+            else:
+                model = models.open_model(path_or_id, expected=models.class_name(own.config))
+            fits, needs = _inputs(model.module), _inputs(own.module)
+            if fits != needs:
+                raise ValueError(f"its inputs and outputs are {fits}; this model's are {needs}")
         pipeline = replace(self.pipeline, network=model.module.clone(dtype=self.dtype))
         return replace(self, pipeline=pipeline, models={**self.models, part: model})
 

@@ -105,6 +105,8 @@ TABLE = {
     ("prediction_type", "epsilon"): "",
     ("tokenizer", "x"): "",
     ("vae", "sd/vae"): "sd sdxl refiner instruct dit",  # the upscaler's too, in its own scale
+    ("network", "sdxl/unet"): "sdxl",
+    ("family", "lightning(steps=4)"): "sdxl refiner",
     ("tile", 16): "sd sdxl refiner upscaler instruct dit",
 }
 
@@ -133,16 +135,16 @@ def _opened(path):
     return WHOLE(config(Path(path).parent, Path(path).name), path, "")
 
 
-def opened(c, path, name):
+def opened(c, path, name, network):
     if (c.sampler.average, c.sampler.checkpoint) != ("ema", "newest"):
-        return WHOLE(c, path, name)
+        return WHOLE(c, path, name, network)
     return _opened(path)
 
 
 @pytest.mark.parametrize(("name", "value"), TABLE)
 def test_a_field_acts_or_is_refused(models, monkeypatch, name, value):
     acting = TABLE[name, value].split()
-    given = str(models / value) if name in ("mask", "vae") else value
+    given = str(models / value) if name in ("mask", "vae", "network") else value
     if name not in base.get_config().model:  # each folder is checked once
         monkeypatch.setattr(drawing, "open_model", opened)
     for kind in FREE.split():
@@ -170,6 +172,7 @@ def test_every_field_is_in_a_table():
     [
         ("train", "samples.image=x.png", "config.samples.image has no effect in --mode=train"),
         ("train", "model.vae=x", "config.model.vae has no effect in --mode=train"),
+        ("train", "model.family=tcd()", "config.model.family has no effect in --mode=train"),
         ("generate", "samples.gif=True", "samples.gif has no effect.*it is for sample"),
         ("generate", "sampler.preview_every=2", "preview_every"),
         ("sample", "samples.strength=0.5", "strength"),
