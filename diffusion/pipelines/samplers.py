@@ -13,6 +13,7 @@ import numpy as np
 from diffusion import predictions, specs
 from diffusion.errors import field, wrong_types
 from diffusion.levels import NoiseLevel
+from diffusion.pipelines.few_steps import CHOICES as FAMILIES
 from diffusion.pipelines.pipeline import Pipeline
 from diffusion.pretrained import schedulers
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
@@ -70,6 +71,12 @@ def make(
             given = {"steps": steps, "strength": strength}
             given = few.arguments(steps, strength) if own and few is not None else given
             return from_diffusers(scheduler(pipeline, solver, name), **given)
+    kind = solver.partition("(")[0].strip()
+    if kind in FAMILIES and kind not in solvers.CHOICES:
+        raise ValueError(
+            f"{name}={solver!r}: {kind} is a family of few-step checkpoints, which has solver, "
+            f"steps and guidance; it is for config.model.family={solver!r}"
+        )
     levels = _levels(pipeline, chosen_grid(pipeline, grid), steps, at)
     if strength is not None:
         with field(f"strength={strength}"):

@@ -12,7 +12,6 @@ import torch
 from diffusion import pipelines
 from diffusion.levels import NoiseLevel
 from diffusion.pipelines import guidance, recognition, samplers
-from diffusion.pipelines.few_steps import CHOICES
 from diffusion.pipelines.generation import Generation
 from diffusion.pipelines.request import Request
 from diffusion.sampling.sample import image_keys, image_noise
@@ -39,13 +38,14 @@ def models(tmp_path_factory):
 EULER, ANCESTRAL = diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler
 LCM, TCD, DDIM = diffusers.LCMScheduler, diffusers.TCDScheduler, diffusers.DDIMScheduler
 TRAILING = {"timestep_spacing": "trailing"}
+UNCLIPPED = {**TRAILING, "clip_sample": False}  # as the published base models are
 # kind, family, their class, its fields, arguments of their call, noises that they draw
 CASES = [
     ("sd", "lcm_lora()", LCM, {}, {"num_inference_steps": 4}, 3),
     ("sd", "lcm_lora(steps=2)", LCM, {}, {"num_inference_steps": 2, "guidance_scale": 1.5}, 1),
     ("sd", "turbo(steps=4)", ANCESTRAL, TRAILING, {"num_inference_steps": 4}, 4),
     ("sd", "turbo(4, ancestral=False)", EULER, TRAILING, {"num_inference_steps": 4}, 0),
-    ("sd", "hyper(steps=4)", DDIM, TRAILING, {"num_inference_steps": 4}, 0),
+    ("sd", "hyper(steps=4)", DDIM, UNCLIPPED, {"num_inference_steps": 4}, 0),
     ("sd", "hyper_unified(4, eta=0.5)", TCD, {}, {"num_inference_steps": 4, "eta": 0.5}, 3),
     ("sd", "tcd()", TCD, {}, {"num_inference_steps": 4, "eta": 0.3}, 3),
     ("sd", "flash()", LCM, TRAILING, {"num_inference_steps": 4}, 3),
@@ -113,10 +113,8 @@ def test_turbo_in_tenths_is_euler_ancestral_at_those_levels(models):
             sampler.solver,
             expected,
         )
-    even = samplers.make(replace(pipeline, few_steps=CHOICES["turbo"](4)))
-    assert list(even.timesteps) == [999] and list(samplers.make(
-        pipelines.open_any(folder, family="turbo(steps=4)").pipeline
-    ).timesteps) == [999, 749, 499, 249]  # fmt: skip
+    even = pipelines.open_any(folder, family="turbo(steps=4)").pipeline
+    assert list(samplers.make(even).timesteps) == [999, 749, 499, 249]
 
 
 def test_pictures_from_pictures_take_the_last_steps(models):
@@ -143,6 +141,7 @@ def test_what_a_family_cannot_do_is_refused(models):
     refused("lightning(steps=4)", r"s\.guidance='cfg\(5\)': .*expected cfg\(1\)", chain="cfg(5)")
     refused("lightning(steps=4)", r"cfg\(0\) draws without the prompt.*cfg\(1\)", chain="cfg(0)")
     refused("lcm_lora()", r"cfg\(7.5\) guides once more.*cfg from 1 to 2", chain="cfg(7.5)")
+    refused("lcm_lora()", r"s\.solver='turbo\(2\)'.*config\.model\.family", solver="turbo(2)")
     other = "EulerDiscreteScheduler(prediction_type='sample')"
     refused("lightning(steps=4)", "trained to predict epsilon.* no sample", solver=other)
     other = "EulerDiscreteScheduler(prediction_type='epsilon')"
