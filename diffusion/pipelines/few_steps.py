@@ -67,14 +67,11 @@ class FewSteps(NamedTuple):
         """Raises ValueError for a scale of classifier-free guidance that it cannot follow."""
         if 1 <= scale <= self.most:
             return
+        why = "it was distilled to finished samples, and more guidance breaks them"
         if scale < 1:
-            why = (
-                f"cfg({scale:g}) draws without the prompt; its authors' guidance_scale=0 is cfg(1)"
-            )
-        else:
-            why = f"cfg({scale:g}) guides once more what was distilled from guided pictures"
+            why = "that draws without the prompt; its authors' guidance_scale=0 is cfg(1)"
         most = "cfg(1), the model alone" if self.most == 1 else f"cfg from 1 to {self.most:g}"
-        raise ValueError(f"{self.name} follows its prompt by itself: {why}; expected {most}")
+        raise ValueError(f"{self.name} cannot follow cfg({scale:g}): {why}; expected {most}")
 
     def arguments(self, steps: int, strength: float | None) -> dict[str, Any]:
         """Those of ``from_diffusers`` for its own solver; strength is that of image to image."""

@@ -109,7 +109,9 @@ def _given(pipeline: Pipeline, text: str, at: str) -> Pipeline:
         most = made.side // pipeline.codec.factor
         sides = (min(side, most) for side in pipeline.shape[:-1])
         options["shape"] = (*sides, pipeline.shape[-1])
-    defaults = Defaults(made.solver, "uniform", made.usual, (f"cfg({made.scale:g})",))
+    # A network that edits pictures is guided in its own way.
+    guidance = pipeline.defaults.guidance if pipeline.edits else (f"cfg({made.scale:g})",)
+    defaults = Defaults(made.solver, "uniform", made.usual, guidance)
     return replace(pipeline, defaults=defaults, few_steps=made, **options)
 
 

@@ -73,8 +73,8 @@ def generated(root, out, *arguments, prompt=True):
     return image.text, printed
 
 
-LORA = "adapters=('ROOT/style.safetensors(0.5)',)"
-LIGHTNING = "adapters=('ROOT/sdxl_lightning_4step_lora.safetensors',)"
+LORA = "adapters=ROOT/style.safetensors(0.5)"
+LIGHTNING = "adapters=ROOT/sdxl_lightning_4step_lora.safetensors"
 COMMANDS = [  # model, further arguments, family, evaluations
     ("lcm", [], "lcm()", 4),
     ("sd", [LORA, "model.family=lcm_lora(steps=2)"], "lcm_lora(steps=2)", 2),
