@@ -139,9 +139,7 @@ def test_what_a_family_cannot_do_is_refused(models):
     )
     refused("lightning(steps=1)", r"s\.steps=4: .*distilled for 1 step,", 4)
     refused("lightning(steps=4)", r"s\.guidance='cfg\(5\)': .*expected cfg\(1\)", chain="cfg(5)")
-    refused(
-        "lightning(steps=4)", r"cfg\(0\): that draws without the prompt.*cfg\(1\)", chain="cfg(0)"
-    )
+    refused("lightning(steps=4)", r"cfg\(0\): that draws without.*cfg\(1\)", chain="cfg(0)")
     refused("lcm_lora()", r"cfg\(7.5\): it was distilled.*cfg from 1 to 2", chain="cfg(7.5)")
     refused("lcm_lora()", r"s\.solver='turbo\(2\)'.*config\.model\.family", solver="turbo(2)")
     other = "EulerDiscreteScheduler(prediction_type='sample')"
