@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
     # Another network's folder, hub id or file of weights, instead of a pretrained model's own
     c.model.network = ""
     # Of a few-step checkpoint, which has its own solver, steps and guidance: "lightning(steps=4)"
-    # (pipelines/few_steps.py); auto: what the files and their names say; empty: none
+    # (pipelines/few_step_families.py); auto: what the files and their names say; empty: none
     c.model.family = "auto"
     c.model.refiner = ""  # an SDXL refiner, which takes the last steps
     c.model.tile = 0  # pixels of the tiles in which pictures are decoded; 0: whole pictures

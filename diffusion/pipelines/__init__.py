@@ -59,7 +59,7 @@ def open_any(
       network: another network's folder, hub id or file of weights, instead of a pretrained
         model's own: ``Opened.with_network``.
       family: of a few-step checkpoint, "lightning(steps=4)"; "auto": what its files say; "": none.
-        See ``few_steps.CHOICES`` and ``recognition.chosen``.
+        See ``few_step_families.CHOICES`` and ``recognition.chosen``.
       dtype: of a pretrained model; None: bfloat16, but float32 on a CPU.
       tile: pixels of the tiles in which pictures are decoded; 0: whole.
       adapters: of the model's weights, such as ("style.safetensors(0.8)", ...); see

@@ -19,7 +19,7 @@ from diffusion.levels import Array, NoiseLevel
 from diffusion.models.surroundings import columns, image_network
 from diffusion.pipelines.codec import Codec
 from diffusion.pipelines.conditioners import Conditioner
-from diffusion.pipelines.few_steps import FewSteps
+from diffusion.pipelines.few_step_families import FewSteps
 from diffusion.predictions import Prediction
 from diffusion.schedules import Schedule
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion import specs
 from diffusion.errors import field
-from diffusion.pipelines.few_steps import CHOICES, CM, LCM, TCD
+from diffusion.pipelines.few_step_families import CHOICES, CM, LCM, TCD
 from diffusion.pipelines.from_pretrained import Opened
 from diffusion.pipelines.pipeline import Defaults, Pipeline
 from diffusion.pretrained.schedulers.scheduler import PREDICTIONS

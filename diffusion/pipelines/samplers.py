@@ -13,7 +13,7 @@ import numpy as np
 from diffusion import predictions, specs
 from diffusion.errors import field, wrong_types
 from diffusion.levels import NoiseLevel
-from diffusion.pipelines.few_steps import CHOICES as FAMILIES
+from diffusion.pipelines.few_step_families import CHOICES as FAMILIES
 from diffusion.pipelines.pipeline import Pipeline
 from diffusion.pretrained import schedulers
 from diffusion.pretrained.schedulers import Sampler, from_diffusers
