@@ -306,7 +306,8 @@ def assemble(
 def _inputs(network: nn.Module) -> dict[str, Any]:
     """What a network takes and gives besides guidance's scale: channels, and a batch's shapes."""
     x, _, cond = example(network)
-    shapes = {k: v.shape for k, v in vars(cond).items() if v is not None and k != "guidance"}
+    given = {k: v for k, v in vars(cond).items() if hasattr(v, "shape") and k != "guidance"}
+    shapes = {name: value.shape for name, value in given.items()}
     return {"in": x.shape[-1], "out": network.out_channels, **shapes}
 
 

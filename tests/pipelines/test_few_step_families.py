@@ -75,7 +75,9 @@ def test_pictures_of_every_family(models, kind, family, cls, fields, call, drawn
     np.testing.assert_allclose(found, own.scheduler.timesteps.numpy(), atol=1e-3)
     ours = np.stack([picture for _, picture in made.pictures(params)])
     assert ours.std() > 0.1 and np.mean(np.abs(ours) < 1) > 0.5, "saturated, or flat"
-    np.testing.assert_allclose(ours, tiny.numpy_image(expected), atol=1e-3)
+    # DDIM's first estimate, at alpha = 0.07, has fifteen times the network's error in float32.
+    atol = 4e-3 if cls is DDIM else 1e-3
+    np.testing.assert_allclose(ours, tiny.numpy_image(expected), atol=atol)
 
 
 LEFT_OUT = {"sd": {"requires_safety_checker": False}, "xl": {"add_watermarker": False}}
