@@ -27,6 +27,9 @@ from diffusion.pipelines.pipeline import Params, Pipeline
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH = 12, 49  # of the sampler, and pictures at a time: 196 are four batches
+SHOWN = 6  # pictures of each demonstration
+Found = tuple[dict[str, float], list[tuple[str, np.ndarray]]]
+"""Figures by name, and pictures [SHOWN, H, W, 3] with their labels."""
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -215,11 +215,11 @@ def edges(x: np.ndarray) -> np.ndarray:
     return np.stack([canny(one, low=100, high=200)[..., 0] > 0.5 for one in x])
 
 
-def edge_f1(drawn: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean F1 of edges [N, H, W]; one counts as met by another at most one pixel away."""
-    scores = []
+def edge_f1(drawn: np.ndarray, wanted: np.ndarray, pixels: int = 1) -> float:
+    """Mean F1 of edges [N, H, W]; one is met by another that is at most so many pixels away."""
+    scores, square = [], np.ones((2 * pixels + 1, 2 * pixels + 1))
     for own, other in zip(drawn, wanted):
-        near = [ndimage.binary_dilation(e, np.ones((3, 3))) for e in (own, other)]
+        near = [ndimage.binary_dilation(e, square) for e in (own, other)]
         hits = (own & near[1]).sum() / max(own.sum(), 1), (other & near[0]).sum() / other.sum()
         scores.append(0 if sum(hits) == 0 else 2 * hits[0] * hits[1] / sum(hits))
     return float(np.mean(scores))
@@ -245,8 +245,3 @@ def summary(values: Sequence[float]) -> str:
     """Mean and range."""
     low, mean, high = min(values), float(np.mean(values)), max(values)
     return f"{mean:.3g}" if len(values) == 1 else f"{mean:.3g} ({low:.3g} to {high:.3g})"
-
-
-def flat(results: Mapping[str, Any], key: str) -> list[float]:
-    """A figure of every seed."""
-    return [run[key] for run in results.values() if key in run]

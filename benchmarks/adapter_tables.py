@@ -48,7 +48,10 @@ ROWS = (
         (("initial", "initial word"),)),
     Row("textual_inversion", "word_rank", "rank of the subject", "below the initial word's",
         (("initial_rank", "initial word"),)),
-    Row("controlnet", "f1_1", "F1 of edges, scale 1", "at least 0.6",
+    Row("controlnet", "exact_1", "F1 of edges to the pixel, scale 1", "",
+        (("exact_0.5", "scale 0.5"), ("exact_0", "scale 0"), ("exact_shuffled", "others' edges"),
+         ("exact_autoencoder", "the pictures, autoencoded"))),
+    Row("controlnet", "f1_1", "likewise within 1 pixel", "at least 0.6",
         (("f1_0.5", "scale 0.5"), ("f1_0", "scale 0"), ("f1_shuffled", "others' edges"),
          ("f1_autoencoder", "the pictures, autoencoded"))),
     Row("ip_adapter", "first", "nearest of 196 is the own reference", "at least 0.2",
@@ -56,7 +59,8 @@ ROWS = (
     Row("ip_adapter", "rank", "rank of the own reference", "",
         (("rank_permuted", "others' references"),)),
     Row("instruct_pix2pix", "recognised", "the edit asked for is the nearest of 5",
-        "at least 0.8", (("recognised_untold", "no instruction"),)),
+        "at least 0.8", (("recognised_colour", "colours alone"),
+         ("recognised_turned", "turned alone"), ("recognised_untold", "no instruction"))),
     Row("instruct_pix2pix", "structure_2.5", "correlation with the given, image guidance 2.5",
         "above that of less", (("structure_1.5", "1.5"), ("structure_1", "1"))),
     *(
@@ -64,7 +68,7 @@ ROWS = (
             tuple((f"{key}_without_{off}", f"without {name}") for off, name in others))
         for key, text, others in (
             ("styled", "in the style", (("lora", "LoRA"),)),
-            ("f1", "F1 of edges", (("control", "ControlNet"),)),
+            ("exact", "F1 of edges to the pixel", (("control", "ControlNet"),)),
             ("rank", "rank of the reference", (("image", "IP-Adapter"),)),
             ("word_rank", "rank of the word's subject", (("word", "the word"),)),
         )
