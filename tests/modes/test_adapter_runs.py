@@ -97,6 +97,20 @@ def test_only_the_adapter_changes(bases, kind, adapter, what, tmp_path):
     assert error is None, printed
 
 
+def test_a_word_is_learned_where_captions_have_it(bases, tmp_path):
+    images = np.random.default_rng(1).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "new.npz", images=images, caption=["<s>", "red <s>"] * 4)
+    rows = {}
+    for steps in (1, 3):
+        options = {"data.dir": tmp_path / "new.npz", "train.steps": steps}
+        adapter = "textual_inversion('<s>', init='red')"
+        error, printed = adapt(bases["captioned"], tmp_path / f"{steps}", adapter, **options)
+        assert error is None, printed
+        kept, *_ = averages.parameters(tmp_path / f"{steps}", "params", "newest")
+        rows[steps] = kept["adapter"]["0"]
+    assert np.all(rows[1] != rows[3])
+
+
 HINT = {"data.hint": "soft_edges(sigma=0)"}
 
 
