@@ -78,17 +78,17 @@ def reference_run(b: Bench, seed: int) -> str:
         "ip_adapter",
         "reference",
         seed,
-        1200,
+        900,
         16,
         data__name="emoji_and_tiles",
         data__dir=b.data,
         data__cache=b.folder / "latents",
         objective__adapter=(
-            f"ip_adapter(encoder='{b.folder / 'encoder'}', features={judges.WIDTH})"
+            f"ip_adapter(encoder='{b.folder / 'encoder'}', features={judges.WIDTH}, start='zero')"
         ),
-        objective__dropout="image_prompt(rate=0.1)",
+        objective__dropout="image_prompt(rate=0.2)",
         optimizer__decay="cosine",
-        optimizer__learning_rate=3e-3,
+        optimizer__learning_rate=1e-3,
     )
 
 

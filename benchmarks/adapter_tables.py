@@ -110,10 +110,12 @@ class Results:
         named = ""
         for row in ROWS:
             runs = self._kept.get(row.name, {}).values()
-            if not runs or any(row.key not in run for run in runs):
+            if not runs:
                 continue
             beside = ", ".join(
-                f"{text} {summary([run[key] for run in runs])}" for key, text in row.control
+                f"{text}: {summary([run[key] for run in runs])}"
+                for key, text in row.control
+                if all(key in run for run in runs)
             )
             seconds = summary([run["seconds"] for run in runs]) if row.name != named else ""
             shown = row.name.replace("_", " ") if row.name != named else ""
