@@ -74,7 +74,7 @@ def cost(acceleration="", guided="cfg(2), clip()"):
         denoise = program.guided(weights, cond, null, made.chain)
         return sample(denoise, solver, keys, made.pipeline.shape)
 
-    weights = draw.weights(params, solver.evaluations, acceleration=made.acceleration)
+    weights = draw.weights(made.pipeline, params, solver, acceleration=made.acceleration)
     return flops.count(run, weights, image_keys(0, np.arange(2)))
 
 
