@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -35,9 +36,9 @@ def teacher(tmp_path_factory):
 
 def student(teacher, workdir, method, *more):
     """What the command that trains a student printed."""
-    given = [*SMALL, f"--workdir={workdir}", *more]
+    given = [*SMALL, f"--workdir={workdir}", f"--config.train.init_from={teacher}", *more]
     if few_steps2d.get_config(method).few_steps.teacher:
-        given += [f"--config.few_steps.teacher={teacher}", f"--config.train.init_from={teacher}"]
+        given += [f"--config.few_steps.teacher={teacher}"]
     given += [PAIRS[method]] if method in PAIRS else []
     return command(*given, config=f"configs/few_steps2d.py:{method}")
 
@@ -53,7 +54,8 @@ def test_every_method_trains_draws_and_goes_on(teacher, tmp_path, method):
     error, printed = student(teacher, parts, method)
     assert error is None and "going on after step 2" in printed, printed
     (a, _), (b, _) = (averages.parameters(path, "params", "newest")[:2] for path in (whole, parts))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    # Each start compiles anew here, so that sums may be taken in another order.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-8), a, b)
     for steps in (1, 2):
         few = ["--config.samples.count=10", f"--config.sampler.steps={steps}"]
         succeed("--mode=sample", f"--workdir={whole}", *few, config=None)
