@@ -4,7 +4,8 @@
     python main.py --config=configs/toy2d.py --workdir=runs/spiral --config.data.density=swiss_roll
 
 Hardware: 2 CPU cores, 3 minutes of CPU time. Result on two moons: sliced Wasserstein distance
-0.0080 to fresh points, 0.0090 between two real sets (10,000 points each).
+0.0054 to 0.0126 to fresh points by three seeds of the samples, 0.0076 between two real sets
+(10,000 points each); by Euler in 1, 2 and 4 steps 0.411, 0.263 and 0.129.
 """
 
 from ml_collections import ConfigDict
