@@ -20,13 +20,13 @@ from diffusion.config import (
     adaptation,
     autoencoder,
     drawing,
-    few_steps,
     initialization,
     judging,
     model,
     optimizer,
     pretrained_network,
     ranges,
+    teachers,
     terms,
 )
 from diffusion.config import objective as objectives
@@ -149,7 +149,7 @@ def build(config: ConfigDict) -> Experiment:
                 "draws noise; ddim, heun and dpmpp_2m do not"
             )
         objective, train, frozen = terms.attach(config, objective, train)
-        objective, train, teacher = few_steps.attach(
+        objective, train, teacher = teachers.attach(
             config, objective, pipeline, train, None if made is None else made.frozen
         )
         frozen = frozen | teacher

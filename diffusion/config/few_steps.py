@@ -1,18 +1,14 @@
-"""From ``config.few_steps`` to a student, and to its teacher, another model."""
+"""From ``config.few_steps`` to a student; ``teachers`` adds the networks that it learns from."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from diffusion import specs
-from diffusion.config import critics, teacher_pairs
-from diffusion.data.sources import Source
 from diffusion.errors import check_range, field, wrong_types
 from diffusion.models.surroundings import image_network
-from diffusion.objectives.denoising import Denoising
 from diffusion.objectives.few_steps import pairs
 from diffusion.objectives.few_steps.adversary import Adversarial, latent_adversarial
 from diffusion.objectives.few_steps.critics import CHOICES as FEATURES
@@ -22,11 +18,8 @@ from diffusion.objectives.few_steps.matching import DistributionMatching, ScoreI
 from diffusion.objectives.few_steps.reflow import Reflow
 from diffusion.objectives.few_steps.regression import Consistency, GuidanceDistillation, Progressive
 from diffusion.objectives.few_steps.shortcut import Shortcut
-from diffusion.objectives.few_steps.student import TEACHER, Method, Student
+from diffusion.objectives.few_steps.student import Method, Student
 from diffusion.objectives.few_steps.tangents import Continuous, MeanFlow
-from diffusion.pipelines import companions
-from diffusion.pipelines.from_run import open_run
-from diffusion.pipelines.pipeline import Pipeline
 
 NAME = "few_steps"
 AT = "config.few_steps."
@@ -70,7 +63,7 @@ def check(config: ConfigDict) -> None:
                 )
         return
     made = method(config)
-    if made.teacher == "needed" and not c.teacher:
+    if made.teacher in ("needed", "pairs") and not c.teacher:
         raise ValueError(f"{AT}method={c.method!r} needs a teacher: {AT}teacher, a run's workdir")
     if made.teacher == "unused" and c.teacher:
         raise ValueError(f"{AT}method={c.method!r} learns from the data, not from {AT}teacher")
@@ -80,7 +73,7 @@ def check(config: ConfigDict) -> None:
             "there is none; expected a run's workdir"
         )
     low, high = guidance(config)
-    if isinstance(made, Reflow) and (low != high or c.teacher == BASE):
+    if made.teacher == "pairs" and (low != high or c.teacher == BASE):
         raise ValueError(
             f"{AT}method={c.method!r} draws pairs of a run ({AT}teacher) with one scale of guidance"
             f"; got {AT}guidance={c.guidance!r} and {AT}teacher={c.teacher!r}"
@@ -141,35 +134,3 @@ def make(config: ConfigDict, fields: dict[str, Any]) -> Student:
         embeds_guidance=embeds,
         std=config.data.std,
     )
-
-
-def attach(
-    config: ConfigDict, objective: Denoising, pipeline: Pipeline, train: Source, base: Any = None
-) -> tuple[Denoising, Source, dict[str, Any]]:
-    """The objective of a pipeline with its teacher and what its critics look at, the data, which
-    may be the teacher's samples, and the frozen parameters of these networks.
-
-    ``base`` are the parameters beside an adapter.
-
-    Raises:
-      ValueError: the teacher is not a denoiser of such data, or critics cannot see its features.
-    """
-    if config.objective.name != NAME:
-        return objective, train, {}
-    path, frozen = config.few_steps.teacher, {}
-    if isinstance(objective.method, Reflow):
-        with field(f"{AT}teacher={path!r}"):
-            companions.weak(path, pipeline, config.objective.schedule)
-            teacher = open_run(path)
-        low, _ = objective.guidance
-        return objective, teacher_pairs.source(config, objective.method, low, teacher, train), {}
-    if path == BASE:
-        objective = dataclasses.replace(objective, teacher=objective.denoiser)
-    elif path:
-        with field(f"{AT}teacher={path!r}"):
-            found = companions.weak(path, pipeline, config.objective.schedule)
-        frozen = {TEACHER: found.params}
-        objective = dataclasses.replace(objective, teacher=found.network)
-    with field(f"{AT}method={config.few_steps.method!r}"):
-        objective, frozen = critics.attach(config, objective, pipeline, frozen, base)
-    return objective, train, frozen

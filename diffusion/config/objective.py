@@ -101,7 +101,7 @@ def denoising(
 ) -> Denoising:
     """The objective of a denoiser or of a student of few steps, without terms and teacher.
 
-    Those need other networks or the data: ``terms.attach`` and ``few_steps.attach`` add them.
+    Those need other networks or the data: ``terms.attach`` and ``teachers.attach`` add them.
     ``nulls`` are fields of the null conditioning (see ``null_like``), ``shape`` is that of an
     example.
     """

@@ -36,7 +36,7 @@ class Reflow:
     steps: int = 32
     one_step: bool = False
     two_times: ClassVar[bool] = False
-    teacher: ClassVar[str] = "needed"
+    teacher: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         check_range("count", self.count, 1)

@@ -63,7 +63,7 @@ class Method(Protocol):
 
     Attributes:
       two_times: whether the student is a two-time network.
-      teacher: "needed", "possible" or "unused".
+      teacher: "needed", "possible" or "unused"; "pairs": its samples are the data.
     """
 
     two_times: bool
