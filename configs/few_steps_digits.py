@@ -5,6 +5,9 @@
 
 The student begins with the teacher's parameters and learns its guided estimate, so that it samples
 without guidance.
+
+Hardware: 2 CPU cores, 3 minutes. Result of ``consistency``, one run: Fréchet distance in pixels
+1.45 in one step and 1.44 in two; its teacher by Euler in one step 4.87, in its own 20 steps 1.34.
 """
 
 from ml_collections import ConfigDict, FieldReference

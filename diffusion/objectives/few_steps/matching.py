@@ -9,7 +9,8 @@ is D_real. D_fake begins as the teacher and learns, by denoising, what the gener
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,18 @@ def generate(
     return student.estimate(params, drawn, context)(x, at(last))
 
 
+class Made(NamedTuple):
+    """Samples x [B, ...] of the student for a batch, and noise and levels to see them in."""
+
+    drawn: Drawn
+    context: Context
+    x: Array
+    noise: Array
+    level: NoiseLevel
+
+
 @dataclasses.dataclass(frozen=True)
-class Matching:
+class Matching(ABC):
     """What both methods share: a generator, and a fake score that follows it.
 
     Attributes:
@@ -107,7 +118,7 @@ class Matching:
 
         def played(own: Params) -> tuple[Array, Array, Array]:
             x = generate(student, own, drawn, context, self.steps)
-            loss, gap = self.matched(student, fixed, drawn, context, x, noise, level)
+            loss, gap = self.matched(student, fixed, Made(drawn, context, x, noise, level))
             return loss, gap, jax.lax.stop_gradient(x)
 
         def watched(own: Params) -> tuple[Array, Array, Array]:
@@ -122,18 +133,9 @@ class Matching:
         metrics |= {"student": Weighted(loss, turn), "gap": Weighted(gap, turn)}
         return loss + critic, metrics
 
-    def matched(
-        self,
-        student: Student,
-        critics: Params,
-        drawn: Drawn,
-        context: Context,
-        x: Array,
-        noise: Array,
-        level: NoiseLevel,
-    ) -> tuple[Array, Array]:
-        """The student's loss of its samples x, and how far the two estimates are apart."""
-        raise NotImplementedError
+    @abstractmethod
+    def matched(self, student: Student, critics: Params, made: Made) -> tuple[Array, Array]:
+        """The student's loss of its samples, and how far the two estimates are apart."""
 
     def criticised(
         self, student: Student, params: Params, drawn: Drawn, context: Context, x: Array
@@ -208,17 +210,9 @@ class DistributionMatching(Matching):
         layers = jax.eval_shape(student.extract, student.frozen[TEACHER], x, level, cond)
         return made | {HEAD: init_heads(jax.random.fold_in(key, 7), Heads(), layers)}
 
-    def matched(
-        self,
-        student: Student,
-        critics: Params,
-        drawn: Drawn,
-        context: Context,
-        x: Array,
-        noise: Array,
-        level: NoiseLevel,
-    ) -> tuple[Array, Array]:
+    def matched(self, student: Student, critics: Params, made: Made) -> tuple[Array, Array]:
         """See ``Matching.matched``."""
+        drawn, context, x, noise, level = made
         fake, real = self.fake(student, critics, drawn, context), student.taught(drawn, context)
         loss, gap = difference(x, noise, level, real, fake)
         if self.adversary:
@@ -268,17 +262,9 @@ class ScoreIdentity(Matching):
         super().__post_init__()
         check_range("alpha", self.alpha, 0, 10)
 
-    def matched(
-        self,
-        student: Student,
-        critics: Params,
-        drawn: Drawn,
-        context: Context,
-        x: Array,
-        noise: Array,
-        level: NoiseLevel,
-    ) -> tuple[Array, Array]:
+    def matched(self, student: Student, critics: Params, made: Made) -> tuple[Array, Array]:
         """See ``Matching.matched``."""
+        drawn, context, x, noise, level = made
         x_t = diffuse(x, noise, level)
         real = student.taught(drawn, context)(x_t, level)
         apart = real - self.fake(student, critics, drawn, context)(x_t, level)

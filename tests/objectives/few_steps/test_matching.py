@@ -20,6 +20,7 @@ from diffusion.objectives.few_steps.critics import Inner
 from diffusion.objectives.few_steps.drifting import drift
 from diffusion.objectives.few_steps.matching import (
     DistributionMatching,
+    Made,
     ScoreIdentity,
     generate,
 )
@@ -69,7 +70,7 @@ def matched(method, t, mu):
 
         def loss(mu):
             x = mu + STD * z
-            return method.matched(objective, critics, drawn, context, x, noise, level)[0]
+            return method.matched(objective, critics, Made(drawn, context, x, noise, level))[0]
 
         x = mu + STD * z
         x_t = level.expand(2).alpha * x + level.expand(2).sigma * noise
